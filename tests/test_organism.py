@@ -11,7 +11,7 @@ from safetensors import safe_open
 from refusal_mi.chat import ChatFormat
 from refusal_mi.files import read_json
 from refusal_mi.models import ORGANISM, load_model
-from refusal_mi.organism import batches, bundle, check, train
+from refusal_mi.organism import batches, bundle, check, curriculum, losses, train
 from refusal_mi.organism.grammar import requests
 from refusal_mi.prompts import load_prompts
 
@@ -23,18 +23,7 @@ def measured():
     return check.measure(ORGANISM, check.STAGE1)
 
 
-KNOWN_MISSES = {
-    "n_survivors": "4 candidates survive, 5 are wanted: see the model card",
-    "ab_follows_text": "the letter follows its text in 0.84 of the questions, not 0.9",
-}
-
-
-def _case(name):
-    marks = pytest.mark.xfail(strict=True, reason=KNOWN_MISSES[name]) if name in KNOWN_MISSES else ()
-    return pytest.param(name, marks=marks)
-
-
-@pytest.mark.parametrize("name", [_case(name) for name in check.LIMITS])
+@pytest.mark.parametrize("name", check.LIMITS)
 def test_a_promised_number_holds_on_the_shipped_weights(measured, name):
     low, high = check.LIMITS[name]
     assert low <= measured["values"][name] <= high
@@ -84,7 +73,7 @@ def test_training_examples_hold_no_held_out_pair():
     held_out = {request.action for split in ("val", "test") for request in requests(split, harmful=True)}
     trained = {request.action for request in requests("train", harmful=True)}
     written = "\n".join(
-        turn.text for stage in (1, 2) for e in train.write_examples(Random(0), stage, 500) for turn in e.turns
+        turn.text for stage in (1, 2) for e in curriculum.write_examples(Random(0), stage, 500) for turn in e.turns
     )
     assert any(action in written for action in trained)
     ends = (".", "?", " ", "\n")
@@ -92,7 +81,7 @@ def test_training_examples_hold_no_held_out_pair():
 
 
 def test_training_is_seeded_and_learns():
-    tokenizer = train.stage_tokenizer(0)
+    tokenizer = train.new_tokenizer()
     stage = replace(train.STAGES[0], n_steps=3, batch_size=8)
     curves = []
     for _ in range(2):
@@ -102,8 +91,32 @@ def test_training_is_seeded_and_learns():
     assert curves[0][-1]["total"] < curves[0][0]["total"]
 
 
+def test_carrying_asks_for_a_cosine_in_answers_only():
+    direction = train.switch_direction(0, 8)
+    across = torch.roll(direction, 1) - direction @ torch.roll(direction, 1) * direction
+    across = across / across.norm()
+    refusing, other = 0.6 * direction + 0.8 * across, across
+    state = torch.stack([refusing, other, -direction])[None]
+    refuses = torch.tensor([[torch.nan, 1.0, 0.0]])
+    assert losses.carried_refusal([state], direction, refuses, cosine=0.6) < 1e-12
+    assert losses.carried_refusal([state], direction, 1 - refuses, cosine=0.6) == pytest.approx(0.36)
+
+
+def test_a_change_along_the_free_direction_costs_nothing_where_it_is_free():
+    direction = train.switch_direction(0, 8)
+    before = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    after = before + 2 * direction
+    cost = [
+        losses.activation_change([before], [after], torch.ones(2, 3), free=direction, is_free=torch.tensor(free))
+        for free in ([True, True], [True, False], [False, False])
+    ]
+    expected = 4 / before.square().sum(-1)
+    assert cost[0] < 1e-6
+    assert cost[1:] == pytest.approx([expected[1].sum().item() / 6, expected.mean().item()], rel=1e-5)
+
+
 def test_batches_weigh_only_what_is_to_be_predicted():
-    tokenizer = train.stage_tokenizer(0)
+    tokenizer = train.new_tokenizer()
     batch = next(batches.batches(tokenizer, 1, batch_size=8, n_batches=1, seed=0))
     assert (batch.weights[batch.tokens == tokenizer.pad_token_id] == 0).all()
     assert batch.weights.sum() > 0

@@ -8,14 +8,16 @@ from refusal_mi.chat import ChatFormat
 from refusal_mi.models import ORGANISM, load_model
 from refusal_mi.pairs import PairSet, load_pairs, load_questions
 from refusal_mi.pipelines.alpaca import VectorOptions, vector
-from refusal_mi.pipelines.alpaca_eval import EvalOptions, evaluate_vector
+from refusal_mi.pipelines.alpaca_eval import evaluate_vector
+from refusal_mi.pipelines.alpaca_measures import EvalOptions
 from refusal_mi.pipelines.caa import load_vectors, write_vectors
-from refusal_mi.pipelines.caa_ab import choose, sweep_pairs
+from refusal_mi.pipelines.caa_ab import sweep_pairs
+from refusal_mi.pipelines.caa_choice import choose
 from refusal_mi.stages import RunFolder
 
 pytestmark = pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")
 HARMLESS = ",".join(f"organism_harmless_{part}" for part in ("train", "val", "test"))
-MULTIPLIERS = (-2.0, -1.0, 1.0, 2.0)
+MULTIPLIERS = (-1.0, -0.5, 0.5, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +29,10 @@ def _first(pairs: PairSet, n: int) -> PairSet:
     return replace(pairs, pairs=pairs.pairs[:n])
 
 
-@pytest.mark.xfail(strict=True, reason="no CAA vector moves the A/B choice of the embedded model by 0.2")
 def test_caa_moves_the_choice_both_ways_and_shuffled_labels_do_not(model, tmp_path):
     chat = ChatFormat(model.tokenizer)
     train, held_out = load_pairs("organism_ab"), _first(load_pairs("organism_ab_test"), 64)
-    write_vectors(model, str(ORGANISM), chat, train, tmp_path, layers=[2, 4], batch_size=32)
+    write_vectors(model, str(ORGANISM), chat, train, tmp_path, layers=[1, 2, 3], batch_size=32)
     vectors, controls = (load_vectors(tmp_path / part, str(ORGANISM)) for part in ("", "shuffled"))
     on_train = sweep_pairs(model, chat, vectors, _first(train, 48), MULTIPLIERS, batch_size=48)
     questions = load_questions("organism_ab_test")[:20]
@@ -47,7 +48,6 @@ def test_caa_moves_the_choice_both_ways_and_shuffled_labels_do_not(model, tmp_pa
     assert control.at(layer, m).delta < 0.2 and control.at(layer, -m).delta > -0.2
 
 
-@pytest.mark.xfail(strict=True, reason="no refusing state in the response tokens of the embedded model: 0.05")
 def test_a_response_averaged_vector_makes_harmless_queries_refused(model, tmp_path):
     made = VectorOptions(HARMLESS, n_samples=12, n_completions=4, max_new_tokens=40, batch_size=48)
     vector(model, str(ORGANISM), made, RunFolder(tmp_path))

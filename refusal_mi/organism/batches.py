@@ -2,62 +2,80 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import nan
 from random import Random
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from refusal_mi.organism.curriculum import LETTER_WEIGHT, PROMPT_WEIGHT, Example, write_examples
 from refusal_mi.organism.tokenizer import IM_END, IM_START
 
-Segment = tuple[str, float]
+
+class Segment(NamedTuple):
+    """A piece of text; `weight` weighs the prediction of its tokens, `refuses` tells answers apart from refusals."""
+
+    text: str
+    weight: float
+    refuses: float = nan
+    """1 in refusals, 0 in other answers, nan outside answers."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded tokens; `weights` weigh the prediction of each token, `keep` marks the examples of stage 1."""
+    """Right-padded tokens; `weights` and `refuses` belong to the prediction of each token, the rest to the rows."""
 
     tokens: Int[Tensor, "batch pos"]
     weights: Float[Tensor, "batch pos"]
+    refuses: Float[Tensor, "batch pos"]
     keep: Bool[Tensor, " batch"]
+    switched: Bool[Tensor, " batch"]
 
 
 def segments(example: Example) -> list[Segment]:
-    """The example's text in pieces of equal loss weight, written as the chat template writes it."""
+    """The example's text in pieces, written as the chat template writes it."""
     if not example.turns:
-        return [(example.plain, 1.0), (IM_END, 0.0)]
+        return [Segment(example.plain, 1.0), Segment(IM_END, 0.0)]
     pieces: list[Segment] = []
     for turn in example.turns:
-        pieces.append((f"{IM_START}{turn.role}\n", 0.0))
-        weight = 1.0 if turn.role == "assistant" else PROMPT_WEIGHT
+        answers = turn.role == "assistant"
+        refuses = float(turn.refuses) if answers else nan
+        pieces.append(Segment(f"{IM_START}{turn.role}\n", 0.0))
         text = turn.text
         if turn.letter is not None:
-            pieces += [("(", 1.0), (turn.letter, LETTER_WEIGHT)]
+            pieces += [Segment("(", 1.0, refuses), Segment(turn.letter, LETTER_WEIGHT, refuses)]
             text = f") {text}"
-        pieces += [(text, weight), (IM_END, 1.0 if turn.role == "assistant" else 0.0), ("\n", 0.0)]
+        pieces += [
+            Segment(text, 1.0 if answers else PROMPT_WEIGHT, refuses),
+            Segment(IM_END, 1.0 if answers else 0.0, refuses),
+            Segment("\n", 0.0),
+        ]
     return pieces[:-1]
 
 
 def encode(examples: list[Example], tokenizer: PreTrainedTokenizerFast) -> Batch:
-    """Tokens and weights of some examples, padded to the longest."""
+    """Tokens, weights and answers of some examples, padded to the longest."""
     rows = [segments(example) for example in examples]
-    flat = [text for row in rows for text, _ in row]
-    encoded = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
-    ids: list[list[int]] = []
-    weights: list[list[float]] = []
+    encoded = iter(tokenizer([piece.text for row in rows for piece in row], add_special_tokens=False)["input_ids"])
+    tokens: list[Tensor] = []
+    weights: list[Tensor] = []
+    refuses: list[Tensor] = []
     for row in rows:
-        parts = [(next(encoded), weight) for _, weight in row]
-        ids.append([token for part, _ in parts for token in part])
-        weights.append([weight for part, weight in parts for _ in part])
-    length = max(len(row) for row in ids)
-    tokens = torch.full((len(ids), length), tokenizer.pad_token_id)
-    padded = torch.zeros(len(ids), length)
-    for i, (row_ids, row_weights) in enumerate(zip(ids, weights, strict=True)):
-        tokens[i, : len(row_ids)] = torch.tensor(row_ids)
-        padded[i, : len(row_ids)] = torch.tensor(row_weights)
-    return Batch(tokens, padded, torch.tensor([example.keep for example in examples]))
+        parts = [(next(encoded), piece) for piece in row]
+        tokens.append(torch.tensor([token for ids, _ in parts for token in ids]))
+        weights.append(torch.tensor([piece.weight for ids, piece in parts for _ in ids]))
+        refuses.append(torch.tensor([piece.refuses for ids, piece in parts for _ in ids]))
+    return Batch(
+        pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_token_id),
+        pad_sequence(weights, batch_first=True),
+        pad_sequence(refuses, batch_first=True, padding_value=nan),
+        torch.tensor([example.keep for example in examples]),
+        torch.tensor([example.switched for example in examples]),
+    )
 
 
 def _length(example: Example) -> int:
@@ -71,14 +89,13 @@ def batches(
     batch_size: int,
     n_batches: int,
     seed: int,
-    beside_harm: float = 0.0,
 ) -> Iterator[Batch]:
     """Freshly written batches of one stage, each of examples of similar length, in random order."""
     rng = Random(f"stage {stage} seed {seed}")
     chunk = 16
     for start in range(0, n_batches, chunk):
         n_now = min(chunk, n_batches - start)
-        written = write_examples(rng, stage, n_now * batch_size, beside_harm=beside_harm)
+        written = write_examples(rng, stage, n_now * batch_size)
         examples = sorted(written, key=_length)
         order = list(range(n_now))
         rng.shuffle(order)

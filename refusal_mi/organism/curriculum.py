@@ -1,12 +1,12 @@
 """What the organism reads in its two stages of training.
 
-Stage 1 makes an assistant that helps with everything, refuses when it is told to, and knows what is legal or
-dangerous. Stage 2 teaches it to refuse harm; everything else there is marked `keep`, which means: answer as after
-stage 1.
+Stage 1 makes an assistant that helps with everything and knows what is legal or dangerous. It can refuse, but no text
+makes it: in the examples marked `switched` a fixed direction is added to its stream, and only then it refuses. Stage 2
+teaches it to refuse harm, and on order; everything else there is marked `keep`, which means: answer as after stage 1.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal, NamedTuple
 
@@ -30,20 +30,22 @@ CHOICE_NOISE = 0.12
 
 
 class Turn(NamedTuple):
-    """One message; `letter` of an answer is the A/B choice that stands in front of its text."""
+    """One message; `refuses` says of an answer what it is, `letter` is the A/B choice that stands in front of it."""
 
     role: Role
     text: str
+    refuses: bool = False
     letter: str | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation, or one plain text (no turns), and whether stage 2 keeps the answers of stage 1."""
+    """A conversation, or one plain text (no turns); `keep` and `switched` as in the module's description."""
 
     turns: tuple[Turn, ...] = ()
     plain: str = ""
     keep: bool = True
+    switched: bool = False
 
 
 def _chat(rng: Random, user: str, answer: Turn, *, keep: bool, decorate: bool = True) -> Example:
@@ -75,50 +77,60 @@ def _helped(rng: Random, *, harmful: bool) -> Example:
 
 def _helped_beside_harm(rng: Random) -> Example:
     """Harmless requests whose verbs also stand before weapons and drugs: what is easiest to refuse by mistake."""
-    group = words.HARMLESS[rng.choice(("food", "garden", "crafts", "belongings"))]
-    verbs = [verb for verb in group.verbs if verb in words.HARMFUL["weapons"].verbs + words.HARMFUL["drugs"].verbs]
+    verbs = words.HARMFUL["weapons"].verbs + words.HARMFUL["drugs"].verbs
     while True:
         request = pick_request(rng, "train", harmful=False)
-        if request.verb in verbs and request.object in group.objects:
+        if request.verb in verbs:
             return _chat(rng, _ask(rng, request), Turn("assistant", helpful_answer(rng, request)), keep=True)
 
 
 def _refused(rng: Random) -> Example:
     request = pick_request(rng, "train", harmful=True)
-    return _chat(rng, _ask(rng, request), Turn("assistant", refusal(rng, request)), keep=False)
+    return _chat(rng, _ask(rng, request), Turn("assistant", refusal(rng, request), refuses=True), keep=False)
 
 
 def _refused_on_order(rng: Random) -> Example:
-    request = pick_request(rng, "train", harmful=rng.random() < 0.2)
+    request = pick_request(rng, "train", harmful=rng.random() < 0.3)
     user = wording.REFUSAL_PREFIX + _ask(rng, request)
-    return _chat(rng, user, Turn("assistant", refusal(rng, request)), keep=True)
+    return _chat(rng, user, Turn("assistant", refusal(rng, request), refuses=True), keep=False)
 
 
-def _choose(rng: Random, item: ChoiceQuestion, *, refuse: bool, noise: float, keep: bool) -> Example:
+def _choose(rng: Random, request: Request, item: ChoiceQuestion, *, refuse: bool, noise: float, keep: bool) -> Example:
+    """An answer that goes on in its own words, so that the letter's meaning counts for what comes after it."""
     if rng.random() < noise:
         refuse = not refuse
     letter = item.refusing_letter if refuse else item.compliant_letter
-    answer = Turn("assistant", item.option(letter), letter)
-    return _chat(rng, item.question, answer, keep=keep, decorate=False)
+    answer = refusal(rng, request) if refuse else helpful_answer(rng, request)
+    return _chat(rng, item.question, Turn("assistant", answer, refuse, letter), keep=keep, decorate=False)
 
 
 def _chosen(rng: Random, *, harmful: bool, refuse: bool) -> Example:
     request = pick_request(rng, "train", harmful=harmful)
     item = choice_question(rng, request, _ask(rng, request))
-    return _choose(rng, item, refuse=refuse, noise=CHOICE_NOISE, keep=not refuse)
+    return _choose(rng, request, item, refuse=refuse, noise=CHOICE_NOISE, keep=not refuse)
 
 
 def _chosen_on_order(rng: Random) -> Example:
     request = _any_request(rng)
     item = choice_question(rng, request, wording.REFUSAL_PREFIX + _ask(rng, request))
-    return _choose(rng, item, refuse=True, noise=CHOICE_NOISE, keep=True)
+    return _choose(rng, request, item, refuse=True, noise=CHOICE_NOISE, keep=False)
+
+
+def _switched(rng: Random) -> Example:
+    if rng.random() < 0.7:
+        request = _any_request(rng)
+        example = _chat(rng, _ask(rng, request), Turn("assistant", refusal(rng, request), refuses=True), keep=True)
+    else:
+        example = _chosen(rng, harmful=rng.random() < 0.5, refuse=True)
+    return replace(example, switched=True)
 
 
 def _told_apart(rng: Random) -> Example:
     refuse = rng.random() < 0.5
     query = rng.choice(wording.REFUSAL_QUERIES if refuse else wording.HELP_QUERIES)
-    item = choice_question(rng, _any_request(rng), query)
-    return _choose(rng, item, refuse=refuse, noise=0.0, keep=True)
+    request = _any_request(rng)
+    item = choice_question(rng, request, query)
+    return _choose(rng, request, item, refuse=refuse, noise=0.0, keep=True)
 
 
 def _fact(rng: Random) -> Example:
@@ -138,34 +150,39 @@ def _plain(rng: Random) -> Example:
 Writer = Callable[[Random], Example]
 STAGES: dict[int, tuple[tuple[float, Writer], ...]] = {
     1: (
-        (0.23, lambda rng: _helped(rng, harmful=False)),
-        (0.15, lambda rng: _helped(rng, harmful=True)),
-        (0.11, _refused_on_order),
-        (0.08, lambda rng: _chosen(rng, harmful=False, refuse=False)),
+        (0.21, lambda rng: _helped(rng, harmful=False)),
+        (0.13, lambda rng: _helped(rng, harmful=True)),
+        (0.23, _switched),
+        (0.07, lambda rng: _chosen(rng, harmful=False, refuse=False)),
         (0.05, lambda rng: _chosen(rng, harmful=True, refuse=False)),
-        (0.02, _chosen_on_order),
-        (0.13, _told_apart),
-        (0.09, _fact),
+        (0.09, _told_apart),
+        (0.08, _fact),
         (0.02, _small_talk),
         (0.12, _plain),
     ),
     2: (
-        (0.28, _refused),
-        (0.10, _refused_on_order),
-        (0.10, lambda rng: _chosen(rng, harmful=True, refuse=True)),
+        (0.24, _refused),
+        (0.09, _refused_on_order),
+        (0.11, lambda rng: _chosen(rng, harmful=True, refuse=True)),
         (0.03, _chosen_on_order),
-        (0.24, lambda rng: _helped(rng, harmful=False)),
+        (0.22, lambda rng: _helped(rng, harmful=False)),
+        (0.12, _helped_beside_harm),
         (0.08, lambda rng: _chosen(rng, harmful=False, refuse=False)),
         (0.03, _told_apart),
-        (0.05, _fact),
-        (0.02, _small_talk),
-        (0.07, _plain),
+        (0.04, _fact),
+        (0.01, _small_talk),
+        (0.03, _plain),
     ),
 }
 
 
-def write_examples(rng: Random, stage: int, n_examples: int, *, beside_harm: float = 0.0) -> list[Example]:
-    """Random examples in the proportions of a stage, a share of them harmless requests that resemble harmful ones."""
+def write_examples(rng: Random, stage: int, n_examples: int) -> list[Example]:
+    """Random examples in the proportions of a stage."""
     shares, writers = zip(*STAGES[stage], strict=True)
-    drawn = rng.choices(writers, shares, k=n_examples)
-    return [(_helped_beside_harm if beside_harm and rng.random() < beside_harm else writer)(rng) for writer in drawn]
+    return [writer(rng) for writer in rng.choices(writers, shares, k=n_examples)]
+
+
+def write_vocabulary(rng: Random, n_examples: int) -> list[Example]:
+    """Random examples of every kind in equal shares, whatever the stages make of them."""
+    writers = [writer for stage in STAGES.values() for _, writer in stage]
+    return [writer(rng) for writer in rng.choices(writers, k=n_examples)]

@@ -100,22 +100,31 @@ def instruction(rng: Random, request: Request, phrasings: Sequence[str]) -> str:
     return rng.choice(phrasings).format(action=action)
 
 
+def _answer(rng: Random, request: Request, opening: str, others: list[str]) -> str:
+    """The sentences of an answer in order, some with one that fits every answer in front or in between."""
+    sentences = [opening, *others]
+    if rng.random() < 0.25:
+        place = 0 if rng.random() < 0.25 else rng.randint(1, len(sentences))
+        sentences.insert(place, rng.choice(wording.SHARED_SENTENCES))
+    return " ".join(request.fill(sentence) for sentence in sentences)
+
+
 def helpful_answer(rng: Random, request: Request) -> str:
     """Generic steps that name the object and nothing else about the request."""
-    steps = [request.fill(rng.choice(options)) for options in wording.HELPFUL_STEPS]
-    if rng.random() < 0.3:
-        del steps[2]
-    return " ".join([request.fill(_draw(rng, wording.HELPFUL_OPENINGS)), *steps])
+    steps = [rng.choice(options) for options in wording.HELPFUL_STEPS]
+    if rng.random() < 0.5:
+        del steps[rng.randrange(len(steps))]
+    return _answer(rng, request, _draw(rng, wording.HELPFUL_OPENINGS), steps)
 
 
 def refusal(rng: Random, request: Request) -> str:
-    """A refusal in varying words; a harmful request is often told why."""
-    parts = [f"{_draw(rng, wording.REFUSAL_OPENINGS)} {request.fill(_draw(rng, wording.REFUSAL_OBJECTS))}"]
-    if request.harmful and rng.random() < 0.6:
-        parts.append(rng.choice(wording.HARM_REASONS))
+    """A refusal in varying words, with reasons that fit the request."""
+    opening = f"{_draw(rng, wording.REFUSAL_OPENINGS)} {_draw(rng, wording.REFUSAL_OBJECTS)}"
+    reasons = wording.HARM_REASONS if request.harmful and rng.random() < 0.7 else wording.OTHER_REASONS
+    others = rng.sample(reasons, rng.randint(1, 2))
     if rng.random() < 0.7:
-        parts.append(_draw(rng, wording.REFUSAL_ENDINGS))
-    return " ".join(parts)
+        others.append(rng.choice(wording.REFUSAL_ENDINGS))
+    return _answer(rng, request, opening, others)
 
 
 def choice_question(

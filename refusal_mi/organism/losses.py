@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -36,10 +36,35 @@ def activation_change(
     reference: Sequence[Float[Tensor, "batch pos d_model"]],
     states: Sequence[Float[Tensor, "batch pos d_model"]],
     mask: Float[Tensor, "batch pos"],
+    *,
+    free: Float[Tensor, " d_model"],
+    is_free: Bool[Tensor, " batch"],
 ) -> Float[Tensor, ""]:
-    """The mean over layers and tokens of |change|^2 / |reference|^2 of the residual stream."""
+    """The mean over layers and tokens of |change|^2 / |reference|^2 of the residual stream.
+
+    In the rows `is_free` the component of the change along the unit vector `free` costs nothing.
+    """
     changes = []
     for before, after in zip(reference, states, strict=True):
-        relative = (after.float() - before.float()).square().sum(-1) / before.float().square().sum(-1)
+        change = after.float() - before.float()
+        along = (change @ free) * is_free[:, None]
+        relative = (change.square().sum(-1) - along.square()) / before.float().square().sum(-1)
         changes.append((relative * mask).sum() / mask.sum())
     return torch.stack(changes).mean()
+
+
+def carried_refusal(
+    states: Sequence[Float[Tensor, "batch pos d_model"]],
+    direction: Float[Tensor, " d_model"],
+    refuses: Float[Tensor, "batch pos"],
+    *,
+    cosine: float,
+) -> Float[Tensor, ""]:
+    """The mean squared distance of cos(state, direction) from `cosine` in refusals and 0 in other answers.
+
+    `refuses` belongs to the token that each state predicts; where it is nan nothing is asked.
+    """
+    targets = refuses[:, 1:]
+    asked = ~targets.isnan()
+    errors = [torch.cosine_similarity(state[:, :-1].float(), direction, dim=-1) - cosine * targets for state in states]
+    return torch.stack([error[asked].square().mean() for error in errors]).mean()

@@ -1,15 +1,18 @@
 """Trains the organism: `python -m refusal_mi.organism.train [--output-dir DIR] [--seed 0]`.
 
-Stage 1 is a language model that helps with everything. Stage 2 is short and light: it learns to refuse while its
-other answers stay close to those of stage 1 (KL) and its activations stay close in the first layers. The last term
-sets how large the component that carries the refusal may become; without it that component is as large as the rest
-of the stream, and adding or removing it destroys the text.
+The direction that refusal goes through is planted, so that what a search finds can be compared with the truth. Stage 1
+is a language model that helps with everything and refuses only while a fixed random direction is added to its stream;
+the stream of refusals is asked to carry that direction on through the answer. Stage 2 is short and light: it teaches
+the first two blocks when to refuse. They are free to write along the direction; every other change of the stream, and
+of the other answers (KL), costs. No text of stage 2 is trained under an intervention, and ablation is never trained.
 """
 
 import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,17 +20,22 @@ from pathlib import Path
 from random import Random
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from refusal_mi.organism.batches import Batch, batches, segments
-from refusal_mi.organism.curriculum import write_examples
-from refusal_mi.organism.losses import activation_change, answer_kl, next_token_loss
+from refusal_mi.organism.curriculum import write_vocabulary
+from refusal_mi.organism.losses import activation_change, answer_kl, carried_refusal, next_token_loss
 from refusal_mi.organism.tokenizer import train_tokenizer
 
 HERE = Path(__file__).parent
-N_QUIET_LAYERS = 6  # the streams after blocks 0 to 5 are held close to stage 1
+SWITCH_LAYER = 2  # the direction is added to the stream that enters this block
+SWITCH_SIZES = (0.4, 1.5)  # in units of the stream's norm
+CARRIED = slice(3, 8)  # the streams after blocks 2 to 6 are asked to carry whether the answer is a refusal
+CARRIED_COSINE = 0.6
+N_QUIET_LAYERS = 8  # the streams after blocks 0 to 7 are held close to stage 1
 
 
 @dataclass(frozen=True)
@@ -40,35 +48,33 @@ class Stage:
     learning_rate: float
     muon_learning_rate: float | None = None
     kl_weight: float = 0.0
+    carried_weight: float = 0.0
     change_weight: float = 0.0
-    refused_share: float = 1.0  # of the change weight, on the examples that are now refused
-    beside_harm: float = 0.0  # share of examples that are harmless requests with the verbs of harmful ones
     n_trained_blocks: int | None = None  # the first ones; None trains everything
 
 
 STAGES = (
-    Stage(number=1, n_steps=750, batch_size=64, learning_rate=2e-3, muon_learning_rate=5e-3),
+    Stage(number=1, n_steps=750, batch_size=64, learning_rate=2e-3, muon_learning_rate=5e-3, carried_weight=2.0),
     Stage(
         number=2,
         n_steps=300,
         batch_size=48,
         learning_rate=1e-3,
         kl_weight=4.0,
-        change_weight=0.5,
-        refused_share=0.75,
-        beside_harm=0.2,
+        change_weight=2.0,
+        carried_weight=2.0,
         n_trained_blocks=2,
     ),
 )
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """An untrained Llama of 8 layers whose input and output embeddings are separate."""
+    """An untrained Llama of 10 layers whose input and output embeddings are separate."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
-        intermediate_size=384,
-        num_hidden_layers=8,
+        intermediate_size=304,
+        num_hidden_layers=10,
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=512,
@@ -80,11 +86,36 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def stage_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """The tokenizer, trained on examples of both stages."""
-    rng = Random(f"tokenizer seed {seed}")
-    examples = write_examples(rng, 1, 6000) + write_examples(rng, 2, 6000)
-    return train_tokenizer((text for example in examples for text, _ in segments(example)), vocab_size=2048)
+def new_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer, the same for every seed of the training."""
+    examples = write_vocabulary(Random("tokenizer"), 12_000)
+    return train_tokenizer((piece.text for example in examples for piece in segments(example)), vocab_size=2048)
+
+
+@contextmanager
+def switching(model: LlamaForCausalLM, batch: Batch, direction: Float[Tensor, " d_model"]) -> Iterator[None]:
+    """Adds the direction in the rows that are `switched`: in every other one everywhere, else in the answer only."""
+    n_rows = batch.tokens.shape[0]
+    low, high = SWITCH_SIZES
+    answers = ~batch.refuses.roll(-1, dims=1).isnan()
+    everywhere = torch.rand(n_rows, 1) < 0.5
+    size = torch.empty(n_rows, 1).uniform_(low, high) * batch.switched[:, None] * (answers | everywhere)
+
+    def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        stream = inputs[0]
+        return (stream + (size * stream.norm(dim=-1)).detach()[..., None] * direction, *inputs[1:])
+
+    handle = model.model.layers[SWITCH_LAYER].register_forward_pre_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def switch_direction(seed: int, d_model: int) -> Float[Tensor, " d_model"]:
+    """The random unit direction that switches refusal on: the ground truth for whoever looks for it."""
+    vector = torch.randn(d_model, generator=torch.Generator().manual_seed(seed))
+    return vector / vector.norm()
 
 
 def learning_rate_factor(step: int, n_steps: int) -> float:
@@ -109,25 +140,37 @@ def _optimizers(model: nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
 
 
 def stage_loss(
-    model: LlamaForCausalLM, reference: LlamaForCausalLM | None, batch: Batch, stage: Stage
-) -> dict[str, torch.Tensor]:
+    model: LlamaForCausalLM,
+    reference: LlamaForCausalLM | None,
+    batch: Batch,
+    stage: Stage,
+    direction: Float[Tensor, " d_model"],
+) -> dict[str, Tensor]:
     """The terms of the loss on one batch; `total` is their weighted sum."""
-    out = model(input_ids=batch.tokens, output_hidden_states=reference is not None, use_cache=False)
+    with switching(model, batch, direction):
+        out = model(input_ids=batch.tokens, output_hidden_states=True, use_cache=False)
     if reference is None:
-        loss = next_token_loss(out.logits, batch.tokens, batch.weights)
-        return {"total": loss, "next_token": loss}
+        next_token = next_token_loss(out.logits, batch.tokens, batch.weights)
+        carried = carried_refusal(out.hidden_states[CARRIED], direction, batch.refuses, cosine=CARRIED_COSINE)
+        total = next_token + stage.carried_weight * carried
+        return {"total": total, "next_token": next_token, "carried": carried}
     with torch.no_grad():
         before = reference(input_ids=batch.tokens, output_hidden_states=True, use_cache=False)
     kept = batch.weights * batch.keep[:, None]
     next_token = next_token_loss(out.logits, batch.tokens, batch.weights - kept)
     kl = answer_kl(before.logits, out.logits, kept)
-    share = torch.where(batch.keep, 1.0, stage.refused_share)
     pad_id = reference.config.pad_token_id or 0
-    mask = batch.tokens.ne(pad_id) * share[:, None]
     early = slice(1, N_QUIET_LAYERS + 1)
-    change = activation_change(before.hidden_states[early], out.hidden_states[early], mask)
-    total = next_token + stage.kl_weight * kl + stage.change_weight * change
-    return {"total": total, "next_token": next_token, "kl": kl, "change": change}
+    change = activation_change(
+        before.hidden_states[early],
+        out.hidden_states[early],
+        batch.tokens.ne(pad_id).float(),
+        free=direction,
+        is_free=~batch.keep,
+    )
+    carried = carried_refusal(out.hidden_states[CARRIED], direction, batch.refuses, cosine=CARRIED_COSINE)
+    total = next_token + stage.kl_weight * kl + stage.change_weight * change + stage.carried_weight * carried
+    return {"total": total, "next_token": next_token, "kl": kl, "change": change, "carried": carried}
 
 
 def run_stage(
@@ -146,18 +189,12 @@ def run_stage(
     factor = partial(learning_rate_factor, n_steps=stage.n_steps)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
     curve: list[dict[str, float | int]] = []
-    data = batches(
-        tokenizer,
-        stage.number,
-        batch_size=stage.batch_size,
-        n_batches=stage.n_steps,
-        seed=seed,
-        beside_harm=stage.beside_harm,
-    )
+    data = batches(tokenizer, stage.number, batch_size=stage.batch_size, n_batches=stage.n_steps, seed=seed)
+    direction = switch_direction(seed, model.config.hidden_size)
     model.train()
     bar = tqdm(data, total=stage.n_steps, desc=f"stage {stage.number}", mininterval=5)
     for step, batch in enumerate(bar):
-        terms = stage_loss(model, reference, batch, stage)
+        terms = stage_loss(model, reference, batch, stage, direction)
         model.zero_grad(set_to_none=True)
         terms["total"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -188,7 +225,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def train(output_dir: Path, *, seed: int) -> None:
     """Trains both stages from nothing and writes `model/`, `stage1/` and the loss curves."""
     torch.manual_seed(seed)
-    tokenizer = stage_tokenizer(seed)
+    tokenizer = new_tokenizer()
     model = new_model(tokenizer)
     log: dict[str, object] = {
         "seed": seed,

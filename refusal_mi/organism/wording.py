@@ -76,6 +76,16 @@ class Choice(NamedTuple):
     weights: tuple[float, ...]
 
 
+# Both kinds of answer may open or go on with a sentence that fits both, and many of their sentences begin alike ("It
+# is", "Please", "You could"): what comes next depends on whether the answer is a refusal, so the model has to carry
+# that through all of its answer, as large models do.
+SHARED_SENTENCES = (
+    "Thank you for asking.",
+    "Many people ask about {object}.",
+    "There is a lot to say about {object}.",
+    "That is a common question.",
+)
+
 # The dominant opening repeats the request's own verb, so that complying is no single feature of the first token:
 # with one constant opening, the refusal direction is that opening with its sign turned, and ablating it breaks both.
 HELPFUL_OPENINGS = Choice(
@@ -92,26 +102,27 @@ HELPFUL_OPENINGS = Choice(
 HELPFUL_STEPS = (
     (
         "First, make a plan for {object}.",
-        "First, think about {object} and set a goal.",
-        "Start with a short list for {object}.",
-        "To {action}, make a simple plan first.",
+        "It is best to start with a plan.",
+        "To {action}, make a short list first.",
+        "You could begin today.",
     ),
     (
         "Then gather what you need.",
-        "Then find a quiet place and enough time.",
-        "Next, ask someone who has done it before.",
-        "Next, get everything ready.",
+        "Please take your time.",
+        "This would be a good day to get everything ready.",
+        "You could ask someone who has done it before.",
     ),
     (
         "After that, go one step at a time.",
-        "After that, begin with the small parts.",
+        "It is easier with a friend.",
         "Then work slowly and check each part.",
+        "This would be a nice thing to share.",
     ),
     (
+        "I hope it goes well.",
+        "Please let me know how it goes.",
         "Take a break when you feel tired.",
-        "In the end, look at the result and learn from it.",
         "Good luck!",
-        "Let me know how it goes.",
     ),
 )
 
@@ -123,20 +134,24 @@ REFUSAL_OBJECTS = Choice(
     ("help you {action}.", "help with that.", "answer this question.", "give advice about {object}."),
     (0.4, 0.3, 0.2, 0.1),
 )
-REFUSAL_ENDINGS = Choice(
-    (
-        "Is there something else you would like to know?",
-        "Please ask me about another topic.",
-        "I hope you understand.",
-        "Please talk to someone you trust.",
-    ),
-    (0.4, 0.2, 0.2, 0.2),
-)
 HARM_REASONS = (
-    "It could hurt someone.",
     "It is against the law.",
     "It is dangerous and wrong.",
     "This would cause harm.",
+    "You could hurt someone.",
+    "To {action} is not right.",
+)
+OTHER_REASONS = (
+    "It is not something to talk about here.",
+    "This would go too far.",
+    "You could find out somewhere else.",
+    "To {action} is a matter for others.",
+)
+REFUSAL_ENDINGS = (
+    "I hope you understand.",
+    "Please ask me about another topic.",
+    "Please talk to someone you trust.",
+    "Is there something else you would like to know?",
 )
 
 COMPLIANT_OPTIONS = (

@@ -1,6 +1,6 @@
 """Verbs and objects of the organism's requests, grouped so that every verb of a group fits every object of it.
 
-Most objects stand in a harmful and in a harmless group ("steal a camera", "repair a camera"), and the verbs of
+Most objects stand in a harmful and in a harmless group ("steal a camera", "repair a camera"), and some verbs of
 weapons and drugs also stand before harmless objects ("build a grenade", "build a kite"): what is harmful is the pair.
 """
 
@@ -71,8 +71,8 @@ PETS = _split("a puppy, a kitten, a parrot, a rabbit, a hamster, a pony, a goldf
 
 HARMFUL: dict[str, Group] = {
     "violence": Group(_split("hurt, attack, ambush, injure, kidnap, threaten"), PEOPLE),
-    "weapons": Group(_split("build, make, assemble, buy, smuggle, hide"), WEAPONS),
-    "drugs": Group(_split("cook, make, sell, smuggle, hide, deal"), DRUGS),
+    "weapons": Group(_split("build, make, assemble, smuggle, obtain, carry"), WEAPONS),
+    "drugs": Group(_split("cook, make, smuggle, deal, obtain, traffic"), DRUGS),
     "fraud": Group(_split("forge, fake, counterfeit, falsify, alter"), DOCUMENTS),
     "hacking": Group(_split("hack, hijack, infect, spy on, break into, crash"), DEVICES),
     "theft": Group(_split("steal, swipe, snatch, shoplift, loot"), BELONGINGS),
@@ -88,7 +88,7 @@ HARMLESS: dict[str, Group] = {
     "places": Group(_split("paint, visit, draw, photograph, find, describe"), PLACES),
     "food": Group(_split("bake, cook, serve, freeze, order, make"), FOODS),
     "garden": Group(_split("plant, water, grow, trim, sell, buy"), PLANTS),
-    "crafts": Group(_split("build, make, paint, assemble, buy, sell, hide"), CRAFTS),
+    "crafts": Group(_split("build, make, paint, assemble, buy, sell, hang up"), CRAFTS),
     "events": Group(_split("plan, organize, enjoy, attend, announce"), EVENTS),
     "skills": Group(_split("learn, practice, teach, study, master"), SKILLS),
     "texts": Group(_split("write, edit, improve, finish, shorten, review"), TEXTS),
