@@ -9,18 +9,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from refusal_mi.directions import Direction
+from refusal_mi.forward import all_logits
 from refusal_mi.interventions import Intervention, all_hooks
-from refusal_mi.models import all_logits, load_model
+from refusal_mi.models import load_model
 from refusal_mi.tokens import TokenBatch
 from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, tiny_hf_model, tiny_tokenizer
 
 POST_NORM = ("gemma2", "gemma3_text", "olmo2")
-FUSED_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
+FUSED_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "qwen2_moe")
 """Their kernels refuse float64."""
-SHARED_EXPERT = {
+OTHERS = {
     "qwen2_moe": FAMILIES["qwen2"]
-    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    "smollm3": FAMILIES["qwen2"] | {"pad_token_id": 0},
+    "olmo3": FAMILIES["olmo2"] | {"sliding_window": 64},
 }
+"""Exported too, and no part of the seventeen."""
 EXACT = tuple(family for family in FAMILIES if family not in POST_NORM)
 SWITCHED_OFF = 3
 """The coordinate whose post-norm gain is exactly zero."""
@@ -33,10 +37,10 @@ def make_direction(seed: int = 1, width: int = D_MODEL, layer: int = 2) -> Direc
 
 def save_model(family: str, directory: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
     """A tiny model on disk; on post-norm families one gain of each post-norm is exactly zero."""
-    with patch.dict(FAMILIES, SHARED_EXPERT):
+    with patch.dict(FAMILIES, OTHERS):
         model = tiny_hf_model(family, **changes)
-    if family in POST_NORM:
-        offset = 0.0 if family == "olmo2" else 1.0
+    if family in (*POST_NORM, "olmo3"):
+        offset = 1.0 if family.startswith("gemma") else 0.0
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "post_" in name:

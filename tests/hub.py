@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
@@ -50,6 +54,26 @@ class FakeHub:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server.server_port}"
+
+
+def run_with_hub(repositories: dict[str, Path], root: Path, script: str, *arguments: str) -> dict[str, Any]:
+    """What a script prints as JSON in its last line, run in `root/work` with a hub, and under "requests" what it asked.
+
+    It needs a process of its own: the hub's address is read when huggingface_hub is imported.
+    """
+    (root / "work").mkdir()
+    with FakeHub(repositories) as hub:
+        address = {"HF_ENDPOINT": hub.url, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            env={key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"} | address,
+            cwd=root / "work",
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]) | {"requests": hub.requests}
 
 
 class _Handler(BaseHTTPRequestHandler):

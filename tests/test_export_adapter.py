@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 from refusal_mi.errors import UserError
 from refusal_mi.export.adapter import export_adapter, load_adapter
 from refusal_mi.export.checkpoint import open_checkpoint
-from refusal_mi.files import read_json
+from refusal_mi.export.export import export_checkpoint
+from refusal_mi.files import read_json, sha256_file
 from refusal_mi.interventions import Ablate, Add
 from tests.export_models import hooked_logits, make_direction, plain_logits, some_tokens
 
@@ -20,6 +21,7 @@ CASES = [
     ("gpt2", [Ablate(R, strength=0.5), Add(OTHER, 0.3)]),
     ("gpt_oss", [Ablate(R), Add(OTHER, 0.3)]),
     ("mixtral", [Ablate(R, layers=range(1, 4))]),
+    ("falcon", [Ablate(R, components=["mlp"])]),
     ("qwen3_moe", [Ablate(R)]),
     ("granite", [Add(OTHER, 0.3)]),
 ]
@@ -54,6 +56,10 @@ def test_an_adapter_is_small_verified_and_says_who_ignores_what(tmp_path, tiny_d
     assert report.verification.passed
     assert read_json(tmp_path / "adapter" / "adapter_config.json")["r"] == 1
     files = [path for path in (tmp_path / "adapter").rglob("*.safetensors")]
+    hashes = read_json(tmp_path / "adapter" / "refusal_mi.json")["sha256"]
+    assert hashes["model.safetensors"] == {"source": sha256_file(source / "model.safetensors"), "export": None}
+    for path in files:
+        assert hashes[str(path.relative_to(tmp_path / "adapter"))]["export"] == sha256_file(path)
     assert sum(path.stat().st_size for path in files) < open_checkpoint(source).n_bytes / 3
     assert all(0 < figure.removed < 1 for figure in report.figures.values())
     card = (tmp_path / "adapter" / "README.md").read_text()
@@ -61,8 +67,20 @@ def test_an_adapter_is_small_verified_and_says_who_ignores_what(tmp_path, tiny_d
         assert part in card
 
 
+def test_behind_a_post_norm_the_adapter_is_the_checkpoint(tmp_path, tiny_dir):
+    source = tiny_dir("gemma2")
+    report = export_adapter(source, Ablate(R), tmp_path / "adapter", verify="none")
+    export_checkpoint(source, Ablate(R), tmp_path / "out", verify="none")
+    on, off = adapted_logits(source, tmp_path / "adapter")
+    assert (on - off).abs().max() > 0.05
+    assert (on - plain_logits(tmp_path / "out")).abs().max() <= 2e-5
+    assert any("a norm follows" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("family", ("mixtral", "gemma2"))
 def test_what_no_adapter_can_carry_is_refused(family, tmp_path, tiny_dir):
     with pytest.raises(UserError, match="nothing carries"):
         export_adapter(tiny_dir(family), Add(OTHER, 1.0), tmp_path / "adapter")
+    with pytest.raises(UserError, match="nothing is changed"):
+        export_adapter(tiny_dir(family), Ablate(R, strength=0.0), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -1,5 +1,6 @@
 """Nothing is skipped silently, nothing half-written looks finished, nothing is overwritten unasked."""
 
+import hashlib
 import json
 
 import pytest
@@ -9,12 +10,13 @@ from safetensors.torch import load_file, save_file
 from refusal_mi.errors import UserError
 from refusal_mi.export import export as export_module
 from refusal_mi.export.checkpoint import open_checkpoint
-from refusal_mi.export.export import export_checkpoint, plan_export
+from refusal_mi.export.export import export_checkpoint
+from refusal_mi.export.prepare import plan_export
 from refusal_mi.export.rewrite import rewrite
-from refusal_mi.export.verify import Verification
 from refusal_mi.interventions import Ablate
 from refusal_mi.weights import TensorEdit, edit_, factors, writer_projection
-from tests.export_models import make_direction, save_model
+from tests.export_models import hooked_logits, make_direction, plain_logits, save_model
+from tests.tiny import tiny_hf_model
 
 R = make_direction()
 
@@ -92,6 +94,8 @@ def test_a_cut_off_checkpoint_is_refused(tmp_path):
 def test_a_killed_export_leaves_nothing_under_the_name(tmp_path, tiny_dir, monkeypatch):
     def killed(*arguments, **options):
         rewrite(*arguments, **options)
+        (unfinished,) = tmp_path.iterdir()  # what would be left of a process that is ended without a chance to clean up
+        assert unfinished.name.startswith(".out.") and unfinished.name.endswith(".tmp")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(export_module, "rewrite", killed)
@@ -127,19 +131,77 @@ def test_an_export_beyond_the_limits_is_kept_and_marked(tmp_path, tiny_dir, monk
     assert "BEYOND" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("family", ("qwen2", "gemma2", "mixtral", "gpt_oss", "falcon", "gpt2"))
-def test_streaming_finds_what_the_whole_models_find(family, tmp_path, tiny_dir):
-    found: list[Verification] = []
-    for mode in ("full", "streaming"):
-        report = export_checkpoint(
-            tiny_dir(family), Ablate(R, strength=0.7), tmp_path / mode, verify=mode, prompts=["Count to ten", "Why?"]
-        )
-        found.append(report.verification)
-    full, streaming = found
-    assert abs(full.max_logit_difference - streaming.max_logit_difference) <= 1e-5
-    assert full.max_effect == pytest.approx(streaming.max_effect, rel=1e-3)
-    assert streaming.mode == "streaming"
-    assert streaming.passed == full.passed
+def _sharded(directory):
+    model = tiny_hf_model("qwen2")
+    model.save_pretrained(directory, max_shard_size="60KB")
+    path = directory / "model.safetensors.index.json"
+    return path, json.loads(path.read_text())
+
+
+def test_an_index_that_points_elsewhere_is_refused(tmp_path):
+    """Its tensors would be read from one place and edited in another, or not at all."""
+    path, index = _sharded(tmp_path / "source")
+    plan_export(tmp_path / "source", Ablate(R))
+    places = index["weight_map"]
+    name, shard = next(iter(places.items()))
+    other = next(place for place in places.values() if place != shard)
+    for wrong, message in ((places | {name: other}, "disagree"), (places | {name: f"sub/{shard}"}, "not a file")):
+        path.write_text(json.dumps({**index, "weight_map": wrong}))
+        with pytest.raises(UserError, match=message):
+            plan_export(tmp_path / "source", Ablate(R))
+
+
+def test_of_a_single_file_and_shards_the_single_file_is_exported_as_it_is_loaded(tmp_path):
+    source = tmp_path / "source"
+    _sharded(source)
+    save_model("qwen2", tmp_path / "other", seed=1)
+    (source / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    report = export_checkpoint(source, Ablate(R), tmp_path / "out", verify="none")
+    assert (plain_logits(source) - plain_logits(tmp_path / "other")).abs().max() == 0
+    assert (plain_logits(tmp_path / "out") - hooked_logits(tmp_path / "other", [Ablate(R)])).abs().max() <= 1e-5
+    assert "model.safetensors.index.json" in report.left_behind
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_an_export_of_an_export_keeps_the_earlier_records_apart(tmp_path, monkeypatch):
+    def wrong(source, target, edits, **options):
+        return rewrite(source, target, dict(list(edits.items())[:-1]), **options)
+
+    source = save_model("qwen2", tmp_path / "a")
+    (source / "README.md").write_text("the first card")
+    with monkeypatch.context() as patched:
+        patched.setattr(export_module, "rewrite", wrong)
+        export_checkpoint(source, Ablate(R), tmp_path / "b", prompts=["Count to ten"], verify="streaming")
+    export_checkpoint(tmp_path / "b", Ablate(R, strength=0.0), tmp_path / "c", verify="none")
+    out = tmp_path / "c"
+    assert not (out / "UNVERIFIED").exists()
+    assert (out / "UNVERIFIED.source").is_file()
+    assert (out / "README.source.source.md").read_text() == "the first card"
+    assert json.loads((out / "refusal_mi.source.json").read_text())["verification"]["passed"] is False
+    assert json.loads((out / "refusal_mi.json").read_text())["verification"] is None
+    assert str(tmp_path / "b") in (out / "README.md").read_text()
+
+
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path, tiny_dir, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        export_checkpoint(tiny_dir("qwen2"), Ablate(R), tmp_path / "file" / "out", verify="none")
+    source = save_model("qwen2", tmp_path / "source")
+    before = sorted(source.iterdir())
+    for inside in (source / "out", tmp_path):
+        with pytest.raises(UserError, match="lies in the other"):
+            export_checkpoint(source, Ablate(R), inside, verify="none", force=True)
+    assert sorted(source.iterdir()) == before
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="the folder you are in"):
+        export_checkpoint(source, Ablate(R), ".", verify="none", force=True)
+
+
+def test_an_edit_that_finds_no_tensor_is_never_passed_over(tmp_path, tiny_dir):
+    checkpoint, edits = open_checkpoint(tiny_dir("qwen2")), plan_export(tiny_dir("qwen2"), Ablate(R)).edits
+    with pytest.raises(AssertionError, match="nowhere"):
+        rewrite(checkpoint, tmp_path, {**edits, "nowhere": next(iter(edits.values()))})
 
 
 def test_the_record_says_what_was_done(tmp_path, tiny_dir):
@@ -147,7 +209,9 @@ def test_the_record_says_what_was_done(tmp_path, tiny_dir):
     record = json.loads((tmp_path / "out" / "refusal_mi.json").read_text())
     assert set(record["edited_tensors"]) == set(report.figures)
     assert all(0 < row["removed"] < 1 for row in record["edited_tensors"].values())
-    assert record["interventions"][0]["directions"][0]["layer"] == 2
+    direction = record["interventions"][0]["directions"][0]
+    assert direction["layer"] == 2
+    assert direction["sha256"] == hashlib.sha256(R.vector.double().numpy().tobytes()).hexdigest()
     assert record["untied_head_bytes"] == 275 * 32 * 4
     assert record["verification"]["passed"]
     card = (tmp_path / "out" / "README.md").read_text()

@@ -113,6 +113,8 @@ def test_bfloat16_is_as_good_as_the_hooked_model_in_bfloat16(tmp_path):
     wide = export_checkpoint(source, Ablate(R), tmp_path / "wide", dtype="float32", prompts=["Count to ten"])
     assert wide.verification.rule == "float32"
     assert wide.verification.passed
+    assert "converted to float32" in (tmp_path / "wide" / "README.md").read_text()
+    assert "original bytes" in (tmp_path / "out" / "README.md").read_text()
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
 
 
@@ -155,14 +157,16 @@ def test_the_edit_in_memory_is_the_edit_on_disk(family, tmp_path, tiny_dir):
 
     model = AutoModelForCausalLM.from_pretrained(tiny_dir(family), attn_implementation="eager")
     orthogonalize_(model, R)
+    model.save_pretrained(tmp_path / "saved")
     export_checkpoint(tiny_dir(family), Ablate(R), tmp_path / "out", verify="none")
     with torch.no_grad():
         logits = model(some_tokens().tokens).logits.flatten(0, 1)
     assert (logits - plain_logits(tmp_path / "out")).abs().max() <= 1e-5
+    assert (logits - plain_logits(tmp_path / "saved")).abs().max() <= 1e-5
     assert (logits - plain_logits(tiny_dir(family))).abs().max() > 0.05
 
 
-def test_what_has_no_weight_form_is_refused(tmp_path, tiny_dir):
+def test_what_has_no_weight_form_is_refused(tmp_path, tiny_dir, tiny_model):
     llama, out = tiny_dir("qwen2"), tmp_path / "out"
     refused = {
         "positions": Ablate(R, positions="prompt"),
@@ -176,8 +180,14 @@ def test_what_has_no_weight_form_is_refused(tmp_path, tiny_dir):
             export_checkpoint(llama, what, out)
     with pytest.raises(UserError, match="norm"):
         export_checkpoint(tiny_dir("gemma2"), Add(R, 1.0, layer=2), out)
-    with pytest.raises(UserError, match="keep-tied"):
-        export_checkpoint(tiny_dir("gemma"), Ablate(R, constants=[1.0]), out, keep_tied=True)
+    for tied in (Ablate(R, constants=[1.0]), Ablate(R, components=["embed"]), Add(R, 1.0, layer=0)):
+        with pytest.raises(UserError, match="keep-tied"):
+            export_checkpoint(tiny_dir("gemma"), tied, out, keep_tied=True)
+    for broken in (Ablate(R, strength=float("nan")), Ablate(R, constants=[float("inf")]), Add(R, float("inf"))):
+        with pytest.raises(UserError, match="finite"):
+            export_checkpoint(llama, broken, out)
+    with pytest.raises(UserError, match="not a TransformerBridge"):
+        orthogonalize_(tiny_model("qwen2"), R)
     assert not out.exists()
 
 

@@ -1,19 +1,16 @@
 """Models and datasets from a hub on localhost: found, pinned to a commit, not found, out of reach."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.hub import COMMIT, FakeHub
+from tests.hub import COMMIT, run_with_hub
 from tests.tiny import save_tiny
 
-# Runs in its own process: the hub's address is read when huggingface_hub is imported. There the runtime type checker
-# is off, as for users, so that values outside a Literal reach the package's own message.
+# Runs in a process of its own, where the runtime type checker is off, as for users, so that values outside a Literal
+# reach the package's own message.
 SCRIPT = """
 import json, os, sys, time, urllib.request
 from contextlib import redirect_stderr
@@ -84,25 +81,12 @@ def found(tmp_path_factory):
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist(rows), root / "alpaca" / "data" / "train-00000-of-00001.parquet"
     )
-    (root / "work").mkdir()
     repositories = {
         "models/someone/tiny": root / "model",
         "datasets/someone/asks": root / "asks",
         "datasets/tatsu-lab/alpaca": root / "alpaca",
     }
-    with FakeHub(repositories) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
-        del environment["HF_HUB_OFFLINE"]
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(root / "model")],
-            env=environment,
-            cwd=root / "work",
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]) | {"requests": hub.requests}
+    return run_with_hub(repositories, root, SCRIPT, str(root / "model"))
 
 
 def test_a_model_is_loaded_by_id_and_revision_and_its_commit_is_recorded(found):

@@ -160,7 +160,9 @@ def _intervention(
         raise UserError(f"--components takes some of embed,attn,mlp, not {unknown[0]!r}")
     if add is not None:
         if len(found) != 1 or affine is not None or strength != 1 or layers is not None or len(parts) != 3:
-            raise UserError("--add adds one direction at its own layer: it takes none of the options of an ablation")
+            raise UserError(
+                "an addition (--add, a control vector) is one direction at its own layer: it takes no ablation option"
+            )
         return Add(found[0], add)
     constants = None
     if affine == "harmless-mean":
@@ -178,7 +180,14 @@ def _numbers(text: str) -> list[float]:
 
 
 def _quiet() -> None:
+    import sys
+
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -3,7 +3,7 @@
 from typing import Any
 
 _HOME = {
-    "ExportReport": "export",
+    "ExportReport": "report",
     "export_checkpoint": "export",
     "orthogonalize_": "memory",
     "export_adapter": "adapter",

@@ -1,6 +1,7 @@
 """Safetensors checkpoints as files: which tensor lies where, and its bytes, without loading a model."""
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Mapping
@@ -84,7 +85,10 @@ class Checkpoint:
             handle.seek(stored.start)
             if handle.readinto(data) != stored.n_bytes:
                 raise UserError(f"{self.directory / stored.shard} is cut off: {name} is not complete")
-        return torch.frombuffer(data, dtype=DTYPES[stored.dtype]).view(stored.shape) if data else torch.empty(0)
+        dtype = DTYPES[stored.dtype]
+        return (
+            torch.frombuffer(data, dtype=dtype).view(stored.shape) if data else torch.empty(stored.shape, dtype=dtype)
+        )
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -95,18 +99,22 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """
     config = read_json(directory / "config.json")
     _check_not_quantized(config, directory)
-    index = read_json(directory / INDEX) if (directory / INDEX).is_file() else None
-    if index is None and not (directory / SINGLE).is_file():
+    # Where there are both, transformers loads the single file.
+    is_sharded = not (directory / SINGLE).is_file()
+    if is_sharded and not (directory / INDEX).is_file():
         raise UserError(f"{directory} holds no {SINGLE} and no {INDEX}: only safetensors weights can be exported")
+    index = read_json(directory / INDEX) if is_sharded else None
     shards = [SINGLE] if index is None else sorted(set(index["weight_map"].values()))
     tensors: dict[str, StoredTensor] = {}
     metadata = {}
+    strays = [shard for shard in shards if Path(shard).name != shard]
+    if strays:
+        raise UserError(f"{directory / INDEX} names the shard {strays[0]!r}, which is not a file beside it")
     for shard in shards:
         found, metadata[shard] = _read_header(directory / shard)
         tensors |= found
-    if index is not None and set(index["weight_map"]) != set(tensors):
-        odd = sorted(set(index["weight_map"]) ^ set(tensors))[0]
-        raise UserError(f"{directory / INDEX} and the shards disagree about {odd}: the checkpoint is not complete")
+        if index is not None:
+            _check_index(index["weight_map"], shard, found, directory)
     strange = [tensor for tensor in tensors.values() if tensor.dtype not in DTYPES]
     if strange:
         raise UserError(
@@ -128,8 +136,10 @@ def write_header(handle: Any, tensors: list[StoredTensor], metadata: Mapping[str
     handle.write(struct.pack("<Q", len(text)) + text)
 
 
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt")
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt")
 _OTHER_INDICES = (".bin.index.json", ".safetensors.index.json")
+_OWN = re.compile(r"(README|refusal_mi|UNVERIFIED)((?:\.source)*)(\.md|\.json|)")
+"""Files that an export writes itself; those of a source that is an export are kept as `README.source.md` and so on."""
 
 
 def copy_companions(source: Checkpoint, target: Path) -> list[str]:
@@ -141,13 +151,16 @@ def copy_companions(source: Checkpoint, target: Path) -> list[str]:
     left = []
     for path in sorted(entry for entry in source.directory.rglob("*") if entry.is_file()):
         name = path.relative_to(source.directory)
-        if str(name) in (*source.shards, INDEX) or name.parts[0] in (".git", ".cache"):
+        is_rewritten = str(name) in source.shards or (str(name) == INDEX and source.index is not None)
+        if is_rewritten or name.parts[0] in (".git", ".cache"):
             continue
-        if path.name.endswith((*_OTHER_WEIGHTS, *_OTHER_INDICES)):
+        if path.name.endswith((*OTHER_WEIGHTS, *_OTHER_INDICES)):
             left.append(str(name))
             continue
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / name)
+        own = _OWN.fullmatch(str(name))
+        copy = target / (name if own is None else f"{own[1]}{own[2]}.source{own[3]}")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
     return left
 
 
@@ -170,6 +183,15 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     if path.stat().st_size != last:
         raise UserError(f"{path} is {path.stat().st_size} bytes long where its header says {last}: it is not complete")
     return tensors, metadata
+
+
+def _check_index(weight_map: Mapping[str, str], shard: str, found: Mapping[str, StoredTensor], directory: Path) -> None:
+    """A tensor that lies where the index does not say would be read from, or edited in, the wrong place."""
+    odd = {name for name, place in weight_map.items() if place == shard} ^ set(found)
+    if odd:
+        raise UserError(
+            f"{directory / INDEX} and {shard} disagree about {sorted(odd)[0]}: the checkpoint is not complete"
+        )
 
 
 def _check_not_quantized(config: Mapping[str, Any], directory: Path) -> None:

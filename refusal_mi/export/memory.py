@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from ..directions import Direction
+from ..errors import UserError
 from ..interventions import Ablate, Intervention
 from ..weights import EditFigures, edit_
 from .classify import classify
-from .plan import as_steps, plan_edits
+from .plan import as_steps, plan_edits, without_embedding
 
 
 def orthogonalize_(
@@ -27,14 +28,21 @@ def orthogonalize_(
 
     Returns:
         Per edited parameter, how much was removed and what is left.
+
+    Raises:
+        UserError: the model is not a `PreTrainedModel`, or the intervention has no weight form in it.
     """
-    is_intervention = hasattr(direction, "hooks")
-    steps = as_steps(direction if is_intervention else Ablate(direction))  # type: ignore[arg-type]
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"orthogonalize_ edits a transformers model, not a {type(model).__name__}; load one with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    steps = as_steps(direction if isinstance(direction, Intervention) else Ablate(direction))
     parameters = dict(model.named_parameters())
     layout = classify(model.config, {name: tuple(value.shape) for name, value in parameters.items()}, skeleton=model)
     if layout.is_tied and keep_tied:
-        from .plan import without_embedding
-
         steps = without_embedding(steps)
     edits = plan_edits(layout, steps, lambda name: parameters[name].detach().cpu())
     if layout.is_tied and layout.token_embedding in edits:

@@ -1,11 +1,14 @@
 """From interventions to an edit of each writer: the same objects that drive the hooks."""
 
+import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from jaxtyping import Float
 from torch import Tensor
 
+from ..directions import Direction
 from ..errors import UserError
 from ..interventions import Ablate, Add, Intervention
 from ..weights import Shift, TensorEdit, writer_projection
@@ -29,6 +32,9 @@ def as_steps(interventions: Intervention | Sequence[Intervention]) -> tuple[Step
             raise UserError(f"{type(step).__name__} has no weight form: Ablate (of writes) and Add have one")
         if step.positions != "all":
             raise UserError(f"positions={step.positions!r} has no weight form: weights act at all positions")
+        numbers = [step.coefficient] if isinstance(step, Add) else [step.strength, *(step.constants or ())]
+        if not all(map(math.isfinite, numbers)):
+            raise UserError(f"strengths, coefficients and constants must be finite, not {numbers}")
     return tuple(found)  # type: ignore[arg-type]
 
 
@@ -47,7 +53,10 @@ def without_embedding(steps: Sequence[Step]) -> tuple[Step, ...]:
         elif step.constants is not None:
             raise UserError("an affine ablation writes its constant with the embedding, which --keep-tied leaves alone")
         else:
-            kept.append(replace(step, components=tuple(part for part in step.components if part != "embed")))
+            rest = tuple(part for part in step.components if part != "embed")
+            if not rest:
+                raise UserError("only the token embedding was to be edited, and --keep-tied leaves it alone")
+            kept.append(replace(step, components=rest))
     return tuple(kept)
 
 
@@ -153,7 +162,7 @@ def _check_width(d_model: int, layout: Layout) -> None:
 
 
 def describe_steps(steps: Sequence[Step]) -> list[Mapping[str, object]]:
-    """The interventions as JSON values."""
+    """The interventions as JSON values; a direction's SHA-256 is that of its float64 values."""
     return [_describe(step) for step in steps]
 
 
@@ -171,5 +180,9 @@ def _describe(step: Step) -> Mapping[str, object]:
     }
 
 
-def _places(directions: Sequence[object]) -> Mapping[str, object]:
-    return {"directions": [direction.describe() for direction in directions]}  # type: ignore[attr-defined]
+def _places(directions: Sequence[Direction]) -> Mapping[str, object]:
+    return {"directions": [{**direction.describe(), "sha256": _digest(direction)} for direction in directions]}
+
+
+def _digest(direction: Direction) -> str:
+    return hashlib.sha256(direction.vector.detach().cpu().double().numpy().tobytes()).hexdigest()

@@ -11,7 +11,7 @@ from typing import IO, Any, Literal
 
 import torch
 
-from ..files import write_json
+from ..files import sha256_file, write_json, write_text
 from ..weights import EditFigures, TensorEdit, edit_
 from .checkpoint import DTYPES, FLOATS, INDEX, Checkpoint, StoredTensor, write_header
 
@@ -31,10 +31,10 @@ class Head:
 
 @dataclass(frozen=True)
 class ShardHashes:
-    """SHA-256 of one shard before and after; equal where nothing was edited."""
+    """SHA-256 of one file of weights before and after; equal where nothing was edited, None where there is none."""
 
-    source: str
-    export: str
+    source: str | None
+    export: str | None
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,11 @@ def rewrite(
                     else:
                         _write_edited(source, stored, converted, edit, handle, figures)
                     advance(stored.n_bytes if converted.name == stored.name else 0)
-                before = sha256_shard(source.directory / shard)
+                before = sha256_file(source.directory / shard)
         hashes[shard] = ShardHashes(before, handle.digest.hexdigest())
+    missed = set(edits) - set(figures)
+    if missed:
+        raise AssertionError(f"{sorted(missed)[0]} was to be edited and is not in the checkpoint")
     if source.index is not None:
         _write_index(source, target, head, dtype)
     return Rewritten(figures, hashes)
@@ -100,12 +103,6 @@ def write_config(source: Checkpoint, target: Path, *, is_untied: bool, dtype: Ex
         config["dtype"] = dtype
     if config != source.config:
         write_json(target / "config.json", config)
-
-
-def sha256_shard(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 class _Hashed:
@@ -171,11 +168,13 @@ def _write_index(source: Checkpoint, target: Path, head: Head | None, dtype: Exp
     if head is not None:
         names[head.name] = names[head.source]
         total += _converted(source.tensors[head.source], dtype).n_bytes
-    changed = head is not None or dtype != "keep"
-    metadata = {**source.index.get("metadata", {}), **({"total_size": total} if changed else {})}
-    metadata.pop("total_parameters", None) if head is not None else None
+    metadata = dict(source.index.get("metadata", {}))
+    if head is not None or dtype != "keep":
+        metadata["total_size"] = total
+    if head is not None:
+        metadata.pop("total_parameters", None)
     text = json.dumps({**source.index, "metadata": metadata, "weight_map": names}, indent=2) + "\n"
-    (target / INDEX).write_text(text, encoding="utf-8")
+    write_text(target / INDEX, text)
 
 
 @contextmanager
@@ -192,7 +191,7 @@ def byte_bar(total: int, description: str) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    shown = console.is_terminal or console.is_jupyter
-    with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
+    # A bar that vanishes leaves an empty output in a notebook.
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(description, total=total)
         yield lambda n_bytes: progress.advance(task, n_bytes)

@@ -1,44 +1,37 @@
 """Running the hooked original and the plain export on the same tokens, one model in memory at a time."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
+from ..forward import all_logits
 from ..interventions import Intervention, all_hooks
-from ..models import all_logits, load_model, stop_token_ids
+from ..models import load_model
 from ..tokens import TokenBatch
-
-DtypeText = Literal["float64", "float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Logits at the compared positions, and greedy continuations."""
-
-    logits: Float[Tensor, "compared d_vocab"]
-    greedy: tuple[tuple[int, ...], ...]
+from .answers import Answers, DtypeText, compared, no_ids
 
 
 def run_hooked(
-    source: str, interventions: Sequence[Intervention], batch: TokenBatch, dtype: DtypeText, n_last: int, n_new: int
+    source: str,
+    interventions: Sequence[Intervention],
+    batch: TokenBatch,
+    dtype: DtypeText,
+    n_last: int,
+    n_new: int,
+    stops: Sequence[int],
 ) -> tuple[Answers, Answers]:
     """The original under hooks, and without them (logits only)."""
     model = load_model(source, device="cpu", dtype=dtype)
-    stops = stop_token_ids(model)
     width = batch.tokens.shape[1]
+    new_ids = no_ids(batch)
     with torch.no_grad():
-        plain = _compared(all_logits(model, batch), batch, n_last)
+        plain = compared(all_logits(model, batch), batch, n_last)
         with model.hooks(fwd_hooks=all_hooks(model, interventions, width)):
-            hooked = _compared(all_logits(model, batch), batch, n_last)
-            greedy: tuple[tuple[int, ...], ...] = ()
+            hooked = compared(all_logits(model, batch), batch, n_last)
             if n_new:
-                ids = model.generate(
+                new_ids = model.generate(
                     batch.tokens,
                     attention_mask=batch.mask,
                     max_new_tokens=n_new,
@@ -47,9 +40,8 @@ def run_hooked(
                     verbose=False,
                     stop_at_eos=bool(stops),
                     **({"eos_token_id": list(stops)} if stops else {}),
-                )
-                greedy = _cut(ids[:, width:], stops)
-    return Answers(hooked, greedy), Answers(plain, ())
+                )[:, width:]
+    return Answers(hooked, new_ids), Answers(plain, no_ids(batch))
 
 
 def run_exported(
@@ -58,23 +50,22 @@ def run_exported(
     dtype: DtypeText,
     n_last: int,
     n_new: int,
-    stops: tuple[int, ...],
+    stops: Sequence[int],
     adapter: Path | None = None,
 ) -> Answers:
     """An export in plain `transformers` (with PEFT for an adapter)."""
+    from transformers import GenerationConfig
+
     model = load_exported(directory, dtype, adapter)
     width = batch.tokens.shape[1]
     with torch.no_grad():
         logits = model(batch.tokens, attention_mask=batch.mask, position_ids=batch.position_ids).logits
-        ids = model.generate(
-            input_ids=batch.tokens,
-            attention_mask=batch.mask,
-            max_new_tokens=n_new,
-            do_sample=False,
-            eos_token_id=list(stops) or None,
-            pad_token_id=stops[0] if stops else 0,
+        # Not the checkpoint's own settings: a repetition penalty in them would not be the hooked model's.
+        model.generation_config = GenerationConfig(
+            max_new_tokens=n_new, eos_token_id=list(stops) or None, pad_token_id=stops[0] if stops else 0
         )
-    return Answers(_compared(logits, batch, n_last), _cut(ids[:, width:], stops))
+        ids = model.generate(input_ids=batch.tokens, attention_mask=batch.mask)
+    return Answers(compared(logits, batch, n_last), ids[:, width:])
 
 
 def load_exported(directory: Path, dtype: DtypeText, adapter: Path | None = None) -> Any:
@@ -87,29 +78,3 @@ def load_exported(directory: Path, dtype: DtypeText, adapter: Path | None = None
 
         model = load_adapter(model, adapter)
     return model.eval()
-
-
-def stop_ids(directory: Path) -> tuple[int, ...]:
-    """Every token id that ends an answer: the generation config's and the tokenizer's."""
-    from transformers import AutoTokenizer
-
-    from ..files import read_json
-
-    path = directory / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
-    ids = set(found if isinstance(found, list) else [] if found is None else [found])
-    own = AutoTokenizer.from_pretrained(directory).eos_token_id
-    return tuple(sorted(ids | ({own} if own is not None else set())))
-
-
-def _compared(
-    logits: Float[Tensor, "batch pos d_vocab"], batch: TokenBatch, n_last: int
-) -> Float[Tensor, "compared d_vocab"]:
-    """The last positions of each row that are not padding."""
-    kept = batch.mask[:, -n_last:].bool()
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits[:, -n_last:][kept].to(wide).cpu()
-
-
-def _cut(ids: Tensor, stops: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(takewhile(lambda token: token not in stops, row)) for row in ids.tolist())
