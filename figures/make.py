@@ -16,12 +16,12 @@ import plotly.graph_objects as go
 
 from refusal_mi.analysis import load_result
 from refusal_mi.analysis.inputs import RunInputs
-from refusal_mi.cli.combos import points
-from refusal_mi.cli.run import default_options
 from refusal_mi.files import read_json, write_json
 from refusal_mi.models import resolve_source
 from refusal_mi.notebook import combined, load
 from refusal_mi.pipelines.arditi import run as run_arditi
+from refusal_mi.pipelines.defaults import default_options
+from refusal_mi.pipelines.drawing import points
 from refusal_mi.plots import plot_score_panels, plot_scores
 from refusal_mi.plots.combos import plot_combos
 from refusal_mi.plots.save import save_figure, save_figures

@@ -1,7 +1,7 @@
 """Run notebooks and write them back as they are committed: `python notebooks/refresh.py [NOTEBOOK ...]`.
 
 Without arguments, all of them. `make notebooks` only runs them; here outputs are kept too: figures and paragraphs,
-without the traces of progress bars and without the metadata of one machine.
+without lines of progress and without the metadata of one machine.
 """
 
 import sys
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+from refusal_mi.progress import NOTEBOOK_METADATA
 
 FOLDER = Path(__file__).parent
 METADATA = {
@@ -32,15 +34,14 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         cell.metadata = nbformat.NotebookNode()
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _is_trace_of_bar(output)]
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
             for output in cell.outputs:
                 output.get("data", {}).pop("text/plain", None)
     return notebook
 
 
-def _is_trace_of_bar(output: nbformat.NotebookNode) -> bool:
-    """Progress bars show only HTML and its text."""
-    return "text/html" in output.get("data", {}) and set(output.data) <= {"text/html", "text/plain"}
+def _is_progress(output: nbformat.NotebookNode) -> bool:
+    return output.get("metadata", {}).items() >= NOTEBOOK_METADATA.items()
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ _INTERACTIVE, _STATIC = "plotly_mimetype", "svg"
 
 def load(source: str | Path | None = None) -> HookedModel:
     """`load_model` without the libraries' own chatter; None is the embedded model."""
-    from .cli.arguments import quiet_load
-    from .models import resolve_source
+    from .models import quiet_load
 
-    return quiet_load(resolve_source(source), None, "auto", "auto")
+    return quiet_load(source)
 
 
 def named(source: str | Path | None = None) -> str:
@@ -47,9 +46,9 @@ def searched(source: str | None = None, *, folder: str | Path = "../runs", n_pro
         source: None is the embedded model, with its own prompts; any other model gets the general sets.
         n_prompts: training and held-out prompts a side.
     """
-    from .cli.run import default_options
     from .models import model_alias, resolve_source
     from .pipelines.arditi import run
+    from .pipelines.defaults import default_options
     from .stages import RunFolder
 
     name = resolve_source(source)
@@ -62,8 +61,8 @@ def searched(source: str | None = None, *, folder: str | Path = "../runs", n_pro
 
 def splits(source: str | None = None, *, n_train: int = 64, n_val: int = 32, n_test: int = 64) -> tuple[Splits, Splits]:
     """Harmful and harmless prompts for a model: its own for the embedded one, the general sets for any other."""
-    from .cli.run import default_sets
     from .models import resolve_source
+    from .pipelines.defaults import default_sets
 
     harmful, harmless = (
         load_splits(name, n_train=n_train, n_val=n_val, n_test=n_test, seed=42)
@@ -174,12 +173,11 @@ def other_vectors(
 
     Pairs and queries are the model's own for the embedded one, the general sets for any other.
     """
-    from .cli.caa import default_pairs
-    from .cli.run import default_sets
     from .models import model_source
     from .pairs import PairSet, load_pairs
     from .pipelines.alpaca import VECTOR, VectorOptions, load_vectors, row_direction, vector
     from .pipelines.caa import write_vectors
+    from .pipelines.defaults import default_pairs, default_sets
     from .stages import RunFolder
 
     source = model_source(run.model)

@@ -1,14 +1,30 @@
-"""Progress bars with an estimate of the time left, shown only where somebody is looking."""
+"""Progress with an estimate of the time left, shown only where somebody is looking."""
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TypeVar
+
+from rich.console import Console
 
 Item = TypeVar("Item")
 
+QUIET_SECONDS, REFRESH_SECONDS = 5.0, 1.0
+"""In a notebook: how long work must last before it says anything, and how often it does then."""
+NOTEBOOK_METADATA = {"refusal_mi": "progress"}
+"""What marks the output of a notebook as progress."""
+
 
 def track(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:
-    """Yield the items behind a bar on stderr; silent when stderr is neither a terminal nor a notebook."""
-    from rich.console import Console
+    """Yield the items behind a bar on stderr, or a line in a notebook; silent where stderr is neither."""
+    console = Console(stderr=True)
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    if console.is_jupyter:
+        return _in_notebook(items, description, total)
+    return _in_terminal(items, description, total, console)
+
+
+def _in_terminal(items: Iterable[Item], description: str, total: int | None, console: Console) -> Iterator[Item]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -18,7 +34,6 @@ def track(items: Iterable[Item], description: str, *, total: int | None = None) 
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -27,6 +42,49 @@ def track(items: Iterable[Item], description: str, *, total: int | None = None) 
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    shown = console.is_terminal or console.is_jupyter
-    with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         yield from progress.track(items, description=description, total=total)
+
+
+def _in_notebook(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
+    """One line for each cell, which the next bar of that cell writes over.
+
+    A display cannot be taken back, only changed: a bar that vanished would leave an empty output in the notebook.
+    """
+    start = shown = time.monotonic()
+    for n_done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        is_last = n_done == total
+        if now - start >= QUIET_SECONDS and (is_last or now - shown >= REFRESH_SECONDS or shown == start):
+            shown = now
+            _show(_line(description, n_done, total, now - start))
+
+
+def _line(description: str, n_done: int, total: int | None, seconds: float) -> str:
+    if total is None:
+        return f"{description}: {n_done} in {_clock(seconds)}"
+    left = "" if n_done >= total else f", {_clock(seconds / n_done * (total - n_done))} left"
+    return f"{description}: {n_done} of {total} in {_clock(seconds)}{left}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+_handles: dict[int, Any] = {}
+"""Number of the cell that runs -> its line."""
+
+
+def _show(text: str) -> None:
+    from IPython import get_ipython
+    from IPython.display import display
+
+    cell = get_ipython().execution_count  # type: ignore[no-untyped-call, union-attr]
+    data = {"text/plain": text}
+    if cell in _handles:
+        _handles[cell].update(data, raw=True, metadata=NOTEBOOK_METADATA)
+    else:
+        _handles.clear()
+        _handles[cell] = display(data, raw=True, display_id=True, metadata=NOTEBOOK_METADATA)  # type: ignore[no-untyped-call]

@@ -4,10 +4,13 @@ import json
 
 import pytest
 
+from refusal_mi.analysis.patching import patch_activations
 from refusal_mi.analysis.result import load_result
 from refusal_mi.chat import ChatFormat
 from refusal_mi.cli import exit_status
+from refusal_mi.errors import UserError
 from refusal_mi.files import write_json, write_tensors
+from refusal_mi.plots_analysis import figures
 from tests.analysis_cases import HARMFUL, HARMLESS, TOKENS, grid_of
 
 
@@ -51,6 +54,36 @@ def test_analyze_writes_results_and_figures(tiny_dir, run_folder, tmp_path, caps
     assert pca.prompts[:2] == HARMFUL[1:3], "prompts that did not pass the filter are left out"
     assert pca.outcomes[:2] == ("refused", None)
     assert load_result(tmp_path / "projections.json").direction_layer == 3
+
+
+def test_one_analysis_that_cannot_be_done_does_not_stop_the_others(tiny_dir, run_folder, tmp_path, capsys, monkeypatch):
+    def refuse(run):
+        raise UserError("not here")
+
+    monkeypatch.setattr("refusal_mi.analysis.lens.from_run", refuse)
+    model, output = str(tiny_dir("llama")), str(tmp_path)
+    shared = ["analyze", model, "--run", str(run_folder), "--n-prompts", "3", "--output-dir", output, "--device", "cpu"]
+    assert exit_status([*shared, "--what", "lens,logits", "--json"]) == 1
+    answer = capsys.readouterr()
+    assert "no lens: not here" in answer.err and list(json.loads(answer.out)) == ["logits"]
+    assert not (tmp_path / "lens.json").exists() and (tmp_path / "logits.html").exists()
+    assert exit_status([*shared, "--what", "lens"]) == 2
+
+
+def test_a_figure_that_cannot_be_drawn_is_named_and_the_others_are_drawn(tiny_model, tmp_path, capsys):
+    model = tiny_model("llama")
+    chat = ChatFormat(model.tokenizer)
+    patch_activations(model, chat, HARMFUL[:2], HARMLESS[:2], TOKENS, sites=["attn"], layers=[1, 3]).save(
+        tmp_path / "patching.json"
+    )
+    assert exit_status(["plot", str(tmp_path / "patching.json")]) == 0
+    error = capsys.readouterr().err
+    assert "no figure patching_heads" in error and "no figure patching_directional" in error
+    assert {path.name for path in tmp_path.glob("*.html")} == {"patching.html"}
+    assert exit_status(["plot", str(tmp_path / "patching.pt"), "--output", str(tmp_path / "main.html")]) == 0
+    assert "Plotly.newPlot" in (tmp_path / "main.html").read_text()
+    with pytest.warns(UserWarning, match="no figure patching_heads: .*sites that include heads"):
+        assert list(figures(load_result(tmp_path / "patching.json"))) == ["patching"]
 
 
 def test_analyze_refuses_what_it_cannot_do(tiny_dir, run_folder, tmp_path, capsys):

@@ -1,5 +1,8 @@
 """Dose and response: every point is the model under that intervention."""
 
+import statistics
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,7 +15,7 @@ from refusal_mi.interventions import Ablate, Add
 from refusal_mi.judges import is_degenerate, is_refusal
 from refusal_mi.loss import ce_loss, texts_to_score
 from refusal_mi.plots_analysis import figures
-from refusal_mi.scores import refusal_score
+from refusal_mi.scores import next_token_logits, refusal_score
 from refusal_mi.stats import Rate
 from tests.test_analysis_attribution import FAMILIES, random_direction
 
@@ -106,6 +109,35 @@ def test_rates_losses_and_bands(tiny_model, tmp_path) -> None:
     result.save(tmp_path / "dose.json")
     figure = figures(load_result(tmp_path / "dose.json"))["dose"]
     assert {trace.name for trace in figure.data if trace.showlegend} >= {"harmful prompts (n = 2)"}
+
+
+def test_the_control_is_a_band_over_random_directions(tiny_model) -> None:
+    model = tiny_model("llama")
+    chat, direction = ChatFormat(model.tokenizer), random_direction()
+    texts = texts_to_score(chat, ["Some plain words."])
+    settings = {"coefficients": (-2.0, 0.0, 2.0), "strengths": (0.0, 1.0), "max_new_tokens": 2, "texts": texts}
+    result = dose_response(
+        model, chat, direction, HARMFUL, HARMLESS, TOKENS, n_random=3, n_random_answered=1, **settings
+    )
+    assert result.n_random == 3
+    alone = [
+        refusal_score(next_token_logits(model, chat, HARMFUL, interventions=[Add(one, 2.0)]), TOKENS).mean().item()
+        for one in (direction, *map(direction.random_like, range(3)))
+    ]
+    mean, low, high = result.control_band("score", "add/harmful")[2]
+    assert (mean, low, high) == pytest.approx((statistics.mean(alone[1:]), min(alone[1:]), max(alone[1:])), abs=1e-5)
+    z = result.z("add/harmful")
+    assert z[1] is None
+    assert z[2] == pytest.approx((alone[0] - statistics.mean(alone[1:])) / statistics.stdev(alone[1:]), rel=1e-3)
+    ends = result.scores["add/harmful"].mean(-1)
+    assert result.steering("harmful", 2) == pytest.approx((ends[2, 2] - ends[2, 0]).item() / 2)
+    read = ~result.refused["add/harmless"][:, 2].isnan().any(-1)
+    assert read.tolist() == [True, True, False, False] and (~result.ce_loss["add"][:, 2].isnan()).equal(read)
+    few = dose_response(model, chat, direction, HARMFUL, HARMLESS, TOKENS, n_random=2, **settings | {"texts": ()})
+    assert few.z("add/harmful") == [None] * 3
+    with pytest.raises(UserError, match="its negative"):
+        replace(few, coefficients=(-1.0, 0.0, 2.0)).steering("harmful")
+    assert "z = " in figures(result)["dose"].layout.title.subtitle.text
 
 
 def test_both_sides_are_needed(tiny_model) -> None:

@@ -8,7 +8,10 @@ from refusal_mi.analysis.weights import weight_alignment
 from refusal_mi.analysis.writers import ModelWeights, NormMap
 from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import Direction
-from refusal_mi.models import named_weights, norm_before, read_out, readers
+from refusal_mi.errors import UserError
+from refusal_mi.export.families import FAMILIES
+from refusal_mi.forward import read_out
+from refusal_mi.parts import named_weights, norm_before, readers
 from tests.analysis_cases import HARMFUL
 
 LAYER = 2
@@ -37,7 +40,7 @@ def test_heads_and_bias_sum_to_what_attention_adds(tiny_model, family):
     summed = torch.einsum("phi,hid->pd", z, heads).detach()
     bias = [w for w in weights.layout.writers if w.layer == LAYER and w.component == "attn" and w.is_bias]
     summed = summed + sum(named_weights(model)[w.name].detach().double() for w in bias)
-    gain = weights.gain(weights.writers("attn", LAYER)[0])
+    gain = weights.gain("attn", LAYER)
     torch.testing.assert_close(summed * gain, found[out_name], rtol=1e-4, atol=1e-5)
     assert (summed.flip(-1) * gain - found[out_name]).abs().max() > 0.01
 
@@ -52,7 +55,7 @@ def test_with_a_post_norm_they_sum_up_to_its_scale(tiny_model, family):
     z = found[z_name].reshape(len(found[z_name]), *heads.shape[:2])
     summed = torch.einsum("phi,hid->pd", z, heads)
     scale = (summed.square().mean(-1, keepdim=True) + model.original_model.config.rms_norm_eps).sqrt()
-    gain = weights.gain(weights.writers("attn", LAYER)[0])
+    gain = weights.gain("attn", LAYER)
     torch.testing.assert_close(summed * gain / scale, found[out_name], rtol=1e-4, atol=1e-5)
     assert (gain - 1).abs().max() > 0.1
 
@@ -139,3 +142,10 @@ def test_logits_are_those_of_a_stream_that_is_the_direction(tiny_model, family):
     assert result.bottom_ids.tolist() == (-z).topk(4).indices.tolist()
     assert sorted(result.refusal_ranks.tolist()) == list(range(1, model.cfg.d_vocab + 1))
     assert result.refusal_ranks[result.top_ids[0]] == 1
+
+
+def test_an_unknown_type_of_model_is_sent_to_analyses_that_read_no_weights(tiny_model, monkeypatch):
+    model = tiny_model("gpt2")
+    monkeypatch.delitem(FAMILIES, "gpt2")
+    with pytest.raises(UserError, match="'gpt2'; project_residuals, linear_probes and patch_activations"):
+        weight_alignment(model, direction_of(model))

@@ -5,9 +5,14 @@ import json
 import struct
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import plotly.graph_objects as go
 import pytest
+
+from refusal_mi.models import load_model
+from refusal_mi.plots_analysis import plot
+from tests.analysis_cases import analyses
 
 FOLDER = Path(__file__).parents[1] / "figures"
 
@@ -39,6 +44,18 @@ def test_a_picture_names_its_axes_its_model_and_n(name: str) -> None:
 def test_the_picture_of_the_readme_is_1600_pixels_wide() -> None:
     header = (FOLDER / "scores.png").read_bytes()[:24]
     assert struct.unpack(">II", header[16:24])[0] == 1600
+
+
+def test_two_runs_give_the_same_numbers(tiny_dir) -> None:
+    first, second = (numbers_of_a_run(tiny_dir("llama")) for _ in range(2))
+    assert set(make.KINDS) <= set(first) and json.dumps(first) == json.dumps(second)
+    assert any(value for trace in first["lens"]["traces"] for value in trace["y"])
+
+
+def numbers_of_a_run(model_dir: Path) -> dict[str, Any]:
+    """What stands in the JSON of each picture, from a model that was just loaded."""
+    cases = analyses(load_model(model_dir, device="cpu", dtype="float32"))
+    return {kind: make.numbers(plot(cases[kind]())) for kind in cases}
 
 
 def test_numbers_are_the_values_of_the_traces_to_five_digits() -> None:

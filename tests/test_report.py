@@ -4,12 +4,14 @@ import html
 import json
 import re
 import shlex
+import shutil
 from dataclasses import asdict
 
 import pytest
 
 from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
+from refusal_mi.files import write_json
 from refusal_mi.pipelines.options import RunOptions
 from refusal_mi.report import write_report
 from refusal_mi.report.answers import MAX_BYTES_PER_SIDE, MAX_CHARACTERS
@@ -143,6 +145,36 @@ def test_an_effect_that_a_random_direction_has_too_is_not_claimed(tmp_path):
     assert sum("not shown to be specific" in sentence for sentence in verdict.sentences) == 2
 
 
+def make_combination(run, label="2-0", multi="span"):
+    """The ablation of a run as that of a combination inside it: `run/2-0/`."""
+    span = {"label": label, "ranks": [2, 0], "multi": multi, "norms": [3.25, 4.5], "effective_rank": 2}
+    write_json(run / label / "directions_span.json", span)
+    write_json(run / label / "directions_metadata.json", [{"pos": -1, "layer": 4}, {"pos": -2, "layer": 5}])
+    for kind in ("completions", "loss_evals"):
+        for path in (*run.glob(f"{kind}/*ablation*"),):
+            (run / label / kind).mkdir(exist_ok=True)
+            path.rename(run / label / kind / path.name)
+    return run / label
+
+
+def test_a_combination_has_a_report_of_its_own(tmp_path):
+    folder = make_combination(make_run(tmp_path, n_test=40), multi="sequential")
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    text = words(path.read_text())
+    assert "Refusal directions 2-0 of example/chat-model" in text
+    assert "Ablating the directions of ranks 2 and 0 stops refusals." in text
+    assert "Ablating them takes the refusal rate on 40 held-out harmful prompts from 0.97 [0.87, 1.00] to 0.03" in text
+    assert "a random span of equal rank gives 0.95" in text and "on 40 held-out harmless prompts from 0.00" in text
+    assert "one after the other, 2 dimensions" in text and "rank 2 (position −1, layer 4, norm 3.25)" in text
+    assert "added (+1)" not in text and "changes the CE loss by +0.012" in text
+    assert "request number 39" in text and "--directions 2-0" in text and "--multi sequential" in text
+    record = RunRecord.load(folder)
+    assert list(record.losses) == ["baseline", "ablation", "random_ablation_0"]
+    shutil.rmtree(folder / "completions")
+    assert "was not tested on answers" in words(write_report(folder).read_text())
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a run folder"):
         write_report(tmp_path)
@@ -178,7 +210,7 @@ def test_the_command_repeats_the_options(tmp_path, monkeypatch, options):
         raise UserError("far enough")
 
     monkeypatch.setattr("refusal_mi.pipelines.arditi.run", stop)
-    monkeypatch.setattr("refusal_mi.cli.run.quiet_load", lambda *_: None)
+    monkeypatch.setattr("refusal_mi.cli.bundles.quiet_load", lambda *_: None)
     arguments = shlex.split(command_line(run).replace("\\\n", " "))
     assert arguments[:3] == ["refusal-mi", "run", "example/chat-model"]
     assert exit_status([*arguments[1:], "--output-dir", str(tmp_path / "out")]) == 2

@@ -11,12 +11,16 @@ from torch import Tensor
 from ..chat import ChatFormat
 from ..directions import Direction
 from ..errors import UserError
-from ..models import HookedModel, check_raw_basis, model_device, resid_hook
+from ..models import HookedModel, model_device, resid_hook
 from ..progress import track
 from ..tokens import TokenBatch, batches_by_length, left_pad
-from .captures import captured, double, gain_after, head_weights, output_bias, scale_after
+from .captures import captured, double
 from .inputs import RunInputs
 from .result import AnalysisResult, provenance_of
+from .writers import ModelWeights
+
+MAX_MISFIT = 0.05
+"""Largest relative distance between a write and gain × scale × output before the block is called nonlinear here."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def attribute_direction(
         UserError: a group is empty, there is no such layer or position, or the heads' outputs reach the stream
             through more than a norm.
     """
-    check_raw_basis(model)
+    weights = ModelWeights(model)
     layer = model.cfg.n_layers if layer is None else layer
     resid_hook(layer, model.cfg.n_layers)
     found = {}
@@ -124,7 +128,7 @@ def attribute_direction(
         parts: list[tuple[Tensor, ...]] = [()] * len(rows)
         for indices in track(batches_by_length(rows, batch_size), f"attributing, {name}"):
             batch = left_pad([rows[index] for index in indices], chat.pad_id).to(model_device(model))
-            split = _split(model, batch, direction.unit, layer, position)
+            split = _split(weights, batch, direction.unit, layer, position)
             for index, values in zip(indices, zip(*split, strict=True), strict=True):
                 parts[index] = values
         found[name] = [torch.stack(column) for column in zip(*parts, strict=True)]
@@ -141,7 +145,7 @@ def from_run(run: RunInputs) -> AttributionResult:
 
 
 def head_contributions(
-    model: HookedModel,
+    weights: ModelWeights,
     layer: int,
     unit: Float[Tensor, " d_model"],
     z: Float[Tensor, "batch head d_head"],
@@ -153,29 +157,52 @@ def head_contributions(
         z: the heads' outputs before W_O, float64.
         written: what attention added to the stream, float64.
     """
-    weights, bias, gain = (
-        head_weights(model, layer),
-        output_bias(model, layer, "attn"),
-        gain_after(model, layer, "attn"),
-    )
-    output = torch.einsum("bhk,hkd->bd", z, weights)
+    rows, bias, gain = double(weights.head_rows(layer)), weights.bias("attn", layer), weights.gain("attn", layer)
+    output = torch.einsum("bhk,hkd->bd", z, rows)
     if bias is not None:
         output = output + bias
     scale = scale_after(output, gain, written)
-    readout = torch.einsum("b,hkd,d->bhk", scale, weights, gain * unit)
+    readout = torch.einsum("b,hkd,d->bhk", scale, rows, gain * unit)
     biases = torch.zeros_like(scale) if bias is None else scale * (bias @ (gain * unit))
     return (z * readout).sum(-1), biases, readout
 
 
+def scale_after(
+    output: Float[Tensor, "batch d_model"], gain: Float[Tensor, " d_model"], written: Float[Tensor, "batch d_model"]
+) -> Float[Tensor, " batch"]:
+    """The factor c of each row in `written = c · gain ⊙ output`: 1/rms of the norm after it, or a multiplier, or 1.
+
+    Held fixed, it makes the write linear in what the heads computed.
+
+    Raises:
+        UserError: the write is not of that form.
+    """
+    if not bool(torch.isfinite(written).all()):
+        raise UserError(
+            "the model's activations are not finite on this batch; if it runs in float64, where HF's attention cannot "
+            "pad, use float32 or batch_size=1"
+        )
+    reference = output * gain
+    scale = (written * reference).sum(-1) / reference.square().sum(-1).clamp(min=1e-300)
+    misfit = (written - scale[:, None] * reference).norm(dim=-1)
+    if not bool((misfit <= MAX_MISFIT * written.norm(dim=-1)).all()):
+        raise UserError(
+            "this model's blocks change the output of their heads by more than a gain, so it does not split into "
+            "heads; use patch_activations with the sites attn and mlp"
+        )
+    return scale
+
+
 def _split(
-    model: HookedModel, batch: TokenBatch, unit: Float[Tensor, " d_model"], layer: int, position: int
+    weights: ModelWeights, batch: TokenBatch, unit: Float[Tensor, " d_model"], layer: int, position: int
 ) -> tuple[Float[Tensor, "batch ..."], ...]:
     """heads, attn_biases, mlps, mlp_biases, embeddings, projections of one batch."""
+    model = weights.model
     target = resid_hook(layer, model.cfg.n_layers)
     names = ["blocks.0.hook_resid_pre", target]
     for block in range(layer):
         names += [f"blocks.{block}.{point}" for point in ("attn.hook_z", "hook_attn_out", "hook_mlp_out")]
-        if output_bias(model, block, "mlp") is not None:
+        if weights.bias("mlp", block) is not None:
             names.append(f"blocks.{block}.mlp.hook_out")
     found = captured(model, batch, {name: lambda x: double(x[:, position]) for name in names})
     n, n_heads = len(batch.tokens), model.cfg.n_heads
@@ -183,11 +210,10 @@ def _split(
     mlps, mlp_biases = torch.zeros_like(attn_biases), torch.zeros_like(attn_biases)
     for block in range(layer):
         z, written = found[f"blocks.{block}.attn.hook_z"], found[f"blocks.{block}.hook_attn_out"]
-        heads[:, block], attn_biases[:, block], _ = head_contributions(model, block, unit, z, written)
+        heads[:, block], attn_biases[:, block], _ = head_contributions(weights, block, unit, z, written)
         mlp = found[f"blocks.{block}.hook_mlp_out"]
-        bias = output_bias(model, block, "mlp")
+        bias, gain = weights.bias("mlp", block), weights.gain("mlp", block)
         if bias is not None:
-            gain = gain_after(model, block, "mlp")
             scale = scale_after(found[f"blocks.{block}.mlp.hook_out"], gain, mlp)
             mlp_biases[:, block] = scale * (bias @ (gain * unit))
         mlps[:, block] = mlp @ unit - mlp_biases[:, block]

@@ -12,14 +12,13 @@ from ..chat import ChatFormat
 from ..directions import Direction
 from ..errors import UserError
 from ..files import read_json
-from ..generation import generate
 from ..interventions import Ablate, Add, Intervention
-from ..judges import Judge, SubstringJudge, is_degenerate
-from ..loss import ScoredText, ce_loss, texts_to_score
+from ..judges import Judge, SubstringJudge
+from ..loss import ScoredText, texts_to_score
 from ..models import HookedModel
 from ..prompts import load_prompts
-from ..scores import kl_nats, next_token_logits, refusal_score
 from ..stats import Rate, mean_interval
+from .dose_reader import DoseReader
 from .inputs import RunInputs
 from .result import AnalysisResult, finite_or_none, provenance_of
 
@@ -37,6 +36,10 @@ class DoseResult(AnalysisResult):
 
     Tables are `[direction amount prompt]`, float64, by curve: "add/harmful", "add/harmless", "ablate/harmful",
     "ablate/harmless". NaN where nothing was generated or scored.
+
+    A long random vector is no control that does nothing: it drowns out part of the stream and takes both sides'
+    scores toward the middle, whichever its sign. What it does not do is steer (`steering`), or reach what the
+    direction reaches (`z`).
     """
 
     kind: ClassVar[str] = "dose"
@@ -83,9 +86,8 @@ class DoseResult(AnalysisResult):
         Args:
             direction: 0 is the direction, 1.. are the random ones.
         """
-        table = {"score": self.scores, "refused": self.refused, "degenerate": self.degenerate, "kl": self.kl}[measure]
         found: list[tuple[float, float, float] | None] = []
-        for values in table[curve][direction].tolist():
+        for values in self._table(measure, curve)[direction].tolist():
             if finite_or_none(sum(values)) is None:
                 found.append(None)
             elif measure in ("refused", "degenerate"):
@@ -95,6 +97,39 @@ class DoseResult(AnalysisResult):
                 found.append(mean_interval(values))
         return found
 
+    def control_band(self, measure: Measure, curve: str) -> list[tuple[float, float, float] | None]:
+        """(mean, lowest, highest) over random directions of their means over prompts; None at amounts nobody read."""
+        means = self._table(measure, curve)[1:].mean(-1)
+        means = means[~means.isnan().any(-1)]
+        if not len(means):
+            return [None] * len(self.amounts(curve))
+        columns = (means.mean(0), means.amin(0), means.amax(0))
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def z(self, curve: str) -> list[float | None]:
+        """(score − mean of random) / SD of random at every amount, of mean scores; None at 0 or below 3 directions."""
+        means = self.scores[curve].mean(-1)
+        if self.n_random < 3:
+            return [None] * means.shape[1]
+        found = (means[0] - means[1:].mean(0)) / means[1:].std(0)
+        return [
+            finite_or_none(value) if amount else None
+            for amount, value in zip(self.amounts(curve), found.tolist(), strict=True)
+        ]
+
+    def steering(self, side: Side, direction: int = 0) -> float:
+        """Half of score(c) − score(−c), nats, at the largest c in the sweep: what the sign of the direction decides.
+
+        Raises:
+            UserError: the sweep has no coefficient of both signs.
+        """
+        both = [amount for amount in self.coefficients if amount > 0 and -amount in self.coefficients]
+        if not both:
+            raise UserError("steering needs a coefficient and its negative among the coefficients")
+        means = self.scores[f"add/{side}"][direction].mean(-1)
+        ends = [means[self.coefficients.index(sign * max(both))] for sign in (1, -1)]
+        return ((ends[0] - ends[1]) / 2).item()
+
     def monotonicity(self, curve: str, direction: int = 0) -> float:
         """Spearman correlation of the amount with the mean refusal score."""
         return _spearman(self.amounts(curve), self.scores[curve][direction].mean(-1).tolist())
@@ -103,6 +138,10 @@ class DoseResult(AnalysisResult):
         """Largest minus smallest mean refusal score (nats) over the amounts."""
         means = self.scores[curve][direction].mean(-1)
         return (means.max() - means.min()).item()
+
+    def _table(self, measure: Measure, curve: str) -> Float[Tensor, "direction amount prompt"]:
+        tables = {"score": self.scores, "refused": self.refused, "degenerate": self.degenerate, "kl": self.kl}
+        return tables[measure][curve]
 
 
 def dose_response(
@@ -116,7 +155,8 @@ def dose_response(
     coefficients: Sequence[float] = COEFFICIENTS,
     strengths: Sequence[float] = STRENGTHS,
     texts: Sequence[ScoredText] = (),
-    n_random: int = 3,
+    n_random: int = 8,
+    n_random_answered: int = 2,
     max_new_tokens: int | None = 32,
     judge: Judge | None = None,
     batch_size: int = 32,
@@ -126,6 +166,7 @@ def dose_response(
     Args:
         texts: what CE loss is measured on; none leaves it out.
         n_random: random directions of equal norm, seeds 0, 1, ...
+        n_random_answered: of how many of them answers and CE loss are read too, which takes most of the time.
         max_new_tokens: length of the answers that rates are read from; None generates none.
         judge: says which answers complied; the published phrases by default.
 
@@ -136,13 +177,16 @@ def dose_response(
         raise UserError("dose_response needs prompts on both sides")
     prompts: dict[str, list[str]] = {"harmful": list(harmful), "harmless": list(harmless)}
     judged = SubstringJudge() if judge is None else judge
-    reader = _Reader(model, chat, prompts, refusal_tokens, texts, max_new_tokens, judged, batch_size)
+    reader = DoseReader(model, chat, prompts, refusal_tokens, texts, max_new_tokens, judged, batch_size)
     directions = [direction, *(direction.random_like(seed) for seed in range(n_random))]
     amounts: dict[Kind, Sequence[float]] = {"add": coefficients, "ablate": strengths}
     tables: dict[str, dict[str, Tensor]] = {measure: {} for measure in get_args(Measure)}
     losses: dict[str, Tensor] = {}
     for kind, values in amounts.items():
-        rows = [[reader.read(_intervention(kind, one, value)) for value in values] for one in directions]
+        rows = [
+            [reader.read(_intervention(kind, one, value), is_whole=index <= n_random_answered) for value in values]
+            for index, one in enumerate(directions)
+        ]
         losses[kind] = torch.tensor([[loss for _, loss in row] for row in rows], dtype=torch.float64)
         for side in prompts:
             for index, measure in enumerate(tables):
@@ -170,7 +214,7 @@ def dose_response(
 
 
 def from_run(run: RunInputs) -> DoseResult:
-    """The chosen direction and three random ones, on held-out prompts and the run's plain text."""
+    """The chosen direction and random ones, on held-out prompts and the run's plain text."""
     text_set = read_json(run.path / "run.json")["options"]["text_set"]
     texts = load_prompts(text_set, limit=MAX_TEXTS)
     return dose_response(
@@ -190,70 +234,6 @@ def _intervention(kind: Kind, direction: Direction, amount: float) -> Interventi
     if amount == 0:
         return None
     return Add(direction, amount) if kind == "add" else Ablate(direction, amount)
-
-
-class _Reader:
-    """All measures of the model under one intervention; the plain model is read once."""
-
-    def __init__(
-        self,
-        model: HookedModel,
-        chat: ChatFormat,
-        prompts: Mapping[str, Sequence[str]],
-        refusal_tokens: Sequence[int],
-        texts: Sequence[ScoredText],
-        max_new_tokens: int | None,
-        judge: Judge,
-        batch_size: int,
-    ) -> None:
-        self.model, self.chat, self.prompts, self.texts = model, chat, prompts, texts
-        self.refusal_tokens, self.max_new_tokens = refusal_tokens, max_new_tokens
-        self.judge, self.batch_size = judge, batch_size
-        self.plain_logits = {side: self._logits(side, ()) for side in prompts}
-        self.plain = self._measure(())
-
-    def read(self, intervention: Intervention | None) -> tuple[dict[str, list[Tensor]], float]:
-        """Side -> [score, refused, degenerate, KL] of every prompt, and the CE loss."""
-        return self.plain if intervention is None else self._measure((intervention,))
-
-    def _measure(self, interventions: Sequence[Intervention]) -> tuple[dict[str, list[Tensor]], float]:
-        found = {}
-        for side in self.prompts:
-            logits = self._logits(side, interventions)
-            refused, degenerate = self._verdicts(side, interventions)
-            kl = kl_nats(self.plain_logits[side], logits)
-            found[side] = [refusal_score(logits, self.refusal_tokens), refused, degenerate, kl]
-        return found, self._loss(interventions)
-
-    def _logits(self, side: str, interventions: Sequence[Intervention]) -> Float[Tensor, "prompt d_vocab"]:
-        return next_token_logits(
-            self.model, self.chat, self.prompts[side], interventions=interventions, batch_size=self.batch_size
-        )
-
-    def _verdicts(
-        self, side: str, interventions: Sequence[Intervention]
-    ) -> tuple[Float[Tensor, " prompt"], Float[Tensor, " prompt"]]:
-        texts = list(self.prompts[side])
-        if self.max_new_tokens is None:
-            unread = torch.full((len(texts),), float("nan"), dtype=torch.float64)
-            return unread, unread
-        answers = generate(
-            self.model,
-            self.chat,
-            texts,
-            interventions=interventions,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-        )
-        responses = [answer.text for answer in answers]
-        complied = torch.tensor(self.judge.complied(texts, responses), dtype=torch.float64)
-        return 1 - complied, torch.tensor([is_degenerate(text) for text in responses], dtype=torch.float64)
-
-    def _loss(self, interventions: Sequence[Intervention]) -> float:
-        if not self.texts:
-            return float("nan")
-        batch_size = max(1, self.batch_size // 4)
-        return ce_loss(self.model, self.chat, self.texts, interventions=interventions, batch_size=batch_size).ce_loss
 
 
 def _spearman(x: Sequence[float], y: Sequence[float]) -> float:

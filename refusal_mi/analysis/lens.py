@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..chat import ChatFormat
 from ..errors import UserError
-from ..models import HookedModel, read_out
+from ..forward import read_out
+from ..models import HookedModel
 from ..scores import log_odds
 from .inputs import RunInputs
 from .residuals import as_double, stream_residuals

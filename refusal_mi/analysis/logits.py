@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..directions import Direction, DirectionGrid
 from ..errors import UserError
-from ..models import HookedModel, final_norm
+from ..models import HookedModel
+from ..parts import final_norm
 from .inputs import RunInputs
 from .result import AnalysisResult, provenance_of
 from .writers import ModelWeights, NormMap

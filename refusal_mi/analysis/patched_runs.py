@@ -10,7 +10,8 @@ from torch import Tensor
 from ..chat import ChatFormat
 from ..directions import Direction
 from ..errors import UserError
-from ..models import Hook, HookedModel, last_logits, model_device, resid_hook, skipping_blocks, write_hooks
+from ..forward import last_logits, skipping_blocks
+from ..models import Hook, HookedModel, model_device, resid_hook, write_hooks
 from ..progress import track
 from ..scores import refusal_score
 from ..tokens import TokenBatch, batches_by_length, left_pad

@@ -17,6 +17,7 @@ from .attribution import attribute_direction, head_contributions
 from .captures import captured, double
 from .inputs import RunInputs
 from .result import AnalysisResult, provenance_of
+from .writers import ModelWeights
 
 N_PROMPTS, N_HEADS = 6, 8
 
@@ -115,17 +116,18 @@ def split_by_source(
 ) -> tuple[Float[Tensor, "prompt head pos"], Float[Tensor, "prompt head pos"]]:
     """Contribution and attention of each head by source token, rows left-padded to the longest with zeros."""
     width = max(map(len, rows))
+    weights = ModelWeights(model)
     contributions = torch.zeros(len(rows), len(heads), width, dtype=torch.float64)
     patterns = torch.zeros_like(contributions)
     for start in range(0, len(rows), batch_size):
         batch = left_pad(rows[start : start + batch_size], pad_id).to(model_device(model))
         here = slice(start, start + len(batch.tokens)), slice(None), slice(width - batch.tokens.shape[1], None)
-        contributions[here], patterns[here] = _split(model, batch, unit, heads, position)
+        contributions[here], patterns[here] = _split(weights, batch, unit, heads, position)
     return contributions, patterns
 
 
 def _split(
-    model: HookedModel,
+    weights: ModelWeights,
     batch: TokenBatch,
     unit: Float[Tensor, " d_model"],
     heads: Sequence[tuple[int, int]],
@@ -138,12 +140,12 @@ def _split(
         readers[f"blocks.{layer}.hook_attn_out"] = lambda x: double(x[:, position])
         readers[f"blocks.{layer}.attn.hook_pattern"] = lambda x: double(x[:, :, position])
         readers[f"blocks.{layer}.attn.hook_v"] = double
-    found = captured(model, batch, readers)
+    found = captured(weights.model, batch, readers)
     mask = batch.mask.cpu()[:, None].bool()
     by_layer = {}
     for layer in layers:
         z, written = found[f"blocks.{layer}.attn.hook_z"], found[f"blocks.{layer}.hook_attn_out"]
-        _, _, readout = head_contributions(model, layer, unit, z, written)
+        _, _, readout = head_contributions(weights, layer, unit, z, written)
         values = found[f"blocks.{layer}.attn.hook_v"]
         values = values.repeat_interleave(z.shape[1] // values.shape[2], dim=2)
         pattern = found[f"blocks.{layer}.attn.hook_pattern"].masked_fill(~mask, 0)

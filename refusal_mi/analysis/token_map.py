@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..chat import ChatFormat
 from ..directions import Direction
-from ..models import HookedModel, cached_residuals, check_raw_basis, model_device
+from ..forward import cached_residuals
+from ..models import HookedModel, check_raw_basis, model_device
 from ..tokens import left_pad
 from .inputs import RunInputs
 from .residuals import as_double

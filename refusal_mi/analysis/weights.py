@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..models import HookedModel, norm_before, readers
+from ..models import HookedModel
+from ..parts import norm_before, readers
 from .inputs import RunInputs
 from .result import AnalysisResult, provenance_of
 from .writers import ModelWeights, NormMap, norms_along
@@ -101,13 +102,9 @@ def from_run(run: RunInputs) -> WeightsResult:
 def _writes(
     weights: ModelWeights, layer: int, vectors: Float[Tensor, "vector d_model"]
 ) -> Float[Tensor, "writer vector"]:
-    (attention,) = weights.writers("attn", layer)
-    seen = vectors * weights.gain(attention)
-    heads = [norms_along(rows, seen) for rows in weights.head_rows(layer)]
-    mlp = [
-        norms_along(weights.written_rows(writer), vectors * weights.gain(writer))
-        for writer in weights.writers("mlp", layer)
-    ]
+    heads = [norms_along(rows, vectors * weights.gain("attn", layer)) for rows in weights.head_rows(layer)]
+    seen = vectors * weights.gain("mlp", layer)
+    mlp = [norms_along(weights.written_rows(writer), seen) for writer in weights.writers("mlp", layer)]
     return torch.stack([*heads, _together(mlp)])
 
 

@@ -8,8 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import UserError
 from ..export.classify import Layout, Writer, build_skeleton, classify
-from ..models import Component, HookedModel, check_raw_basis, named_weights
+from ..export.families import FAMILIES
+from ..models import Component, HookedModel, check_raw_basis
+from ..parts import named_weights
 
 _CHUNK = 4096
 _LONG = 1e3
@@ -26,8 +29,17 @@ class ModelWeights:
 
     @cached_property
     def layout(self) -> Layout:
-        """Which tensors write, along which axis, and which norm comes after."""
+        """Which tensors write, along which axis, and which norm comes after.
+
+        Raises:
+            UserError: nobody has said so for this type of model.
+        """
         config = self.model.original_model.config  # type: ignore[attr-defined]
+        if config.model_type not in FAMILIES:
+            raise UserError(
+                f"this analysis reads weights, and which of them write into the stream is not known for model type "
+                f"{config.model_type!r}; project_residuals, linear_probes and patch_activations read activations only"
+            )
         skeleton = build_skeleton(config)
         return classify(config, {name: tuple(p.shape) for name, p in skeleton.named_parameters()}, skeleton=skeleton)
 
@@ -46,12 +58,19 @@ class ModelWeights:
         tensor = self.named[writer.name].detach()
         return tensor.movedim(writer.axis, -1).reshape(-1, tensor.shape[writer.axis])
 
-    def gain(self, writer: Writer) -> Float[Tensor, " d_model"]:
-        """What multiplies a writer's output on its way into the stream: post-norm gain and residual scale."""
-        ones = torch.ones(self.layout.d_model, dtype=torch.float64)
+    def gain(self, component: Component, layer: int) -> Float[Tensor, " d_model"]:
+        """What multiplies a component's output on its way into the stream: post-norm gain and residual scale."""
+        writer = self.writers(component, layer)[0]
+        gain = torch.ones(self.layout.d_model, dtype=torch.float64)
         if writer.post_norm is not None:
-            ones = self.named[writer.post_norm].detach().cpu().double() + self.layout.family.gain_offset
-        return ones * self.layout.residual_scale
+            gain = self.named[writer.post_norm].detach().cpu().double() + self.layout.family.gain_offset
+        return gain * self.layout.residual_scale
+
+    def bias(self, component: Component, layer: int) -> Float[Tensor, " d_model"] | None:
+        """What a component adds to its output before a post-norm; None without one, or where every expert has one."""
+        found = [w for w in self.layout.writers if w.component == component and w.layer == layer and w.is_bias]
+        tensors = [self.named[writer.name] for writer in found]
+        return tensors[0].detach().cpu().double() if tensors and tensors[0].ndim == 1 else None
 
     def head_rows(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """W_O of every head of a block, before a post-norm."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..analysis.result import AnalysisResult
 
 FOLDER = "analysis"
+SCIENCE_FAILED = 1
 
 
 def register(app: typer.Typer) -> None:
@@ -45,7 +46,10 @@ def command(
     output_dir: Annotated[Path | None, typer.Option(help="Where results go; default RUN/analysis.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Analyze the direction of a run: results as .json and .pt, figures as .html."""
+    """Analyze the direction of a run: results as .json and .pt, figures as .html.
+
+    An analysis that this run cannot have is named, the others are done, and the exit status is 1.
+    """
     from ..analysis.inputs import RunInputs, check_model_of_run
     from ..models import model_alias
     from .tables import print_facts, print_json
@@ -57,15 +61,22 @@ def command(
     if n_prompts < 2:
         raise UserError(f"--n-prompts must be at least 2, not {n_prompts}")
     inputs = RunInputs(quiet_load(source, revision, device, dtype), path, n_prompts, 32, seed)
-    written, size = {}, parse_batch_size(batch_size)
+    written, size, n_failed = {}, parse_batch_size(batch_size), 0
     for kind in kinds:
         typer.echo(kind, err=True)
-        result = _analyze(kind, inputs, size)
+        try:
+            result = _analyze(kind, inputs, size)
+        except UserError as error:
+            if len(kinds) == 1:
+                raise
+            typer.echo(f"no {kind}: {error}", err=True)
+            n_failed += 1
+            continue
         target = (output_dir or path / FOLDER) / f"{kind}.json"
         result.save(target)
         written[kind] = [str(target), *map(str, draw(result, target.parent))]
     print_json(written) if as_json else print_facts(written)
-    return 0
+    return SCIENCE_FAILED if n_failed else 0
 
 
 def redraw(result: Path, output_dir: Path | None = None) -> list[Path]:
@@ -76,16 +87,18 @@ def redraw(result: Path, output_dir: Path | None = None) -> list[Path]:
 
 
 def draw(result: "AnalysisResult", folder: Path) -> list[Path]:
-    """Write every figure of a result as HTML that needs no network, with plotly once beside them."""
+    """Write every figure that a result has as HTML that needs no network, with plotly once beside them."""
     from ..files import write_text
     from ..plots.save import save_figures
-    from ..plots_analysis import figures
+    from ..plots_analysis import draw_all
 
-    drawn = figures(result)
-    pages = {name: page for name, page in drawn.items() if isinstance(page, str)}
+    drawn = draw_all(result)
+    for name, why in drawn.left_out.items():
+        typer.echo(f"no figure {name}: {why}", err=True)
+    pages = {name: page for name, page in drawn.figures.items() if isinstance(page, str)}
     for name, page in pages.items():
         write_text(folder / f"{name}.html", page)
-    plotted = {name: figure for name, figure in drawn.items() if not isinstance(figure, str)}
+    plotted = {name: figure for name, figure in drawn.figures.items() if not isinstance(figure, str)}
     files = save_figures(plotted, folder) if plotted else []
     return [folder / name for name in [*files, *(f"{name}.html" for name in pages)]]
 

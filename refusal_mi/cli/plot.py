@@ -41,7 +41,7 @@ def command(
         Path | None,
         typer.Option(
             help="Of a run: FILE.html, or FILE.png, .svg or .pdf through a local Chromium. "
-            "Of a result: a folder for its figures; default: beside it."
+            "Of a result: the same, for its main figure, or a folder for all; default: all, beside it."
         ),
     ] = None,
     what: Annotated[What, typer.Option(help="scores: the three per-layer scores; one of them; rates; loss.")] = (
@@ -54,15 +54,28 @@ def command(
     from ..report.folder import RunRecord
     from .analyze import redraw
 
-    if saved.suffix == ".json":
-        for file in redraw(saved, output):
-            typer.echo(str(file))
+    file = output if output is not None and output.suffix in (".html", *STATIC) else None
+    if saved.suffix in (".json", ".pt"):
+        if file is not None:
+            save_figure(_main_figure(saved), file, width=width)
+        for drawn in redraw(saved, output) if file is None else [file]:
+            typer.echo(str(drawn))
         return 0
-    if output is None or output.suffix not in (".html", *STATIC):
+    if file is None:
         raise UserError(f"--output is a file ending in .html, {', '.join(STATIC)}, not {output}")
-    save_figure(_figure(RunRecord.load(saved), what), output, width=width)
-    typer.echo(str(output))
+    save_figure(_figure(RunRecord.load(saved), what), file, width=width)
+    typer.echo(str(file))
     return 0
+
+
+def _main_figure(saved: Path) -> "Figure":
+    from ..analysis.result import load_result
+    from ..plots_analysis import plot
+
+    figure = plot(load_result(saved))
+    if isinstance(figure, str):
+        raise UserError(f"the main figure of {saved} is a page of HTML: give a folder as --output")
+    return figure
 
 
 def _figure(record: "RunRecord", what: What) -> "Figure":

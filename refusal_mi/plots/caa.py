@@ -9,7 +9,7 @@ _STYLES = {1: ("#33508f", "solid", "circle"), -1: (ACCENT, "dash", "square")}
 
 
 def plot_layer_sweep(sweep: ABSweep, *, model: str = "", multipliers: tuple[float, ...] = (1.0, -1.0)) -> go.Figure:
-    """Change of p(matching answer) against CAA's layer, one line per multiplier, with 95% intervals of p."""
+    """Change of p(matching answer) against CAA's layer, one line per multiplier, with 95% intervals."""
     figure, names = go.Figure(), []
     for multiplier in multipliers:
         points = sorted((point for point in sweep.points if point.multiplier == multiplier), key=lambda p: p.layer)
@@ -28,8 +28,8 @@ def plot_layer_sweep(sweep: ABSweep, *, model: str = "", multipliers: tuple[floa
                 error_y={
                     "type": "data",
                     "symmetric": False,
-                    "array": [point.high - point.p for point in points],
-                    "arrayminus": [point.p - point.low for point in points],
+                    "array": [point.delta_high - point.delta for point in points],
+                    "arrayminus": [point.delta - point.delta_low for point in points],
                     "thickness": 1,
                     "width": 3,
                 },

@@ -42,12 +42,14 @@ class CombinationPoint:
         return size if self.is_allowed else f"{size}, KL over the limit"
 
 
-def plot_combos(points: Sequence[CombinationPoint], *, text_set: str, kl_max: float, model: str = "") -> go.Figure:
+def plot_combos(
+    points: Sequence[CombinationPoint], *, text_set: str, kl_max: float | None, model: str = ""
+) -> go.Figure:
     """Refusal rate (with 95% Wilson intervals) against CE loss on plain text; the winner is ringed.
 
     Args:
         text_set: what the CE loss is measured on.
-        kl_max: the limit that decides which combinations may win (nats).
+        kl_max: the limit that decides which combinations may win (nats); None is none.
     """
     figure = go.Figure()
     groups = list(dict.fromkeys(point.group for point in points))
@@ -61,7 +63,8 @@ def plot_combos(points: Sequence[CombinationPoint], *, text_set: str, kl_max: fl
     figure.update_xaxes(title=f"CE loss on {plain(text_set)} (nats per token)", tickformat=".3~f")
     figure.update_yaxes(title="fraction of validation answers that refuse", range=[-0.05, 1.07], dtick=0.25)
     n = points[0].refusal.n if points else 0
-    parts = (plain(model), f"n = {n} harmful validation prompts", f"winners need KL ≤ {kl_max:g} nats")
+    rule = "" if kl_max is None else f"winners need KL ≤ {kl_max:g} nats"
+    parts = (plain(model), f"n = {n} harmful validation prompts", rule)
     return finish(
         figure,
         title="Refusal against cost, by ablated directions",
@@ -78,13 +81,14 @@ def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
     fill = {"random": MUTED, "plain model": ACCENT}.get(points[0].kind, _FILLS[size % len(_FILLS)])
     if not points[0].is_allowed:
         symbol, fill = f"{symbol}-open", INK
-    shown = points[0].kind == "combination"
+    # The others crowd around the same loss; hover names them.
+    shown = points[0].kind == "combination" and points[0].is_allowed
     return go.Scatter(
         x=[point.ce_loss for point in points],
         y=[point.refusal.value for point in points],
         mode="markers+text" if shown else "markers",
         text=[point.label for point in points],
-        textposition="middle right",
+        textposition=["top center", "bottom center"] * (len(points) // 2) + ["top center"] * (len(points) % 2),
         textfont={"size": 11, "color": MUTED},
         name=group,
         marker={"symbol": symbol, "size": 11, "color": fill, "line": {"color": INK, "width": 1}},

@@ -34,6 +34,11 @@ class SideEffects:
     set_name: str
     effects: tuple[Effect, ...]
 
+    @property
+    def title(self) -> str:
+        """harmful prompts (advbench); the set is left out where it is called like its side."""
+        return f"{self.side} prompts" + ("" if self.set_name == self.side else f" ({self.set_name})")
+
     def find(self, label: str) -> Effect | None:
         """The effect of this label, if it was measured."""
         return next((effect for effect in self.effects if effect.label == label), None)
@@ -56,7 +61,12 @@ def intervention_name(label: str, side: Side) -> str:
 def plot_rates(sides: Sequence[SideEffects], *, model: str = "", columns: Literal[1, 2] = 2) -> go.Figure:
     """Fraction of answers that refuse and that are degenerate text, with 95% Wilson intervals."""
     rows = 1 if columns == 2 else max(1, len(sides))
-    titles = [f"<b>{side.side} prompts</b><br>{plain(side.set_name)}, n = {_n(side)}" for side in sides]
+    titles = [
+        f"<b>{side.side} prompts</b><br>"
+        + ("" if side.set_name == side.side else f"{plain(side.set_name)}, ")
+        + f"n = {_n(side)}"
+        for side in sides
+    ]
     figure = make_subplots(
         rows, max(1, min(columns, len(sides))), subplot_titles=titles, horizontal_spacing=0.2, vertical_spacing=0.2
     )

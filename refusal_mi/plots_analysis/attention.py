@@ -10,7 +10,7 @@ from ..analysis.attention import AttentionResult
 from ..plots.style import finish
 from ..stats import mean_interval
 from .pages import View, page, shown_tokens
-from .parts import WIDTH, group_style, hatching, heatmap, subtitle
+from .parts import WIDTH, bars, heatmap, subtitle
 
 
 def plot_attention(result: AttentionResult) -> go.Figure:
@@ -20,9 +20,9 @@ def plot_attention(result: AttentionResult) -> go.Figure:
     tables = (result.mass.mean(2), result.contributions.sum(2))
     for index, variant in enumerate(result.variants):
         for column, table in enumerate(tables, start=1):
-            bars = _bars(result, variant, table[index], index, "%{y:.3f}" if column == 1 else "%{y:.4f}")
-            bars.showlegend = column == 1
-            figure.add_trace(bars, row=1, col=column)
+            trace = _bars(result, variant, table[index], index, "%{y:.3f}" if column == 1 else "%{y:.4f}")
+            trace.showlegend = column == 1
+            figure.add_trace(trace, row=1, col=column)
     figure.update_yaxes(title="attention (fraction)", range=[0, 1], row=1, col=1)
     figure.update_yaxes(title="⟨write, r̂⟩ (residual stream units)", row=1, col=2)
     figure.add_hline(0, line={"color": "#1a1a1a", "width": 1}, row=1, col=2)
@@ -70,7 +70,6 @@ def _bars(
     result: AttentionResult, variant: str, values: Float[Tensor, "prompt region"], index: int, number: str
 ) -> go.Bar:
     found = [mean_interval(column.tolist()) for column in values.T]
-    style = group_style(index)
     counts = result.n_tokens[index].mean(0).tolist()
     return go.Bar(
         x=list(result.regions),
@@ -83,7 +82,7 @@ def _bars(
         },
         name=variant,
         legendgroup=variant,
-        marker={"color": style.color, "pattern": hatching(index)},
+        marker=bars(index),
         customdata=counts,
         hovertemplate=f"<b>{variant}</b>, %{{x}} (%{{customdata:.1f}} tokens)<br>{number}<extra></extra>",
     )

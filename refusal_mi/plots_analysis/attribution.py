@@ -8,16 +8,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..analysis.attribution import AttributionResult
+from ..errors import UserError
 from ..plots.style import finish
 from ..stats import mean_interval
-from .parts import WIDTH, group_style, hatching, heatmap, signed, subtitle
+from .parts import WIDTH, bars, heatmap, signed, subtitle
 
 _UNIT = "⟨write, r̂⟩ (residual stream units)"
 _N_RANKED = 16
 
 
 def plot_attribution(result: AttributionResult) -> go.Figure:
-    """Mean contribution of every head, MLP and bias: first group minus second, or the only group."""
+    """Mean contribution of every head, MLP and bias: first group minus second, or the only group.
+
+    Raises:
+        UserError: no block comes before the layer that is explained.
+    """
+    if result.layer == 0:
+        raise UserError("no block writes into the stream before layer 0; call attribute_direction with a later layer")
     values, what = _contrast(result)
     columns = [f"H{head}" for head in range(values.shape[1] - 3)] + ["MLP", "attention bias", "MLP bias"]
     shown = [index for index, name in enumerate(columns) if "bias" not in name or bool(values[:, index].any())]
@@ -43,7 +50,6 @@ def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
     names = order[:_N_RANKED]
     figure, legend = go.Figure(), []
     for index, group in enumerate(shown):
-        style = group_style(index)
         found = [mean_interval(by_group[group][name].tolist()) for name in names]
         label = f"{group} (n = {len(result.projections[group])})"
         legend.append(label)
@@ -60,14 +66,14 @@ def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
                 orientation="h",
                 name=label,
                 legendgroup=label,
-                marker={"color": style.color, "pattern": hatching(index)},
+                marker=bars(index),
                 hovertemplate=f"<b>{group}</b>, %{{y}}<br>%{{x:.4f}}<extra></extra>",
             )
         )
     figure.update_layout(bargap=0.25, bargroupgap=0.05)
     figure.add_vline(0, line={"color": "#1a1a1a", "width": 1})
     figure.update_xaxes(title=_UNIT)
-    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_yaxes(title="component", autorange="reversed", automargin=True)
     about = subtitle(result.model_name, "mean and 95% interval over prompts", _sum_note(result))
     height = 30 * len(names) + 20
     return finish(figure, title=_title(result), about=about, height=height, legend_names=legend, width=WIDTH)

@@ -21,6 +21,8 @@ _GROUPS = (
     SeriesStyle("#5b3f8c", "longdashdot", "cross"),
 )
 _MAX_CELLS_WITH_TEXT = 130
+_CHARACTER = 7.4
+"""Width of a character of a tick label (px)."""
 
 
 def group_style(index: int) -> SeriesStyle:
@@ -28,10 +30,12 @@ def group_style(index: int) -> SeriesStyle:
     return _GROUPS[index % len(_GROUPS)]
 
 
-def hatching(index: int) -> dict[str, Any]:
-    """The pattern of the bars of one group, over their color."""
+def bars(index: int) -> dict[str, Any]:
+    """The marker of the bars of one group: a tint that leaves error bars visible, told apart by its hatching."""
+    color = group_style(index).color
     shape = ("", "/", ".", "x", "\\")[index % 5]
-    return {"shape": shape, "fillmode": "overlay", "fgcolor": "white", "size": 7, "solidity": 0.3}
+    pattern = {"shape": shape, "fillmode": "overlay", "fgcolor": color, "size": 7, "solidity": 0.3}
+    return {"color": _tint(color), "line": {"color": color, "width": 1.2}, "pattern": pattern}
 
 
 def subtitle(*parts: str) -> str:
@@ -124,10 +128,22 @@ def heatmap(
         textfont={"size": 11},
         customdata=custom,
         hovertemplate=f"{hover}<extra></extra>",
-        colorbar={"title": {"text": unit, "side": "right"}, "thickness": 14, "outlinewidth": 0, **(colorbar or {})},
+        colorbar={
+            "title": {"text": unit, "side": "right", "font": {"size": 12}},
+            "tickfont": {"size": 11},
+            "thickness": 14,
+            "outlinewidth": 0,
+            **(colorbar or {}),
+        },
         xgap=1,
         ygap=1,
     )
+
+
+def with_room_below(figure: go.Figure, labels: Sequence[str], slope: float = 1.0) -> go.Figure:
+    """Grow a figure by what its slanted labels on the x axis need (`slope`: 1 is upright, 0.5 is at 30°)."""
+    room = round(slope * _CHARACTER * max(map(len, labels), default=0))
+    return figure.update_layout(height=figure.layout.height + room, margin_b=figure.layout.margin.b + room)
 
 
 def zero_line(figure: go.Figure, value: float = 0.0, **place: Any) -> None:
@@ -144,5 +160,14 @@ def mark_layer(figure: go.Figure, layer: int, text: str, **place: Any) -> None:
 
 
 def _faint(color: str) -> str:
-    red, green, blue = (int(color[start : start + 2], 16) for start in (1, 3, 5))
+    red, green, blue = _parts(color)
     return f"rgba({red},{green},{blue},0.14)"
+
+
+def _tint(color: str) -> str:
+    red, green, blue = (255 - (255 - part) * 4 // 10 for part in _parts(color))
+    return f"rgb({red},{green},{blue})"
+
+
+def _parts(color: str) -> list[int]:
+    return [int(color[start : start + 2], 16) for start in (1, 3, 5)]

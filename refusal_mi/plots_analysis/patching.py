@@ -11,10 +11,13 @@ from ..analysis.patched_runs import Site
 from ..analysis.patching import WAYS, PatchingResult, Way
 from ..errors import UserError
 from ..plots.style import finish
-from .parts import CONTROL, WIDTH, group_style, heatmap, line, position_label, subtitle, zero_line
+from .parts import CONTROL, WIDTH, group_style, heatmap, line, number, position_label, subtitle, zero_line
 
 _UNIT = "effect (fraction of the gap)"
 _LIMITS = (-1.0, 1.0)
+_SHOWN = 0.05
+"""Effects below are not printed in the narrow cells."""
+_MAX_COLUMNS_WITH_TEXT = 12
 _NAMES = {"resid": "stream", "attn": "attention", "mlp": "MLP", "resid_mid": "stream between", "heads": "heads"}
 
 
@@ -44,9 +47,9 @@ def plot_patching(result: PatchingResult) -> go.Figure:
     figure.update_xaxes(type="category")
     figure.update_yaxes(type="category", autorange="reversed")
     figure.update_annotations(font_size=13)
-    figure.update_traces(colorbar={"len": 0.3, "y": 0.86})
+    figure.update_traces(colorbar={"len": 0.36, "y": 0.84})
     height = 3 * max(150, 30 * len(result.positions)) + 80
-    about = _about(result, "control: another harmless prompt")
+    about = _about(result, f"control: another harmless prompt · no number: below {_SHOWN:g}")
     title = "Activation patching: share of the refusal score that one activation carries over"
     return finish(figure, title=title, about=about, height=height, legend_names=[], width=WIDTH, top=104)
 
@@ -128,7 +131,11 @@ def _map(
         labels = [f"H{head}" for head in range(values.shape[1])]
     layers = [str(layer) for layer in result.layers]
     hover = f"{_NAMES[site]}, layer %{{x}}, %{{y}}<br>effect %{{z:.3f}}" + (" %{customdata}" if notes else "")
-    return heatmap(values.T, layers, labels, _UNIT, hover=hover, custom=notes, limits=_LIMITS)
+    trace = heatmap(values.T, layers, labels, _UNIT, hover=hover, custom=notes, limits=_LIMITS)
+    trace.text = [[number(value) if abs(value) >= _SHOWN else "" for value in row] for row in values.T.tolist()]
+    trace.texttemplate = "%{text}" if len(layers) <= _MAX_COLUMNS_WITH_TEXT else None
+    trace.textfont.size = 11 if len(layers) <= 8 else 9
+    return trace
 
 
 def _intervals(result: PatchingResult, site: Site, way: Way) -> list[list[str]]:

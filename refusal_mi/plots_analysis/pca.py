@@ -4,6 +4,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..analysis.pca import PcaResult
+from ..errors import UserError
 from ..plots.style import finish
 from .parts import WIDTH, group_style, number, shortened, signed, subtitle
 
@@ -12,7 +13,13 @@ _SHAPES = ("circle", "square", "diamond", "triangle-up", "cross")
 
 
 def plot_pca(result: PcaResult) -> go.Figure:
-    """One panel per layer: shape and color are the group, filled is refused, open is answered."""
+    """One panel per layer: shape and color are the group, filled is refused, open is answered.
+
+    Raises:
+        UserError: there is only one component.
+    """
+    if result.coordinates.shape[2] < 2:
+        raise UserError("a picture needs 2 components; call residual_pca with n_components=2")
     n = len(result.layers)
     figure = make_subplots(1, n, subplot_titles=[_panel(result, row) for row in range(n)], horizontal_spacing=0.09)
     names: list[str] = []

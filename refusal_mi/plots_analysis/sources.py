@@ -2,14 +2,13 @@
 
 import circuitsvis
 import plotly.graph_objects as go
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..analysis.sources import SourcesResult
 from ..plots.style import finish, plain, token_text
 from .pages import SIGNS, View, page, shown_tokens
-from .parts import WIDTH, heatmap, signed, subtitle
+from .parts import WIDTH, heatmap, signed, subtitle, with_room_below
 
 _UNIT = "⟨write, r̂⟩ (residual stream units)"
 _MAX_LABELLED = 60
@@ -34,7 +33,6 @@ def plot_sources(result: SourcesResult) -> go.Figure:
         tickvals=[columns[index] for index in ticks],
         ticktext=[names[index] for index in ticks],
         tickangle=-60,
-        automargin=True,
     )
     figure.update_yaxes(title="head", type="category", autorange="reversed")
     about = subtitle(
@@ -43,21 +41,23 @@ def plot_sources(result: SourcesResult) -> go.Figure:
     title = "Where in the prompt the heads read the direction from"
     height = max(200, 34 * len(rows))
     figure = finish(figure, title=title, about=about, height=height, legend_names=[], width=WIDTH)
-    figure.update_layout(margin_b=130, height=figure.layout.height + 70)
-    return figure
+    return with_room_below(figure, [token_text(token) for token in tokens], 0.87)
 
 
 def sources_page(result: SourcesResult) -> str:
-    """Coloured tokens of every prompt: all heads together, and each by itself on a click."""
+    """Colored tokens of every prompt: all heads together, then each by itself, on one scale for both signs."""
+    largest = max(float(result.contributions.sum(1).abs().max()), float(result.contributions.abs().max()), 1e-12)
     views = []
     for index in range(len(result.tokens)):
         tokens, values = _unpadded(result, index)
-        table = torch.cat([values.sum(0, keepdim=True), values]).T
-        labels = ["all shown heads", *(f"L{layer}.H{head}" for layer, head in result.heads)]
-        view = circuitsvis.tokens.colored_tokens_multi(shown_tokens(tokens), table, labels)
-        views.append(View(f"Prompt {index + 1}", view))
+        rows = {"all shown heads": values.sum(0)}
+        rows |= {f"L{layer}.H{head}": values[row] for row, (layer, head) in enumerate(result.heads)}
+        for name, row in rows.items():
+            view = circuitsvis.tokens.colored_tokens(shown_tokens(tokens), row, min_value=-largest, max_value=largest)
+            views.append(View(f"Prompt {index + 1}, {name}", view))
     place = f"written at position {signed(result.position)}"
-    about = f"{result.model_name} · {len(result.tokens)} prompts · {_UNIT}, {place} · {SIGNS}"
+    scale = f"{SIGNS}, up to ±{largest:.3g}"
+    about = f"{result.model_name} · {len(result.tokens)} prompts · {_UNIT}, {place} · {scale}"
     return page("Where in the prompt the heads read the direction from", about, views)
 
 

@@ -1,10 +1,12 @@
 """One prompt, token by token and layer by layer."""
 
+import html
+
 import plotly.graph_objects as go
 
 from ..analysis.token_map import TokenMapResult
 from ..plots.style import finish, plain, token_text
-from .parts import WIDTH, heatmap, shortened, subtitle
+from .parts import WIDTH, heatmap, shortened, subtitle, with_room_below
 
 
 def plot_token_map(result: TokenMapResult) -> go.Figure:
@@ -34,11 +36,12 @@ def plot_token_map(result: TokenMapResult) -> go.Figure:
     )
     figure.add_vline(n_tokens - result.n_template - 0.5, line={"color": "#1a1a1a", "width": 2, "dash": "dash"})
     figure.update_xaxes(title="token (right of the dashed line: the template after the instruction)", type="category")
-    figure.update_xaxes(tickangle=-90, automargin=True)
+    figure.update_xaxes(tickangle=-90)
     figure.update_yaxes(title="layer (stream entering the block)", type="category")
     about = subtitle(result.model_name, "1 prompt") + f": “{shortened(result.prompt)}”"
     title = "The direction along one prompt"
-    return finish(figure, title=title, about=about, height=max(240, 30 * n_layers), legend_names=[], width=WIDTH)
+    figure = finish(figure, title=title, about=about, height=max(260, 30 * n_layers), legend_names=[], width=WIDTH)
+    return with_room_below(figure, [html.unescape(label) for label in labels])
 
 
 FIGURES = {"token_map": plot_token_map}

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..analysis.trace import TraceResult
-from ..plots.style import finish
+from ..plots.style import finish, plain
 from .pages import SIGNS, View, page, shown_tokens
 from .parts import WIDTH, band, group_style, line, shortened, subtitle, zero_line
 
@@ -77,8 +77,9 @@ def plot_trace_single(result: TraceResult) -> go.Figure:
     figure.add_vline(0.5, line={"color": "#1a1a1a", "width": 1, "dash": "dot"})
     figure.update_xaxes(title="token of the answer (template tokens up to 0)")
     figure.update_yaxes(title=_UNIT)
-    about = subtitle(
-        result.model_name, f"prompt 1 of {len(result.prompts)}, {result.groups[0]}", f"layer {result.layer}"
+    about = (
+        subtitle(result.model_name, f"stream entering layer {result.layer}", f"prompt 1 of {len(result.prompts)}")
+        + f": “{shortened(result.prompts[0])}” ({plain(result.groups[0])})"
     )
     title = "The direction through one answer"
     names = list(result.conditions)

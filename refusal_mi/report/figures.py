@@ -26,7 +26,7 @@ def report_figures(record: RunRecord) -> dict[str, FigurePair]:
     found: dict[str, FigurePair] = {}
     tokens, model, selection = record.tokens, record.model_name, record.selection
     if record.scores is not None and selection is not None:
-        chosen = selection.survivors[0] if selection.survivors else None
+        chosen = selection.survivors[0] if selection.survivors and not record.combination else None
         wide, narrow = (
             plot_score_panels(
                 record.scores, chosen=chosen, thresholds=record.thresholds, tokens=tokens, model=model, columns=columns

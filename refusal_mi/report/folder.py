@@ -17,22 +17,28 @@ from ..provenance import display_name
 from ..selection import Selection, Thresholds, select
 from ..stats import Rate
 
+SPAN = "directions_span.json"
+"""What only the folder of a combination has."""
 SIDES: tuple[Side, Side] = ("harmful", "harmless")
 _SCORE_FILES = (EVALUATIONS, "select_direction/baseline.json", "select_direction/scores.pt")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run folder; what a run has not reached is None or empty.
+    """A run folder, or that of a combination of directions inside one; what was not reached is None or empty.
 
-    `summary.json` says what belongs to the run so far; without it every file that is there counts.
+    `summary.json` says what belongs to the run so far; without it every file that is there counts. A combination has
+    answers and losses of its own; its search, prompts and baselines are the run's.
     """
 
     path: Path
+    """The run folder."""
     run: Mapping[str, Any]
     """`run.json`"""
     summary: Mapping[str, Any]
     """`summary.json`, or empty."""
+    label: str = ""
+    """Of a combination: the name of its folder."""
 
     @classmethod
     def load(cls, path: Path) -> "RunRecord":
@@ -42,10 +48,24 @@ class RunRecord:
             UserError: there is no `run.json`, so it is not one.
         """
         path = Path(path)
-        if not (path / "run.json").is_file():
+        is_combination = (path / SPAN).is_file() and (path.parent / "run.json").is_file()
+        root = path.parent if is_combination else path
+        if not (root / "run.json").is_file():
             raise UserError(f"{path} is not a run folder: it has no run.json; give the --output-dir of refusal-mi run")
-        summary = path / "summary.json"
-        return cls(path, read_json(path / "run.json"), read_json(summary) if summary.is_file() else {})
+        summary = read_json(path / "summary.json") if (path / "summary.json").is_file() else {}
+        return cls(root, read_json(root / "run.json"), summary, path.name if is_combination else "")
+
+    @property
+    def folder(self) -> Path:
+        """Where the answers and losses of this record lie."""
+        return self.path / self.label
+
+    @cached_property
+    def combination(self) -> Mapping[str, Any] | None:
+        """Ranks, hook points, norms and rank of the directions that are ablated together; None for a whole run."""
+        if not self.label:
+            return None
+        return {**read_json(self.folder / SPAN), "places": read_json(self.folder / "directions_metadata.json")}
 
     @property
     def status(self) -> str:
@@ -93,7 +113,7 @@ class RunRecord:
     def direction(self) -> Mapping[str, Any] | None:
         """Position, layer, hook point and norm of the chosen direction."""
         path = self.path / "direction_metadata.json"
-        if self.selection is None or not self.selection.survivors or not path.is_file():
+        if self.label or self.selection is None or not self.selection.survivors or not path.is_file():
             return None
         return read_json(path)
 
@@ -123,7 +143,8 @@ class RunRecord:
         """CE loss by label and text set, baseline first; empty until the baseline is there."""
         if self.summary and "ce_loss" not in self.summary:
             return {}
-        found = {path.name.removesuffix("_loss_eval.json"): path for path in self.path.glob("loss_evals/*.json")}
+        paths = [*self.path.glob("loss_evals/baseline_*.json"), *self.folder.glob("loss_evals/*.json")]
+        found = {path.name.removesuffix("_loss_eval.json"): path for path in paths}
         labels = list(self.summary.get("ce_loss", sorted(found, key=_label_order)))
         tables = {label: _losses(read_json(found[label])) for label in labels if label in found}
         return tables if "baseline" in tables else {}
@@ -132,10 +153,12 @@ class RunRecord:
         if self.summary and side not in self.summary.get("completions", {}):
             return None
         name = self.summary["completions"][side]["set"] if self.summary else self._set_name(side)
-        paths = self.path.glob(f"completions/{_glob_literal(name)}_*_evaluations.json") if name else []
-        labels = [path.name.removeprefix(f"{name}_").removesuffix("_evaluations.json") for path in paths]
+        paths = self.folder.glob(f"completions/{_glob_literal(name)}_*_evaluations.json") if name else []
+        labels = {path.name.removeprefix(f"{name}_").removesuffix("_evaluations.json") for path in paths}
+        if self.label and labels and self._evaluations(name, "baseline").is_file():
+            labels.add("baseline")
         if self.summary:
-            labels = [label for label in labels if label in self.summary["completions"][side]]
+            labels = {label for label in labels if label in self.summary["completions"][side]}
         effects = tuple(_effect(label, self._evaluations(name, label)) for label in sorted(labels, key=_label_order))
         return SideEffects(side, name, effects) if effects else None
 
@@ -148,7 +171,8 @@ class RunRecord:
         return next((name for name in names if name != "harmless"), "")
 
     def _evaluations(self, name: str, label: str) -> Path:
-        return self.path / f"completions/{name}_{label}_evaluations.json"
+        folder = self.path if label == "baseline" else self.folder
+        return folder / f"completions/{name}_{label}_evaluations.json"
 
 
 def _effect(label: str, path: Path) -> Effect:

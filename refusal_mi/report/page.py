@@ -21,10 +21,14 @@ from .reproduce import command_line
 from .verdict import bindings, judge_run, signed
 
 N_SURVIVORS = 10
+_HEADLINE_EFFECTS = (
+    ("harmful", "ablation", "ablated"),
+    ("harmless", "actadd", "added"),
+)
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run folder, from its files alone, and return its path.
+    """Write `report.html` into a run folder or that of a combination, from files alone, and return its path.
 
     The page holds plotly once and loads nothing. Its content security policy names the hashes of its own three
     scripts, so that nothing in a prompt or an answer could run even if it were not escaped.
@@ -32,8 +36,9 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: the folder has no `run.json`.
     """
-    path = Path(folder) / "report.html"
-    write_text(path, render(RunRecord.load(folder)))
+    record = RunRecord.load(folder)
+    path = record.folder / "report.html"
+    write_text(path, render(record))
     return path
 
 
@@ -56,7 +61,9 @@ def render(record: RunRecord) -> str:
         record=record,
         run=record.run,
         summary=record.summary,
+        title=_title(record),
         verdict=judge_run(record),
+        chosen_ranks=record.combination["ranks"] if record.combination is not None else [0],
         figures=set(figures),
         figures_json=embedded_json(figures),
         scripts=[script.text for script in scripts],
@@ -69,7 +76,7 @@ def render(record: RunRecord) -> str:
         tables=answer_tables(record),
         splits=_splits(record),
         token_columns=_token_columns(record),
-        command=command_line(record.run),
+        command=command_line(record.run, record.combination),
         options=json.dumps(record.run["options"], indent=2, ensure_ascii=False),
         intervention_name=intervention_name,
     )
@@ -92,6 +99,11 @@ class Fact:
     about: str
 
 
+def _title(record: RunRecord) -> str:
+    what = "Refusal direction" if record.combination is None else f"Refusal directions {record.label}"
+    return f"{what} of {record.model_name}"
+
+
 def _script(text: str) -> _Script:
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return _Script(text, f"'sha256-{digest}'")
@@ -107,19 +119,20 @@ def _policy(scripts: Sequence[_Script]) -> str:
 
 def _headline_facts(record: RunRecord) -> list[Fact]:
     found: list[Fact] = []
-    for side, label, verb in (("harmful", "ablation", "ablated"), ("harmless", "actadd", "added")):
+    for side, label, verb in _HEADLINE_EFFECTS:
         effects = record.side(side)  # type: ignore[arg-type]
         base, hit = (effects.find(name) if effects is not None else None for name in ("baseline", label))
         if effects is None or base is None or hit is None:
             continue
         value = f"{base.refusal.value:.2f} → {hit.refusal.value:.2f}"
         controls = ", ".join(f"{control.refusal.value:.2f}" for control in effects.controls)
-        beside = f"random direction {controls}" if controls else "no control was run"
+        control = "direction" if record.combination is None else "span"
+        beside = f"random {control} {controls}" if controls else "no control was run"
         found.append(Fact(f"Refused, {side}", value, f"plain → {verb}; {beside}"))
         degenerate = f"{base.degenerate.value:.2f} → {hit.degenerate.value:.2f}"
         found.append(Fact(f"Degenerate, {side}", degenerate, f"plain → {verb}"))
     best = record.selection.survivors[0] if record.selection is not None and record.selection.survivors else None
-    if best is not None:
+    if best is not None and record.combination is None:
         found.append(Fact("KL under ablation", _number(best.kl_nats), "nats, harmless validation prompts"))
     if "ablation" in record.losses:
         for name, base_loss in list(record.losses["baseline"].items())[:1]:

@@ -17,8 +17,12 @@ _OFF = {"kl_max": "inf", "induce_min": "-inf", "prune_layers": "0"}
 """How a threshold is switched off."""
 
 
-def command_line(run: Mapping[str, Any]) -> str:
-    """The `refusal-mi run` command that has the options of a `run.json`; options at their default are left out."""
+def command_line(run: Mapping[str, Any], combination: Mapping[str, Any] | None = None) -> str:
+    """The `refusal-mi run` command that has the options of a `run.json`; options at their default are left out.
+
+    Args:
+        combination: what is ablated together, as in its `directions_span.json`.
+    """
     options, model, defaults = run["options"], run["model"], RunOptions()
     words = ["refusal-mi", "run"]
     if not is_embedded(model["source"]):
@@ -31,6 +35,9 @@ def command_line(run: Mapping[str, Any]) -> str:
         if name in _ALWAYS or value != getattr(defaults, name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     words += _switches(options)
+    if combination is not None:
+        words += ["--directions", "-".join(map(str, combination["ranks"]))]
+        words += [] if combination["multi"] == "span" else ["--multi", combination["multi"]]
     words += ["--device", model["device"].partition(":")[0], "--dtype", model["dtype"]]
     lines = ["refusal-mi run"]
     for word in words[2:]:

@@ -61,14 +61,25 @@ def judge_run(record: RunRecord) -> Verdict:
         return Verdict("No candidate direction survives the thresholds.", (*_why_none(record, selection),))
     if not record.sides:
         text = "A direction was chosen by its scores on validation prompts."
-        return Verdict(text, ("No completions were generated, so its effect on answers is not measured.",))
+        if record.combination is not None:
+            text = f"Ablating {_ranks(record)} was not tested on answers."
+        return Verdict(text, ("No completions were generated, so the effect on answers is not measured.",))
+    if record.combination is not None:
+        return _judge_combination(record)
     harmful, harmless = side_verdict(record.side("harmful")), side_verdict(record.side("harmless"))
     sentences = (*harmful.sentences, *harmless.sentences, *_cost(record), "Brackets are 95% Wilson intervals.")
     return Verdict(_HEADLINES[_overall(harmful.outcome, harmless.outcome)], sentences)
 
 
-def side_verdict(side: SideEffects | None) -> SideVerdict:
-    """Compare ablation (harmful) or addition (harmless) with the plain model and with the random directions."""
+def side_verdict(
+    side: SideEffects | None, what: str = "it", control_name: str = "direction", equal: str = "norm"
+) -> SideVerdict:
+    """Compare ablation (harmful) or addition (harmless) with the plain model and with the random directions.
+
+    Args:
+        what: is ablated or added.
+        control_name: what the random controls are, and (`equal`) what they have in common with it.
+    """
     if side is None:
         return SideVerdict("not measured")
     label = "ablation" if side.side == "harmful" else "actadd"
@@ -76,19 +87,20 @@ def side_verdict(side: SideEffects | None) -> SideVerdict:
     if base is None or hit is None:
         return SideVerdict("not measured", (f"The answers to {side.side} prompts are incomplete.",))
     verb = "Ablating" if side.side == "harmful" else "Adding"
-    sentences = [
-        f"{verb} it takes the refusal rate on {hit.refusal.n} held-out {side.side} prompts "
-        f"from {base.refusal} to {hit.refusal}."
-    ]
+    sentences = [_change(side, label, f"{verb} {what}")]
     control = _closest_control(side)
     beats = _beats(side.side)
     if control is None:
-        sentences.append("No random direction was run as a control, so it is not shown that this direction is special.")
+        sentences.append(
+            f"No random {control_name} was run as a control, so it is not shown that this effect is special."
+        )
     else:
         many = (
-            f"the closest of {len(side.controls)} random directions" if len(side.controls) > 1 else "a random direction"
+            f"the closest of {len(side.controls)} random {control_name}s"
+            if len(side.controls) > 1
+            else f"a random {control_name}"
         )
-        sentences.append(f"{verb} {many} of equal norm gives {control.refusal}.")
+        sentences.append(f"{verb} {many} of equal {equal} gives {control.refusal}.")
     if not beats(hit, base):
         sentences.append("The intervals with and without the intervention overlap: no effect is shown.")
         return SideVerdict("none", tuple(sentences))
@@ -96,13 +108,47 @@ def side_verdict(side: SideEffects | None) -> SideVerdict:
         sentences.append("The interval overlaps that of the control: the effect is not shown to be specific.")
         return SideVerdict("like the control", tuple(sentences))
     if hit.degenerate.value > MUCH_DEGENERATE:
+        done = "ablated" if side.side == "harmful" else "added"
         sentences.append(
-            f"But {hit.degenerate.value:.0%} of these answers are degenerate text ({base.degenerate.value:.0%} without "
-            "the intervention), so they are not ordinary answers."
+            f"But {hit.degenerate.value:.0%} of the answers with {what} {done} are degenerate text "
+            f"({base.degenerate.value:.0%} without), so they are not ordinary answers."
         )
         return SideVerdict("broken", tuple(sentences))
     reached = 1 - hit.refusal.value if side.side == "harmful" else hit.refusal.value
     return SideVerdict("works" if reached >= NEARLY_ALL else "partly", tuple(sentences))
+
+
+def _judge_combination(record: RunRecord) -> Verdict:
+    """Several directions are only ever ablated: what that does to harmful and to harmless prompts."""
+    assert record.combination is not None
+    what = "them" if len(record.combination["ranks"]) > 1 else "it"
+    found = side_verdict(record.side("harmful"), what, "span", "rank")
+    sentences = list(found.sentences)
+    harmless = record.side("harmless")
+    if harmless is not None and harmless.find("baseline") is not None and harmless.find("ablation") is not None:
+        sentences.append(_change(harmless, "ablation", f"Ablating {what}"))
+    sentences += [*_cost(record), "Brackets are 95% Wilson intervals."]
+    headline = {
+        "works": "stops refusals",
+        "partly": "lowers refusals",
+        "broken": "changes refusals, but many of the changed answers are degenerate text",
+    }.get(found.outcome, "is not shown to stop refusals on the held-out prompts")
+    return Verdict(f"Ablating {_ranks(record)} {headline}.", tuple(sentences))
+
+
+def _ranks(record: RunRecord) -> str:
+    assert record.combination is not None
+    *others, last = map(str, record.combination["ranks"])
+    return f"the directions of ranks {', '.join(others)} and {last}" if others else f"the direction of rank {last}"
+
+
+def _change(side: SideEffects, label: str, doing: str) -> str:
+    base, hit = side.find("baseline"), side.find(label)
+    assert base is not None and hit is not None
+    return (
+        f"{doing} takes the refusal rate on {hit.refusal.n} held-out {side.side} prompts "
+        f"from {base.refusal} to {hit.refusal}."
+    )
 
 
 def bindings(scores: ScoreGrid, selection: Selection) -> list[tuple[str, str, int, int]]:
@@ -124,8 +170,9 @@ def bindings(scores: ScoreGrid, selection: Selection) -> list[tuple[str, str, in
 
 
 def signed(value: float) -> str:
-    """A change with its sign, three decimals."""
-    return f"{value:+.3f}".replace("-", "−")
+    """A change with its sign, three decimals; none before zero."""
+    text = f"{value:+.3f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
 def _why_none(record: RunRecord, selection: Selection) -> list[str]:
@@ -170,7 +217,7 @@ def _cost(record: RunRecord) -> list[str]:
     found = []
     assert record.selection is not None
     kl = record.selection.best.kl_nats
-    if kl is not None:
+    if kl is not None and record.combination is None:
         found.append(f"Ablation moves the next-token distribution on harmless prompts by {kl:.3g} nats of KL.")
     if "ablation" in record.losses:
         base, ablated = record.losses["baseline"], record.losses["ablation"]

@@ -1,0 +1,41 @@
+"""Progress: all items come through, nothing is said where nobody looks, and a notebook keeps no empty output."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from refusal_mi.progress import track
+
+nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+SHORT = "from refusal_mi import progress\nfor _ in progress.track(range(3), 'short'): pass"
+LONG = """
+progress.QUIET_SECONDS = progress.REFRESH_SECONDS = 0
+for _ in progress.track(range(3), 'first'): pass
+print('between')
+for _ in progress.track(iter('ab'), 'second', total=2): pass
+"""
+
+
+def test_items_come_through_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(track(range(3), "counting")) == [0, 1, 2]
+    assert list(track(iter("ab"), "counting", total=2)) == ["a", "b"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_notebook_shows_one_line_for_long_work_and_nothing_else(tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
+    from refresh import cleaned
+
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (SHORT, LONG, LONG)])
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
+    short, long, again = (cell.outputs for cell in notebook.cells)
+    assert short == []
+    for outputs in (long, again):
+        line, printed = outputs
+        assert line.data == {"text/plain": "second: 2 of 2 in 0:00"} and printed.text == "between\n"
+    left = [output for cell in cleaned(notebook).cells for output in cell.outputs]
+    assert [output.output_type for output in left] == ["stream", "stream"]
