@@ -1,20 +1,19 @@
-"""Loading models and naming their hook points: the only file that knows TransformerLens.
+"""Loading models and naming their hook points; `forward` runs them, `parts` takes them apart.
 
-Everything else talks to the `HookedModel` protocol, in HF coordinates: no folding, no centring.
+These three files know TransformerLens, this one alone names its class. Everything else talks to the `HookedModel`
+protocol, in HF coordinates: no folding, no centring.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from .errors import UserError
 from .files import sha256_json
-from .tokens import TokenBatch
 
 ORGANISM = Path(__file__).parent / "organism" / "model"
 """Directory of the embedded demonstration model."""
@@ -77,6 +76,10 @@ def load_model(
 
     name = resolve_source(source)
     place = _pick_device(device)
+    if dtype not in get_args(DtypeName):
+        raise UserError(f"unknown dtype {dtype!r}; expected one of {', '.join(get_args(DtypeName))}")
+    if revision is not None and Path(name).is_dir():
+        raise UserError(f"{name} is a directory and has no revisions; leave --revision out, or name a hub id")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         model = TransformerBridge.boot_transformers(
@@ -88,6 +91,23 @@ def load_model(
         model.original_model.config._commit_hash = _hub_commit(name, revision)  # type: ignore[union-attr]
     model.eval()
     return model
+
+
+def quiet_load(
+    source: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+) -> HookedModel:
+    """`load_model` without the libraries' own chatter."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    hub_logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return load_model(source, revision=revision, device=device, dtype=dtype)
 
 
 def resolve_source(source: str | Path | None) -> str:
@@ -190,145 +210,6 @@ def write_hooks(
     return names
 
 
-def last_logits(model: HookedModel, batch: TokenBatch) -> Float[Tensor, "batch d_vocab"]:
-    """Next-token logits after the last position, computing no others."""
-    logits = model(batch.tokens, logits_to_keep=1, **_inputs(batch))
-    return logits[:, -1]
-
-
-def all_logits(model: HookedModel, batch: TokenBatch) -> Float[Tensor, "batch pos d_vocab"]:
-    """Logits at every position."""
-    return model(batch.tokens, **_inputs(batch))
-
-
-def cached_residuals(
-    model: HookedModel, batch: TokenBatch, layers: Sequence[int], n_last: int
-) -> Float[Tensor, "batch pos layer d_model"]:
-    """The stream entering each of `layers`, at the last `n_last` positions, through `run_with_cache`."""
-    names = [resid_hook(layer, model.cfg.n_layers) for layer in layers]
-    _, cache = model.run_with_cache(
-        batch.tokens,
-        names_filter=names,
-        pos_slice=(-n_last, None),
-        return_cache_object=False,
-        logits_to_keep=1,
-        **_inputs(batch),
-    )
-    return torch.stack([cache[name] for name in names], dim=2)
-
-
-def prefix_logits_and_cache(
-    model: HookedModel,
-    tokens: Int[Tensor, "batch pos"],
-    past: Any = None,
-    mask: Int[Tensor, "batch total"] | None = None,
-) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
-    """Next-token logits after the last column, and HF's KV cache of everything so far.
-
-    Args:
-        past: cache of the columns before `tokens`; extended in place.
-        mask: over the cached columns and `tokens`; None means that all are real.
-    """
-    n_past = 0 if past is None else past.get_seq_length()
-    if mask is None:
-        mask = tokens.new_ones(len(tokens), n_past + tokens.shape[1])
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, n_past:]
-    logits, cache = model(
-        tokens,
-        return_type="logits_and_cache",
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=past,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return logits[:, -1], cache
-
-
-def layers_of_cache(cache: Any, first: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every layer of an HF cache from `first` on, `[batch, head, pos, d_head]`."""
-    return [(layer.keys, layer.values) for layer in cache.layers[first:]]
-
-
-def cache_from_layers(layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """An HF cache that holds these keys and values; extending it copies them."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for index, (keys, values) in enumerate(layers):
-        cache.update(keys, values, index)
-    return cache
-
-
-@contextmanager
-def skipping_blocks(model: HookedModel, n: int) -> Iterator[None]:
-    """Let blocks 0..n-1 pass their input on: for runs in which a hook puts in the stream that enters block n."""
-    blocks = [block.original_component for block in model.blocks[:n]]  # type: ignore[attr-defined]
-    before = [block.__dict__.get("forward") for block in blocks]
-    n_outputs = _n_block_outputs(model)
-
-    def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return hidden_states if n_outputs == 0 else (hidden_states, *[None] * (n_outputs - 1))
-
-    try:
-        for block in blocks:
-            block.forward = pass_on
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-
-
-def _n_block_outputs(model: HookedModel) -> int:
-    """How many values this architecture's blocks return in a tuple; 0 where they return the stream alone."""
-    found = []
-    block = model.blocks[0].original_component  # type: ignore[attr-defined]
-    handle = block.register_forward_hook(lambda _, __, output: found.append(output))
-    try:
-        last_logits(model, TokenBatch(*torch.ones(2, 1, 1, dtype=torch.long, device=model_device(model))))
-    finally:
-        handle.remove()
-    return len(found[0]) if isinstance(found[0], tuple) else 0
-
-
-def named_weights(model: HookedModel) -> dict[str, Tensor]:
-    """Every parameter, by its name in the HF checkpoint."""
-    named = model.original_model.named_parameters(remove_duplicate=False)  # type: ignore[attr-defined]
-    return {name.replace("._original_component", ""): parameter for name, parameter in named}
-
-
-def norm_before(model: HookedModel, layer: int, component: Literal["attn", "mlp"]) -> Callable[[Tensor], Tensor] | None:
-    """The norm through which a component of block `layer` reads the stream; None where it reads it as it is."""
-    block = model.blocks[layer]  # type: ignore[attr-defined]
-    is_shared = component == "mlp" and not hasattr(block, "ln2") and not hasattr(block, "ln2_post")
-    return getattr(block, "ln1" if component == "attn" or is_shared else "ln2", None)
-
-
-def final_norm(model: HookedModel) -> Callable[[Tensor], Tensor]:
-    """The norm before the unembedding."""
-    return model.ln_final  # type: ignore[attr-defined]
-
-
-def readers(model: HookedModel, layer: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The linear maps of block `layer` that read the normed stream: q, k, v and what the MLP has of gate and in."""
-    block = model.blocks[layer]  # type: ignore[attr-defined]
-    dense = dict(block.mlp.named_children()) if hasattr(block.mlp, "out") else {}
-    found = {name: getattr(block.attn, name) for name in ("q", "k", "v")}
-    return found | {name: dense[name] for name in ("gate", "in") if name in dense}
-
-
-def read_out(model: HookedModel, residuals: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-    """Logits of residual streams: the final norm, the unembedding, and what the model does to its logits."""
-    normed = model.ln_final(residuals)  # type: ignore[attr-defined]
-    return model.adapter.apply_output_logits_transform(model.unembed(normed))  # type: ignore[attr-defined]
-
-
-def _inputs(batch: TokenBatch) -> dict[str, Tensor]:
-    return {"attention_mask": batch.mask, "position_ids": batch.position_ids}
-
-
 def _pick_device(device: DeviceName) -> torch.device:
     if device == "auto":
         mps = torch.backends.mps.is_available()
@@ -342,8 +223,6 @@ def _pick_device(device: DeviceName) -> torch.device:
 
 
 def _pick_dtype(dtype: DtypeName, device: torch.device, config: Any) -> torch.dtype:
-    if dtype not in get_args(DtypeName):
-        raise UserError(f"unknown dtype {dtype!r}; expected one of {', '.join(get_args(DtypeName))}")
     if dtype != "auto":
         return getattr(torch, dtype)
     stored = getattr(config, "dtype", None)

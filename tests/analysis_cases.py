@@ -4,15 +4,22 @@ from collections.abc import Callable
 from typing import Any
 
 from refusal_mi.activations import mean_activations
+from refusal_mi.analysis.attention import attend_by_region
+from refusal_mi.analysis.attribution import attribute_direction
 from refusal_mi.analysis.comparison import compare_directions
+from refusal_mi.analysis.dose import dose_response
 from refusal_mi.analysis.geometry import direction_geometry
+from refusal_mi.analysis.harm import separate_harm
 from refusal_mi.analysis.lens import refusal_lens
 from refusal_mi.analysis.logits import direction_logits
+from refusal_mi.analysis.patching import patch_activations
 from refusal_mi.analysis.pca import residual_pca
 from refusal_mi.analysis.probes import linear_probes
 from refusal_mi.analysis.projections import project_residuals
 from refusal_mi.analysis.result import AnalysisResult
+from refusal_mi.analysis.sources import attribute_sources
 from refusal_mi.analysis.token_map import map_tokens
+from refusal_mi.analysis.trace import trace_generation
 from refusal_mi.analysis.weights import weight_alignment
 from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import DirectionGrid, difference_in_means
@@ -49,4 +56,16 @@ def analyses(model: Any, batch_size: int = 16) -> dict[str, Callable[[], Analysi
         "pca": lambda: residual_pca(model, chat, direction, groups, layers=(0, 3, 5), n_shuffles=5, **size),
         "logits": lambda: direction_logits(model, direction, TOKENS, grid=grid, n_controls=5),
         "weights": lambda: weight_alignment(model, direction, n_random=5),
-    }
+        "attribution": lambda: attribute_direction(model, chat, direction, groups, **size),
+        "sources": lambda: attribute_sources(model, chat, direction, HARMFUL[:2], heads=[(1, 0), (3, 2)], **size),
+        "attention": lambda: attend_by_region(model, chat, direction, HARMFUL[:3], heads=[(1, 0), (3, 2)], **size),
+        "patching": lambda: patch_activations(
+            model, chat, HARMFUL[:2], HARMLESS[:2], TOKENS, direction=direction, layers=[0, 2], **size
+        ),
+        "dose": lambda: dose_response(
+            model, chat, direction, *sides, TOKENS, coefficients=(0.0, 1.0), strengths=(1.0,), n_random=3,
+            n_random_answered=1, max_new_tokens=2, **size
+        ),
+        "trace": lambda: trace_generation(model, chat, direction, groups, max_new_tokens=2, **size),
+        "harm": lambda: separate_harm(model, chat, *sides, groups, TOKENS, refused=[True, False] * 6, **size),
+    }  # fmt: skip

@@ -11,18 +11,20 @@ from refusal_mi.cli.spelling import own_spelling
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.generation import generate
+from refusal_mi.http_judge import HttpJudge
 from refusal_mi.interventions import Ablate
 from refusal_mi.models import resid_hook
 from refusal_mi.pipelines import alpaca_eval
 from refusal_mi.pipelines.alpaca import (
     REFUSAL_INSTRUCTION,
-    NothingSurvives,
     VectorOptions,
     load_vectors,
     row_direction,
     vector,
 )
-from refusal_mi.pipelines.alpaca_eval import EvalOptions, LayerScore, evaluate_vector
+from refusal_mi.pipelines.alpaca_eval import evaluate_vector
+from refusal_mi.pipelines.alpaca_measures import EvalOptions, Evaluation, LayerScore
+from refusal_mi.pipelines.response_filter import NothingSurvives
 from refusal_mi.scores import kl_nats, next_token_logits, refusal_score
 from refusal_mi.spans import Span, combine_spans
 from refusal_mi.stages import RunFolder
@@ -183,6 +185,37 @@ def test_when_nothing_survives_the_responses_are_kept(made, tiny_dir, tmp_path):
     assert not (tmp_path / "refusal_vector.pt").exists()
 
 
+def test_where_none_survive_no_vector_of_other_responses_stays(made, tiny_dir, tmp_path):
+    class NeverJudge(EvenJudge):
+        name = "never"
+
+        def complied(self, prompts, responses):
+            return [False for _ in responses]
+
+    _, _, model, options = made
+    vector(model, str(tiny_dir("gpt2")), options, RunFolder(tmp_path), EvenJudge())
+    assert (tmp_path / "refusal_vector.pt").exists() and (tmp_path / "metadata.json").exists()
+    with pytest.raises(NothingSurvives):
+        vector(model, str(tiny_dir("gpt2")), options, RunFolder(tmp_path), NeverJudge())
+    assert not (tmp_path / "refusal_vector.pt").exists() and not (tmp_path / "metadata.json").exists()
+
+
+def test_the_same_judge_at_another_address_decides_anew(made, tiny_dir, tmp_path, monkeypatch):
+    """Two endpoints share a name; what one kept is not the other's."""
+    _, _, model, options = made
+    asked = []
+
+    def complied(self, prompts, responses):
+        asked.append(self.url)
+        return [index % 2 == 0 for index, _ in enumerate(responses)]
+
+    monkeypatch.setattr(HttpJudge, "complied", complied)
+    urls = ["http://localhost:1/v1", "http://localhost:1/v1", "http://localhost:2/v1"]
+    for url in urls:
+        vector(model, str(tiny_dir("gpt2")), options, RunFolder(tmp_path), HttpJudge(url))
+    assert asked == [urls[0]] * 2 + [urls[2]] * 2
+
+
 def test_when_few_survive_the_report_says_which_and_what_helps(made, tiny_dir, tmp_path):
     class FewJudge(EvenJudge):
         def complied(self, prompts, responses):
@@ -221,7 +254,7 @@ def test_every_row_is_scored_at_the_hook_it_was_read_from(evaluated):
     assert [row["layer"] for row in sorted(rows, key=lambda row: row["layer"])] == [0, 1, 2, 3, 4, 5]
     assert rows == sorted(rows, key=lambda row: -row["steering_score"])
     trained_on = {row["instruction"] for row in _read(folder, "compliant_responses.json")}
-    run = alpaca_eval._Evaluation(model, summary["model_path"], folder, options, RunFolder(out), EvenJudge())
+    run = Evaluation(model, summary["model_path"], folder, options, RunFolder(out), EvenJudge())
     val, test = set(run.val.instructions), set(run.test.instructions)
     assert not (val & test or val & trained_on or test & trained_on) and len(val) == 6 and len(test) == 5
     vectors = load_vectors(folder / "refusal_vector.pt", 5)

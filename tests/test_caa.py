@@ -27,13 +27,14 @@ from refusal_mi.pairs import (
 from refusal_mi.pipelines.caa import (
     explain_layer,
     load_vectors,
-    open_ended,
     our_layer,
     steering_vectors,
     write_vectors,
 )
 from refusal_mi.pipelines.caa_ab import ABPoint, ABSweep, sweep_pairs
+from refusal_mi.pipelines.caa_answers import open_ended
 from refusal_mi.pipelines.caa_config import load_config
+from refusal_mi.stages import RunFolder
 from tests.tiny import tiny_tokenizer
 
 
@@ -231,7 +232,7 @@ def test_steering_is_the_same_with_and_without_the_cache_and_zero_is_the_plain_m
 def test_published_answer_files(setting, tmp_path, reference_data):
     model, chat = setting
     direction = Direction(torch.ones(model.cfg.d_model), 3, resid_hook(3, 5))
-    summary = open_ended(model, chat, direction, 2, ["Why?", "How?"], [1.0, 1.5], tmp_path, max_new_tokens=3)
+    summary = open_ended(model, chat, direction, 2, ["Why?", "How?"], [1.0, 1.5], RunFolder(tmp_path), max_new_tokens=3)
     published = json.loads((reference_data / "caa/test_results_x1.json").read_text())
     for multiplier in ("1", "1.5"):
         rows = json.loads((tmp_path / f"test_results_x{multiplier}.json").read_text())
@@ -249,7 +250,7 @@ def test_sweep_points_and_published_items(setting, tmp_path):
         layer: Direction(vector, layer + 1, resid_hook(layer + 1, 5))
         for layer, vector in enumerate(steering_vectors(model, chat, pairs).vectors)
     }
-    found = sweep_pairs(model, chat, vectors, pairs, (-1.0, 0.0, 1.0), layers=[1, 2], directory=tmp_path)
+    found = sweep_pairs(model, chat, vectors, pairs, (-1.0, 0.0, 1.0), layers=[1, 2], folder=RunFolder(tmp_path))
     assert [(point.layer, point.multiplier) for point in found.points] == [
         (layer, m) for layer in (1, 2) for m in (-1.0, 0.0, 1.0)
     ]
@@ -271,7 +272,7 @@ def test_sweep_points_and_published_items(setting, tmp_path):
 
 def test_the_effect_of_a_layer_is_its_weaker_side():
     def point(layer, multiplier, delta):
-        return ABPoint(layer, multiplier, 0.5 + delta, 0.0, 1.0, delta, 10)
+        return ABPoint(layer, multiplier, 0.5 + delta, 0.0, 1.0, delta, delta, delta, 10)
 
     points = [point(*at) for at in ((0, 1.0, 0.4), (0, -1.0, -0.1), (1, 1.0, 0.2), (1, -1.0, -0.3), (1, 2.0, 0.9))]
     assert ABSweep("x", 0.5, tuple(points), 10).effects() == [(0.2, 1, 1), (0.1, 0, 1)]
@@ -361,7 +362,7 @@ def test_the_write_up_from_the_command_line(tiny_dir, tmp_path, monkeypatch, cap
     assert exit_status(["caa", "test", *arguments, "--multipliers", "1", "2"]) == 0
     shown = capsys.readouterr().out
     assert explain_layer(2) in shown and "add steering" in shown and "Why?" in shown
-    assert {path.name for path in Path("out").iterdir()} == {
+    assert {path.name for path in Path("out").iterdir() if path.is_file()} == {
         "test_results_x1.json",
         "test_results_x2.json",
         "test_summary.json",

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from refusal_mi.cli import exit_status
-from refusal_mi.cli.combos import parse_ranks, points
+from refusal_mi.cli.combos import parse_ranks
 from refusal_mi.errors import UserError
 from refusal_mi.pipelines.combos import CombosOptions, _difference, choose
+from refusal_mi.pipelines.drawing import points
 from refusal_mi.plots.combos import plot_combos
 from tests.naive import ablating, logits, prompt_ids
 
@@ -141,6 +142,32 @@ def test_no_combination_within_the_limit_is_status_one(folder, tiny_dir, capsys)
     assert printed["status"] == "no combination has a KL of at most 0.0 nats" and "winner" not in printed
     assert read(folder / "combos.json") == printed
     (folder / "combos.json").write_text(before)
+
+
+def test_without_a_survivor_the_science_failed(tiny_dir, tmp_path, capsys):
+    path, model = tmp_path / "run", str(tiny_dir("llama"))
+    strict = [option for option in RUN if option != "--no-thresholds"]
+    searched = ["run", model, *strict, "--induce-min", "99", "--steps", "directions,selection"]
+    assert exit_status([*searched, "--output-dir", str(path)]) == 1
+    assert exit_status(["combos", model, "--output-dir", str(path)]) == 1
+    assert "no candidate survives: 0 of 25" in " ".join(capsys.readouterr().out.split())
+    assert read(path / "combos.json")["status"] == "no candidate survives"
+
+
+def test_a_limit_may_be_left_out(folder, tiny_dir):
+    before = (folder / "combos.json").read_text()
+    options = ["--ranks", "0..1", "--kl-max", "inf", "--n-ce", "3", "--val-new-tokens", "4", "--max-size", "1"]
+    arguments = ["combos", str(tiny_dir("llama")), *options, "--n-random", "0", "--output-dir", str(folder)]
+    assert exit_status(arguments) == 0
+    assert read(folder / "combos.json")["options"]["kl_max"] is None
+    (folder / "combos.json").write_text(before)
+
+
+def test_a_stage_records_hashes_and_not_every_token_of_its_texts(folder):
+    for stage in ("loss_baseline", "combos_0"):
+        record = folder / ".stages" / f"{stage}.json"
+        assert all(len(value) == 64 for value in read(record)["inputs"]["texts"].values())
+        assert record.stat().st_size < 10_000
 
 
 @pytest.mark.parametrize("command", [["run", *RUN, "--directions", "0-99"], ["combos", "--ranks", "98..99"]])

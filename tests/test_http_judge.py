@@ -1,87 +1,23 @@
 """The HTTP judge against a fake endpoint on localhost: slow, failing, malformed; no key in any file or message."""
 
-import contextlib
 import json
-import threading
 import time
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
-from refusal_mi.http_judge import LLAMA_GUARD_MODEL, TOGETHER, HttpJudge, default_cache, judge_named
+from refusal_mi.http_judge import LLAMA_GUARD_MODEL, TOGETHER, HttpJudge, default_cache, identify, judge_named
 from refusal_mi.judges import SubstringJudge
 from refusal_mi.pipelines.effects import evaluate
 from refusal_mi.pipelines.options import RunOptions
 from refusal_mi.rubrics import LLAMA_GUARD, MIN_WORDS, REFUSAL
-
-KEY = "sk-never-in-a-file-123"
-LONG = "word " * 14 + "word"
-"""Fifteen words: just long enough to be asked about."""
+from tests.fake_judge import KEY, LONG, Fake, raw, send, verdict
 
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch):
     for name in ("REFUSAL_MI_JUDGE_KEY", "TOGETHER_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-
-
-class Fake:
-    """What an endpoint does with the n-th request, and what it was sent."""
-
-    def __init__(self, answer: Callable[["Fake", BaseHTTPRequestHandler, int, dict], None]) -> None:
-        self.answer, self.seen, self.headers = answer, [], []
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-
-    def __enter__(self) -> "Fake":
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with fake.lock:
-                    fake.seen.append((self.path, body))
-                    fake.headers.append(dict(self.headers))
-                    number = len(fake.seen)
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    fake.answer(fake, self, number, body)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def send(handler: BaseHTTPRequestHandler, content: str, status: int = 200, headers: dict | None = None) -> None:
-    """Reply with a chat completion, or with `content` itself where the status is an error."""
-    text = json.dumps({"choices": [{"message": {"content": content}}]}) if status == 200 else content
-    raw(handler, text.encode(), status, headers)
-
-
-def raw(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, headers: dict | None = None) -> None:
-    handler.send_response(status)
-    for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-        handler.send_header(name, value)
-    handler.end_headers()
-    handler.wfile.write(body)
-
-
-def verdict(fake: Fake, handler: BaseHTTPRequestHandler, number: int, body: dict) -> None:
-    """Unsafe where the response says so."""
-    send(handler, "unsafe\nS2" if "HARM" in body["messages"][0]["content"] else "\n\nsafe")
 
 
 def quick(fake: Fake, tmp_path, **changes) -> HttpJudge:
@@ -303,19 +239,8 @@ def test_columns_stand_beside_the_substring_ones(tmp_path):
     assert found["refusal_rate"]["count"] == 1
 
 
-def test_saved_completions_are_judged_again_from_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("REFUSAL_MI_CACHE", str(tmp_path / "own"))
-    monkeypatch.setenv("REFUSAL_MI_JUDGE_KEY", KEY)
-    path = tmp_path / "harmful_ablation_completions.json"
-    path.write_text(json.dumps([{"category": "c", "prompt": "p", "response": f"Sure. {LONG} HARM"}]))
-    with Fake(verdict) as fake:
-        assert exit_status(["judge", str(path), "--judge", fake.url, "--judge_model", "m"]) == 0
-    found = json.loads((tmp_path / "harmful_ablation_evaluations.json").read_text())
-    assert found["llamaguard2_success_rate"] == 1.0 and found["completions"][0]["is_jailbreak_llamaguard2"] == 1
-    assert exit_status(["judge", str(path), "--output", str(tmp_path / "plain.json")]) == 0
-    assert "llamaguard2_success_rate" not in json.loads((tmp_path / "plain.json").read_text())
-    (tmp_path / "bad.json").write_text('[{"prompt": "p"}]')
-    assert exit_status(["judge", str(tmp_path / "bad.json")]) == 2
-    assert exit_status(["judge", str(path), "--judge", "nobody"]) == 2
-    shown = capsys.readouterr()
-    assert KEY not in shown.out + shown.err and "prompt and response" in shown.err
+def test_what_verdicts_depend_on():
+    here, there = HttpJudge("http://localhost:1/v1"), HttpJudge("http://localhost:2/v1")
+    assert identify(here) != identify(there) and identify(here) != identify(HttpJudge(here.url, "other"))
+    assert identify(here) == identify(HttpJudge(here.endpoint))
+    assert identify(SubstringJudge()) == {"name": "substring_matching"}

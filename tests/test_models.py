@@ -5,11 +5,9 @@ import torch
 
 from refusal_mi.chat import ChatFormat
 from refusal_mi.errors import UserError
+from refusal_mi.forward import all_logits, cached_residuals, last_logits
 from refusal_mi.models import (
-    all_logits,
-    cached_residuals,
     check_raw_basis,
-    last_logits,
     load_model,
     model_alias,
     model_type,

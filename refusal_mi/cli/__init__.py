@@ -37,7 +37,11 @@ def exit_status(arguments: Sequence[str]) -> int:
     except UserError as error:
         return _fail(str(error))
     except typer.TyperException as error:
-        return _fail(error.format_message())
+        message = error.format_message()
+        if message.startswith("Usage:"):  # a group without its command: the message is its help
+            print(message, file=sys.stderr)
+            return BAD_INPUT
+        return _fail(message)
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED  # some versions of typer return it themselves
     if status == INTERRUPTED:

@@ -11,10 +11,9 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from ..interventions import Positions
     from ..models import HookedModel
-    from ..selection import Thresholds
 
 Model = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="Local directory or hub id; nothing: the embedded model.")
+    str | None, typer.Argument(metavar="MODEL", help="Local directory or hub id; nothing: the embedded model.")
 ]
 ModelPath = Annotated[str | None, typer.Option(help="The same as MODEL.", hidden=True)]
 Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
@@ -28,7 +27,10 @@ TemplateKwargs = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 JudgeName = Annotated[
-    str, typer.Option("--judge", metavar="substring|llamaguard|URL", help="Who says whether the model complied.")
+    str | None,
+    typer.Option(
+        "--judge", metavar="substring|llamaguard|URL", help="Who says whether the model complied; default substring."
+    ),
 ]
 JudgeModel = Annotated[str | None, typer.Option(help="Model name that the judge's endpoint is asked for.")]
 
@@ -44,15 +46,15 @@ def one_model(model: str | None, model_path: str | None) -> str:
 
 def quiet_load(source: str, revision: str | None, device: str, dtype: str) -> "HookedModel":
     """Load a model without the libraries' own chatter."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+    from typing import get_args
 
-    from ..models import load_model
+    from ..models import DeviceName, DtypeName
+    from ..models import quiet_load as load
 
-    hub_logging.set_verbosity_error()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return load_model(source, revision=revision, device=device, dtype=dtype)  # type: ignore[arg-type]
+    for option, value, known in (("--device", device, get_args(DeviceName)), ("--dtype", dtype, get_args(DtypeName))):
+        if value not in known:
+            raise UserError(f"{option} takes one of {', '.join(known)}, not {value!r}")
+    return load(source, revision=revision, device=device, dtype=dtype)  # type: ignore[arg-type]
 
 
 def parse_batch_size(text: str) -> int | None:
@@ -78,17 +80,6 @@ def parse_pairs(pairs: Sequence[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             found[key] = value
     return found
-
-
-def parse_thresholds(kl_max: float, induce_min: float, prune_layers: float) -> "Thresholds":
-    """The published rule with these numbers; --kl-max inf and --induce-min -inf switch theirs off."""
-    import math
-
-    from ..selection import Thresholds
-
-    return Thresholds(
-        None if kl_max == math.inf else kl_max, None if induce_min == -math.inf else induce_min, prune_layers
-    )
 
 
 def parse_tokens(text: str | None) -> tuple[int, ...] | None:

@@ -1,5 +1,6 @@
 """`refusal-mi chat`: talk to a model with a direction ablated or added, beside the plain model if wanted."""
 
+import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -9,24 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from .arguments import (
-    Device,
-    Dtype,
-    Model,
-    ModelPath,
-    OutputDir,
-    Revision,
-    System,
-    TemplateKwargs,
-    one_model,
-    parse_pairs,
-    quiet_load,
-)
+from .arguments import OutputDir, parse_positions
+from .bundles import ModelOptions, TemplateOptions, flat
 from .session import Change, Session
 from .talk import answer_all, interact
 
 if TYPE_CHECKING:
     from ..directions import Direction
+    from ..interventions import Positions
     from ..models import HookedModel
 
 
@@ -35,34 +26,34 @@ def register(app: typer.Typer) -> None:
     app.command("chat")(command)
 
 
+@flat
 def command(
-    model: Model = None,
-    model_path: ModelPath = None,
-    revision: Revision = None,
+    *,
+    model: ModelOptions,
     ablate: Annotated[
         str | None,
         typer.Option("--ablate", "--vectors-ablated", help="0-2: ablate ranks 0 and 2 of this model's run folder."),
     ] = None,
     direction: Annotated[Path | None, typer.Option(help="Ablate the direction in this .pt file.")] = None,
     steer: Annotated[Path | None, typer.Option(help="Add the vector in this .pt file.")] = None,
-    coefficient: Annotated[float, typer.Option(help="How much of --steer to add; negative subtracts.")] = 1.0,
+    coefficient: Annotated[
+        float | None, typer.Option(help="How much of --steer to add, default 1; negative subtracts.")
+    ] = None,
     layer: Annotated[
         int | None,
         typer.Option(help="Where to add --steer: the stream entering this block; default: where it was read."),
     ] = None,
     positions: Annotated[
-        str, typer.Option(help="Where --steer acts: all, prompt, or response (from the last prompt token on).")
-    ] = "all",
+        str | None,
+        typer.Option(help="Where --steer acts: all (default), prompt, or response (from the last prompt token on)."),
+    ] = None,
     multi: Annotated[str, typer.Option(help="span, or sequential: how several --ablate are removed.")] = "span",
     compare: Annotated[bool, typer.Option("--compare", help="Show the plain model's answer beside it.")] = False,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Say this instead of reading the terminal, and exit; repeatable.")
     ] = None,
-    system: System = None,
-    template_kwargs: TemplateKwargs = None,
+    template: TemplateOptions,
     max_new_tokens: Annotated[int, typer.Option(help="Of every answer.")] = 512,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     output_dir: OutputDir = None,
 ) -> int:
     """Chat with a model, plain or with a direction ablated or added.
@@ -70,45 +61,45 @@ def command(
     Prompts also come from --prompt or from a pipe, one a line: each is the next turn of one conversation and gets
     one answer; a line /reset starts a new one.
     """
-    from ..chat import ChatFormat
     from ..conversation import Conversation
-    from ..models import model_alias
+    from ..pipelines.defaults import default_folder
     from ..pipelines.several import check_multi
+    from ..provenance import display_name
 
     if sum(option is not None for option in (ablate, direction, steer)) > 1:
         raise UserError("give one of --ablate, --direction and --steer")
-    if positions not in ("all", "prompt", "response"):
-        raise UserError(f"--positions takes all, prompt or response, not {positions!r}")
-    if steer is None and layer is not None:
-        raise UserError("--layer says where to add --steer FILE, which is missing")
+    where = parse_positions(positions or "all")
+    about_steering = {"--coefficient": coefficient, "--layer": layer, "--positions": positions}
+    lost = [name for name, value in about_steering.items() if value is not None]
+    if steer is None and lost:
+        raise UserError(f"{lost[0]} says how to add --steer FILE, which is missing")
+    if prompt and not all(text.strip() for text in prompt):
+        raise UserError("--prompt takes a text that is not empty")
     check_multi(multi)
-    source = one_model(model, model_path)
-    run_folder = output_dir or Path("runs") / model_alias(source)
+    run_folder = output_dir or default_folder(model.source)
     if ablate is not None:
-        _check_run(run_folder, model or model_path, output_dir)
-    loaded = quiet_load(source, revision, device, dtype)
-    chat = ChatFormat(loaded.tokenizer, system, parse_pairs(template_kwargs))
+        _check_run(run_folder, model.named, output_dir)
+    loaded = model.load()
+    chat = template.chat(loaded)
     chat.render("?")
 
     def by_ranks(text: str) -> Change:
-        _check_run(run_folder, model or model_path, output_dir)
-        return _ablation_by_ranks(loaded, source, run_folder, text, multi)
+        _check_run(run_folder, model.named, output_dir)
+        return _ablation_by_ranks(loaded, model.source, run_folder, text, multi)
 
-    steering = (
-        None if steer is None else _Steering(_steering_vector(loaded, steer, layer), steer.name, layer, positions)
-    )
+    steering = None if steer is None else _Steering(_steering_vector(loaded, steer, layer), steer.name, layer, where)
     change = None
     if ablate is not None:
         change = by_ranks(ablate)
     elif direction is not None:
         change = _ablation_of_file(loaded, direction)
     elif steering is not None:
-        change = steering(coefficient)
+        change = steering(1.0 if coefficient is None else coefficient)
     interventions = change.interventions if change else ()
     session = Session(
         changed=Conversation(loaded, chat, interventions, max_new_tokens),
         plain=Conversation(loaded, chat, (), max_new_tokens) if compare else None,
-        name=Path(source).name,
+        name=display_name(model.source),
         change=change,
         by_ranks=by_ranks,
         steered_by=steering,
@@ -129,12 +120,14 @@ class _Steering:
     direction: "Direction"
     file: str
     layer: int | None
-    positions: str
+    positions: "Positions"
 
     def __call__(self, coefficient: float) -> Change:
         from ..interventions import Add
 
-        added = Add(self.direction, coefficient, self.layer, self.positions)  # type: ignore[arg-type]
+        if not math.isfinite(coefficient):
+            raise UserError(f"the coefficient must be a finite number, not {coefficient}")
+        added = Add(self.direction, coefficient, self.layer, self.positions)
         layer = self.direction.layer if self.layer is None else self.layer
         return Change(f"{coefficient:+g} × {self.file} at layer {layer}", (added,))
 
@@ -153,7 +146,7 @@ def _ablation_by_ranks(model: "HookedModel", source: str, folder: Path, text: st
     from ..provenance import describe_model
     from ..stages import RunFolder
 
-    RunFolder(folder).claim(describe_model(model, source))
+    RunFolder(folder).check_weights(describe_model(model, source))
     ranks = parse_directions(text)
     found = combine(ranks, load_ranked(folder, ranks), multi)  # type: ignore[arg-type]
     places = ", ".join(f"({place['pos']}, {place['layer']})" for place in found.places)

@@ -4,19 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import (
-    AsJson,
-    Device,
-    Dtype,
-    Model,
-    ModelPath,
-    Revision,
-    System,
-    TemplateKwargs,
-    one_model,
-    parse_pairs,
-    quiet_load,
-)
+from .arguments import AsJson
+from .bundles import ModelOptions, TemplateOptions, flat
 
 if TYPE_CHECKING:
     from ..chat import ChatFormat
@@ -31,30 +20,25 @@ def register(app: typer.Typer) -> None:
     app.command("model-info")(command)
 
 
+@flat
 def command(
-    model: Model = None,
-    model_path: ModelPath = None,
-    revision: Revision = None,
-    system: System = None,
-    template_kwargs: TemplateKwargs = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    *,
+    model: ModelOptions,
+    template: TemplateOptions,
     discover: Annotated[
         bool, typer.Option(help="Run the model to find its response prefix and refusal tokens.")
     ] = True,
     as_json: AsJson = False,
 ) -> int:
     """Show a model's template, post-instruction tokens, refusal tokens, layers, writers, dtype and memory."""
-    from ..chat import ChatFormat
     from ..generation import discover_response_prefix
     from ..models import write_hooks
     from ..pipelines.context import N_PREFIX_PROMPTS
     from ..provenance import describe_model
     from .tables import print_facts, print_json
 
-    source = one_model(model, model_path)
-    loaded = quiet_load(source, revision, device, dtype)
-    chat = ChatFormat(loaded.tokenizer, system, parse_pairs(template_kwargs))
+    source, loaded = model.source, model.load()
+    chat = template.chat(loaded)
     if discover:
         mixed = [text for prompts in _sets(source) for text in prompts.instructions[: N_PREFIX_PROMPTS // 2]]
         chat = chat.with_response_prefix(discover_response_prefix(loaded, chat, mixed))
@@ -74,8 +58,8 @@ def command(
 
 
 def _sets(source: str) -> "list[PromptSet]":
+    from ..pipelines.defaults import default_sets
     from ..prompts import load_prompts
-    from .run import default_sets
 
     return [load_prompts(name.split(",")[0]) for name in default_sets(source)[:2]]
 

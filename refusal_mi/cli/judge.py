@@ -6,7 +6,10 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .arguments import AsJson, JudgeModel, JudgeName
+from .arguments import AsJson
+from .bundles import JudgeOptions, flat
+
+_KEPT = ("prompt", "response", "quick")
 
 
 def register(app: typer.Typer) -> None:
@@ -14,12 +17,13 @@ def register(app: typer.Typer) -> None:
     app.command("judge")(command)
 
 
+@flat
 def command(
+    *,
     completions: Annotated[
         Path, typer.Argument(metavar="COMPLETIONS.json", help="A list of objects with prompt and response.")
     ],
-    judge: JudgeName = "substring",
-    judge_model: JudgeModel = None,
+    judge: JudgeOptions,
     output: Annotated[
         Path | None, typer.Option(help="Default: beside the completions, as ..._evaluations.json.")
     ] = None,
@@ -27,7 +31,6 @@ def command(
 ) -> int:
     """Judge saved completions again: refusals, degenerate text, and what an endpoint says of them."""
     from ..files import read_json, write_json
-    from ..http_judge import judge_named
     from ..judges import SubstringJudge
     from ..pipelines.effects import evaluate
     from .tables import print_facts, print_json
@@ -39,9 +42,11 @@ def command(
     target = output or completions.with_name(f"{completions.stem.removesuffix('_completions')}_evaluations.json")
     if target.resolve() == completions.resolve():
         raise UserError(f"the verdicts would overwrite {completions}; name another file with --output")
-    others = [] if judge == "substring" else [judge_named(judge, model=judge_model)]
-    kept = [{"category": row.get("category"), "prompt": row["prompt"], "response": row["response"]} for row in rows]
-    found = evaluate(kept, SubstringJudge(), *others)
+    named = judge.found("harm")
+    others = [] if isinstance(named, SubstringJudge) else [named]
+    kept = [{"category": row.get("category")} | {key: row[key] for key in _KEPT if key in row} for row in rows]
+    mark = {"quick": True} if any(row.get("quick") for row in rows) else {}
+    found = evaluate(kept, SubstringJudge(), *others) | mark
     write_json(target, found)
     if as_json:
         print_json(found)

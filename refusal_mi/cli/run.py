@@ -1,38 +1,15 @@
 """`refusal-mi run`: from a model to its refusal direction, with evidence."""
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..errors import UserError
-from .arguments import (
-    AsJson,
-    BatchSize,
-    Device,
-    Dtype,
-    JudgeModel,
-    JudgeName,
-    Model,
-    ModelPath,
-    OutputDir,
-    Revision,
-    System,
-    TemplateKwargs,
-    one_model,
-    parse_batch_size,
-    parse_pairs,
-    parse_thresholds,
-    parse_tokens,
-    quiet_load,
-)
-
-if TYPE_CHECKING:
-    from ..pipelines.options import RunOptions
+from .arguments import AsJson, BatchSize, OutputDir, parse_batch_size, parse_tokens
+from .bundles import JudgeOptions, ModelOptions, TemplateOptions, ThresholdOptions, flat
 
 SCIENCE_FAILED = 1
-EMBEDDED_NEW_TOKENS = 64
 
 
 def register(app: typer.Typer) -> None:
@@ -40,38 +17,10 @@ def register(app: typer.Typer) -> None:
     app.command("run")(command)
 
 
-def default_sets(source: str) -> tuple[str, str, str, str]:
-    """Harmful, harmless, plain-text and instruction sets for a model: its own for the embedded one."""
-    from ..models import ORGANISM
-
-    if source == str(ORGANISM):
-        sides = [",".join(f"organism_{side}_{part}" for part in ("train", "val", "test")) for side in _SIDES]
-        return sides[0], sides[1], "organism_plain_text", "organism_instructions"
-    return "harmful", "harmless", "plain_text", "instructions"
-
-
-def default_options(source: str) -> "RunOptions":
-    """What `run` without options runs."""
-    from ..models import ORGANISM
-    from ..pipelines.options import RunOptions
-
-    harmful, harmless, text_set, instruction_set = default_sets(source)
-    return RunOptions(
-        harmful=harmful,
-        harmless=harmless,
-        text_set=text_set,
-        instruction_set=instruction_set,
-        max_new_tokens=EMBEDDED_NEW_TOKENS if source == str(ORGANISM) else 512,
-    )
-
-
-_SIDES = ("harmful", "harmless")
-
-
+@flat
 def command(
-    model: Model = None,
-    model_path: ModelPath = None,
-    revision: Revision = None,
+    *,
+    model: ModelOptions,
     harmful: Annotated[str | None, typer.Option(help="A set to be split, or TRAIN,VAL,TEST: names or files.")] = None,
     harmless: Annotated[str | None, typer.Option(help="The same for harmless prompts.")] = None,
     eval_set: Annotated[str | None, typer.Option(help="Harmful prompts to report on instead of TEST.")] = None,
@@ -89,23 +38,27 @@ def command(
     filter_prompts: Annotated[
         bool, typer.Option("--filter/--no-filter", help="Keep harmful prompts that are refused, harmless answered.")
     ] = True,
-    system: System = None,
-    template_kwargs: TemplateKwargs = None,
+    template: TemplateOptions,
     response_prefix: Annotated[
         str | None, typer.Option(help="Text that every answer begins with; default: found by generating.")
     ] = None,
     refusal_tokens: Annotated[
         str | None, typer.Option(help="Token ids of the refusal score; default: discovered on TRAIN.")
     ] = None,
-    kl_max: Annotated[float, typer.Option(help="Largest KL on harmless prompts, in nats; inf: any.")] = 0.1,
-    induce_min: Annotated[float, typer.Option(help="Smallest refusal score under addition, in nats; -inf: any.")] = 0.0,
-    prune_layers: Annotated[float, typer.Option(help="Fraction of last layers left out.")] = 0.2,
-    thresholds: Annotated[bool, typer.Option(help="Apply them; without, rank all.")] = True,
+    thresholds: ThresholdOptions,
+    search: Annotated[
+        str,
+        typer.Option(
+            help="exact, or staged: screen the candidates on few prompts and measure only those that can win."
+        ),
+    ] = "exact",
+    skip_pruned: Annotated[
+        bool, typer.Option("--skip-pruned", help="Do not run candidates of the layers that --prune-layers leaves out.")
+    ] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Of every answer; default 512, for the embedded model 64.")
     ] = None,
-    judge: JudgeName = "substring",
-    judge_model: JudgeModel = None,
+    judge: JudgeOptions,
     steps: Annotated[str, typer.Option(help="Up to which of these to go, comma-separated.")] = (
         "directions,selection,completions,loss"
     ),
@@ -124,28 +77,24 @@ def command(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small samples, marked as such in every file.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
     output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Find the direction that mediates refusal, test it, and write a report."""
-    from ..models import model_alias
     from ..pipelines.arditi import run
+    from ..pipelines.defaults import default_folder, default_options
     from ..pipelines.options import RunOptions
     from ..pipelines.several import check_multi, parse_directions
     from ..report import write_report
-    from ..selection import NO_THRESHOLDS
     from ..stages import RunFolder
     from .tables import print_json, print_summary
 
-    source = one_model(model, model_path)
     ranks = () if directions is None else parse_directions(directions)
     if multi is not None and not ranks:
         raise UserError("--multi says how several directions are ablated: name them with --directions")
     check_multi(multi or "span")
-    defaults = default_options(source)
+    defaults = default_options(model.source)
     options = RunOptions(
         harmful=harmful or defaults.harmful,
         harmless=harmless or defaults.harmless,
@@ -160,24 +109,32 @@ def command(
         n_random=n_random,
         seed=seed,
         filter_prompts=filter_prompts,
-        system=system,
-        template_kwargs=parse_pairs(template_kwargs),
+        system=template.system,
+        template_kwargs=template.kwargs,
         response_prefix=response_prefix,
         refusal_tokens=parse_tokens(refusal_tokens),
-        thresholds=parse_thresholds(kl_max, induce_min, prune_layers) if thresholds else NO_THRESHOLDS,
+        thresholds=thresholds.rule,
+        search=search,  # type: ignore[arg-type]
+        skip_pruned=skip_pruned,
         max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
-        judge=judge,
-        judge_model=judge_model,
+        judge=judge.name,
+        judge_model=judge.judge_model,
         steps=tuple(step.strip() for step in steps.split(",")),  # type: ignore[misc]
         batch_size=parse_batch_size(batch_size),
     )
     options = options.shortened() if quick else options
-    path = output_dir or Path("runs") / (model_alias(source) + ("-quick" if quick else ""))
+    path = output_dir or default_folder(model.source, quick=quick)
     folder = RunFolder(path, fresh, lambda message: print(message, file=sys.stderr))
     folder.check_writable()
-    loaded = quiet_load(source, revision, device, dtype)
-    summary = run(loaded, source, options, folder, directions=ranks, multi=multi or "span")  # type: ignore[arg-type]
-    report = path / summary["combination"]["label"] / "summary.json" if "combination" in summary else write_report(path)
+    summary = run(
+        model.load(),
+        model.source,
+        options,
+        folder,
+        directions=ranks,
+        multi=multi or "span",  # type: ignore[arg-type]
+    )
+    report = write_report(path / summary["combination"]["label"] if "combination" in summary else path)
     if as_json:
         print_json({**summary, "report": str(report)})
     else:

@@ -86,11 +86,10 @@ def _coefficient(session: Session, argument: str) -> str:
     if session.steered_by is None:
         raise UserError("there is no vector to add: start the chat with --steer FILE")
     try:
-        session.set_change(session.steered_by(float(argument)))
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
+        coefficient = float(argument)
+    except ValueError:
         raise UserError(f"/coefficient takes a number, not {argument!r}") from None
+    session.set_change(session.steered_by(coefficient))
     return session.label
 
 
@@ -113,10 +112,7 @@ def _save(session: Session, argument: str) -> str:
         raise UserError("/save takes the name of a file")
     path = Path(argument).expanduser()
     conversations = [{"label": label} | each.describe() for label, each in session.conversations.items()]
-    try:
-        write_json(path, {"model": session.name, "conversations": conversations})
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    write_json(path, {"model": session.name, "conversations": conversations})
     return f"saved {path}"
 
 

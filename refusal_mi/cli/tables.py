@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..export.export import ExportReport
+    from ..export.report import ExportReport
     from ..selection import Selection
 
 
@@ -85,11 +85,17 @@ def _print_combination(console: Console, combination: Mapping[str, Any]) -> None
 
 
 def _print_rates(console: Console, side: str, rates: Mapping[str, Any]) -> None:
-    table = Table(f"{rates['set']} ({side}), n = {rates['n']}", "refused [95%]", "degenerate [95%]")
-    for label, found in rates.items():
-        if isinstance(found, Mapping):
-            table.add_row(label, *(_rate(found[key]) for key in ("refusal", "degenerate")))
-    console.print(table)
+    named = {label: found for label, found in rates.items() if isinstance(found, Mapping)}
+    console.print(rates_table(f"{rates['set']} ({side}), n = {rates['n']}", named))
+
+
+def rates_table(title: str, named: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Rates of refusal, of degenerate text and of what another judge calls unsafe, one row per name."""
+    others = [key for key in next(iter(named.values())) if key not in ("refusal", "degenerate")]
+    table = Table(title, "refused [95%]", "degenerate [95%]", *(f"unsafe, {judge} [95%]" for judge in others))
+    for name, found in named.items():
+        table.add_row(name, *(_rate(found[key]) for key in ("refusal", "degenerate", *others)))
+    return table
 
 
 def _print_losses(console: Console, losses: Mapping[str, Any]) -> None:

@@ -5,24 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import (
-    AsJson,
-    Device,
-    Dtype,
-    JudgeModel,
-    JudgeName,
-    Model,
-    ModelPath,
-    Revision,
-    System,
-    TemplateKwargs,
-    one_model,
-    parse_layers,
-    parse_numbers,
-    parse_pairs,
-    parse_tokens,
-    quiet_load,
-)
+from ..errors import UserError
+from .arguments import AsJson, parse_layers, parse_numbers, parse_positions, parse_tokens
+from .bundles import JudgeOptions, ModelOptions, TemplateOptions, flat, limit
 
 if TYPE_CHECKING:
     from ..stages import RunFolder
@@ -52,18 +37,10 @@ def register(app: typer.Typer) -> None:
     app.command("vector-eval")(evaluate)
 
 
-def default_queries(source: str) -> str:
-    """TRAIN,VAL,TEST of the embedded model, the hub's Alpaca for any other."""
-    from ..models import ORGANISM
-    from .run import default_sets
-
-    return default_sets(source)[1] if source == str(ORGANISM) else "alpaca"
-
-
+@flat
 def make(
-    model: Model = None,
-    model_path: ModelPath = None,
-    revision: Revision = None,
+    *,
+    model: ModelOptions,
     dataset: Dataset = None,
     column: Column = None,
     n_samples: Annotated[int, typer.Option(help="Queries.")] = 20,
@@ -79,29 +56,24 @@ def make(
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Give every response the same norm, per layer, before averaging.")
     ] = False,
-    judge: JudgeName = "substring",
-    judge_model: JudgeModel = None,
-    system: System = None,
-    template_kwargs: TemplateKwargs = None,
+    judge: JudgeOptions,
+    template: TemplateOptions,
     response_prefix: Annotated[
         str | None, typer.Option(help="Text that every answer begins with; default: found by generating.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     output_dir: Annotated[Path | None, typer.Option(help="Default runs/{alias}/harmless_refusal_vectors.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Make a refusal vector from free and instructed answers to the same harmless queries."""
-    from ..http_judge import judge_named
-    from ..models import model_alias
-    from ..pipelines.alpaca import REFUSAL_INSTRUCTION, NothingSurvives, VectorOptions, vector
+    from ..pipelines.alpaca import REFUSAL_INSTRUCTION, VectorOptions, vector
+    from ..pipelines.defaults import default_queries
+    from ..pipelines.response_filter import NothingSurvives
     from .tables import print_facts, print_json
 
-    source = one_model(model, model_path)
     given = tuple(text if text[-1:].isspace() else f"{text}\n" for text in refusal_instruction or ())
     options = VectorOptions(
-        dataset=dataset or default_queries(source),
+        dataset=dataset or default_queries(model.source),
         column=column,
         n_samples=n_samples,
         n_completions=n_completions,
@@ -112,15 +84,15 @@ def make(
         token_weights=token_weights,  # type: ignore[arg-type]
         layers=parse_layers(layers),
         normalize=normalize,
-        system=system,
-        template_kwargs=parse_pairs(template_kwargs),
+        system=template.system,
+        template_kwargs=template.kwargs,
         response_prefix=response_prefix,
     )
-    verdict = judge_named(judge, model=judge_model, question="refusal")
-    path = output_dir or Path("runs") / model_alias(source) / "harmless_refusal_vectors"
-    loaded = quiet_load(source, revision, device, dtype)
+    verdict = judge.found("refusal")
+    path = output_dir or _default_folder(model)
+    folder = _folder(path, fresh)
     try:
-        found = vector(loaded, source, options, _folder(path, fresh), verdict)
+        found = vector(model.load(), model.source, options, folder, verdict)
     except NothingSurvives as error:
         typer.echo(f"error: {error}", err=True)
         return SCIENCE_FAILED
@@ -131,10 +103,10 @@ def make(
     return 0
 
 
+@flat
 def evaluate(
-    model: Model = None,
-    model_path: ModelPath = None,
-    revision: Revision = None,
+    *,
+    model: ModelOptions,
     vector_dir: Annotated[
         Path | None, typer.Option(help="What `vector` wrote; default runs/{alias}/harmless_refusal_vectors.")
     ] = None,
@@ -154,35 +126,35 @@ def evaluate(
     ] = "auto",
     layers: Layers = None,
     kl_max: Annotated[
-        float | None, typer.Option(help="Largest KL of ablating the row on validation queries, in nats.")
+        float | None, typer.Option(help="Largest KL of ablating the row on validation queries, in nats; default: any.")
     ] = None,
     refusal_tokens: Annotated[
         str | None, typer.Option(help="Token ids of the refusal score; default: found from the responses.")
     ] = None,
     positions: Annotated[str, typer.Option(help="Where the vector is added: all, prompt or response.")] = "all",
     n_random: Annotated[int, typer.Option(help="Random vectors of equal norm, as controls.")] = 1,
-    judge: JudgeName = "substring",
-    judge_model: JudgeModel = None,
-    system: System = None,
-    template_kwargs: TemplateKwargs = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    judge: JudgeOptions,
+    template: TemplateOptions,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")] = False,
     output_dir: Annotated[Path | None, typer.Option(help="Default: the vector's folder.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Choose the layer of a refusal vector and measure refusals of harmless queries by coefficient."""
-    from ..http_judge import judge_named
-    from ..models import model_alias
-    from ..pipelines.alpaca_eval import EvalOptions, evaluate_vector
-    from .arguments import parse_positions
+    from ..pipelines.alpaca import VECTOR
+    from ..pipelines.alpaca_eval import evaluate_vector
+    from ..pipelines.alpaca_measures import EvalOptions
+    from ..pipelines.defaults import default_queries
     from .tables import print_json
 
-    source = one_model(model, model_path)
     if layer not in ("auto", "sound") and not layer.isdigit():
-        raise typer.BadParameter(f"--layer takes auto, sound or a number, not {layer!r}")
-    directory = vector_dir or Path("runs") / model_alias(source) / "harmless_refusal_vectors"
+        raise UserError(f"--layer takes auto, sound or a number, not {layer!r}")
+    directory = vector_dir or _default_folder(model)
+    if not (directory / VECTOR).is_file():
+        raise UserError(
+            f"{directory} holds no {VECTOR}: make it with refusal-mi vector, or name its folder --vector-dir"
+        )
     options = EvalOptions(
-        dataset=dataset or _recorded_dataset(directory) or default_queries(source),
+        dataset=dataset or _recorded_dataset(directory) or default_queries(model.source),
         column=column,
         n_validation_samples=n_validation_samples,
         n_test_samples=n_test_samples,
@@ -194,16 +166,16 @@ def evaluate(
         layer=int(layer) if layer.isdigit() else None,
         sound_layer=layer == "sound",
         layers=parse_layers(layers),
-        kl_max=kl_max,
+        kl_max=limit(kl_max),
         refusal_tokens=parse_tokens(refusal_tokens),
         positions=parse_positions(positions),
         n_random=n_random,
-        system=system,
-        template_kwargs=parse_pairs(template_kwargs),
+        system=template.system,
+        template_kwargs=template.kwargs,
     )
-    verdict = judge_named(judge, model=judge_model, question="refusal")
-    loaded = quiet_load(source, revision, device, dtype)
-    summary = evaluate_vector(loaded, source, directory, options, _folder(output_dir or directory, False), verdict)
+    verdict = judge.found("refusal")
+    folder = _folder(output_dir or directory, fresh)
+    summary = evaluate_vector(model.load(), model.source, directory, options, folder, verdict)
     print_json(summary) if as_json else _print_rates(summary)
     return 0 if summary["status"] == "done" else SCIENCE_FAILED
 
@@ -215,10 +187,18 @@ def _recorded_dataset(directory: Path) -> str | None:
     return read_json(record).get("dataset") if record.exists() else None
 
 
+def _default_folder(model: ModelOptions) -> Path:
+    from ..pipelines.defaults import default_folder
+
+    return default_folder(model.source) / "harmless_refusal_vectors"
+
+
 def _folder(path: Path, fresh: bool) -> "RunFolder":
     from ..stages import RunFolder
 
-    return RunFolder(path, fresh, lambda message: typer.echo(message, err=True))
+    folder = RunFolder(path, fresh, lambda message: typer.echo(message, err=True))
+    folder.check_writable()
+    return folder
 
 
 def _print_rates(summary: dict[str, Any]) -> None:

@@ -14,27 +14,22 @@ from ..directions import Direction
 from ..errors import UserError
 from ..files import read_json, read_tensors, write_json, write_tensors
 from ..generation import Sampling, discover_response_prefix, generate
+from ..http_judge import identify
 from ..judges import Judge, SubstringJudge
 from ..models import HookedModel, resid_hook
 from ..prompts import PromptSet, load_prompts
 from ..provenance import describe_model, versions
 from ..spans import Span, combine_spans
 from ..stages import RunFolder
+from .response_filter import passes, warn_of_few
 
 REFUSAL_INSTRUCTION = "You must refuse to answer this question.\n"
 VECTOR = "refusal_vector.pt"
 RESPONSES = ("compliant_responses.json", "refusal_responses.json")
 KEPT = ("filtered_compliant_responses.json", "filtered_refusal_responses.json")
 TOKENS = "response_tokens.json"
-MIN_KEPT = 0.5
-"""Below this fraction of one side, the filter's result carries a warning."""
-
 _SAMPLING = Sampling(seed=0, temperature=1.0, top_p=0.95, top_k=64)
 _SIDES = ("compliant", "refusing")
-
-
-class NothingSurvives(UserError):
-    """No response of one side passed the filter; the responses are on disk."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def vector(
     kept = {name: getattr(options, name) for name in ("token_weights", "layers", "normalize")}
     folder.stage(
         "vector",
-        {**base, **kept, "judge": judge.name, "files": hashes},
+        {**base, **kept, "judge": identify(judge), "files": hashes},
         [VECTOR, "metadata.json", *KEPT],
         lambda: _write_vector(model, chat, options, layers, judge, folder),
         about="mean residual streams over the responses",
@@ -188,10 +183,12 @@ def _write_vector(
     judge: Judge,
     folder: RunFolder,
 ) -> None:
+    for stale in (VECTOR, "metadata.json"):  # nothing of other responses may stay where none survive
+        (folder.path / stale).unlink(missing_ok=True)
     tokens = read_json(folder.path / TOKENS)
     chat = chat.with_response_prefix(tokens["response_prefix"])
     all_rows = [read_json(folder.path / file) for file in RESPONSES]
-    flags = [_passes(rows, tokens[side], side, judge) for rows, side in zip(all_rows, _SIDES, strict=True)]
+    flags = [passes(rows, tokens[side], side, judge) for rows, side in zip(all_rows, _SIDES, strict=True)]
     kept = [
         [row for row, keep in zip(rows, passed, strict=True) if keep]
         for rows, passed in zip(all_rows, flags, strict=True)
@@ -199,7 +196,8 @@ def _write_vector(
     for file, rows in zip(KEPT, kept, strict=True):
         write_json(folder.path / file, rows)
     notes = [
-        _judge_filter(side, rows, passed, options) for side, rows, passed in zip(_SIDES, all_rows, kept, strict=True)
+        warn_of_few(side, rows, passed, options.max_new_tokens)
+        for side, rows, passed in zip(_SIDES, all_rows, kept, strict=True)
     ]
     for note in filter(None, notes):
         folder.report(f"warning: {note}")
@@ -222,36 +220,6 @@ def _write_vector(
     write_tensors(folder.path / VECTOR, result.float())
     write_json(
         folder.path / "metadata.json", _metadata(model, chat, options, layers, judge, all_rows, kept, result, notes)
-    )
-
-
-def _passes(rows: Sequence[dict[str, str]], tokens: Sequence[Any], side: str, judge: Judge) -> list[bool]:
-    complied = judge.complied([row["instruction"] for row in rows], [row["response"] for row in rows])
-    wanted = side == "compliant"
-    return [flag == wanted and bool(entry["token_ids"]) for flag, entry in zip(complied, tokens, strict=True)]
-
-
-def _judge_filter(
-    side: str, rows: Sequence[dict[str, str]], kept: Sequence[dict[str, str]], options: VectorOptions
-) -> str | None:
-    """A warning where few responses of a side passed; none is an error."""
-    if len(kept) >= MIN_KEPT * len(rows):
-        return None
-    lost = [row for row in rows if row not in kept][:2]
-    shown = "; ".join(repr(row["response"][:160]) for row in lost)
-    way_out = (
-        "try another --refusal-instruction, or a higher --n-samples or --n-completions"
-        if side == "refusing"
-        else "this model refuses harmless queries: try another --dataset or --system, or a higher --n-samples"
-    )
-    message = (
-        f"only {len(kept)} of {len(rows)} {side} responses pass the filter (left out, for example: {shown}); "
-        f"{way_out}, a longer --max-new-tokens (now {options.max_new_tokens}) or another --judge"
-    )
-    if kept:
-        return message
-    raise NothingSurvives(
-        f"no {side} response passes the filter, so there is no vector; the responses are kept: {message}"
     )
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,15 +17,11 @@ from torch import Tensor
 from ..chat import ChatFormat
 from ..directions import Direction
 from ..errors import UserError
-from ..files import sha256_json, write_json
-from ..generation import generate
-from ..interventions import Add, Positions
-from ..judges import Judge, SubstringJudge, is_degenerate
+from ..files import sha256_json
 from ..models import ORGANISM, HookedModel, resid_hook
 from ..pairs import PairSet, locate_letter, with_flipped_half
 from ..provenance import describe_model
 from ..spans import combine_spans
-from ..stats import Rate
 from ..vectors import load_direction
 
 SHUFFLED = "shuffled"
@@ -151,8 +147,11 @@ def load_vectors(path: Path, source: str, *, hook: str | None = None) -> dict[in
     """CAA layer -> vector, from one file or from a folder that `write_vectors` filled.
 
     Raises:
-        UserError: the folder has no vectors of this model, or a bare tensor comes without its hook point.
+        UserError: there are no vectors of this model, they were made from different pairs, or a bare tensor comes
+            without its hook point.
     """
+    if not path.exists():
+        raise UserError(f"no such file or folder: {path}; make vectors with refusal-mi caa vectors, or name --vector")
     if not path.is_dir():
         direction = load_direction(path, hook)
         return {caa_layer(direction.layer): direction}
@@ -164,81 +163,38 @@ def load_vectors(path: Path, source: str, *, hook: str | None = None) -> dict[in
         others = sorted(set(models.values()))
         held = f"it has vectors of {', '.join(others)}" if others else "it has no vec_layer_{L}_{model}.pt files"
         raise UserError(f"{path} has no vectors of {name}: {held}; make them with refusal-mi caa vectors")
+    if len({direction.provenance.get("pairs_sha256") for direction in directions}) > 1:
+        raise UserError(f"the vectors in {path} were made from different pairs; make them again in another folder")
     return {caa_layer(direction.layer): direction for direction in directions}
 
 
-def open_ended(
-    model: HookedModel,
-    chat: ChatFormat,
-    direction: Direction,
-    layer: int,
-    questions: Sequence[str],
-    multipliers: Sequence[float],
-    directory: Path,
-    *,
-    positions: Positions = "response",
-    max_new_tokens: int = 50,
-    batch_size: int = 8,
-    judge: Judge | None = None,
-) -> dict[str, Any]:
-    """Answers with the vector added and subtracted: `test_results_x{m}.json`; returns `test_summary.json`.
+def load_controls(
+    path: Path, source: str, vectors: Mapping[int, Direction]
+) -> tuple[dict[int, Direction], Literal["shuffled labels", "random vectors of equal norm"]]:
+    """A control for every vector: from shuffled labels where they lie beside the vectors, else random ones."""
+    shuffled = path / SHUFFLED
+    found = load_vectors(shuffled, source) if path.is_dir() and shuffled.is_dir() else {}
+    if set(vectors) <= set(found):
+        return {layer: found[layer] for layer in vectors}, "shuffled labels"
+    return {layer: vector.random_like(0) for layer, vector in vectors.items()}, "random vectors of equal norm"
+
+
+def check_weights(vectors: Mapping[int, Direction], model: Mapping[str, Any]) -> None:
+    """Refuse vectors that were read in other weights of the same model; those of another model may be transferred.
 
     Args:
-        layer: CAA's layer; the vector is added to the output of this block.
+        model: from `describe_model`.
+
+    Raises:
+        UserError: the directory or the hub commit has changed since.
     """
-    place, judge = our_layer(layer, model.cfg.n_layers), judge or SubstringJudge()
-
-    def answers(multiplier: float | None) -> list[str]:
-        steering = () if multiplier is None else (Add(direction, multiplier, place, positions),)
-        found = generate(
-            model,
-            chat,
-            questions,
-            interventions=steering,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            description="plain" if multiplier is None else f"multiplier {multiplier:g}",
-        )
-        return [answer.text for answer in found]
-
-    plain = answers(None)
-    summary: dict[str, Any] = {
-        "layer": layer,
-        "layer_means": explain_layer(layer),
-        "positions": positions,
-        "max_new_tokens": max_new_tokens,
-        "n_questions": len(questions),
-        "judge": judge.name,
-        "baseline": _text_rates(questions, plain, judge),
-        "by_multiplier": {},
-    }
-    for multiplier in multipliers:
-        added, subtracted = answers(multiplier), answers(-multiplier)
-        rows = [
-            {
-                "question": question,
-                "answer_baseline": baseline,
-                "answer_with_add_steering": more,
-                "answer_with_substract_steering": less,
-            }
-            for question, baseline, more, less in zip(questions, plain, added, subtracted, strict=True)
-        ]
-        write_json(directory / f"test_results_x{multiplier:g}.json", rows)
-        summary["by_multiplier"][f"{multiplier:g}"] = {
-            "add": _text_rates(questions, added, judge),
-            "subtract": _text_rates(questions, subtracted, judge),
-            "first_question": rows[0],
-        }
-    write_json(directory / "test_summary.json", summary)
-    return summary
-
-
-def _text_rates(questions: Sequence[str], answers: Sequence[str], judge: Judge) -> dict[str, Any]:
-    complied = judge.complied(questions, answers)
-    return {
-        "refusal_like_rate": Rate.of([not flag for flag in complied]).describe(),
-        "degenerate_rate": Rate.of([is_degenerate(answer) for answer in answers]).describe(),
-    }
+    for layer, direction in vectors.items():
+        made = direction.provenance
+        if made.get("model") == model["source"] and any(made.get(k) != model[k] for k in ("fingerprint", "revision")):
+            raise UserError(
+                f"the vector of layer {layer} was read in other weights: {model['source']} has changed since; make the "
+                "vectors again with refusal-mi caa vectors"
+            )
 
 
 def _direction(

@@ -1,8 +1,7 @@
-"""CAA's multiple-choice evaluation: p(matching answer) by layer and multiplier, and the layer chosen on other pairs."""
+"""CAA's multiple-choice evaluation: p(matching answer) by layer and multiplier."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +12,15 @@ from ..ab_scores import ABQuestions, p_matching
 from ..chat import ChatFormat
 from ..directions import Direction
 from ..errors import UserError
-from ..files import write_json
-from ..generation import generate
+from ..files import read_json, write_json
 from ..interventions import Add, Positions
-from ..judges import is_degenerate
-from ..models import HookedModel
-from ..pairs import PairSet
+from ..models import HookedModel, model_source
+from ..pairs import ABPair, PairSet
 from ..progress import track
-from ..stats import Rate, mean_interval
+from ..provenance import describe_model, versions
+from ..stages import RunFolder
+from ..stats import mean_interval
 from .caa import explain_layer, our_layer
-
-MAX_DEGENERATE = 0.05
-"""A multiplier is sound while at most this fraction of answers is degenerate text."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,9 @@ class ABPoint:
     """95% interval of the mean."""
     delta: float
     """p − p of the plain model."""
+    delta_low: float
+    delta_high: float
+    """95% interval of the mean change, pair by pair."""
     n_pairs: int
 
 
@@ -71,6 +70,11 @@ class ABSweep:
         ]
         return sorted(found, key=lambda entry: -entry[0])
 
+    @property
+    def largest_change(self) -> float:
+        """The largest change of p in either direction, at any layer and multiplier."""
+        return max((abs(point.delta) for point in self.points), default=0.0)
+
     def describe(self) -> dict[str, Any]:
         """JSON values."""
         rows = [{**vars(point), "layer_means": explain_layer(point.layer)} for point in self.points]
@@ -87,86 +91,56 @@ def sweep_pairs(
     layers: Sequence[int] | None = None,
     positions: Positions = "response",
     batch_size: int = 32,
-    directory: Path | None = None,
+    folder: RunFolder | None = None,
+    where: str = "",
 ) -> ABSweep:
     """p(matching) with each layer's vector added, times each multiplier.
 
     Args:
         vectors: CAA layer -> vector; a single one is applied at every layer of `layers`.
         layers: CAA layers; None is those of `vectors`.
-        directory: where to write CAA's own files, one per layer and multiplier.
+        folder: where CAA's own files are written, one stage per layer and multiplier; those done before are kept.
+        where: folder inside it, with its slash.
 
     Raises:
         UserError: there is no vector for a layer.
     """
     questions = ABQuestions(chat, pairs.pairs)
     wanted = sorted(vectors) if layers is None else list(layers)
-    plain = questions.log_probabilities(model, batch_size=batch_size)
+    model_record = describe_model(model, model_source(model))
+    base = {"model": model_record, "chat": chat.describe(), "versions": versions(), "pairs": pairs.sha256}
+
+    def items(*steering: Add) -> list[dict[str, Any]]:
+        return _published_items(pairs, questions.log_probabilities(model, steering, batch_size=batch_size))
+
+    def stored(layer: int, multiplier: float, steering: Add) -> list[dict[str, Any]]:
+        if folder is None:
+            return items(steering)
+        file = f"{where}results_layer={layer}_multiplier={float(multiplier)}_type=ab.json"
+        place = {"layer": steering.layer, "multiplier": multiplier, "positions": positions}
+        inputs = base | place | {"vector": steering.direction.vector.tolist()}
+        name = file.removesuffix(".json").replace("/", "_")
+        folder.stage(name, inputs, [file], lambda: write_json(folder.path / file, items(steering)))
+        return read_json(folder.path / file)
+
+    plain = p_matching(_log_p(pairs, items())).tolist()
     points = []
     for layer in track(wanted, f"p(matching) on {pairs.name}"):
-        place = our_layer(layer, model.cfg.n_layers)
-        direction = _vector_for(vectors, layer)
+        place, direction = our_layer(layer, model.cfg.n_layers), vector_for(vectors, layer)
         for multiplier in multipliers:
-            steering = Add(direction, multiplier, place, positions)
-            log_p = questions.log_probabilities(model, (steering,), batch_size=batch_size)
-            p, low, high = mean_interval(p_matching(log_p).tolist())
-            delta = p - p_matching(plain).mean().item()
-            points.append(ABPoint(layer, multiplier, p, low, high, delta, len(pairs)))
-            if directory is not None:
-                file = directory / f"results_layer={layer}_multiplier={float(multiplier)}_type=ab.json"
-                write_json(file, _published_items(pairs, log_p))
-    return ABSweep(pairs.name, p_matching(plain).mean().item(), tuple(points), questions.n_by_letter)
+            answered = stored(layer, multiplier, Add(direction, multiplier, place, positions))
+            p = p_matching(_log_p(pairs, answered)).tolist()
+            change = mean_interval([after - before for after, before in zip(p, plain, strict=True)])
+            points.append(ABPoint(layer, multiplier, *mean_interval(p), *change, len(pairs)))
+    return ABSweep(pairs.name, mean_interval(plain)[0], tuple(points), questions.n_by_letter)
 
 
-def choose(
-    model: HookedModel,
-    chat: ChatFormat,
-    vectors: Mapping[int, Direction],
-    chosen_on: ABSweep,
-    questions: Sequence[str],
-    *,
-    positions: Positions = "response",
-    max_new_tokens: int = 50,
-    batch_size: int = 8,
-    max_tries: int = 8,
-) -> dict[str, Any] | None:
-    """The layer and multiplier with the largest effect on `chosen_on` at which text is still text, with both signs.
+def vector_for(vectors: Mapping[int, Direction], layer: int) -> Direction:
+    """The vector of a CAA layer; a single one serves every layer.
 
-    Returns:
-        None where no positive multiplier was swept with both signs, or none of the `max_tries` best is sound.
+    Raises:
+        UserError: there is none.
     """
-    tried: list[dict[str, Any]] = []
-    for effect, layer, multiplier in chosen_on.effects()[:max_tries]:
-        place, direction = our_layer(layer, model.cfg.n_layers), _vector_for(vectors, layer)
-        broken = []
-        for sign in (1, -1):
-            steering = Add(direction, sign * multiplier, place, positions)
-            answers = generate(
-                model,
-                chat,
-                questions,
-                interventions=(steering,),
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                description=f"layer {layer}, multiplier {sign * multiplier:g}",
-            )
-            broken.append(Rate.of([is_degenerate(answer.text) for answer in answers]))
-        found = {
-            "layer": layer,
-            "layer_means": explain_layer(layer),
-            "multiplier": multiplier,
-            "chosen_on": chosen_on.pairs,
-            "effect_there": effect,
-            "degenerate_added": broken[0].describe(),
-            "degenerate_subtracted": broken[1].describe(),
-        }
-        if all(rate.value <= MAX_DEGENERATE for rate in broken):
-            return {**found, "tried_before": tried}
-        tried.append(found)
-    return None
-
-
-def _vector_for(vectors: Mapping[int, Direction], layer: int) -> Direction:
     if len(vectors) == 1:
         return next(iter(vectors.values()))
     if layer not in vectors:
@@ -175,8 +149,19 @@ def _vector_for(vectors: Mapping[int, Direction], layer: int) -> Direction:
 
 
 def _published_items(pairs: PairSet, log_p: Float[Tensor, "pair 2"]) -> list[dict[str, Any]]:
+    """One object per pair; the answers in alphabetical order are its a and b."""
     items = []
     for pair, (matching, other) in zip(pairs.pairs, torch.exp(log_p).tolist(), strict=True):
-        p = {pair.matching: matching, pair.not_matching: other}
-        items.append({**pair.describe(), "a_prob": p.get("(A)"), "b_prob": p.get("(B)")})
+        a, b = (matching, other) if _matching_is_first(pair) else (other, matching)
+        items.append({**pair.describe(), "a_prob": a, "b_prob": b})
     return items
+
+
+def _log_p(pairs: PairSet, items: Sequence[Mapping[str, Any]]) -> Float[Tensor, "pair 2"]:
+    keys = [("a_prob", "b_prob") if _matching_is_first(pair) else ("b_prob", "a_prob") for pair in pairs.pairs]
+    rows = [[item[key] for key in both] for item, both in zip(items, keys, strict=True)]
+    return torch.tensor(rows, dtype=torch.float64).log()
+
+
+def _matching_is_first(pair: ABPair) -> bool:
+    return pair.matching < pair.not_matching

@@ -22,12 +22,13 @@ from ..stages import RunFolder
 from ..stats import mean_interval
 from .arditi import record_run
 from .context import RunContext
-from .effects import evaluate, loss_sets, loss_texts, rates
+from .effects import evaluate, loss_sets, loss_texts, rates, texts_sha256
 from .options import RunOptions
 from .search import MEAN_DIFFS, SURVIVORS, choose_direction, find_directions, score_directions
 from .several import Combination, combine, labelled, ranked, save_combination
 
 N_BEST = 5
+NONE_SURVIVE = "no candidate survives"
 TIE_NATS = 0.01
 """Bypass scores closer than this are a tie, which CE loss decides."""
 
@@ -39,8 +40,8 @@ class CombosOptions:
     ranks: tuple[int, ...] | None = None
     """None: the five best, or as many as survive."""
     max_size: int = 2
-    kl_max: float = 0.1
-    """Largest mean KL on harmless validation prompts (nats) of a winner; equality passes."""
+    kl_max: float | None = 0.1
+    """Largest mean KL on harmless validation prompts (nats) of a winner; equality passes; None is no limit."""
     n_random: int = 3
     """Random spans of the winner's rank."""
     n_ce: int = 256
@@ -52,8 +53,10 @@ class CombosOptions:
         for name in ("max_size", "n_ce", "val_new_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_random < 0 or not self.kl_max >= 0:
-            raise UserError("n_random and kl_max must not be negative")
+        if self.n_random < 0:
+            raise UserError(f"n_random must not be negative, not {self.n_random}")
+        if self.kl_max is not None and not 0 <= self.kl_max < math.inf:
+            raise UserError(f"kl_max must be a number from 0 on, not {self.kl_max}")
         if self.ranks is not None and len(set(self.ranks)) < len(self.ranks):
             raise UserError("a rank was given twice")
 
@@ -72,7 +75,10 @@ def run_combos(
     head = record_run(run)
     grid = find_directions(run)
     chosen = choose_direction(run, grid, score_directions(run, grid))
-    ranks = combos.ranks or tuple(range(min(N_BEST, len(chosen.survivors)))) or (0,)
+    if not chosen.survivors and combos.ranks is None:
+        reason = {"explanation": chosen.explain(), "options": asdict(combos)}
+        return _finish(run, {"model": head["model"], "quick": options.quick, **reason}, NONE_SURVIVE)
+    ranks = combos.ranks or tuple(range(min(N_BEST, len(chosen.survivors))))
     by_rank = dict(zip(ranks, ranked(grid, chosen, ranks), strict=True))
     validation = _Validation(run, combos, loss_texts(run, texts, own_answers=False))
     found: dict[str, Any] = {
@@ -111,9 +117,9 @@ def run_combos(
     return _finish(run, found, "done")
 
 
-def choose(rows: Sequence[Mapping[str, Any]], kl_max: float, text_set: str) -> Mapping[str, Any] | None:
+def choose(rows: Sequence[Mapping[str, Any]], kl_max: float | None, text_set: str) -> Mapping[str, Any] | None:
     """The row with the lowest bypass score among those with KL ≤ `kl_max`; ties by CE loss on `text_set`."""
-    passing = [row for row in rows if row["kl_nats"] <= kl_max]
+    passing = [row for row in rows if kl_max is None or row["kl_nats"] <= kl_max]
     if not passing:
         return None
     lowest = min(row["bypass"] for row in passing)
@@ -138,9 +144,10 @@ class _Validation:
     def row(self, label: str, interventions: Sequence[Intervention]) -> dict[str, Any]:
         """What `combos/{label}.json` holds."""
         path = f"combos/{label}.json"
-        sets = {name: [[text.first, *text.token_ids] for text in texts] for name, texts in self.texts.items()}
         files = ["prompts.json", *([MEAN_DIFFS, SURVIVORS] if interventions else [])]
-        inputs = self.run.inputs(*files, label=label, texts=sets, val_new_tokens=self.options.val_new_tokens)
+        inputs = self.run.inputs(
+            *files, label=label, texts=texts_sha256(self.texts), val_new_tokens=self.options.val_new_tokens
+        )
         n_prompts = len(self.harmful) + len(self.harmless)
         about = f"{n_prompts} prompts, {len(self.harmful)} short answers, {sum(map(len, self.texts.values()))} texts"
         write = lambda: write_json(self.run.path / path, self._measure(label, interventions) | self.run.mark)  # noqa: E731

@@ -129,6 +129,8 @@ class RunContext:
             raise UserError(
                 "the evaluation set is called harmless, as the harmless test prompts are in file names: rename it"
             )
+        if not len(found):
+            raise UserError(f"every prompt of the evaluation set {found.name} is among the training or validation ones")
         return found.sample(min(self.options.n_test, len(found)), self.options.seed)
 
     def _write_prompts(self) -> None:

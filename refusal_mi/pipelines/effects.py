@@ -6,7 +6,7 @@ from typing import Any
 
 from ..directions import Direction
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import read_json, sha256_json, write_json
 from ..generation import Generated, generate
 from ..http_judge import judge_named
 from ..interventions import Ablate, Add, Intervention
@@ -109,6 +109,8 @@ def completions(run: RunContext, side: str, labelled: Labelled, where: str = "")
 def rates(run: RunContext, side: str, interventions: Sequence[Labelled], where: str = "") -> dict[str, Any]:
     """Refusal and degenerate-text rates on held-out prompts: the baseline of the run folder, then each intervention.
 
+    Another judge than the substrings adds its rate of success ("unsafe") under its name.
+
     Args:
         where: folder inside the run folder for the completions under interventions, with its slash.
     """
@@ -116,6 +118,9 @@ def rates(run: RunContext, side: str, interventions: Sequence[Labelled], where: 
     for labelled, folder in [(BASELINE, ""), *((each, where) for each in interventions)]:
         verdicts = completions(run, side, labelled, folder)
         found[labelled.label] = {"refusal": verdicts["refusal_rate"], "degenerate": verdicts["degenerate_rate"]}
+        for judge in _judges(run, side)[1:]:
+            flags = [bool(row[f"is_jailbreak_{judge.name}"]) for row in verdicts["completions"]]
+            found[labelled.label][judge.name] = Rate.of(flags).describe()
     return found
 
 
@@ -183,12 +188,17 @@ def losses(
         }
         write_json(run.path / path, found | run.mark)
 
-    sets = {name: [[text.first, *text.token_ids] for text in scored] for name, scored in texts.items()}
-    inputs = run.inputs(*_direction_file(labelled), label=labelled.label, record=dict(labelled.record), texts=sets)
+    about_it: dict[str, Any] = {"label": labelled.label, "record": dict(labelled.record), "texts": texts_sha256(texts)}
+    inputs = run.inputs(*_direction_file(labelled), **about_it)
     n_texts = sum(map(len, texts.values()))
     about = f"CE loss of {n_texts} texts{run.estimate('text', n_texts)}"
     run.stage(_stage(where, f"loss_{labelled.label}"), inputs, [path], compute, about)
     return read_json(run.path / path)
+
+
+def texts_sha256(texts: Mapping[str, Sequence[ScoredText]]) -> dict[str, str]:
+    """Hash of the tokens of every text set: what identifies them among a stage's inputs."""
+    return {name: sha256_json([[text.first, *text.token_ids] for text in found]) for name, found in texts.items()}
 
 
 def loss_sets(options: RunOptions) -> tuple[PromptSet, PromptSet]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from ..errors import UserError
 from ..http_judge import judge_named
 from ..selection import Thresholds
+from ..staged import Search
 
 Step = Literal["directions", "selection", "completions", "loss"]
 STEPS: tuple[Step, ...] = get_args(Step)
@@ -39,6 +40,10 @@ class RunOptions:
     refusal_tokens: tuple[int, ...] | None = None
     """None: discovered on the training split."""
     thresholds: Thresholds = field(default_factory=Thresholds)
+    search: Search = "exact"
+    """exact: every candidate on every validation prompt; staged: only those that can win."""
+    skip_pruned: bool = False
+    """Do not run the candidates that the layer rule drops anyway."""
     max_new_tokens: int = 512
     n_ce: int = 4096
     """At most this many texts of each CE set (the published run: 2048 batches of 2)."""
@@ -53,6 +58,8 @@ class RunOptions:
     quick: bool = False
 
     def __post_init__(self) -> None:
+        if self.search not in get_args(Search):
+            raise UserError(f"unknown search {self.search!r}; expected one of {', '.join(get_args(Search))}")
         unknown = [step for step in self.steps if step not in STEPS]
         if unknown or not self.steps:
             raise UserError(f"unknown step {unknown[0] if unknown else ''!r}; the steps are {', '.join(STEPS)}")
@@ -60,8 +67,10 @@ class RunOptions:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         judge_named(self.judge, model=self.judge_model)
-        if self.n_random < 0 or (self.batch_size is not None and self.batch_size < 1):
-            raise UserError("n_random must be at least 0 and the batch size at least 1")
+        if self.n_random < 0:
+            raise UserError(f"n_random must not be negative, not {self.n_random}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"the batch size must be at least 1, not {self.batch_size}")
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "RunOptions":

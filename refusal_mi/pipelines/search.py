@@ -10,6 +10,7 @@ from ..files import read_json, read_tensors, write_json, write_tensors
 from ..models import resid_hook
 from ..provenance import versions
 from ..selection import Selection, select
+from ..staged import staged_token_sets
 from .context import RunContext
 
 MEAN_DIFFS = "generate_directions/mean_diffs.pt"
@@ -60,9 +61,13 @@ def score_directions(run: RunContext, grid: DirectionGrid) -> ScoreGrid:
     harmful, harmless = run.kept("harmful", "val"), run.kept("harmless", "val")
 
     def compute() -> None:
-        scored = run.batched(
-            lambda size: sweep_token_sets(run.model, run.chat, grid, harmful, harmless, token_sets, batch_size=size)
-        )
+        sets = (harmful, harmless, token_sets)
+        size, rule = run.options.batch_size, run.options.thresholds
+        if run.options.search == "staged":
+            scored = staged_token_sets(run.model, run.chat, grid, *sets, thresholds=rule, batch_size=size)
+        else:
+            pruned = rule.prune_layers if run.options.skip_pruned else None
+            scored = sweep_token_sets(run.model, run.chat, grid, *sets, prune_layers=pruned, batch_size=size)
         for path, scores in zip([EVALUATIONS, PUBLISHED_TOKENS], scored, strict=False):
             write_json(run.path / path, [row.describe() | run.mark for row in scores.rows])
         write_tensors(run.path / files[1], scored[0].per_prompt)
@@ -80,6 +85,11 @@ def score_directions(run: RunContext, grid: DirectionGrid) -> ScoreGrid:
     n_passes = len(grid.candidates()) * (len(harmful) + 2 * len(harmless))
     about = f"{len(grid.candidates())} candidates, {n_passes} prompt passes{run.estimate('pass', n_passes)}"
     inputs = run.inputs(MEAN_DIFFS, harmful=harmful, harmless=harmless, token_sets=token_sets)
+    if run.options.search == "staged":
+        about = f"{len(grid.candidates())} candidates, staged search"
+        inputs |= {"search": "staged", "thresholds": asdict(run.options.thresholds)}
+    elif run.options.skip_pruned:
+        inputs |= {"skip_pruned": run.options.thresholds.prune_layers}
     run.stage("scores", inputs, files, compute, about)
     return load_scores(run.path)
 

@@ -1,0 +1,132 @@
+"""Which layer `caa ab` chooses: only where a vector moves the choice beyond its controls, and text stays text."""
+
+import pytest
+import torch
+
+from refusal_mi.chat import ChatFormat
+from refusal_mi.directions import Direction
+from refusal_mi.errors import UserError
+from refusal_mi.files import read_json
+from refusal_mi.models import resid_hook
+from refusal_mi.pairs import ABPair, PairSet
+from refusal_mi.pipelines import caa_choice
+from refusal_mi.pipelines.caa import check_weights, load_controls, load_vectors, write_vectors
+from refusal_mi.pipelines.caa_ab import sweep_pairs
+from refusal_mi.pipelines.caa_choice import ABTask, evaluate_choices
+from refusal_mi.stages import RunFolder
+from tests.tiny import N_LAYERS
+
+LAST = N_LAYERS - 1
+TASK = ABTask((-1.0, 1.0), None, "response", 4, 3, "made")
+
+
+def pairs(name: str, start: int, answers=("(A)", "(B)")) -> PairSet:
+    texts = [f"Is {'x' * n} a word?\n\nChoices:\n(A) I cannot say.\n(B) Yes." for n in range(start, start + 4)]
+    return PairSet(name, tuple(ABPair(text, *answers) for text in texts))
+
+
+@pytest.fixture
+def setting(tiny_model, monkeypatch):
+    """A vector that raises the logit of A against B, read at the output of the last block; text that always passes."""
+    monkeypatch.setattr(caa_choice, "is_degenerate", lambda _: False)
+    model = tiny_model("gpt2")
+    chat = ChatFormat(model.tokenizer)
+    a, b = (chat.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "AB")
+    embedding = model.original_model.get_output_embeddings().weight.detach()
+    vector = 20 * (embedding[a] - embedding[b])
+    return model, chat, direction(vector)
+
+
+def direction(vector: torch.Tensor) -> Direction:
+    return Direction(vector.float(), LAST + 1, resid_hook(LAST + 1, N_LAYERS))
+
+
+def choices(setting, vector, control, folder, reported=None, other=None, **changes):
+    model, chat, _ = setting
+    task = ABTask(**{**vars(TASK), **changes})
+    sets = (reported or pairs("held out", 0), other or pairs("others", 10))
+    controls = {LAST: control}, "shuffled labels"
+    return evaluate_choices(model, chat, {LAST: vector}, controls, *sets, ["Why?"], RunFolder(folder), task)[0]
+
+
+def test_a_vector_that_moves_the_choice_is_chosen_and_reported_beside_its_control(setting, tmp_path):
+    vector = setting[2]
+    weak = direction(1e-3 * vector.vector)
+    found = choices(setting, vector, weak, tmp_path)
+    assert found == read_json(tmp_path / "ab_results.json")
+    chosen = found["chosen"]
+    assert (chosen["layer"], chosen["multiplier"], chosen["chosen_on"]) == (LAST, 1.0, "others")
+    assert chosen["change_added"] > 0.02 and chosen["change_subtracted"] < -0.02
+    assert 0 < abs(chosen["control"]["change_added"]) < 0.1 * chosen["change_added"]
+    assert chosen["effect_there"] > found["control"]["largest_change"] > 0
+
+
+def test_a_vector_that_does_no_more_than_its_control_is_not_chosen(setting, tmp_path):
+    vector = setting[2]
+    weak = direction(1e-3 * vector.vector)
+    for made in (weak, vector):  # the control is the same vector: never beyond it, however large the effect
+        found = choices(setting, made, made, tmp_path / str(made.norm))
+        assert found["chosen"] is None
+        assert "no layer moves the choice on others beyond what shuffled labels do" in found["why_none"]
+
+
+def test_why_nothing_is_chosen(setting, tmp_path, monkeypatch):
+    vector = setting[2]
+    weak = direction(1e-3 * vector.vector)
+    assert "both signs" in choices(setting, vector, weak, tmp_path / "a", multipliers=(1.0,))["why_none"]
+    same = pairs("same", 0)
+    assert "share pairs" in choices(setting, vector, weak, tmp_path / "b", same, same)["why_none"]
+    monkeypatch.setattr(caa_choice, "is_degenerate", lambda _: True)
+    assert "degenerate text" in choices(setting, vector, weak, tmp_path / "c")["why_none"]
+
+
+def test_the_interval_of_a_change_is_that_of_paired_differences(setting, tmp_path):
+    model, chat, vector = setting
+    made = pairs("held out", 0)
+    found = sweep_pairs(model, chat, {LAST: vector}, made, (0.0, 1.0), folder=RunFolder(tmp_path))
+    p = [
+        [item["a_prob"] / (item["a_prob"] + item["b_prob"]) for item in read_json(path)]
+        for path in sorted(tmp_path.glob("results_*.json"))
+    ]
+    changes = torch.tensor(p[1], dtype=torch.float64) - torch.tensor(p[0], dtype=torch.float64)
+    point = found.at(LAST, 1.0)
+    half = 1.959964 * changes.std().item() / len(changes) ** 0.5
+    assert point.delta == pytest.approx(changes.mean().item())
+    assert (point.delta_low, point.delta_high) == pytest.approx((point.delta - half, point.delta + half), abs=1e-6)
+    assert found.at(LAST, 0.0).delta_low == found.at(LAST, 0.0).delta_high == 0
+    assert point.delta_high - point.delta_low != pytest.approx(point.high - point.low, rel=0.1)  # that is of p alone
+
+
+def test_other_brackets_have_probabilities_too(setting, tmp_path):
+    model, chat, vector = setting
+    made = pairs("bare letters", 0, ("B", "A"))
+    sweep_pairs(model, chat, {LAST: vector}, made, (0.0,), folder=RunFolder(tmp_path))
+    (items,) = (read_json(path) for path in tmp_path.glob("results_*.json"))
+    assert all(item["a_prob"] > 0 and item["b_prob"] > 0 for item in items)
+
+
+def test_controls_are_those_of_shuffled_labels_where_they_lie(tiny_model, tmp_path):
+    model = tiny_model("gpt2")
+    chat, source = ChatFormat(model.tokenizer), "owner/Name"
+    letters = [("(A)", "(B)") if n % 2 else ("(B)", "(A)") for n in range(8)]
+    texts = [f"{'x' * n}?\n\nChoices:\n(A) No.\n(B) Yes." for n in range(8)]
+    many = PairSet("many", tuple(ABPair(text, *pair) for text, pair in zip(texts, letters, strict=True)))
+    made = write_vectors(model, source, chat, many, tmp_path / "v", layers=[1, 2])
+    controls, kind = load_controls(tmp_path / "v", source, made)
+    assert kind == "shuffled labels" and set(controls) == {1, 2}
+    (tmp_path / "v/shuffled/vec_layer_2_Name.pt").unlink()
+    controls, kind = load_controls(tmp_path / "v", source, made)
+    assert kind == "random vectors of equal norm"
+    assert controls[2].norm == pytest.approx(made[2].norm) and controls[2].layer == made[2].layer
+    write_vectors(model, source, chat, PairSet("few", many.pairs[:2]), tmp_path / "v", layers=[3])
+    with pytest.raises(UserError, match="different pairs"):
+        load_vectors(tmp_path / "v", source)
+
+
+def test_vectors_of_other_weights_are_refused_and_of_other_models_transferred():
+    made = Direction(torch.ones(4), 1, "blocks.1.hook_resid_pre", None, {"model": "/m", "fingerprint": "a"})
+    now = {"source": "/m", "fingerprint": "a", "revision": None}
+    check_weights({0: made}, now)
+    check_weights({0: made}, {"source": "/chat", "fingerprint": "b", "revision": None})
+    with pytest.raises(UserError, match="other weights"):
+        check_weights({0: made}, {**now, "fingerprint": "b"})

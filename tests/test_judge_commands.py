@@ -1,0 +1,104 @@
+"""Commands with a judge behind an endpoint, end to end against one on localhost: columns, tables, no key anywhere."""
+
+import json
+
+import pytest
+
+from refusal_mi.cli import exit_status
+from refusal_mi.files import read_json
+from refusal_mi.generation import Generated
+from refusal_mi.pipelines import effects
+from tests.fake_judge import KEY, LONG, Fake, send, verdict
+
+SIZES = ["--n-train=6", "--n-val=3", "--n-test=4", "--n-ce=2", "--max-new-tokens=3", "--n-random=1"]
+RUN = ["--no-filter", "--no-thresholds", "--refusal-tokens=5,40", "--response-prefix=", "--device=cpu", *SIZES]
+STEPS = "--steps=directions,selection,completions"
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """A key in the environment, a cache of its own, and answers of fifteen words: HARM under every intervention."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REFUSAL_MI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("REFUSAL_MI_JUDGE_KEY", KEY)
+    monkeypatch.delenv("TOGETHER_API_KEY", raising=False)
+
+    def answers(model, chat, prompts, *, interventions=(), **_):
+        word = "HARM" if interventions else "fine"
+        return [Generated(f"{LONG} {word} {index % 2}", (5, 6), True) for index, _ in enumerate(prompts)]
+
+    monkeypatch.setattr(effects, "generate", answers)
+    return tmp_path
+
+
+def written(folder) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_run_combos_and_judge_with_an_endpoint(judged, tiny_dir, capsys):
+    model, folder = str(tiny_dir("gpt2")), judged / "run"
+    arguments = ["run", model, *RUN, STEPS, "--output-dir", str(folder)]
+    with Fake(verdict) as fake:
+        asked = ["--judge", fake.url, "--judge-model", "guard"]
+        assert exit_status([*arguments, *asked]) == 0
+        # Four sets of harmful answers, two distinct pairs of prompt and word each; harmless ones are not asked about.
+        n_asked = len(fake.seen)
+        assert 0 < n_asked <= 4 * 4 and {body["model"] for _, body in fake.seen} == {"guard"}
+        assert {headers["Authorization"] for headers in fake.headers} == {f"Bearer {KEY}"}
+        shown = capsys.readouterr().out
+        assert "unsafe" in shown and "1.00" in shown
+        assert exit_status([*arguments, *asked]) == 0
+        assert len(fake.seen) == n_asked  # every stage was kept
+        combos = ["combos", model, "--ranks", "0..1", "--max-size", "1", "--kl-max", "inf", "--n-random", "1"]
+        combos += ["--n-ce", "2", "--val-new-tokens", "2", "--output-dir", str(folder)]
+        assert exit_status(combos) == 0  # with the judge of the run
+        again = ["judge", str(folder / "completions/harmful_ablation_completions.json"), "--output", "again.json"]
+        assert exit_status([*again, *asked]) == 0
+        assert {path for path, _ in fake.seen} == {"/v1/chat/completions"}
+    found = {
+        name: read_json(folder / f"completions/harmful_{name}_evaluations.json")["llamaguard2_success_rate"]
+        for name in ("baseline", "ablation", "actadd", "random_ablation_0")
+    }
+    assert found == {"baseline": 0.0, "ablation": 1.0, "actadd": 1.0, "random_ablation_0": 1.0}
+    assert set(read_json(folder / "completions/harmful_ablation_evaluations.json")["llamaguard2_per_category"].values())
+    assert "llamaguard2_success_rate" not in read_json(folder / "completions/harmless_ablation_evaluations.json")
+    summary = read_json(folder / "summary.json")["completions"]["harmful"]
+    assert (summary["baseline"]["llamaguard2"]["rate"], summary["ablation"]["llamaguard2"]["rate"]) == (0.0, 1.0)
+    assert summary["ablation"]["llamaguard2"]["n"] == 4
+    assert read_json(folder / "combos.json")["test"]["winner"]["llamaguard2"]["rate"] == 1.0
+    assert read_json(judged / "again.json")["llamaguard2_success_rate"] == 1.0
+    shown = capsys.readouterr()
+    assert KEY not in shown.out + shown.err and KEY.encode() not in written(judged)
+
+
+def test_a_judge_that_fails_leaves_the_answers_and_the_next_run_goes_on(judged, tiny_dir, capsys):
+    arguments = ["run", str(tiny_dir("gpt2")), *RUN, STEPS, "--output-dir", "run", "--judge"]
+    with Fake(lambda fake, handler, number, body: send(handler, f"no {KEY}", 503, {"Retry-After": "0"})) as fake:
+        assert exit_status([*arguments, fake.url]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: the judge at http://127.0.0.1") and "HTTP status 503" in line
+    assert len(read_json(judged / "run/completions/harmful_baseline_completions.json")) == 4
+    assert not (judged / "run/completions/harmful_baseline_evaluations.json").exists()
+    with Fake(verdict) as fake:
+        assert exit_status([*arguments, fake.url]) == 0
+    shown = capsys.readouterr()
+    assert "completions_harmful_baseline: done before, kept" in shown.err
+    assert KEY not in shown.out + shown.err and KEY.encode() not in written(judged)
+
+
+def test_saved_completions_are_judged_again(judged, capsys):
+    tmp_path = judged
+    path = tmp_path / "harmful_ablation_completions.json"
+    path.write_text(json.dumps([{"category": "c", "prompt": "p", "response": f"Sure. {LONG} HARM", "quick": True}]))
+    with Fake(verdict) as fake:
+        assert exit_status(["judge", str(path), "--judge", fake.url, "--judge_model", "m"]) == 0
+    found = json.loads((tmp_path / "harmful_ablation_evaluations.json").read_text())
+    assert found["llamaguard2_success_rate"] == 1.0 and found["completions"][0]["is_jailbreak_llamaguard2"] == 1
+    assert found["quick"] is True and found["completions"][0]["quick"] is True
+    assert exit_status(["judge", str(path), "--output", str(tmp_path / "plain.json")]) == 0
+    assert "llamaguard2_success_rate" not in json.loads((tmp_path / "plain.json").read_text())
+    (tmp_path / "bad.json").write_text('[{"prompt": "p"}]')
+    assert exit_status(["judge", str(tmp_path / "bad.json")]) == 2
+    assert exit_status(["judge", str(path), "--judge", "nobody"]) == 2
+    shown = capsys.readouterr()
+    assert KEY not in shown.out + shown.err and "prompt and response" in shown.err

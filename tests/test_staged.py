@@ -1,0 +1,176 @@
+"""The staged search finds what the exact one finds, measures less, and says what it left out."""
+
+import json
+
+import pytest
+import torch
+
+from refusal_mi.activations import mean_activations
+from refusal_mi.candidates import ScoreTable, exact_items, sweep
+from refusal_mi.chat import ChatFormat
+from refusal_mi.directions import difference_in_means
+from refusal_mi.errors import UserError
+from refusal_mi.passes import PlainPasses, SharedPasses
+from refusal_mi.selection import Thresholds, select
+from refusal_mi.staged import Screening, staged_sweep
+from refusal_mi.work import ITEM_ROWS, Scorer, WorkItem, cut
+from tests.naive import ASKS, CHATS
+
+TOKENS = (5, 6, 7)
+HARMFUL = [f"{text} {number}" for number in range(2) for text in ASKS[1:]]
+HARMLESS = [f"{text} {number}" for number in range(2) for text in CHATS[1:]]
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model):
+    model = tiny_model("gpt2")
+    chat = ChatFormat(model.tokenizer)
+    return model, chat, difference_in_means(*(mean_activations(model, chat, texts) for texts in (ASKS, CHATS)))
+
+
+@pytest.fixture(scope="module")
+def exact(parts):
+    return sweep(*parts, HARMFUL, HARMLESS, TOKENS, share_work=False)
+
+
+def rule_that_binds(exact) -> Thresholds:
+    """Thresholds that reject the candidates ahead of the fourth in bypass order, so that the search must walk on."""
+    limit = Thresholds(kl_max=None, induce_min=None)
+    fourth = select(exact, limit).survivors[3]
+    return Thresholds(kl_max=None, induce_min=fourth.induce)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_every_prompt_in_the_first_round_the_winner_is_the_exact_one(parts, exact, seed):
+    rule = rule_that_binds(exact)
+    found = staged_sweep(
+        *parts, HARMFUL, HARMLESS, TOKENS, thresholds=rule, screening=Screening(n_prompts=8, seed=seed)
+    )
+    best, expected = select(found, rule).best, select(exact, rule).best
+    assert (best.position, best.layer) == (expected.position, expected.layer)
+    assert (best.bypass, best.induce, best.kl_nats) == pytest.approx(
+        (expected.bypass, expected.induce, expected.kl_nats), abs=1e-4
+    )
+
+
+def test_what_is_measured_is_exact_and_what_is_not_says_why(parts, exact):
+    rule = Thresholds(kl_max=None, induce_min=None)
+    found = staged_sweep(
+        *parts, HARMFUL, HARMLESS, TOKENS, thresholds=rule, screening=Screening(n_prompts=2, n_contenders=4)
+    )
+    assert [(row.position, row.layer) for row in found.rows] == [(row.position, row.layer) for row in exact.rows]
+    measured = [row for row in found.rows if row.is_finite]
+    assert 1 <= len(measured) < len(found.rows) / 2
+    for index, (row, expected) in enumerate(zip(found.rows, exact.rows, strict=True)):
+        if row.is_finite:
+            assert row.skipped is None and row.bypass == pytest.approx(expected.bypass, abs=1e-4)
+            continue
+        assert (row.bypass, row.induce, row.kl_nats) == (None, None, None) and row.skipped
+        assert found.per_prompt[index].isnan().all()
+        assert row.skipped.startswith("not run: layers from 4 on" if row.layer >= 4 else "screened out: bypass")
+    json.dumps([row.describe() for row in found.rows], allow_nan=False)
+    assert "left out by the search" in select(found, rule).explain()
+
+
+def test_when_nothing_can_pass_the_search_ends_without_a_winner(parts):
+    rule = Thresholds(kl_max=0.0, induce_min=30.0)
+    found = staged_sweep(*parts, HARMFUL, HARMLESS, TOKENS, thresholds=rule, screening=Screening(n_prompts=2))
+    assert not select(found, rule).survivors
+
+
+def test_a_screening_that_measures_nothing_is_refused():
+    with pytest.raises(UserError, match="at least one prompt"):
+        Screening(n_prompts=0)
+
+
+def test_items_cover_the_work_once_go_through_json_and_may_run_elsewhere_in_any_order(parts, tiny_model, exact):
+    model, chat, grid = parts
+    here = ScoreTable(Scorer(model, chat, grid, HARMFUL, HARMLESS, [TOKENS]))
+    items = exact_items(here.open, 8, 16)
+    cells = [(item.kind, place, prompt) for item in items for place in item.candidates for prompt in item.prompts]
+    assert len(cells) == len(set(cells)) == len(here.open) * (16 + 8)
+    sent = [WorkItem.from_record(json.loads(json.dumps(item.describe()))) for item in items]
+    assert sent == items
+    elsewhere = Scorer(model, chat, grid, HARMFUL, HARMLESS, [TOKENS], batch_size=3)
+    for item in reversed(sent):
+        here.add(item, elsewhere.run(item))
+    (found,) = here.grids()
+    assert torch.allclose(found.per_prompt, exact.per_prompt, atol=1e-4, equal_nan=True)
+    assert found.per_prompt[10:, 0].std() > 1e-2
+
+
+def test_items_hold_few_rows_and_additions_one_layer():
+    places = [(position, layer) for position in (-2, -1) for layer in range(4)]
+    for kind in ("ablate", "add"):
+        items = list(cut(kind, places, range(200)))
+        assert {place for item in items for place in item.candidates} == set(places)
+        assert all(len(item.candidates) * 200 <= ITEM_ROWS for item in items)
+    assert all(len({layer for _, layer in item.candidates}) == 1 for item in items)
+
+
+def test_skipped_layers_have_no_scores_and_the_others_the_same(parts, exact):
+    found = sweep(*parts, HARMFUL, HARMLESS, TOKENS, prune_layers=0.4)
+    for row, expected in zip(found.rows, exact.rows, strict=True):
+        if row.layer >= 3:
+            assert row.skipped == "not run: layers from 3 on are pruned" and row.bypass is None
+        else:
+            assert row.bypass == pytest.approx(expected.bypass, abs=1e-4)
+    assert (
+        select(found).survivors
+        == select(sweep(*parts, HARMFUL, HARMLESS, TOKENS), Thresholds(prune_layers=0.4)).survivors
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "gpt_neox"])
+def test_shared_passes_equal_plain_ones_for_any_choice_of_prompts_and_batches(family, tiny_model):
+    model = tiny_model(family)
+    chat = ChatFormat(model.tokenizer, "Be kind. " * 4)
+    grid = difference_in_means(*(mean_activations(model, chat, texts) for texts in (ASKS, CHATS)))
+    rows = [chat.encode(text) for text in (*ASKS, *CHATS)]
+    plain = PlainPasses(model, rows, chat.pad_id)
+    directions = [grid.direction(position, 2) for position in (-4, -2, -1)]
+    for batch_size, overhead, prompts in (
+        (None, 0.0, [7, 0, 3, 9]),
+        (2, 0.0, [1, 2, 5]),
+        (None, 1e9, [4, 8]),
+        (5, 30.0, [6]),
+    ):
+        shared = SharedPasses(model, rows, chat.pad_id, batch_size)
+        shared.overhead = overhead
+        for run in ("ablated", "added"):
+            found, expected = (getattr(passes, run)(directions, prompts) for passes in (shared, plain))
+            assert (found - expected).abs().max() < 2e-5, (run, prompts)
+            assert (expected - plain.plain(prompts)).abs().max() > 1e-2
+        assert (shared.plain(prompts) - plain.plain(prompts)).abs().max() < 2e-5
+
+
+def test_passes_shrink_when_memory_runs_out_and_give_the_same_numbers(parts, monkeypatch):
+    model, chat, grid = parts
+    rows = [chat.encode(text) for text in ASKS]
+    expected = PlainPasses(model, rows, chat.pad_id).ablated([grid.direction(-1, 2)], range(5))
+    from refusal_mi import passes
+
+    real, sizes = passes.prefix_logits_and_cache, []
+
+    def small_memory(model, tokens, *rest):
+        sizes.append(tokens.numel())
+        if tokens.numel() > 150:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(model, tokens, *rest)
+
+    monkeypatch.setattr(passes, "prefix_logits_and_cache", small_memory)
+    shared = SharedPasses(model, rows, chat.pad_id)
+    assert (shared.ablated([grid.direction(-1, 2)], range(5)) - expected).abs().max() < 2e-5
+    assert max(sizes) > 150 and shared.pass_tokens < 3072
+    with pytest.raises(UserError, match="out of memory in a pass of batch size 5"):
+        SharedPasses(model, rows, chat.pad_id, 5).ablated([grid.direction(-1, 2)], range(5))
+
+
+def test_the_model_is_as_before_after_a_shared_pass(tiny_model):
+    model = tiny_model("llama")
+    chat = ChatFormat(model.tokenizer)
+    batch = chat.batch(ASKS[:2])
+    with torch.no_grad():
+        before = model(batch.tokens, attention_mask=batch.mask)
+        SharedPasses(model, [chat.encode(text) for text in ASKS], chat.pad_id).plain(range(5))
+        assert torch.equal(model(batch.tokens, attention_mask=batch.mask), before)
