@@ -1,18 +1,20 @@
 """What every benchmark shares: models, templates, pairwise timing, peak memory, and how results are kept."""
 
 import argparse
+import gc
 import json
 import platform
-import resource
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -50,8 +52,13 @@ class Comparison:
     ratio_high: float
     straightforward_seconds: float
     our_seconds: float
+    straightforward_peak_mib: float
+    our_peak_mib: float
+    """Most memory above what was held before; on a GPU the device's, else the process's."""
     largest_difference: float
     """Between the two results, in the unit that the benchmark names."""
+    must_reach: float
+    """The least ratio that the row promises."""
     note: str
 
 
@@ -89,12 +96,25 @@ def compare(
     ours: Callable[[], Any],
     difference: Callable[[Any, Any], float],
     *,
+    must_reach: float,
     n_pairs: int,
+    largest_allowed: float = 1e-4,
+    warm_up: bool = True,
     note: str = "",
 ) -> Comparison:
-    """Time A B A B ... after one unmeasured pair, and check that both give the same result."""
-    largest = difference(straightforward(), ours())
-    times = [(_seconds(straightforward), _seconds(ours)) for _ in range(n_pairs)]
+    """Time A B A B ... after one untimed pair, whose results are compared and whose memory is measured.
+
+    Args:
+        warm_up: False times and compares a single pair: for work of minutes.
+
+    Raises:
+        AssertionError: the results differ by more than `largest_allowed`.
+    """
+    first, ours_first = measured(straightforward), measured(ours)
+    largest = difference(first.result, ours_first.result)
+    assert largest <= largest_allowed, f"{name}: the results differ by {largest}"
+    times = [(_seconds(straightforward), _seconds(ours)) for _ in range(n_pairs if warm_up else 0)]
+    times = times or [(first.seconds, ours_first.seconds)]
     ratios = [a / b for a, b in times]
     return Comparison(
         name,
@@ -103,9 +123,50 @@ def compare(
         max(ratios),
         statistics.median(a for a, _ in times),
         statistics.median(b for _, b in times),
+        first.peak_mib,
+        ours_first.peak_mib,
         largest,
+        must_reach,
         note,
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one run gave, took and held."""
+
+    result: Any
+    seconds: float
+    peak_mib: float
+
+
+def measured(work: Callable[[], Any]) -> Measured:
+    """Run `work`; peak memory above what was held before, on a CPU sampled every 2 ms."""
+    gc.collect()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        result = work()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        return Measured(result, seconds, (torch.cuda.max_memory_allocated() - before) / 2**20)
+    process, done, peak = psutil.Process(), threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    return Measured(result, seconds, max(0, peak[0] - before) / 2**20)
 
 
 def report(comparison: Comparison) -> None:
@@ -122,7 +183,7 @@ def describe_machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "processor": platform.machine(),
+        "processor": _processor(),
         "cores": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),
@@ -130,9 +191,10 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def peak_resident_mib() -> float:
-    """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -142,6 +204,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--long-template", action="store_true")
+    parser.add_argument("--skip-pruned", action="store_true")
     return parser.parse_args()
 
 

@@ -1,6 +1,7 @@
 """The direction search: three plain sweeps with HF forward hooks against ours, same candidates, same scores."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from refusal_mi.activations import mean_activations
 from refusal_mi.candidates import ScoreGrid, sweep
 from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import DirectionGrid, difference_in_means
+from refusal_mi.models import HookedModel
 from refusal_mi.prompts import load_prompts
 
 BATCH_SIZE = 32
 N_VAL = 32
 REFUSAL_TOKENS = (40, 41)
 EPSILON_SCORE, EPSILON_KL = 1e-8, 1e-6
+Scores = dict[tuple[int, int], tuple[float, float, float]]
 
 
 class PublishedSweep:
@@ -75,7 +78,8 @@ class PublishedSweep:
         vector = direction.to(self.model.dtype)
         return [(self.model.model.layers[layer], lambda _, args: (args[0] + vector, *args[1:]), True)]
 
-    def run(self, grid: DirectionGrid, harmful: list[str], harmless: list[str]) -> list[tuple[float, float, float]]:
+    def run(self, grid: DirectionGrid, harmful: list[str], harmless: list[str], tokens: Sequence[int]) -> Scores:
+        """Bypass, induce and KL of every candidate."""
         vectors = grid.vectors.to(self.model.device)
         places = [
             (row, layer)
@@ -89,44 +93,65 @@ class PublishedSweep:
             changed = self.last_logits(harmless, self.ablation_hooks(vectors[row, layer])).softmax(-1)
             terms = base * ((base + EPSILON_KL).log() - (changed + EPSILON_KL).log())
             kl.append(terms.sum(-1).mean().item())
-        bypass = [_score(self.last_logits(harmful, self.ablation_hooks(vectors[row, layer]))) for row, layer in places]
-        induce = [
-            _score(self.last_logits(harmless, self.addition_hooks(vectors[row, layer], layer))) for row, layer in places
+        bypass = [
+            _score(self.last_logits(harmful, self.ablation_hooks(vectors[row, layer])), tokens) for row, layer in places
         ]
-        return list(zip(bypass, induce, kl, strict=True))
+        induce = [
+            _score(self.last_logits(harmless, self.addition_hooks(vectors[row, layer], layer)), tokens)
+            for row, layer in places
+        ]
+        names = [(grid.positions[row], layer) for row, layer in places]
+        return dict(zip(names, zip(bypass, induce, kl, strict=True), strict=True))
 
 
-def _score(logits: Tensor) -> float:
-    p = logits.softmax(-1)[:, list(REFUSAL_TOKENS)].sum(-1)
+def _score(logits: Tensor, tokens: Sequence[int]) -> float:
+    p = logits.softmax(-1)[:, list(tokens)].sum(-1)
     return ((p + EPSILON_SCORE).log() - (1 - p + EPSILON_SCORE).log()).mean().item()
 
 
-def _difference(published: list[tuple[float, float, float]], ours: ScoreGrid) -> float:
-    rows = [(row.bypass, row.induce, row.kl_nats) for row in ours.rows if row.is_finite]
+def difference(published: Scores, ours: ScoreGrid) -> float:
+    """The largest of any score that ours measured."""
+    rows = [row for row in ours.rows if row.is_finite]
+    assert rows and all((row.position, row.layer) in published for row in rows)
     return max(
-        abs(a - b) for left, right in zip(published, rows, strict=True) for a, b in zip(left, right, strict=True)
+        abs(a - b)
+        for row in rows
+        for a, b in zip(published[row.position, row.layer], (row.bypass, row.induce, row.kl_nats), strict=True)
     )
+
+
+def find_candidates(
+    hooked: HookedModel, tokenizer: Any, *, long_template: bool
+) -> tuple[ChatFormat, DirectionGrid, list[str], list[str]]:
+    """Chat format, candidates, and the harmful and harmless validation prompts."""
+    chat = ChatFormat(tokenizer, LONG_SYSTEM if long_template else None)
+    sides = [load_prompts(f"organism_{side}_train").instructions for side in ("harmful", "harmless")]
+    grid = difference_in_means(*(mean_activations(hooked, chat, side[N_VAL:][:64]) for side in sides))
+    return chat, grid, sides[0][:N_VAL], sides[1][:N_VAL]
 
 
 def main() -> None:
     """Run one row."""
     args = arguments(__doc__)
     hooked, plain, tokenizer = load_both(args.model, args.device)
-    chat = ChatFormat(tokenizer, LONG_SYSTEM if args.long_template else None)
-    sides = [load_prompts(f"organism_{side}_train").instructions for side in ("harmful", "harmless")]
-    grid = difference_in_means(*(mean_activations(hooked, chat, side[N_VAL:][:64]) for side in sides))
-    harmful, harmless = (side[:N_VAL] for side in sides)
+    chat, grid, harmful, harmless = find_candidates(hooked, tokenizer, long_template=args.long_template)
     published = PublishedSweep(plain, tokenizer, chat)
-    ours = functools.partial(sweep, hooked, chat, grid, harmful, harmless, REFUSAL_TOKENS, batch_size=64)
+    pruned = 0.2 if args.skip_pruned else None
+    ours = functools.partial(sweep, hooked, chat, grid, harmful, harmless, REFUSAL_TOKENS, prune_layers=pruned)
     template = "long template" if args.long_template else "short template"
     n_tokens = sum(len(chat.encode(text)) for text in harmful + harmless) / (2 * N_VAL)
+    embedded = args.model == "embedded"
+    must_reach = 2.0 if embedded else 3.0 if args.long_template or args.device == "cuda" else 1.8
     report(
         compare(
-            f"exact sweep, {args.model}, {template}, {args.device}",
-            lambda: published.run(grid, harmful, harmless),
+            f"exact sweep{', pruned layers skipped' if pruned else ''}, {args.model}, {template}, {args.device}",
+            lambda: published.run(grid, harmful, harmless, REFUSAL_TOKENS),
             ours,
-            _difference,
+            difference,
+            must_reach=2.5 if pruned else must_reach,
             n_pairs=args.pairs,
+            warm_up=embedded or args.device == "cuda",
+            largest_allowed=1e-4 if args.device == "cpu" else 0.5,
             note=f"largest difference of any score, nats; {n_tokens:.0f} tokens a prompt",
         )
     )

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .chat import ChatFormat
+from .forward import all_logits, last_logits
 from .interventions import Intervention, all_hooks
-from .models import HookedModel, all_logits, check_raw_basis, last_logits, model_device
+from .models import HookedModel, check_raw_basis, model_device
 from .pairs import ABPair, LetterSpan, locate_letter
 from .tokens import TokenBatch, batches_by_length, left_pad
 

@@ -1,5 +1,6 @@
 """Reading and writing: whatever lies under its final name is complete."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,14 +12,21 @@ from .errors import UserError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary sibling of `path`, then rename it: a killed write leaves nothing behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Call `write` with a temporary sibling of `path`, then rename it: a killed write leaves nothing behind.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -77,7 +85,9 @@ def read_tensors(path: Path) -> Any:
         raise UserError(f"no such file: {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+    except pickle.UnpicklingError:  # torch would advise to run what is in it
+        raise UserError(f"{path} is not a file of plain tensors saved by torch.save") from None
+    except (RuntimeError, EOFError, LookupError, ValueError) as error:
         reason = f"{type(error).__name__} {next(iter(str(error).splitlines()), '')}"
         raise UserError(f"{path} is not a file of plain tensors saved by torch.save: {reason}") from None
 

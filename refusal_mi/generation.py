@@ -9,15 +9,9 @@ import torch
 
 from .chat import ChatFormat, Message
 from .errors import UserError
+from .forward import last_logits, prefix_logits_and_cache
 from .interventions import Intervention, all_hooks
-from .models import (
-    HookedModel,
-    check_raw_basis,
-    last_logits,
-    model_device,
-    prefix_logits_and_cache,
-    stop_token_ids,
-)
+from .models import HookedModel, check_raw_basis, model_device, stop_token_ids
 from .progress import track
 from .tokens import batches_by_length, left_pad
 
@@ -66,8 +60,6 @@ def generate(
         use_kv_cache: False recomputes the whole text at every token: slow, the same text.
     """
     check_raw_basis(model)
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     rows = [chat.encode(instruction) for instruction in instructions]
     rooms = [_room(model, len(row), max_new_tokens) for row in rows]
     stops = stop_token_ids(model)
@@ -146,6 +138,8 @@ def discover_response_prefix(
 
 def _room(model: HookedModel, n_prompt: int, max_new_tokens: int) -> int:
     """How many tokens an answer may have: what was asked for, as far as the context goes."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     room = min(max_new_tokens, model.cfg.n_ctx - n_prompt)
     if room < 1:
         raise UserError(

@@ -219,6 +219,13 @@ def judge_named(spec: str, *, model: str | None = None, question: Literal["harm"
     return HttpJudge(url, model or LLAMA_GUARD_MODEL, REFUSAL if question == "refusal" else LLAMA_GUARD)
 
 
+def identify(judge: Judge) -> dict[str, str]:
+    """What a judge's verdicts depend on, for records: its name, and for an endpoint its address and model."""
+    if isinstance(judge, HttpJudge):
+        return {"name": judge.name, "endpoint": judge.endpoint, "model": judge.model}
+    return {"name": judge.name}
+
+
 def default_cache() -> Path:
     """Where verdicts are kept: $REFUSAL_MI_CACHE, or refusal_mi/judge in the user's cache directory."""
     if os.environ.get(CACHE_VARIABLE):

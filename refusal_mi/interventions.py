@@ -145,8 +145,9 @@ class AblateEach:
         units = _Constant(self.units)
 
         def project_out(x: Tensor) -> Tensor:
-            rows = units.beside(x).repeat_interleave(len(x) // len(self.units), dim=0)[:, None]
-            return x - (x * rows).sum(-1, keepdim=True) * rows
+            columns = units.beside(x)[:, :, None]
+            grouped = x.reshape(len(self.units), -1, x.shape[-1])
+            return torch.baddbmm(grouped, grouped @ columns, columns.mT, alpha=-1).reshape(x.shape)
 
         return [(name, _hook(project_out, "all", prompt_width)) for name in write_hooks(model.cfg.n_layers)]
 

@@ -3,18 +3,22 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from .chat import ChatFormat
 from .errors import UserError
+from .forward import last_logits, read_out
 from .interventions import Intervention, all_hooks
-from .models import HookedModel, all_logits, check_raw_basis, model_device
+from .models import HookedModel, check_raw_basis, model_device, resid_hook
 from .progress import track
 from .tokens import TokenBatch, batches_by_length, left_pad
 
+LOGIT_ROWS = 128
+"""Positions whose logits are held at once."""
 MAX_TEXT_TOKENS = 256
 """Plain texts are cut to this many tokens, as in the published evaluation."""
 
@@ -78,16 +82,30 @@ def ce_loss(
             scored = [len(rows[index]) - texts[index].first for index in indices]
             prompt_width = batch.tokens.shape[1] - torch.tensor(scored)
             with model.hooks(fwd_hooks=all_hooks(model, interventions, prompt_width)):
-                losses = _token_losses(all_logits(model, batch), batch)
-            for row, n_scored in enumerate(scored):
-                total += losses[row, -n_scored:].sum(dtype=torch.float64).item()
-                count += n_scored
+                total += _summed_loss(model, batch, scored)
+            count += sum(scored)
     mean = total / count
     return LossResult(mean, math.exp(mean), count)
 
 
-def _token_losses(logits: Float[Tensor, "batch pos d_vocab"], batch: TokenBatch) -> Float[Tensor, "batch pred"]:
-    """Loss of each token after the first column, in float32 or better."""
-    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    losses = -wide.gather(-1, batch.tokens[:, 1:, None])[..., 0]
-    return losses.cpu() if losses.device.type == "mps" else losses
+def _summed_loss(model: HookedModel, batch: TokenBatch, scored: Sequence[int]) -> float:
+    """Summed loss of the last `scored` tokens of every row; only the logits that predict them are computed."""
+    streams: list[Tensor] = []
+
+    def record(activation: Tensor, hook: Any) -> Tensor:
+        streams.append(activation)
+        return activation
+
+    n_layers = model.cfg.n_layers
+    with model.hooks(fwd_hooks=[(resid_hook(n_layers, n_layers), record)]):
+        last_logits(model, batch)
+    before = torch.cat([stream[-n - 1 : -1] for stream, n in zip(streams[0], scored, strict=True)])
+    targets = torch.cat([row[-n:] for row, n in zip(batch.tokens, scored, strict=True)])
+    total = 0.0
+    for some, ids in zip(before.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+        logits = read_out(model, some[None])[0]
+        losses = functional.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="none"
+        )
+        total += math.fsum(losses.tolist())
+    return total

@@ -241,6 +241,8 @@ def _file_rows(path: Path) -> list[Any]:
             raise UserError(f"{path} is not a Parquet file: {error}") from None
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
     if suffix == ".csv":

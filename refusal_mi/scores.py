@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .chat import ChatFormat
 from .errors import UserError
+from .forward import last_logits
 from .interventions import Intervention, all_hooks
-from .models import HookedModel, check_raw_basis, last_logits, model_device
+from .models import HookedModel, check_raw_basis, model_device
 from .progress import track
 from .tokens import batches_by_length, left_pad
 

@@ -5,13 +5,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from .candidates import CandidateScore, ScoreGrid
 from .errors import UserError
+from .score_grid import CandidateScore, ScoreGrid, layer_limit
 
-Reason = Literal["no score", "layer", "kl", "induce"]
+Reason = Literal["no score", "skipped", "layer", "kl", "induce"]
 
 _WORDS: dict[Reason, str] = {
     "no score": "without finite scores",
+    "skipped": "left out by the search",
     "layer": "at too late a layer",
     "kl": "with KL above the limit",
     "induce": "that do not induce refusal when added",
@@ -42,9 +43,9 @@ class Thresholds:
         """Every rule that a candidate breaks; empty if it survives."""
         broken: list[Reason] = []
         if not row.is_finite:
-            return ("no score",)
+            return ("no score" if row.skipped is None else "skipped",)
         assert row.kl_nats is not None and row.induce is not None
-        if self.prune_layers is not None and row.layer >= int(n_layers * (1.0 - self.prune_layers)):
+        if self.prune_layers is not None and row.layer >= layer_limit(n_layers, self.prune_layers):
             broken.append("layer")
         if self.kl_max is not None and row.kl_nats > self.kl_max:
             broken.append("kl")

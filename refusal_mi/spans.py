@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import UserError
-from .models import HookedModel, cached_residuals, check_raw_basis, model_device
+from .forward import cached_residuals
+from .models import HookedModel, check_raw_basis, model_device
 from .progress import track
 from .tokens import batches_by_length, left_pad
 

@@ -49,6 +49,20 @@ class RunFolder:
                     f"{model.get('source')} (revision {model.get('revision')}); choose another --output-dir"
                 )
 
+    def check_weights(self, model: Mapping[str, Any]) -> None:
+        """Make sure that what lies in this folder was computed from these very weights, before it is used.
+
+        Raises:
+            UserError: its `run.json` names another model or revision, or other contents of the same directory.
+        """
+        self.claim(model)
+        record = self.path / "run.json"
+        before = read_json(record)["model"].get("fingerprint") if record.exists() else None
+        if before is not None and before != model.get("fingerprint"):
+            raise UserError(
+                f"{self.path} was computed from other weights: {model.get('source')} has changed since; make it again"
+            )
+
     def stage(
         self,
         name: str,

@@ -1,0 +1,69 @@
+"""Greedy generation under ablation against plain HF `generate`, same batches, same number of tokens."""
+
+from typing import Any
+
+import torch
+
+from benchmarks.common import arguments, compare, load_both, report
+from refusal_mi.chat import ChatFormat
+from refusal_mi.directions import Direction
+from refusal_mi.generation import generate
+from refusal_mi.interventions import Ablate
+from refusal_mi.models import resid_hook
+from refusal_mi.prompts import load_prompts
+from refusal_mi.tokens import batches_by_length, left_pad
+
+NEW_TOKENS = {"embedded": 48, "110m": 24, "8b": 64}
+N_PROMPTS, BATCH_SIZE = 32, 16
+
+
+@torch.no_grad()
+def plain_generate(model: Any, chat: ChatFormat, instructions: list[str], n_new: int) -> int:
+    """HF's own loop; returns the number of tokens."""
+    rows = [chat.encode(instruction) for instruction in instructions]
+    count = 0
+    for indices in batches_by_length(rows, BATCH_SIZE):
+        batch = left_pad([rows[index] for index in indices], chat.pad_id).to(model.device)
+        output = model.generate(
+            batch.tokens, attention_mask=batch.mask, max_new_tokens=n_new, do_sample=False, pad_token_id=chat.pad_id
+        )
+        count += output[:, batch.tokens.shape[1] :].numel()
+    return count
+
+
+def main() -> None:
+    """Run one row."""
+    args = arguments(__doc__)
+    hooked, plain, tokenizer = load_both(args.model, args.device)
+    chat, n_new = ChatFormat(tokenizer), NEW_TOKENS[args.model]
+    # No answer ends early, so that both sides write the same number of tokens.
+    for config in (plain.generation_config, hooked.original_model.generation_config):  # type: ignore[attr-defined]
+        config.eos_token_id = None
+    tokenizer.eos_token = None
+    instructions = load_prompts("organism_harmless_train").instructions[:N_PROMPTS]
+    vector = torch.randn(hooked.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    layer = hooked.cfg.n_layers // 2
+    ablation = Ablate(Direction(vector, layer, resid_hook(layer, hooked.cfg.n_layers)))
+
+    def ours() -> int:
+        answers = generate(
+            hooked, chat, instructions, interventions=[ablation], max_new_tokens=n_new, batch_size=BATCH_SIZE
+        )
+        return sum(len(answer.token_ids) for answer in answers)
+
+    report(
+        compare(
+            f"generation under ablation, {args.model}, {args.device}",
+            lambda: plain_generate(plain, chat, instructions, n_new),
+            ours,
+            lambda a, b: abs(a - b),
+            must_reach=0.9,
+            n_pairs=args.pairs,
+            largest_allowed=0,
+            note=f"{N_PROMPTS} answers of {n_new} tokens, batch {BATCH_SIZE}; difference in the number of tokens",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

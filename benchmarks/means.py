@@ -1,0 +1,53 @@
+"""Mean activations of all layers and positions: a bare forward pass of the same batches against `mean_activations`."""
+
+from typing import Any
+
+import torch
+
+from benchmarks.common import arguments, compare, load_both, measured, report
+from refusal_mi.activations import mean_activations
+from refusal_mi.chat import ChatFormat
+from refusal_mi.prompts import load_prompts
+from refusal_mi.tokens import batches_by_length, left_pad
+
+N_PROMPTS = {"embedded": 128, "110m": 64, "8b": 128}
+BATCH_SIZE = 32
+
+
+@torch.no_grad()
+def forward_only(model: Any, chat: ChatFormat, instructions: list[str]) -> None:
+    """The logits after the last position, and nothing kept."""
+    rows = [chat.encode(instruction) for instruction in instructions]
+    for indices in batches_by_length(rows, BATCH_SIZE):
+        batch = left_pad([rows[index] for index in indices], chat.pad_id).to(model.device)
+        model(batch.tokens, attention_mask=batch.mask, position_ids=batch.position_ids, logits_to_keep=1)
+
+
+def main() -> None:
+    """Run one row; memory is compared with ten times as many prompts."""
+    args = arguments(__doc__)
+    hooked, plain, tokenizer = load_both(args.model, args.device)
+    chat = ChatFormat(tokenizer)
+    instructions = load_prompts("organism_harmful_train").instructions
+    some = [instructions[index % len(instructions)] for index in range(N_PROMPTS[args.model])]
+
+    def ours(n: int = len(some)) -> Any:
+        return mean_activations(hooked, chat, (some * 10)[:n], batch_size=BATCH_SIZE)
+
+    ours()
+    once, tenfold = (measured(lambda n=n: ours(n)).peak_mib for n in (len(some), 10 * len(some)))
+    report(
+        compare(
+            f"mean activations, {args.model}, {args.device}",
+            lambda: forward_only(plain, chat, some),
+            ours,
+            lambda _, b: float(not torch.isfinite(b.means).all()),
+            must_reach=1 / 1.05,
+            n_pairs=args.pairs,
+            note=f"{len(some)} prompts; peak with ten times as many prompts: {tenfold:.0f} against {once:.0f} MiB",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

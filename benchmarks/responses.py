@@ -1,0 +1,51 @@
+"""Response-averaged extraction: one answered prompt at a time with all hidden states, against `combine_spans`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import arguments, compare, load_both, report
+from refusal_mi.chat import ChatFormat
+from refusal_mi.prompts import load_prompts
+from refusal_mi.spans import Span, combine_spans
+
+N_TEXTS = {"embedded": 200, "110m": 48, "8b": 64}
+
+
+@torch.no_grad()
+def one_at_a_time(model: Any, spans: list[Span]) -> Tensor:
+    """The mean over texts of the mean over answer tokens, every hidden state; the last is after the final norm."""
+    total = torch.zeros(model.config.num_hidden_layers, model.config.hidden_size, dtype=torch.float64)
+    for span in spans:
+        states = model(torch.tensor([span.token_ids], device=model.device), output_hidden_states=True).hidden_states
+        total += torch.stack([state[0, span.first : span.end].double().mean(0).cpu() for state in states[:-1]])
+    return total / len(spans)
+
+
+def main() -> None:
+    """Run one row."""
+    args = arguments(__doc__)
+    hooked, plain, tokenizer = load_both(args.model, args.device)
+    chat = ChatFormat(tokenizer)
+    spans = []
+    for prompt in load_prompts("organism_instructions").prompts[: N_TEXTS[args.model]]:
+        ids, first = chat.encode_answered(prompt.instruction, prompt.output or "")
+        spans.append(Span(tuple(ids), first, len(ids)))
+    weights = torch.full((1, len(spans)), 1 / len(spans))
+    report(
+        compare(
+            f"response-averaged extraction, {args.model}, {args.device}",
+            lambda: one_at_a_time(plain, spans),
+            lambda: combine_spans(hooked, spans, weights, pad_id=chat.pad_id, batch_size=32)[0, :-1],
+            lambda a, b: ((a - b).norm() / a.norm()).item(),
+            must_reach=1.5 if (args.model, args.device) == ("110m", "cpu") else 4.0,
+            n_pairs=args.pairs,
+            largest_allowed=1e-4 if args.device == "cpu" else 2e-2,
+            note=f"{len(spans)} texts; difference relative to the norm",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Write the table of docs/scaling.md from results.json: `python -m benchmarks.table`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+from refusal_mi.files import read_json, write_text
+
+PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
+START, END = "<!-- table -->\n", "<!-- end of table -->"
+HEADER = (
+    "| what | times faster (range) | must reach | straightforward | this package | peak memory, MiB | difference |\n"
+    "|---|---|---|---|---|---|---|\n"
+)
+
+
+def table(known: dict[str, Any]) -> str:
+    """The machine in words, then Markdown."""
+    machine = known["machine"]
+    lines = [
+        f"Measured on {machine['processor']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}, "
+        f"torch {machine['torch']}, Python {machine['python']}.\n\n",
+        HEADER,
+    ]
+    for row in known["rows"].values():
+        reached = "" if row["ratio"] >= row["must_reach"] else " (missed)"
+        lines.append(
+            f"| {row['name']} | {row['ratio']:.2f} ({row['ratio_low']:.2f}–{row['ratio_high']:.2f}) | "
+            f"{row['must_reach']:.2f}{reached} | {row['straightforward_seconds']:.2f} s | {row['our_seconds']:.2f} s | "
+            f"{row['straightforward_peak_mib']:.0f} / {row['our_peak_mib']:.0f} | {row['largest_difference']:.1e} |\n"
+        )
+    notes = [f"- {row['name']}: {row['note']}\n" for row in known["rows"].values()]
+    return "".join([*lines, "\n", *notes])
+
+
+def main() -> int:
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    write_text(PAGE, before + START + table(read_json(RESULTS)) + END + after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
