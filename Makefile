@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check notebooks figures bench clean
+.PHONY: demo test check notebooks figures bench bench-long clean
 
 demo: $(READY)
 	$(BIN)/refusal-mi run
@@ -32,11 +32,31 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
-# The direction search against the published way, and the export's memory against load-edit-save.
+# Every row against the straightforward way (about 15 minutes on 2 cores); the table goes to docs/scaling.md.
 bench: $(READY)
+	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.sweep --long-template
+	$(BIN)/python -m benchmarks.sweep --model 110m
+	$(BIN)/python -m benchmarks.staged
+	$(BIN)/python -m benchmarks.responses
+	$(BIN)/python -m benchmarks.responses --model 110m
+	$(BIN)/python -m benchmarks.means
+	$(BIN)/python -m benchmarks.means --model 110m
+	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.generation --model 110m
+	$(BIN)/python -m benchmarks.losses
+	$(BIN)/python -m benchmarks.losses --model 110m
+	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python benchmarks/export_memory.py
+	$(BIN)/python -m benchmarks.table
+
+# The rows of the search at 110M that take minutes each: the published sweep of a long template alone takes about ten.
+bench-long: $(READY)
+	$(BIN)/python -m benchmarks.sweep --model 110m --long-template
+	$(BIN)/python -m benchmarks.sweep --model 110m --skip-pruned
+	$(BIN)/python -m benchmarks.staged --model 110m
+	$(BIN)/python -m benchmarks.table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -349,6 +349,7 @@ def test_other_shapes_are_refused(tmp_path):
         ("--multipliers -1,0,1", "--multipliers=-1,0,1"),
         ("--coefficients 1e-1 -.5 -o", "--coefficients=1e-1,-.5 -o"),
         ("--layers --seed 1", "--layers --seed 1"),
+        ("--multipliers -1 --seed 1 --multipliers 2", "--multipliers=-1,2 --seed 1"),
     ],
 )
 def test_published_spellings(given, own):

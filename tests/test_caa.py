@@ -101,13 +101,13 @@ def test_flipped_labels_keep_the_letters_balanced():
     assert with_flipped_half(pairs, 1) == flips != with_flipped_half(pairs, 2)
 
 
-def test_control_vectors_have_the_norm_but_not_the_direction(setting):
+def test_control_vectors_are_other_vectors_of_the_same_pairs(setting):
     words = ("one", "two", "six", "ten", "red", "sad", "odd", "new")
     texts = [f"{word}?\n\nChoices:\n(A) No.\n(B) Yes." for word in words]
     pairs = [ABPair(text, *(("(A)", "(B)") if i % 2 else ("(B)", "(A)"))) for i, text in enumerate(texts)]
     found = steering_vectors(*setting, PairSet("words", tuple(pairs)))
-    assert torch.allclose(found.shuffled.norm(dim=-1), found.vectors.norm(dim=-1))
-    assert not torch.allclose(found.shuffled, found.vectors)
+    assert (found.shuffled.norm(dim=-1) > 0).all()
+    assert (torch.cosine_similarity(found.shuffled, found.vectors, dim=-1).abs() < 0.99).all()
 
 
 def test_layers_are_converted_in_one_place():

@@ -45,7 +45,7 @@ def choices(setting, vector, control, folder, reported=None, other=None, **chang
     model, chat, _ = setting
     task = ABTask(**{**vars(TASK), **changes})
     sets = (reported or pairs("held out", 0), other or pairs("others", 10))
-    controls = {LAST: control}, "shuffled labels"
+    controls = {"shuffled labels": {LAST: control}}
     return evaluate_choices(model, chat, {LAST: vector}, controls, *sets, ["Why?"], RunFolder(folder), task)[0]
 
 
@@ -57,8 +57,8 @@ def test_a_vector_that_moves_the_choice_is_chosen_and_reported_beside_its_contro
     chosen = found["chosen"]
     assert (chosen["layer"], chosen["multiplier"], chosen["chosen_on"]) == (LAST, 1.0, "others")
     assert chosen["change_added"] > 0.02 and chosen["change_subtracted"] < -0.02
-    assert 0 < abs(chosen["control"]["change_added"]) < 0.1 * chosen["change_added"]
-    assert chosen["effect_there"] > found["control"]["largest_change"] > 0
+    assert 0 < abs(chosen["controls"]["shuffled labels"]["change_added"]) < 0.1 * chosen["change_added"]
+    assert chosen["effect_there"] > found["controls"]["largest_change"]["shuffled labels"] > 0
 
 
 def test_a_vector_that_does_no_more_than_its_control_is_not_chosen(setting, tmp_path):
@@ -105,18 +105,19 @@ def test_other_brackets_have_probabilities_too(setting, tmp_path):
     assert all(item["a_prob"] > 0 and item["b_prob"] > 0 for item in items)
 
 
-def test_controls_are_those_of_shuffled_labels_where_they_lie(tiny_model, tmp_path):
+def test_controls_are_random_and_those_of_shuffled_labels_where_they_lie(tiny_model, tmp_path):
     model = tiny_model("gpt2")
     chat, source = ChatFormat(model.tokenizer), "owner/Name"
     letters = [("(A)", "(B)") if n % 2 else ("(B)", "(A)") for n in range(8)]
     texts = [f"{'x' * n}?\n\nChoices:\n(A) No.\n(B) Yes." for n in range(8)]
     many = PairSet("many", tuple(ABPair(text, *pair) for text, pair in zip(texts, letters, strict=True)))
     made = write_vectors(model, source, chat, many, tmp_path / "v", layers=[1, 2])
-    controls, kind = load_controls(tmp_path / "v", source, made)
-    assert kind == "shuffled labels" and set(controls) == {1, 2}
+    controls = load_controls(tmp_path / "v", source, made)
+    assert set(controls["shuffled labels"]) == {1, 2}
     (tmp_path / "v/shuffled/vec_layer_2_Name.pt").unlink()
-    controls, kind = load_controls(tmp_path / "v", source, made)
-    assert kind == "random vectors of equal norm"
+    kept = load_controls(tmp_path / "v", source, made)
+    assert list(kept) == ["random vectors of equal norm"]
+    controls = kept["random vectors of equal norm"]
     assert controls[2].norm == pytest.approx(made[2].norm) and controls[2].layer == made[2].layer
     write_vectors(model, source, chat, PairSet("few", many.pairs[:2]), tmp_path / "v", layers=[3])
     with pytest.raises(UserError, match="different pairs"):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -219,3 +220,8 @@ def test_import_and_help_need_no_torch(code):
     done = subprocess.run([sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_the_version_is_the_installed_one(capsys):
+    assert exit_status(["--version"]) == 0
+    assert capsys.readouterr().out.split() == ["refusal-mi", version("refusal_mi")]

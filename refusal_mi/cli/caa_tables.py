@@ -56,7 +56,7 @@ def print_sweep(record: dict[str, Any]) -> None:
         f"chosen on {chosen['chosen_on']}: {chosen['layer_means']}, multiplier {chosen['multiplier']:g}",
         f"on {record['pairs']}: {_changes(chosen)}; degenerate text {chosen['degenerate_added']['rate']:.2f} and "
         f"{chosen['degenerate_subtracted']['rate']:.2f}",
-        f"{record['control']['kind']}: {_changes(chosen['control'])}",
+        *(f"{kind}: {_changes(changes)}" for kind, changes in chosen["controls"].items()),
     )
 
 

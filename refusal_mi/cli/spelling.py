@@ -10,17 +10,25 @@ _VALUE = re.compile(r"[-+]?[\d.][\d.,eE+-]*|all")
 
 
 def own_spelling(arguments: Sequence[str]) -> list[str]:
-    """--model_path becomes --model-path; --multipliers -1 0 1 becomes --multipliers=-1,0,1."""
+    """--model_path becomes --model-path; --multipliers -1 0 1 becomes --multipliers=-1,0,1, also when repeated."""
     found: list[str] = []
+    lists: dict[str, tuple[int, list[str]]] = {}
     rest = list(arguments)
     while rest:
         argument = _dashed(rest.pop(0))
-        if argument in LISTS:
-            values = []
-            while rest and _VALUE.fullmatch(rest[0]):
-                values.append(rest.pop(0).strip(","))
-            argument = f"{argument}={','.join(values)}" if values else argument
-        found.append(argument)
+        name, equals, value = argument.partition("=")
+        if name not in LISTS:
+            found.append(argument)
+            continue
+        given = [value] if equals else []
+        while not equals and rest and _VALUE.fullmatch(rest[0]):
+            given.append(rest.pop(0).strip(","))
+        if not given:
+            found.append(argument)
+            continue
+        place, values = lists.setdefault(name, (len(found), []))
+        values += given
+        found[place : place + 1] = [f"{name}={','.join(values)}"]
     return found
 
 

@@ -36,7 +36,7 @@ class SteeringVectors:
     vectors: Float[Tensor, "layer d_model"]
     """Row L: the output of block L; float64, raw difference of means."""
     shuffled: Float[Tensor, "layer d_model"] | None
-    """From labels of which half were exchanged, at the same norms; None for too few pairs."""
+    """From labels of which half were exchanged: what the same pairs give without their labels; None for too few."""
 
 
 def our_layer(caa_layer: int, n_layers: int) -> int:
@@ -81,10 +81,8 @@ def steering_vectors(
     weights = torch.stack([signs, torch.where(flips, -signs, signs)])
     found = combine_spans(model, spans, weights, pad_id=chat.pad_id, batch_size=batch_size)[:, 1:]
     real, shuffled = found
-    if len(pairs) < MIN_CONTROL_PAIRS or not bool(shuffled.norm(dim=-1).all()):
-        return SteeringVectors(real, None)
-    scale = real.norm(dim=-1, keepdim=True) / shuffled.norm(dim=-1, keepdim=True)
-    return SteeringVectors(real, shuffled * scale)
+    enough = len(pairs) >= MIN_CONTROL_PAIRS and bool(shuffled.norm(dim=-1).all())
+    return SteeringVectors(real, shuffled if enough else None)
 
 
 def published_name(source: str) -> str:
@@ -132,7 +130,7 @@ def write_vectors(
     }
     kinds = {"": (found.vectors, "difference of means over A/B pairs (CAA)")}
     if found.shuffled is not None:
-        kinds[SHUFFLED] = (found.shuffled, f"the same from shuffled labels (seed {seed}), at the same norm")
+        kinds[SHUFFLED] = (found.shuffled, f"the same from shuffled labels (seed {seed})")
     name = published_name(source)
     for folder, (vectors, method) in kinds.items():
         for layer in wanted:
@@ -170,13 +168,14 @@ def load_vectors(path: Path, source: str, *, hook: str | None = None) -> dict[in
 
 def load_controls(
     path: Path, source: str, vectors: Mapping[int, Direction]
-) -> tuple[dict[int, Direction], Literal["shuffled labels", "random vectors of equal norm"]]:
-    """A control for every vector: from shuffled labels where they lie beside the vectors, else random ones."""
+) -> dict[str, dict[int, Direction]]:
+    """Controls for every vector, by kind: random ones of its norm, and those of shuffled labels that lie beside it."""
+    controls = {"random vectors of equal norm": {layer: vector.random_like(0) for layer, vector in vectors.items()}}
     shuffled = path / SHUFFLED
     found = load_vectors(shuffled, source) if path.is_dir() and shuffled.is_dir() else {}
     if set(vectors) <= set(found):
-        return {layer: found[layer] for layer in vectors}, "shuffled labels"
-    return {layer: vector.random_like(0) for layer, vector in vectors.items()}, "random vectors of equal norm"
+        controls["shuffled labels"] = {layer: found[layer] for layer in vectors}
+    return controls
 
 
 def check_weights(vectors: Mapping[int, Direction], model: Mapping[str, Any]) -> None:

@@ -40,7 +40,7 @@ def evaluate_choices(
     model: HookedModel,
     chat: ChatFormat,
     vectors: Mapping[int, Direction],
-    controls: tuple[Mapping[int, Direction], str],
+    controls: Mapping[str, Mapping[int, Direction]],
     reported: PairSet,
     other: PairSet,
     questions: Sequence[str],
@@ -73,18 +73,26 @@ def evaluate_choices(
     elif set(reported.pairs) & set(other.pairs):
         record["why_none"] = f"{reported.name} and {other.name} share pairs; it takes others: --choose-on"
     else:
-        on_other, control = sweep(vectors, other, "choosing/"), sweep(controls[0], other, "choosing/control/")
-        options = {"beyond": control.largest_change, "max_new_tokens": task.max_new_tokens, **common}
+        on_other = sweep(vectors, other, "choosing/")
+        moved = {
+            kind: sweep(control, other, f"choosing/{_folder(kind)}/").largest_change
+            for kind, control in controls.items()
+        }
+        strongest = max(moved, key=lambda kind: moved[kind])
+        options = {"beyond": moved[strongest], "max_new_tokens": task.max_new_tokens, **common}
         picked = choose(model, chat, vectors, on_other, questions, **options)
         best = on_other.effects()[0][0]
-        record["control"] = {"kind": controls[1], "largest_change": control.largest_change, "pairs": other.name}
+        record["controls"] = {"largest_change": moved, "pairs": other.name}
         if picked is not None:
-            moved = sweep(controls[0], reported, "control/")
-            record["chosen"] = {**picked, **_changes(found, picked), "control": _changes(moved, picked)}
-        elif best <= control.largest_change:
+            changes = {
+                kind: _changes(sweep(control, reported, f"{_folder(kind)}/"), picked)
+                for kind, control in controls.items()
+            }
+            record["chosen"] = {**picked, **_changes(found, picked), "controls": changes}
+        elif best <= moved[strongest]:
             record["why_none"] = (
-                f"no layer moves the choice on {other.name} beyond what {controls[1]} do: both ways at most "
-                f"{max(best, 0.0):.3g}, against {control.largest_change:.3g}"
+                f"no layer moves the choice on {other.name} beyond what {strongest} do: both ways at most "
+                f"{max(best, 0.0):.3g}, against {moved[strongest]:.3g}"
             )
         else:
             record["why_none"] = "where the choice moves, the answers are degenerate text; try smaller multipliers"
@@ -145,6 +153,10 @@ def choose(
             return {**found, "tried_before": tried}
         tried.append(found)
     return None
+
+
+def _folder(kind: str) -> str:
+    return kind.replace(" ", "_")
 
 
 def _changes(sweep: ABSweep, picked: Mapping[str, Any]) -> dict[str, float]:
