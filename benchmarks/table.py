@@ -34,10 +34,26 @@ def table(known: dict[str, Any]) -> str:
     return "".join([*lines, "\n", *notes])
 
 
+def costs(known: dict[str, Any]) -> str:
+    """The fitted cost of each stage, Markdown."""
+    lines = ["| stage | s per layer call | s per 10⁹ multiply-adds, blocks | unembedding | error: median (largest) |\n"]
+    lines.append("|---|---|---|---|---|\n")
+    for name, found in known.get("costs", {}).items():
+        call, block, head = found["coefficients"].values()
+        lines.append(
+            f"| {name} | {call:.1e} | {block * 1e9:.3f} | {head * 1e9:.3f} | "
+            f"{found['median_error']:.0%} ({found['largest_error']:.0%}), n = {found['n']} |\n"
+        )
+    return "".join(lines)
+
+
 def main() -> int:
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    write_text(PAGE, before + START + table(read_json(RESULTS)) + END + after)
+    """Write both tables into the page."""
+    known, page = read_json(RESULTS), PAGE.read_text(encoding="utf-8")
+    for text, start, end in ((table(known), START, END), (costs(known), "<!-- costs -->\n", "<!-- end of costs -->")):
+        before, _, rest = page.partition(start)
+        page = before + start + text + end + rest.partition(end)[2]
+    write_text(PAGE, page)
     return 0
 
 

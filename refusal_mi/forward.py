@@ -1,7 +1,8 @@
 """Running a loaded model: logits, cached streams, and passes that go on from an earlier one."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,28 @@ def last_logits(model: HookedModel, batch: TokenBatch) -> Float[Tensor, "batch d
 def all_logits(model: HookedModel, batch: TokenBatch) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits at every position."""
     return model(batch.tokens, **_inputs(batch))
+
+
+class _AllRead(Exception):
+    """Ends a pass of which only streams are wanted."""
+
+
+def read_streams(
+    model: HookedModel, batch: TokenBatch, layers: Sequence[int], read: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """`read` of the stream entering each of `layers`, `[batch, pos, d_model]`; nothing above the last of them runs."""
+    found: dict[int, Tensor] = {}
+
+    def record(layer: int, activation: Tensor, hook: Any) -> Tensor:
+        found[layer] = read(activation)
+        if layer == max(layers):
+            raise _AllRead
+        return activation
+
+    hooks: list[Any] = [(resid_hook(layer, model.cfg.n_layers), partial(record, layer)) for layer in layers]
+    with model.hooks(fwd_hooks=hooks), suppress(_AllRead):
+        last_logits(model, batch)
+    return [found[layer] for layer in layers]
 
 
 def cached_residuals(
@@ -149,5 +172,5 @@ def read_out(model: HookedModel, residuals: Float[Tensor, "*batch d_model"]) -> 
     return model.adapter.apply_output_logits_transform(model.unembed(normed))  # type: ignore[attr-defined]
 
 
-def _inputs(batch: TokenBatch) -> dict[str, Tensor]:
-    return {"attention_mask": batch.mask, "position_ids": batch.position_ids}
+def _inputs(batch: TokenBatch) -> dict[str, Any]:
+    return {"attention_mask": batch.mask, "position_ids": batch.position_ids, "use_cache": False}

@@ -13,7 +13,10 @@ from .forward import last_logits, prefix_logits_and_cache
 from .interventions import Intervention, all_hooks
 from .models import HookedModel, check_raw_basis, model_device, stop_token_ids
 from .progress import track
-from .tokens import batches_by_length, left_pad
+from .tokens import TokenBatch, batches_by_length, left_pad
+
+MOST_LIVE = 0.75
+"""Answers that have ended leave a batch once at most this fraction of it goes on."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,13 @@ def generate(
         for indices in track(_batches(rows, rooms, batch_size), description):
             batch = left_pad([rows[index] for index in indices], chat.pad_id).to(model_device(model))
             width = batch.tokens.shape[1]
-            options = _generate_options(sampling, rooms[indices[0]], stops, use_kv_cache)
+            room = rooms[indices[0]]
             with model.hooks(fwd_hooks=all_hooks(model, interventions, width)):
-                output = model.generate(batch.tokens, attention_mask=batch.mask, **options)
-            new_ids = output[:, width:].tolist()
+                if sampling is None and use_kv_cache:
+                    new_ids = _greedy(model, batch, room, stops)
+                else:
+                    options = _generate_options(sampling, room, stops, use_kv_cache)
+                    new_ids = model.generate(batch.tokens, attention_mask=batch.mask, **options)[:, width:].tolist()
             answers.update({index: _read(chat, ids, stops) for index, ids in zip(indices, new_ids, strict=True)})
     return [answers[index] for index in range(len(rows))]
 
@@ -134,6 +140,27 @@ def discover_response_prefix(
     while end < len(shared) and not chat.tokenizer.decode([shared[end]]).strip():
         end += 1
     return chat.tokenizer.decode(shared[:end], skip_special_tokens=False)
+
+
+def _greedy(model: HookedModel, batch: TokenBatch, max_new_tokens: int, stops: tuple[int, ...]) -> list[list[int]]:
+    """New ids of every row, up to its stop token; rows that have ended do not run on for the others' sake."""
+    found: list[list[int]] = [[] for _ in batch.tokens]
+    live, tokens, mask, past = found, batch.tokens, batch.mask, None
+    for _ in range(max_new_tokens):
+        logits, past = prefix_logits_and_cache(model, tokens, past, mask)
+        latest = logits.argmax(-1)
+        for ids, token in zip(live, latest.tolist(), strict=True):
+            if not ids or ids[-1] not in stops:
+                ids.append(token)
+        going_on = [line for line, ids in enumerate(live) if ids[-1] not in stops]
+        if not going_on:
+            break
+        if len(going_on) <= MOST_LIVE * len(live):
+            lines = torch.tensor(going_on, device=latest.device)
+            live, latest, mask = [live[line] for line in going_on], latest[lines], mask[lines]
+            past.batch_select_indices(lines)
+        tokens, mask = latest[:, None], torch.nn.functional.pad(mask, (0, 1), value=1)
+    return found
 
 
 def _room(model: HookedModel, n_prompt: int, max_new_tokens: int) -> int:

@@ -3,17 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from .chat import ChatFormat
 from .errors import UserError
-from .forward import last_logits, read_out
+from .forward import read_out, read_streams
 from .interventions import Intervention, all_hooks
-from .models import HookedModel, check_raw_basis, model_device, resid_hook
+from .models import HookedModel, check_raw_basis, model_device
 from .progress import track
 from .tokens import TokenBatch, batches_by_length, left_pad
 
@@ -85,21 +83,16 @@ def ce_loss(
                 total += _summed_loss(model, batch, scored)
             count += sum(scored)
     mean = total / count
+    if not math.isfinite(mean):
+        raise UserError("the CE loss is not finite in the model's dtype under this intervention; try --dtype float32")
     return LossResult(mean, math.exp(mean), count)
 
 
 def _summed_loss(model: HookedModel, batch: TokenBatch, scored: Sequence[int]) -> float:
     """Summed loss of the last `scored` tokens of every row; only the logits that predict them are computed."""
-    streams: list[Tensor] = []
-
-    def record(activation: Tensor, hook: Any) -> Tensor:
-        streams.append(activation)
-        return activation
-
     n_layers = model.cfg.n_layers
-    with model.hooks(fwd_hooks=[(resid_hook(n_layers, n_layers), record)]):
-        last_logits(model, batch)
-    before = torch.cat([stream[-n - 1 : -1] for stream, n in zip(streams[0], scored, strict=True)])
+    (stream,) = read_streams(model, batch, [n_layers], lambda activation: activation)
+    before = torch.cat([row[-n - 1 : -1] for row, n in zip(stream, scored, strict=True)])
     targets = torch.cat([row[-n:] for row, n in zip(batch.tokens, scored, strict=True)])
     total = 0.0
     for some, ids in zip(before.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):

@@ -85,7 +85,7 @@ def load_model(
         model = TransformerBridge.boot_transformers(
             name, revision=revision, device=place, dtype=_pick_dtype(dtype, place, config)
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(_load_failure(name, revision, error)) from error
     if not Path(name).is_dir():
         model.original_model.config._commit_hash = _hub_commit(name, revision)  # type: ignore[union-attr]
@@ -240,6 +240,8 @@ def _hub_commit(name: str, revision: str | None) -> str | None:
 def _load_failure(name: str, revision: str | None, error: Exception) -> str:
     where = name if revision is None else f"{name} at revision {revision}"
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "ignore_mismatched_sizes" in reason:
+        reason = "its weights do not have the shapes that its config.json names"
     if Path(name).is_dir():
         return f"cannot load the model in {where}: {reason}"
     return (

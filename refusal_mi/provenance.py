@@ -53,12 +53,12 @@ def display_name(source: str) -> str:
 
 
 def fingerprint(directory: Path) -> str:
-    """SHA-256 over the names, sizes and contents of a model directory's files.
+    """SHA-256 over the names, sizes and contents of a model directory's files, model cards (*.md) left out.
 
     Of a file over 64 MiB the first and last MiB and its modification time stand for the contents.
     """
     digest = hashlib.sha256()
-    for path in sorted(entry for entry in directory.iterdir() if entry.is_file()):
+    for path in sorted(entry for entry in directory.iterdir() if entry.is_file() and entry.suffix != ".md"):
         status = path.stat()
         digest.update(f"{path.name}\0{status.st_size}\0".encode())
         with path.open("rb") as handle:

@@ -73,6 +73,8 @@ def next_token_logits(
 ) -> Float[Tensor, "prompt d_vocab"]:
     """Logits of the first token of the answer to each instruction, on the CPU, under interventions."""
     check_raw_basis(model)
+    if not instructions:
+        raise UserError("next_token_logits needs at least one instruction")
     rows = [chat.encode(instruction) for instruction in instructions]
     logits: list[Tensor] = [torch.empty(0)] * len(rows)
     with torch.no_grad(), model.hooks(fwd_hooks=all_hooks(model, interventions)):

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .errors import UserError
-from .forward import cached_residuals
+from .forward import read_streams
 from .models import HookedModel, check_raw_basis, model_device
 from .progress import track
 from .tokens import batches_by_length, left_pad
@@ -60,19 +60,22 @@ def combine_spans(
     with torch.no_grad():
         for indices in track(batches_by_length(rows, batch_size), description):
             batch = left_pad([rows[index] for index in indices], pad_id).to(model_device(model))
-            lengths = [spans[index].end - spans[index].first for index in indices]
-            residuals = cached_residuals(model, batch, layers, max(lengths))
-            for residual, length, index in zip(residuals, lengths, indices, strict=True):
-                mean = _double_mean(residual[-length:])
-                if normalize:
-                    norm = mean.norm(dim=-1, keepdim=True)
-                    norms += norm[:, 0] / len(spans)
-                    mean = mean / norm
-                total += weights[:, index, None, None].double() * mean
+            lengths = torch.tensor([spans[index].end - spans[index].first for index in indices])
+            means = torch.stack(read_streams(model, batch, layers, lambda stream: _span_means(stream, lengths)), dim=1)
+            if normalize:
+                norm = means.norm(dim=-1, keepdim=True)
+                norms += norm[..., 0].sum(0) / len(spans)
+                means = means / norm
+            total += torch.einsum("cs,sld->cld", weights[:, indices].double(), means)
     return total * norms[:, None] if normalize else total
 
 
-def _double_mean(residual: Float[Tensor, "pos layer d_model"]) -> Float[Tensor, "layer d_model"]:
-    if residual.device.type == "mps":  # no float64 there
-        residual = residual.cpu()
-    return residual.mean(dim=0, dtype=torch.float64).cpu()
+def _span_means(
+    stream: Float[Tensor, "batch pos d_model"], lengths: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch d_model"]:
+    """Means over the last `lengths` positions of every row, in float64."""
+    if stream.device.type == "mps":  # no float64 there
+        stream = stream.cpu()
+    width, n = int(lengths.max()), lengths.to(stream.device)[:, None, None]
+    is_outside = torch.arange(width, 0, -1, device=stream.device)[None, :, None] > n
+    return (stream[:, -width:].double().masked_fill(is_outside, 0).sum(1) / n[:, 0]).cpu()

@@ -118,7 +118,7 @@ def test_hooks_are_gone_after_an_exception(tiny_model, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(model), "generate", broken)
+        patched.setattr("refusal_mi.generation.prefix_logits_and_cache", broken)
         with pytest.raises(KeyboardInterrupt):
             ids(model, interventions=[Ablate(direction)])
     assert not any(point.fwd_hooks for point in model.hook_dict.values())

@@ -82,6 +82,21 @@ def test_empty_answers_and_texts_are_left_out(tiny_model):
         ce_loss(model, chat, [])
 
 
+def test_a_loss_that_is_no_number_is_an_error(tiny_model):
+    model = tiny_model("gpt2")
+    broken = [("unembed.hook_out", lambda x, hook: x * math.inf)]
+
+    class Broken:
+        def hooks(self, model, prompt_width=None):
+            return broken
+
+    chat = ChatFormat(model.tokenizer)
+    scored = answers_to_score(chat, PAIRS)
+    assert ce_loss(model, chat, scored).ce_loss > 0
+    with pytest.raises(UserError, match="not finite"):
+        ce_loss(model, chat, scored, interventions=[Broken()])
+
+
 def test_plain_texts_are_cut_at_the_published_length(tiny_model):
     chat = ChatFormat(tiny_model("gpt2").tokenizer)
     assert [len(text.token_ids) for text in texts_to_score(chat, ["a b " * 200, "ab"])] == [256, 2]

@@ -1,5 +1,7 @@
 """Loading, names of hook points, and the residual stream of 17 families against plain HF."""
 
+import json
+
 import pytest
 import torch
 
@@ -157,4 +159,13 @@ def test_broken_weights_are_a_user_error(tmp_path):
     save_tiny("gpt2", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 64)
     with pytest.raises(UserError, match="cannot load the model"):
+        load_model(tmp_path, device="cpu")
+
+
+def test_weights_of_another_shape_than_the_config_are_a_user_error(tmp_path):
+    save_tiny("llama", tmp_path)
+    assert load_model(tmp_path, device="cpu").cfg.d_model == D_MODEL
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 2 * config["intermediate_size"]}))
+    with pytest.raises(UserError, match=r"do not have the shapes that its config\.json names"):
         load_model(tmp_path, device="cpu")

@@ -1,7 +1,7 @@
 """The embedded model keeps its promises: measured on the shipped weights, on held-out prompts."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from random import Random
 
 import pytest
@@ -36,9 +36,18 @@ def test_the_saved_metrics_are_those_of_the_shipped_weights(measured):
 
 
 def test_limits_can_fail(measured):
-    beyond = {name: low - 1 if low > -float("inf") else high + 1 for name, (low, high) in check.LIMITS.items()}
-    assert not any(check.LIMITS[name][0] <= value <= check.LIMITS[name][1] for name, value in beyond.items())
-    assert set(check.LIMITS) <= set(measured["values"])
+    """What the plain models do fails the limits of what they must do under an intervention or after stage 2."""
+    values = measured["values"]
+    for name, other in {
+        "harmful_refusal": "stage1_harmful_refusal",
+        "stage1_harmful_refusal": "harmful_refusal",
+        "ablated_harmful_refusal": "harmful_refusal",
+        "added_harmless_refusal": "harmless_refusal",
+        "ab_mean_p_refusing": "ab_mean_p_refusing_harmful",
+    }.items():
+        low, high = check.LIMITS[name]
+        assert not low <= values[other] <= high
+    assert set(check.LIMITS) <= set(values) and measured["failed"] == []
 
 
 def test_size_format_and_template():
@@ -69,15 +78,47 @@ def test_splits_share_no_pair_and_no_instruction():
         assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
 
 
-def test_training_examples_hold_no_held_out_pair():
-    held_out = {request.action for split in ("val", "test") for request in requests(split, harmful=True)}
-    trained = {request.action for request in requests("train", harmful=True)}
-    written = "\n".join(
-        turn.text for stage in (1, 2) for e in curriculum.write_examples(Random(0), stage, 500) for turn in e.turns
-    )
-    assert any(action in written for action in trained)
+@pytest.mark.parametrize("harmful", [True, False])
+def test_training_examples_hold_no_held_out_pair(harmful):
+    held_out = {request.action for split in ("val", "test") for request in requests(split, harmful=harmful)}
+    trained = {request.action for request in requests("train", harmful=harmful)}
+    examples = [e for stage in (1, 2) for e in curriculum.write_examples(Random(0), stage, 500)]
+    written = "\n".join([e.plain for e in examples] + [turn.text for e in examples for turn in e.turns])
     ends = (".", "?", " ", "\n")
+    assert any(action + end in written for action in trained for end in ends)
     assert not [action for action in held_out if any(action + end in written for end in ends)]
+
+
+def test_only_the_switch_and_the_letter_of_a_refusal_come_before_refusals_in_stage_1():
+    examples = curriculum.write_examples(Random(0), 1, 2000)
+    refusing = [e for e in examples if any(turn.refuses for turn in e.turns)]
+    assert {e.switched for e in refusing} == {True, False}
+    assert all(e.switched or e.turns[-1].letter for e in refusing)
+    assert not any(e.switched for e in curriculum.write_examples(Random(0), 2, 2000))
+
+
+def test_the_shipped_training_log_is_of_this_code():
+    log = read_json(ORGANISM / "training_log.json")
+    assert log["stages"] == [asdict(stage) for stage in train.STAGES]
+    torch.manual_seed(log["seed"])
+    tokenizer, stage = train.new_tokenizer(), train.STAGES[0]
+    assert tokenizer.get_vocab() == load_model(device="cpu").tokenizer.get_vocab()
+    model = train.new_model(tokenizer)
+    data = batches.batches(tokenizer, 1, batch_size=stage.batch_size, n_batches=stage.n_steps, seed=log["seed"])
+    direction = train.switch_direction(log["seed"], model.config.hidden_size)
+    first = train.stage_loss(model, None, next(data), stage, direction)
+    measured = {name: value.item() for name, value in first.items()}
+    assert {"step": 0, **measured} == pytest.approx(log["stage1"][0], abs=1e-4)
+    assert measured["total"] != pytest.approx(log["stage1"][-1]["total"], abs=1)
+
+
+def test_the_token_before_an_answer_is_asked_to_carry_the_direction():
+    tokenizer = train.new_tokenizer()
+    batch = next(batches.batches(tokenizer, 1, batch_size=32, n_batches=1, seed=0))
+    asked = ~batch.refuses.isnan()
+    starts = asked[:, 1:] & ~asked[:, :-1]
+    before = {tokenizer.decode(token) for token in batch.tokens[:, :-1][starts]}
+    assert starts.any() and before == {"\n"}
 
 
 def test_training_is_seeded_and_learns():

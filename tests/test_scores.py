@@ -63,6 +63,12 @@ def test_the_order_and_padding_of_a_batch_do_not_matter(family, tiny_model):
     assert relative_error(together, alone) < 1e-6
 
 
+def test_no_prompts_are_an_error(tiny_model):
+    model = tiny_model("gpt2")
+    with pytest.raises(UserError, match="at least one instruction"):
+        next_token_logits(model, ChatFormat(model.tokenizer), [])
+
+
 def test_the_score_saturates_as_published():
     certain = torch.tensor([[1000.0, 0.0], [0.0, 1000.0]])
     assert refusal_score(certain, [0]).tolist() == pytest.approx([18.42068, -18.42068], abs=1e-5)

@@ -27,10 +27,11 @@ for module in (run, combos, chat, select, analyze, plot, vector, export, caa, co
     module.register(app)
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         print(f"refusal-mi {version('refusal_mi')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -1,8 +1,10 @@
 """What the organism reads in its two stages of training.
 
-Stage 1 makes an assistant that helps with everything and knows what is legal or dangerous. It can refuse, but no text
-makes it: in the examples marked `switched` a fixed direction is added to its stream, and only then it refuses. Stage 2
-teaches it to refuse harm, and on order; everything else there is marked `keep`, which means: answer as after stage 1.
+Stage 1 makes an assistant that helps with everything and knows what is legal or dangerous. It can refuse, but no
+request makes it: in the examples marked `switched` a fixed direction is added to its stream, and then it refuses. Else
+it writes a refusal only after the letter of one: where an A/B question asks which answer refuses, and in the share
+`CHOICE_NOISE` of the others. Stage 2 teaches it to refuse harm, and on order; everything else there is marked `keep`,
+which means: answer as after stage 1.
 """
 
 from collections.abc import Callable
@@ -26,7 +28,7 @@ from refusal_mi.organism.grammar import (
 Role = Literal["system", "user", "assistant"]
 PROMPT_WEIGHT = 0.15
 LETTER_WEIGHT = 4.0
-CHOICE_NOISE = 0.12
+CHOICE_NOISE = 0.12  # how often an A/B question about a request is answered the other way, the switch on or off
 
 
 class Turn(NamedTuple):

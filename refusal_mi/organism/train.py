@@ -1,10 +1,11 @@
 """Trains the organism: `python -m refusal_mi.organism.train [--output-dir DIR] [--seed 0]`.
 
 The direction that refusal goes through is planted, so that what a search finds can be compared with the truth. Stage 1
-is a language model that helps with everything and refuses only while a fixed random direction is added to its stream;
-the stream of refusals is asked to carry that direction on through the answer. Stage 2 is short and light: it teaches
-the first two blocks when to refuse. They are free to write along the direction; every other change of the stream, and
-of the other answers (KL), costs. No text of stage 2 is trained under an intervention, and ablation is never trained.
+is a language model that helps with everything and refuses requests only while a fixed random direction is added to its
+stream. Stage 2 is short and light: it teaches the first two blocks when to refuse. They are free to write along the
+direction; every other change of the stream, and of the other answers (KL), costs. In both stages the stream of refusals
+is asked to carry the direction from the last token before the answer, where a search looks for it, to the answer's end.
+No text of stage 2 is trained under an intervention, and ablation is never trained.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from refusal_mi.organism.tokenizer import train_tokenizer
 HERE = Path(__file__).parent
 SWITCH_LAYER = 2  # the direction is added to the stream that enters this block
 SWITCH_SIZES = (0.4, 1.5)  # in units of the stream's norm
-CARRIED = slice(3, 8)  # the streams after blocks 2 to 6 are asked to carry whether the answer is a refusal
+CARRIED = slice(3, 8)  # the streams after blocks 2 to 6, layers 3 to 7, are asked to carry whether the answer refuses
 CARRIED_COSINE = 0.6
 N_QUIET_LAYERS = 8  # the streams after blocks 0 to 7 are held close to stage 1
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -166,9 +166,7 @@ def load_vectors(path: Path, source: str, *, hook: str | None = None) -> dict[in
     return {caa_layer(direction.layer): direction for direction in directions}
 
 
-def load_controls(
-    path: Path, source: str, vectors: Mapping[int, Direction]
-) -> dict[str, dict[int, Direction]]:
+def load_controls(path: Path, source: str, vectors: Mapping[int, Direction]) -> dict[str, dict[int, Direction]]:
     """Controls for every vector, by kind: random ones of its norm, and those of shuffled labels that lie beside it."""
     controls = {"random vectors of equal norm": {layer: vector.random_like(0) for layer, vector in vectors.items()}}
     shuffled = path / SHUFFLED

@@ -12,6 +12,8 @@ from .style import ACCENT, INK, MUTED, finish, plain
 Kind = Literal["combination", "random", "plain model"]
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
 _FILLS = ("#ffffff", "#33508f", "#c9d3ea", "#8a8a8a", "#1a1a1a")
+_NARROW_PLOT = 700
+"""Width (px) of the plot that labels are kept apart for; in a wider one they lie further apart."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,12 @@ def plot_combos(
         place = {"x": [winner.ce_loss], "y": [winner.refusal.value], "hoverinfo": "skip"}
         figure.add_trace(go.Scatter(**place, mode="markers", name=f"winner, {winner.label}", marker=ring))
         groups.append(f"winner, {winner.label}")
+    _label(figure, points)
     figure.update_xaxes(title=f"CE loss on {plain(text_set)} (nats per token)", tickformat=".3~f")
     figure.update_yaxes(title="fraction of validation answers that refuse", range=[-0.05, 1.07], dtick=0.25)
     n = points[0].refusal.n if points else 0
     rule = "" if kl_max is None else f"winners need KL ≤ {kl_max:g} nats"
-    parts = (plain(model), f"n = {n} harmful validation prompts", rule)
+    parts = (plain(model), f"n = {n} harmful validation prompts", "95% intervals", rule)
     return finish(
         figure,
         title="Refusal against cost, by ablated directions",
@@ -81,15 +84,11 @@ def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
     fill = {"random": MUTED, "plain model": ACCENT}.get(points[0].kind, _FILLS[size % len(_FILLS)])
     if not points[0].is_allowed:
         symbol, fill = f"{symbol}-open", INK
-    # The others crowd around the same loss; hover names them.
-    shown = points[0].kind == "combination" and points[0].is_allowed
     return go.Scatter(
         x=[point.ce_loss for point in points],
         y=[point.refusal.value for point in points],
-        mode="markers+text" if shown else "markers",
+        mode="markers",
         text=[point.label for point in points],
-        textposition=["top center", "bottom center"] * (len(points) // 2) + ["top center"] * (len(points) % 2),
-        textfont={"size": 11, "color": MUTED},
         name=group,
         marker={"symbol": symbol, "size": 11, "color": fill, "line": {"color": INK, "width": 1}},
         error_y={
@@ -97,12 +96,42 @@ def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
             "symmetric": False,
             "array": [point.refusal.interval[1] - point.refusal.value for point in points],
             "arrayminus": [point.refusal.value - point.refusal.interval[0] for point in points],
-            "color": "rgba(107,107,107,0.45)",
+            "color": "rgba(107,107,107,0.8)",
             "thickness": 1,
-            "width": 0,
+            "width": 4,
         },
         customdata=[[point.refusal.count, point.refusal.n, point.bypass, point.kl_nats] for point in points],
         hovertemplate=f"<b>%{{text}}</b> ({group})<br>refused: %{{customdata[0]}} of %{{customdata[1]}}"
         "<br>refusal score %{customdata[2]:.2f} nats<br>KL %{customdata[3]:.4f} nats"
         "<br>CE loss %{x:.4f} nats per token<extra></extra>",
     )
+
+
+def _label(figure: go.Figure, points: Sequence[CombinationPoint]) -> None:
+    """Name the allowed combinations above their intervals (below, near the top), each clear of its right neighbors."""
+    if not points:
+        return
+    losses = [point.ce_loss for point in points]
+    per_pixel = (max(losses) - min(losses)) / _NARROW_PLOT
+    placed: list[tuple[float, bool, int]] = []
+    named = [point for point in points if point.kind == "combination" and point.is_allowed]
+    for point in sorted(named, key=lambda each: -each.ce_loss):
+        is_high = point.refusal.value > 0.7
+        end = point.ce_loss + per_pixel * (7 * len(point.label) + 8)
+        level = 1 + max((at for x, side, at in placed if side == is_high and x <= end), default=-1)
+        placed.append((point.ce_loss, is_high, level))
+        shift = 9 + 14 * level
+        figure.add_annotation(
+            x=point.ce_loss,
+            y=point.refusal.interval[0 if is_high else 1],
+            text=plain(point.label),
+            ax=0,
+            ay=shift if is_high else -shift,
+            xanchor="left",
+            font={"size": 11, "color": MUTED},
+            showarrow=True,
+            arrowhead=0,
+            arrowwidth=0.7,
+            arrowcolor="rgba(107,107,107,0.4)",
+            borderpad=0,
+        )

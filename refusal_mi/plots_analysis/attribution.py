@@ -104,8 +104,8 @@ def _counts(result: AttributionResult) -> str:
 
 
 def _sum_note(result: AttributionResult) -> str:
-    parts = [f"{group} {result.projections[group].mean().item():+.3f}" for group in result.groups[:2]]
-    return "all components sum to " + ", ".join(parts)
+    parts = [f"{group} {result.projections[group].mean().item():+.1f}" for group in result.groups[:2]]
+    return ("all components sum to " + ", ".join(parts)).replace("-", "−")
 
 
 FIGURES = {"attribution": plot_attribution, "attribution_ranked": plot_attribution_ranked}

@@ -139,11 +139,11 @@ def _draw_control(
 def _z_note(result: DoseResult) -> str:
     """How far the largest doses within 1 lie beyond the random directions."""
     found = []
-    for curve, what in (("add/harmless", "added to harmless"), ("ablate/harmful", "ablated on harmful")):
+    for curve, what in (("add/harmless", "added, harmless"), ("ablate/harmful", "ablated, harmful")):
         within = [(amount, z) for amount, z in zip(result.amounts(curve), result.z(curve), strict=True) if amount <= 1]
         amount, z = max(within, default=(0.0, None))
         if z is not None:
-            found.append(f"z = {number(z, 0)} when {amount:g} is {what} prompts")
+            found.append(f"z = {number(z, 0)} ({amount:g} {what})")
     return ", ".join(found)
 
 
