@@ -12,6 +12,7 @@ from .chat import ChatFormat
 from .forward import all_logits, last_logits
 from .interventions import Intervention, all_hooks
 from .models import HookedModel, check_raw_basis, model_device
+from .native import Runner, running
 from .pairs import ABPair, LetterSpan, locate_letter
 from .tokens import TokenBatch, batches_by_length, left_pad
 
@@ -57,8 +58,8 @@ class ABQuestions:
                 batch = left_pad([row.token_ids for row in rows], self.pad_id).to(device)
                 padding = batch.tokens.shape[1] - torch.tensor([len(row.token_ids) for row in rows])
                 widths = padding + torch.tensor([row.n_prompt for row in rows])
-                with torch.no_grad(), model.hooks(fwd_hooks=all_hooks(model, interventions, widths)):
-                    _read(model, batch, rows, found)
+                with torch.no_grad(), running(model, all_hooks(model, interventions, widths)) as runner:
+                    _read(runner, batch, rows, found)
         return found
 
 
@@ -85,7 +86,7 @@ def _answer_row(index: int, column: int, found: LetterSpan, first: int) -> _Row:
     return _Row(index, column, ids, first, n_scored=len(ids) - first)
 
 
-def _read(model: HookedModel, batch: TokenBatch, rows: Sequence[_Row], found: Float[Tensor, "pair 2"]) -> None:
+def _read(model: Runner, batch: TokenBatch, rows: Sequence[_Row], found: Float[Tensor, "pair 2"]) -> None:
     if rows[0].choices is not None:
         log_p = _log_softmax(last_logits(model, batch))
         for line, row in zip(log_p, rows, strict=True):

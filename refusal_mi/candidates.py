@@ -95,6 +95,7 @@ class ScoreTable:
         self.scorer = scorer
         n_harmful, n_harmless = scorer.n_harmful, scorer.n_prompts - scorer.n_harmful
         self.places, self.n_layers = scorer.grid.candidates(), scorer.grid.n_layers
+        self.row_of = {place: row for row, place in enumerate(self.places)}
         shape = (len(scorer.token_sets), len(self.places), len(MEASURES), max(n_harmful, n_harmless))
         self.values = torch.full(shape, math.nan, dtype=torch.float64)
         self.is_known = torch.zeros(shape[1:], dtype=torch.bool)
@@ -125,21 +126,20 @@ class ScoreTable:
 
     def add(self, item: WorkItem, scores: Float[Tensor, "token_set candidate prompt"]) -> None:
         """Keep the scores of an item, wherever it ran."""
-        for column, prompt in enumerate(item.prompts):
-            measure, index = self._cell(item.kind, prompt)
-            for line, place in enumerate(item.candidates):
-                row = self.places.index(place)
-                self.values[:, row, measure, index] = scores[:, line, column]
-                self.is_known[row, measure, index] = True
+        rows = torch.tensor([self.row_of[place] for place in item.candidates])[:, None]
+        measures, columns = torch.tensor([self._cell(item.kind, prompt) for prompt in item.prompts]).T
+        self.values[:, rows, measures, columns] = scores
+        self.is_known[rows, measures, columns] = True
 
     def unknown(self, kind: Kind, place: Place, prompts: Sequence[int]) -> list[int]:
         """The prompts that a candidate has not been run on."""
-        row = self.places.index(place)
-        return [prompt for prompt in prompts if not self.is_known[(row, *self._cell(kind, prompt))]]
+        known = self.is_known[self.row_of[place]].tolist()
+        cells = [(prompt, self._cell(kind, prompt)) for prompt in prompts]
+        return [prompt for prompt, (measure, column) in cells if not known[measure][column]]
 
     def known(self, place: Place, measure: int) -> Float[Tensor, " known"]:
         """A candidate's scores so far, from the first token set."""
-        row = self.places.index(place)
+        row = self.row_of[place]
         return self.values[0, row, measure][self.is_known[row, measure]]
 
     def is_exact(self, place: Place) -> bool:
@@ -150,7 +150,7 @@ class ScoreTable:
         """The candidate's scores where all prompts are measured."""
         if not self.is_exact(place):
             return CandidateScore(*place, None, None, None, self.reasons.get(place))
-        values = self.values[token_set, self.places.index(place)]
+        values = self.values[token_set, self.row_of[place]]
         bypass, induce, kl = (finite_mean(line[:size]) for line, size in zip(values, self.sizes, strict=True))
         return CandidateScore(*place, bypass, induce, kl)
 

@@ -4,22 +4,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .models import HookedModel, model_device, resid_hook
+from .models import Hook, HookedModel, resid_hook
+from .native import Runner, choose_runner, running
 from .tokens import TokenBatch
 
 
-def last_logits(model: HookedModel, batch: TokenBatch) -> Float[Tensor, "batch d_vocab"]:
+def last_logits(model: Runner, batch: TokenBatch) -> Float[Tensor, "batch d_vocab"]:
     """Next-token logits after the last position, computing no others."""
     logits = model(batch.tokens, logits_to_keep=1, **_inputs(batch))
     return logits[:, -1]
 
 
-def all_logits(model: HookedModel, batch: TokenBatch) -> Float[Tensor, "batch pos d_vocab"]:
+def all_logits(model: Runner, batch: TokenBatch) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits at every position."""
     return model(batch.tokens, **_inputs(batch))
 
@@ -29,9 +31,16 @@ class _AllRead(Exception):
 
 
 def read_streams(
-    model: HookedModel, batch: TokenBatch, layers: Sequence[int], read: Callable[[Tensor], Tensor]
+    model: HookedModel,
+    batch: TokenBatch,
+    layers: Sequence[int],
+    read: Callable[[Tensor], Tensor],
+    hooks: Sequence[Hook] = (),
 ) -> list[Tensor]:
-    """`read` of the stream entering each of `layers`, `[batch, pos, d_model]`; nothing above the last of them runs."""
+    """`read` of the stream entering each of `layers`, `[batch, pos, d_model]`; nothing above the last of them runs.
+
+    `hooks` are on the model meanwhile; streams are read after them.
+    """
     found: dict[int, Tensor] = {}
 
     def record(layer: int, activation: Tensor, hook: Any) -> Tensor:
@@ -40,30 +49,42 @@ def read_streams(
             raise _AllRead
         return activation
 
-    hooks: list[Any] = [(resid_hook(layer, model.cfg.n_layers), partial(record, layer)) for layer in layers]
-    with model.hooks(fwd_hooks=hooks), suppress(_AllRead):
-        last_logits(model, batch)
+    readers: list[Hook] = [(resid_hook(layer, model.cfg.n_layers), partial(record, layer)) for layer in layers]
+    with running(model, [*hooks, *readers]) as runner, suppress(_AllRead):
+        last_logits(runner, batch)
     return [found[layer] for layer in layers]
 
 
 def cached_residuals(
     model: HookedModel, batch: TokenBatch, layers: Sequence[int], n_last: int
 ) -> Float[Tensor, "batch pos layer d_model"]:
-    """The stream entering each of `layers`, at the last `n_last` positions, through `run_with_cache`."""
-    names = [resid_hook(layer, model.cfg.n_layers) for layer in layers]
+    """The stream entering each of `layers`, at the last `n_last` positions, through `run_with_cache`.
+
+    The block that the last of them enters does not run: its stream is read where the block below leaves it, unless a
+    hook acts on its way in.
+    """
+    n_layers, top = model.cfg.n_layers, max(layers)
+    names = [resid_hook(layer, n_layers) for layer in layers]
+    stop: dict[str, Any] = {"logits_to_keep": 1}
+    if 0 < top < n_layers and not model.hook_dict[resid_hook(top, n_layers)].fwd_hooks:  # type: ignore[attr-defined]
+        names = [
+            f"blocks.{top - 1}.hook_resid_post" if layer == top else name
+            for layer, name in zip(layers, names, strict=True)
+        ]
+        stop = {"stop_at_layer": top}
     _, cache = model.run_with_cache(
         batch.tokens,
         names_filter=names,
         pos_slice=(-n_last, None),
         return_cache_object=False,
-        logits_to_keep=1,
+        **stop,
         **_inputs(batch),
     )
     return torch.stack([cache[name] for name in names], dim=2)
 
 
 def prefix_logits_and_cache(
-    model: HookedModel,
+    model: Runner,
     tokens: Int[Tensor, "batch pos"],
     past: Any = None,
     mask: Int[Tensor, "batch total"] | None = None,
@@ -106,11 +127,18 @@ def cache_from_layers(layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
 
 
 @contextmanager
-def skipping_blocks(model: HookedModel, n: int) -> Iterator[None]:
-    """Let blocks 0..n-1 pass their input on: for runs in which a hook puts in the stream that enters block n."""
+def running_from(model: HookedModel, layer: int, hooks: Sequence[Hook]) -> Iterator[Runner]:
+    """`running` from block `layer` on: the blocks below pass their input on, a hook puts in the stream that enters."""
+    runner = choose_runner(model, hooks)
+    with _skipping_blocks(runner, layer), runner.hooks(fwd_hooks=list(hooks)):
+        yield runner
+
+
+@contextmanager
+def _skipping_blocks(model: Runner, n: int) -> Iterator[None]:
     blocks = [block.original_component for block in model.blocks[:n]]  # type: ignore[attr-defined]
     before = [block.__dict__.get("forward") for block in blocks]
-    n_outputs = _n_block_outputs(model)
+    n_outputs = _n_block_outputs(model) if n else 0
 
     def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         return hidden_states if n_outputs == 0 else (hidden_states, *[None] * (n_outputs - 1))
@@ -127,7 +155,7 @@ def skipping_blocks(model: HookedModel, n: int) -> Iterator[None]:
 
 
 @contextmanager
-def last_mlp_at_last_position(model: HookedModel) -> Iterator[None]:
+def last_mlp_at_last_position(model: Runner) -> Iterator[None]:
     """Let the last block's MLP compute the last position alone, the only one that last-position logits read.
 
     Elsewhere it gives zeros. Blocks without an MLP module that maps a stream to a stream are left as they are.
@@ -154,16 +182,22 @@ def last_mlp_at_last_position(model: HookedModel) -> Iterator[None]:
             mlp.forward = before
 
 
-def _n_block_outputs(model: HookedModel) -> int:
+_N_OUTPUTS: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+
+
+def _n_block_outputs(model: Runner) -> int:
     """How many values this architecture's blocks return in a tuple; 0 where they return the stream alone."""
-    found = []
     block = model.blocks[0].original_component  # type: ignore[attr-defined]
+    if block in _N_OUTPUTS:
+        return _N_OUTPUTS[block]
+    found: list[Any] = []
     handle = block.register_forward_hook(lambda _, __, output: found.append(output))
     try:
-        last_logits(model, TokenBatch(*torch.ones(2, 1, 1, dtype=torch.long, device=model_device(model))))
+        last_logits(model, TokenBatch(*torch.ones(2, 1, 1, dtype=torch.long, device=model.cfg.device)))
     finally:
         handle.remove()
-    return len(found[0]) if isinstance(found[0], tuple) else 0
+    _N_OUTPUTS[block] = len(found[0]) if isinstance(found[0], tuple) else 0
+    return _N_OUTPUTS[block]
 
 
 def read_out(model: HookedModel, residuals: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:

@@ -11,7 +11,7 @@ from .chat import ChatFormat
 from .errors import UserError
 from .forward import read_out, read_streams
 from .interventions import Intervention, all_hooks
-from .models import HookedModel, check_raw_basis, model_device
+from .models import Hook, HookedModel, check_raw_basis, model_device
 from .progress import track
 from .tokens import TokenBatch, batches_by_length, left_pad
 
@@ -79,8 +79,7 @@ def ce_loss(
             batch = left_pad([rows[index] for index in indices], chat.pad_id).to(model_device(model))
             scored = [len(rows[index]) - texts[index].first for index in indices]
             prompt_width = batch.tokens.shape[1] - torch.tensor(scored)
-            with model.hooks(fwd_hooks=all_hooks(model, interventions, prompt_width)):
-                total += _summed_loss(model, batch, scored)
+            total += _summed_loss(model, batch, scored, all_hooks(model, interventions, prompt_width))
             count += sum(scored)
     mean = total / count
     if not math.isfinite(mean):
@@ -88,17 +87,18 @@ def ce_loss(
     return LossResult(mean, math.exp(mean), count)
 
 
-def _summed_loss(model: HookedModel, batch: TokenBatch, scored: Sequence[int]) -> float:
+def _summed_loss(model: HookedModel, batch: TokenBatch, scored: Sequence[int], hooks: Sequence[Hook]) -> float:
     """Summed loss of the last `scored` tokens of every row; only the logits that predict them are computed."""
     n_layers = model.cfg.n_layers
-    (stream,) = read_streams(model, batch, [n_layers], lambda activation: activation)
+    (stream,) = read_streams(model, batch, [n_layers], lambda activation: activation, hooks)
     before = torch.cat([row[-n - 1 : -1] for row, n in zip(stream, scored, strict=True)])
     targets = torch.cat([row[-n:] for row, n in zip(batch.tokens, scored, strict=True)])
     total = 0.0
-    for some, ids in zip(before.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-        logits = read_out(model, some[None])[0]
-        losses = functional.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="none"
-        )
-        total += math.fsum(losses.tolist())
+    with model.hooks(fwd_hooks=list(hooks)):
+        for some, ids in zip(before.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+            logits = read_out(model, some[None])[0]
+            losses = functional.cross_entropy(
+                logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="none"
+            )
+            total += math.fsum(losses.tolist())
     return total

@@ -12,6 +12,7 @@ from .errors import UserError
 from .forward import last_logits
 from .interventions import Intervention, all_hooks
 from .models import HookedModel, check_raw_basis, model_device
+from .native import running
 from .progress import track
 from .tokens import batches_by_length, left_pad
 
@@ -77,10 +78,10 @@ def next_token_logits(
         raise UserError("next_token_logits needs at least one instruction")
     rows = [chat.encode(instruction) for instruction in instructions]
     logits: list[Tensor] = [torch.empty(0)] * len(rows)
-    with torch.no_grad(), model.hooks(fwd_hooks=all_hooks(model, interventions)):
+    with torch.no_grad(), running(model, all_hooks(model, interventions)) as runner:
         for indices in track(batches_by_length(rows, batch_size), "reading next tokens"):
             batch = left_pad([rows[index] for index in indices], chat.pad_id).to(model_device(model))
-            for index, row in zip(indices, last_logits(model, batch).cpu(), strict=True):
+            for index, row in zip(indices, last_logits(runner, batch).cpu(), strict=True):
                 logits[index] = row
     found = torch.stack(logits)
     if not bool(torch.isfinite(found).all()):

@@ -8,10 +8,11 @@ from refusal_mi.chat import ChatFormat
 from refusal_mi.errors import UserError
 from refusal_mi.generation import Generated, Sampling, discover_response_prefix, generate, stream
 from refusal_mi.interventions import Ablate, Add
-from refusal_mi.models import load_model
+from refusal_mi.models import load_model, write_hooks
+from refusal_mi.native import choose_runner
 from tests.naive import ASKS, ablating, prompt_ids
 from tests.test_interventions import random_direction
-from tests.tiny import tiny_tokenizer
+from tests.tiny import N_LAYERS, tiny_tokenizer
 
 N_NEW = 8
 
@@ -111,17 +112,22 @@ def test_a_multi_byte_character_that_was_cut_off_is_not_a_replacement_character(
 
 def test_hooks_are_gone_after_an_exception(tiny_model, monkeypatch):
     model, direction = tiny_model("llama"), random_direction(0)
-    plain = ids(model)
+    plain, layers = ids(model), choose_runner(model).hf.model.layers
+
+    def n_hooks():
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in layers.modules())
+
+    before = n_hooks()
 
     def broken(*arguments, **options):
-        assert any(point.fwd_hooks for point in model.hook_dict.values())
+        assert n_hooks() == before + len(write_hooks(N_LAYERS))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr("refusal_mi.generation.prefix_logits_and_cache", broken)
         with pytest.raises(KeyboardInterrupt):
             ids(model, interventions=[Ablate(direction)])
-    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+    assert n_hooks() == before
     assert ids(model) == plain
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..forward import last_logits
 from ..interventions import Intervention, PromptWidth, all_hooks
 from ..models import HookedModel
+from ..native import running
 from ..tokens import TokenBatch
 
 
@@ -34,8 +35,8 @@ def captured(
         return read
 
     hooks = [*all_hooks(model, interventions, prompt_width), *((name, hook_for(name)) for name in readers)]
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
-        last_logits(model, batch)
+    with torch.no_grad(), running(model, hooks) as runner:
+        last_logits(runner, batch)
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..chat import ChatFormat
 from ..directions import Direction
 from ..errors import UserError
-from ..forward import last_logits, skipping_blocks
+from ..forward import last_logits, running_from
 from ..models import Hook, HookedModel, model_device, resid_hook, write_hooks
 from ..progress import track
 from ..scores import refusal_score
@@ -88,13 +88,12 @@ class PatchedRuns:
             baseline[indices] = self._score(target, [])
             for slot, layer in enumerate(self.layers):
                 entering = resid_hook(layer, n_layers)
-                with torch.no_grad(), skipping_blocks(self.model, layer):
-                    restart = (entering, _replace_with(streams[entering]))
-                    for site, along in wanted:
-                        name = f"blocks.{layer}.{_POINTS[site]}"
-                        for cell in range(self._n_cells(site)):
-                            hook = (name, self._patch_hook(site, given[name], cell, along))
-                            found[site, along][indices, slot, cell] = self._score(target, [restart, hook])
+                restart = (entering, _replace_with(streams[entering]))
+                for site, along in wanted:
+                    name = f"blocks.{layer}.{_POINTS[site]}"
+                    for cell in range(self._n_cells(site)):
+                        hook = (name, self._patch_hook(site, given[name], cell, along))
+                        found[site, along][indices, slot, cell] = self._score(target, [restart, hook], layer)
         return baseline, found
 
     def _n_cells(self, site: Site) -> int:
@@ -109,9 +108,9 @@ class PatchedRuns:
     def _last(self, activation: Tensor) -> Tensor:
         return activation[:, -self.n_last :]
 
-    def _score(self, batch: TokenBatch, hooks: list[Hook]) -> Float[Tensor, " batch"]:
-        with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
-            return refusal_score(last_logits(self.model, batch), self.refusal_tokens).cpu()
+    def _score(self, batch: TokenBatch, hooks: list[Hook], first_layer: int = 0) -> Float[Tensor, " batch"]:
+        with torch.no_grad(), running_from(self.model, first_layer, hooks) as runner:
+            return refusal_score(last_logits(runner, batch), self.refusal_tokens).cpu()
 
     def _patch_hook(self, site: Site, given: Tensor, cell: int, along: bool) -> Callable[..., Tensor]:
         """Replace one position (of one head: all post-instruction positions), or only its component along r̂."""
