@@ -142,6 +142,12 @@ class ScoreTable:
         row = self.row_of[place]
         return self.values[0, row, measure][self.is_known[row, measure]]
 
+    def differences(self, place: Place, other: Place, measure: int) -> Float[Tensor, " known"]:
+        """By how much a candidate's scores are above another's, on the prompts that both were run on."""
+        row, beside = self.row_of[place], self.row_of[other]
+        both = self.is_known[row, measure] & self.is_known[beside, measure]
+        return (self.values[0, row, measure] - self.values[0, beside, measure])[both]
+
     def is_exact(self, place: Place) -> bool:
         """Whether all three scores are measured on all prompts."""
         return all(len(self.known(place, measure)) == size for measure, size in enumerate(self.sizes))

@@ -1,7 +1,7 @@
 """Running a loaded model: logits, cached streams, and passes that go on from an earlier one."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -155,17 +155,26 @@ def _skipping_blocks(model: Runner, n: int) -> Iterator[None]:
 
 
 @contextmanager
-def last_mlp_at_last_position(model: Runner) -> Iterator[None]:
-    """Let the last block's MLP compute the last position alone, the only one that last-position logits read.
+def last_block_at_last_position(model: Runner) -> Iterator[None]:
+    """Let the last block's queries, attention output and MLP be computed at the last position alone.
 
-    Elsewhere it gives zeros. Blocks without an MLP module that maps a stream to a stream are left as they are.
+    Last-position logits read no other. Elsewhere these modules give zeros. What a block does not have as a module that
+    maps a stream to a tensor is left as it is.
     """
     block = model.blocks[-1]  # type: ignore[attr-defined]
-    mlp = getattr(getattr(block, "mlp", None), "original_component", None)
-    if mlp is None:
+    attn = getattr(block, "attn", None)
+    parts = [getattr(block, "mlp", None), getattr(attn, "q", None), getattr(attn, "o", None)]
+    with ExitStack() as stack:
+        for part in parts:
+            module = getattr(part, "original_component", None)
+            if module is not None:
+                stack.enter_context(_at_last_position(module))
         yield
-        return
-    before, forward = mlp.__dict__.get("forward"), mlp.forward
+
+
+@contextmanager
+def _at_last_position(module: torch.nn.Module) -> Iterator[None]:
+    before, forward = module.__dict__.get("forward"), module.forward
 
     def last(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = forward(hidden_states[:, -1:], *args, **kwargs)
@@ -174,12 +183,12 @@ def last_mlp_at_last_position(model: Runner) -> Iterator[None]:
         return torch.nn.functional.pad(found, (0, 0, hidden_states.shape[1] - 1, 0))
 
     try:
-        mlp.forward = last
+        module.forward = last
         yield
     finally:
-        del mlp.forward
+        del module.forward
         if before is not None:
-            mlp.forward = before
+            module.forward = before
 
 
 _N_OUTPUTS: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()

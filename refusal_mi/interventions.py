@@ -1,9 +1,9 @@
 """What is done to the residual stream, as objects: one object means the same thing as hooks and as edited weights."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -21,6 +21,8 @@ NEAR_DUPLICATE, NEARLY_DEPENDENT = 1e-3, 0.1
 Positions = Literal["all", "prompt", "response"]
 """Where an intervention acts: everywhere; on the prompt; or from the last prompt token on (it writes the first
 answer token) and on every generated token."""
+
+Change = Callable[[Tensor], Tensor]
 
 PromptWidth = int | Int[Tensor, " batch"] | None
 """Columns of a left-padded batch that are prompt, for all rows or each; None: all of them."""
@@ -194,20 +196,24 @@ class _Constant:
         return self.copies[key]
 
 
-def _hook(change: Any, positions: Positions, prompt_width: PromptWidth) -> HookFn:
-    """A hook that applies `change` at some positions, in float32 or better, never in place.
+def _hook(change: Change, positions: Positions, prompt_width: PromptWidth) -> HookFn:
+    """A hook that applies `change` at some positions, in float32 or better, never in place."""
+    return partial(_changed, change, positions, prompt_width)
 
-    Half precision would lose the small component along a direction in a large stream.
-    """
 
-    def hook_fn(activation: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
-        wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
-        changed = change(wide).to(activation.dtype)
-        if positions == "all":
-            return changed
-        return torch.where(_acts_on(activation, positions, prompt_width), changed, activation)
-
-    return hook_fn
+def _changed(
+    change: Change,
+    positions: Positions,
+    prompt_width: PromptWidth,
+    activation: Float[Tensor, "batch pos d_model"],
+    hook: Any,
+) -> Float[Tensor, "batch pos d_model"]:
+    """Half precision would lose the small component along a direction in a large stream."""
+    wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
+    changed = change(wide).to(activation.dtype)
+    if positions == "all":
+        return changed
+    return torch.where(_acts_on(activation, positions, prompt_width), changed, activation)
 
 
 def _acts_on(

@@ -62,8 +62,15 @@ class _Part:
 
 
 @dataclass(frozen=True)
+class _Attention:
+    q: _Part
+    o: _Part
+
+
+@dataclass(frozen=True)
 class _Block(_Part):
     mlp: _Part
+    attn: _Attention
 
 
 class NativeModel:
@@ -71,10 +78,7 @@ class NativeModel:
 
     def __init__(self, bridge: Any, hf: nn.Module, modules: dict[int, nn.Module]) -> None:
         self.cfg, self.hf = bridge.cfg, hf
-        self.blocks = [
-            _Block(modules[id(block.original_component)], _Part(_wrapped(getattr(block, "mlp", None), modules)))
-            for block in bridge.blocks
-        ]
+        self.blocks = [_block(block, modules) for block in bridge.blocks]
         self.points = dict(self._find_points(bridge, modules))
 
     def has(self, names: Sequence[str]) -> bool:
@@ -123,16 +127,26 @@ def _native(model: HookedModel) -> NativeModel | None:
         if any(point.fwd_hooks for point in model.hook_dict.values()):  # type: ignore[attr-defined]
             return None
         native = _build(model)
-        modules = list(model.modules())  # type: ignore[attr-defined]
-        kept = model.__dict__[_KEPT] = (native, modules, _state(modules))
-    native, modules, state = kept
-    return native if state == _state(modules) else None
+        kept = model.__dict__[_KEPT] = (native, _Watch(list(model.modules())))  # type: ignore[attr-defined]
+    native, watch = kept
+    return native if watch.is_unchanged() else None
 
 
-def _state(modules: Sequence[nn.Module]) -> list[tuple[int, ...]]:
-    """What a user can change: how many hooks are on the modules, their children and their parameters."""
-    counts = [(len(each._forward_hooks), len(each._forward_pre_hooks)) for each in modules]
-    return counts + [(*map(id, each._modules.values()), *map(id, each._parameters.values())) for each in modules]
+class _Watch:
+    """Notices what a user can change in modules: hooks, children, parameters. Quick: asked before every run."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        holders = [each for each in modules if each._modules or each._parameters]
+        self.parts = [parts for each in holders for parts in (each._modules, each._parameters)]
+        self.first = self._state()
+        self.alive = [part for parts in self.parts for part in parts.values()]  # no id is used a second time
+
+    def is_unchanged(self) -> bool:
+        return self._state() == self.first
+
+    def _state(self) -> tuple[list[int], list[int]]:
+        return list(map(len, self.hooks)), [id(part) for parts in self.parts for part in parts.values()]
 
 
 def _build(model: Any) -> NativeModel | None:
@@ -194,6 +208,14 @@ def _keep(found: dict[str, Tensor], name: str, activation: Tensor, hook: Any) ->
 
 def _wrapped(component: Any, modules: dict[int, nn.Module]) -> nn.Module | None:
     return modules.get(id(getattr(component, "original_component", None)))
+
+
+def _block(block: Any, modules: dict[int, nn.Module]) -> _Block:
+    attn = getattr(block, "attn", None)
+    mlp, q, o = (
+        _Part(_wrapped(getattr(of, name, None), modules)) for of, name in ((block, "mlp"), (attn, "q"), (attn, "o"))
+    )
+    return _Block(_wrapped(block, modules), mlp, _Attention(q, o))
 
 
 def _plain(name: str) -> str:

@@ -20,8 +20,8 @@ from .directions import Direction
 from .errors import UserError
 from .forward import (
     cache_from_layers,
+    last_block_at_last_position,
     last_logits,
-    last_mlp_at_last_position,
     layers_of_cache,
     prefix_logits_and_cache,
     running_from,
@@ -132,7 +132,7 @@ class SharedPasses:
 
     def _run_ablated(self, units: Float[Tensor, "direction d_model"], prompts: Sequence[int]) -> Logits:
         n_common, logits = self._shared_columns(prompts), [[torch.empty(0)] * len(prompts) for _ in units]
-        with torch.no_grad():
+        with torch.inference_mode():
             with running(self.model, AblateEach(units).hooks(self.model)) as runner:
                 layers = self._run_common(runner, len(units), n_common)
             for chunk, places in self._split(len(units), prompts, n_common):
@@ -145,7 +145,7 @@ class SharedPasses:
     def _run_added(self, vectors: Float[Tensor, "direction d_model"], layer: int, prompts: Sequence[int]) -> Logits:
         n_common, logits = self._shared_columns(prompts), [[torch.empty(0)] * len(prompts) for _ in vectors]
         layers: Layers = []
-        with torch.no_grad():
+        with torch.inference_mode():
             if n_common:
                 common = self._streams[prompts[0]][layer, None, :n_common]
                 with running_from(self.model, layer, AddEach(vectors, layer, common).hooks(self.model)) as runner:
@@ -166,7 +166,7 @@ class SharedPasses:
         hooks = self._recorders(kept) if keep_streams else []
         if not prompts:
             return
-        with torch.no_grad(), running(self.model, hooks) as runner:
+        with torch.inference_mode(), running(self.model, hooks) as runner:
             self._common_layers = self._run_common(runner, 1, self.n_common)
             common = [stream[0] for stream in kept]
             for _, places in self._split(1, prompts, self.n_common):
@@ -221,7 +221,7 @@ class SharedPasses:
             repeated = [(k.repeat_interleave(len(rows), 0), v.repeat_interleave(len(rows), 0)) for k, v in layers]
             past = cache_from_layers(repeated)
             mask = torch.cat([mask.new_ones(len(mask), n_common), mask], dim=1)
-        with last_mlp_at_last_position(runner):
+        with last_block_at_last_position(runner):
             logits, _ = prefix_logits_and_cache(runner, tokens, past, mask)
         return logits.unflatten(0, (n_copies, len(rows)))
 
@@ -274,4 +274,4 @@ def _n_shared(rows: Rows) -> int:
 def _pass_overhead(model: HookedModel) -> float:
     """What one more forward pass costs, in tokens: Python and kernel launches against a token's arithmetic."""
     n_parameters = sum(parameter.numel() for parameter in model.parameters())  # type: ignore[attr-defined]
-    return 16 + 4e8 / n_parameters if model_device(model).type == "cpu" else 512
+    return 16 + 1.6e8 / n_parameters if model_device(model).type == "cpu" else 512

@@ -33,9 +33,9 @@ class Screening:
     n_prompts: int = 4
     """Validation prompts of the first round; doubled in every later one."""
     n_contenders: int = 8
-    """Candidates that pass the first round; halved in every later one."""
-    n_errors: float = 2.0
-    """A candidate is dropped for KL or induce when it breaks a threshold by this many standard errors."""
+    """Candidates that pass the first round; at most halved in every later one."""
+    n_errors: float = 3.0
+    """Standard errors by which a candidate must break a threshold, or be worse than the best, to be dropped for it."""
     seed: int = 0
     """Of the order in which prompts are used."""
 
@@ -64,8 +64,9 @@ def staged_sweep(
     1. Candidates of pruned layers are not run.
     2. Bypass, which ranks them, is measured for all others on a few harmful prompts.
     3. From the best on, KL and induce on a few harmless prompts; those that clearly break a threshold are dropped,
-       until there are enough contenders.
-    4. Bypass of the contenders on twice as many prompts, the better half goes on, until all prompts are used.
+       until there are enough contenders or the next candidates are clearly worse than the best of them.
+    4. Bypass of the contenders on twice as many prompts; the better half goes on, and whoever is not clearly worse
+       than the best (in the mean difference, prompt by prompt), until all prompts are used.
     5. All scores of the last one on all prompts. If it breaks a threshold, the next contender; then the next ones.
 
     Returns:
@@ -121,6 +122,8 @@ class _Rounds:
         while ranking and not has_won:
             contenders: list[Place] = []
             while ranking and len(contenders) < self.screening.n_contenders:
+                if contenders and self.is_worse(ranking[0], min(contenders, key=self.bypass)):
+                    break
                 some, ranking = ranking[: self.screening.n_contenders], ranking[self.screening.n_contenders :]
                 for kind in ("add", "ablate"):
                     self.measure(kind, some, self.harmless[:few])
@@ -138,8 +141,9 @@ class _Rounds:
             n *= 2
             self.measure("ablate", alive, self.harmful[:n])
             alive.sort(key=self.bypass)
-            half = math.ceil(len(alive) / 2)
-            alive, lost = alive[:half], alive[half:] + lost
+            half, best = math.ceil(len(alive) / 2), alive[0]
+            kept = [place for rank, place in enumerate(alive) if rank < half or not self.is_worse(place, best)]
+            alive, lost = kept, [place for place in alive if place not in kept] + lost
         return alive + lost
 
     def passes(self, place: Place) -> bool:
@@ -161,6 +165,11 @@ class _Rounds:
         """Mean over the prompts so far; not finite comes last."""
         mean = self.table.known(place, BYPASS).mean().item()
         return mean if math.isfinite(mean) else math.inf
+
+    def is_worse(self, place: Place, best: Place) -> bool:
+        """Whether a candidate's bypass is above the best one's by more than the error of the prompts that both ran."""
+        low, _ = self.interval(self.table.differences(place, best, BYPASS))
+        return low > 0
 
     def is_out(self, place: Place) -> bool:
         """Whether KL or induce break their threshold by more than the error of so few prompts."""
