@@ -45,7 +45,7 @@ def mean_activations(
     device = model_device(model)
     layers, n_positions = range(model.cfg.n_layers), len(chat.positions)
     total = torch.zeros(n_positions, len(layers), model.cfg.d_model, dtype=torch.float64)
-    with torch.no_grad():
+    with torch.inference_mode():
         for indices in track(batches_by_length(rows, batch_size), "reading residual streams"):
             batch = left_pad([rows[index] for index in indices], chat.pad_id).to(device)
             residuals = cached_residuals(model, batch, layers, n_positions)

@@ -1,7 +1,7 @@
 """Running a loaded model: logits, cached streams, and passes that go on from an earlier one."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -60,26 +60,27 @@ def cached_residuals(
 ) -> Float[Tensor, "batch pos layer d_model"]:
     """The stream entering each of `layers`, at the last `n_last` positions, through `run_with_cache`.
 
-    The block that the last of them enters does not run: its stream is read where the block below leaves it, unless a
-    hook acts on its way in.
+    The block that the last of them enters does not run: its stream is read where the block below leaves it, which
+    computes no position that is not read; unless a hook acts on its way in.
     """
     n_layers, top = model.cfg.n_layers, max(layers)
     names = [resid_hook(layer, n_layers) for layer in layers]
-    stop: dict[str, Any] = {"logits_to_keep": 1}
+    options: dict[str, Any] = {"logits_to_keep": 1}
     if 0 < top < n_layers and not model.hook_dict[resid_hook(top, n_layers)].fwd_hooks:  # type: ignore[attr-defined]
         names = [
             f"blocks.{top - 1}.hook_resid_post" if layer == top else name
             for layer, name in zip(layers, names, strict=True)
         ]
-        stop = {"stop_at_layer": top}
-    _, cache = model.run_with_cache(
-        batch.tokens,
-        names_filter=names,
-        pos_slice=(-n_last, None),
-        return_cache_object=False,
-        **stop,
-        **_inputs(batch),
-    )
+        options = {"stop_at_layer": top}
+    with at_last_positions(model, top - 1, n_last) if "stop_at_layer" in options else nullcontext():
+        _, cache = model.run_with_cache(
+            batch.tokens,
+            names_filter=names,
+            pos_slice=(-n_last, None),
+            return_cache_object=False,
+            **options,
+            **_inputs(batch),
+        )
     return torch.stack([cache[name] for name in names], dim=2)
 
 
@@ -155,35 +156,35 @@ def _skipping_blocks(model: Runner, n: int) -> Iterator[None]:
 
 
 @contextmanager
-def last_block_at_last_position(model: Runner) -> Iterator[None]:
-    """Let the last block's queries, attention output and MLP be computed at the last position alone.
+def at_last_positions(model: Runner, block: int, n: int) -> Iterator[None]:
+    """Let block `block` compute queries, attention output and MLP at the last `n` positions alone.
 
-    Last-position logits read no other. Elsewhere these modules give zeros. What a block does not have as a module that
-    maps a stream to a tensor is left as it is.
+    For runs in which nothing else of its output is read; elsewhere these modules give zeros. What a block does not
+    have as a module that maps a stream to a tensor is left as it is.
     """
-    block = model.blocks[-1]  # type: ignore[attr-defined]
-    attn = getattr(block, "attn", None)
-    parts = [getattr(block, "mlp", None), getattr(attn, "q", None), getattr(attn, "o", None)]
+    found = model.blocks[block]  # type: ignore[attr-defined]
+    attn = getattr(found, "attn", None)
+    parts = [getattr(found, "mlp", None), getattr(attn, "q", None), getattr(attn, "o", None)]
     with ExitStack() as stack:
         for part in parts:
             module = getattr(part, "original_component", None)
             if module is not None:
-                stack.enter_context(_at_last_position(module))
+                stack.enter_context(_narrowed(module, n))
         yield
 
 
 @contextmanager
-def _at_last_position(module: torch.nn.Module) -> Iterator[None]:
+def _narrowed(module: torch.nn.Module, n: int) -> Iterator[None]:
     before, forward = module.__dict__.get("forward"), module.forward
 
-    def last(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = forward(hidden_states[:, -1:], *args, **kwargs)
+    def narrow(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = forward(hidden_states[:, -n:].contiguous(), *args, **kwargs)
         if not isinstance(found, Tensor):
             return forward(hidden_states, *args, **kwargs)
-        return torch.nn.functional.pad(found, (0, 0, hidden_states.shape[1] - 1, 0))
+        return torch.nn.functional.pad(found, (0, 0, hidden_states.shape[1] - found.shape[1], 0))
 
     try:
-        module.forward = last
+        module.forward = narrow
         yield
     finally:
         del module.forward

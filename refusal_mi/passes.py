@@ -19,8 +19,8 @@ from torch import Tensor
 from .directions import Direction
 from .errors import UserError
 from .forward import (
+    at_last_positions,
     cache_from_layers,
-    last_block_at_last_position,
     last_logits,
     layers_of_cache,
     prefix_logits_and_cache,
@@ -221,7 +221,7 @@ class SharedPasses:
             repeated = [(k.repeat_interleave(len(rows), 0), v.repeat_interleave(len(rows), 0)) for k, v in layers]
             past = cache_from_layers(repeated)
             mask = torch.cat([mask.new_ones(len(mask), n_common), mask], dim=1)
-        with last_block_at_last_position(runner):
+        with at_last_positions(runner, -1, 1):
             logits, _ = prefix_logits_and_cache(runner, tokens, past, mask)
         return logits.unflatten(0, (n_copies, len(rows)))
 

@@ -21,7 +21,7 @@ def track(items: Iterable[Item], description: str, *, total: int | None = None) 
         total = len(items)
     if console.is_jupyter:
         return _in_notebook(items, description, total)
-    return _in_terminal(items, description, total, console)
+    return _in_terminal(items, description, total, console) if console.is_terminal else iter(items)
 
 
 def _in_terminal(items: Iterable[Item], description: str, total: int | None, console: Console) -> Iterator[Item]:
@@ -42,7 +42,7 @@ def _in_terminal(items: Iterable[Item], description: str, total: int | None, con
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         yield from progress.track(items, description=description, total=total)
 
 

@@ -57,7 +57,7 @@ def combine_spans(
     total = torch.zeros(len(weights), len(layers), model.cfg.d_model, dtype=torch.float64)
     norms = torch.zeros(len(layers), dtype=torch.float64)
     rows = [span.token_ids[: span.end] for span in spans]
-    with torch.no_grad():
+    with torch.inference_mode():
         for indices in track(batches_by_length(rows, batch_size), description):
             batch = left_pad([rows[index] for index in indices], pad_id).to(model_device(model))
             lengths = torch.tensor([spans[index].end - spans[index].first for index in indices])
