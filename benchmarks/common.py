@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from refusal_mi.files import read_json, write_json
@@ -62,6 +64,15 @@ class Comparison:
     note: str
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one run gave, took and held."""
+
+    result: Any
+    seconds: float
+    peak_mib: float
+
+
 def build_model(name: str, device: str, directory: Path) -> Path:
     """The directory of the embedded model, or of a random Llama of a given shape that shares its tokenizer."""
     if name == "embedded":
@@ -87,35 +98,49 @@ def load_both(name: str, device: str) -> tuple[HookedModel, Any, Any]:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         plain = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
         hooked = load_model(directory, device=device)  # type: ignore[arg-type]
+    for model in (plain, hooked):
+        _own_memory(model)
     return hooked, plain, hooked.tokenizer
+
+
+def _own_memory(model: Any) -> None:
+    """Copy weights out of the mapped file, whose pages would count as memory of whoever reads them first."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def compare(
     name: str,
-    straightforward: Callable[[], Any],
+    straightforward: Callable[[], Any] | Measured,
     ours: Callable[[], Any],
     difference: Callable[[Any, Any], float],
     *,
     must_reach: float,
     n_pairs: int,
     largest_allowed: float = 1e-4,
-    warm_up: bool = True,
+    memory: Literal["process", "tensors"] = "process",
     note: str = "",
 ) -> Comparison:
     """Time A B A B ... after one untimed pair, whose results are compared and whose memory is measured.
 
     Args:
-        warm_up: False times and compares a single pair: for work of minutes.
+        straightforward: work of minutes is measured once beforehand, and ours is then run and timed once.
+        memory: "process": of the whole process, sampled; "tensors": exactly what tensors hold, from a further run.
 
     Raises:
         AssertionError: the results differ by more than `largest_allowed`.
     """
-    first, ours_first = measured(straightforward), measured(ours)
+    is_measured = isinstance(straightforward, Measured)
+    first, ours_first = straightforward if is_measured else measured(straightforward), measured(ours)
     largest = difference(first.result, ours_first.result)
     assert largest <= largest_allowed, f"{name}: the results differ by {largest}"
-    times = [(_seconds(straightforward), _seconds(ours)) for _ in range(n_pairs if warm_up else 0)]
-    times = times or [(first.seconds, ours_first.seconds)]
+    times = [(first.seconds, ours_first.seconds)]
+    if not is_measured:
+        times = [(_seconds(straightforward), _seconds(ours)) for _ in range(n_pairs)]
     ratios = [a / b for a, b in times]
+    peaks = first.peak_mib, ours_first.peak_mib
+    if memory == "tensors" and not is_measured:
+        peaks = tensor_peak_mib(straightforward), tensor_peak_mib(ours)
     return Comparison(
         name,
         statistics.median(ratios),
@@ -123,21 +148,11 @@ def compare(
         max(ratios),
         statistics.median(a for a, _ in times),
         statistics.median(b for _, b in times),
-        first.peak_mib,
-        ours_first.peak_mib,
+        *peaks,
         largest,
         must_reach,
         note,
     )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one run gave, took and held."""
-
-    result: Any
-    seconds: float
-    peak_mib: float
 
 
 def measured(work: Callable[[], Any]) -> Measured:
@@ -167,6 +182,17 @@ def measured(work: Callable[[], Any]) -> Measured:
     done.set()
     watcher.join()
     return Measured(result, seconds, max(0, peak[0] - before) / 2**20)
+
+
+def tensor_peak_mib(work: Callable[[], Any]) -> float:
+    """The most that tensors made by `work` hold at once, from torch's own record of every allocation."""
+    if torch.cuda.is_available():
+        return measured(work).peak_mib
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0) / 2**20
 
 
 def report(comparison: Comparison) -> None:
@@ -204,7 +230,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--long-template", action="store_true")
-    parser.add_argument("--skip-pruned", action="store_true")
+    parser.add_argument("--positions", type=int, help="Only candidates of the last so many positions.")
     return parser.parse_args()
 
 

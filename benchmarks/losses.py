@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.common import arguments, compare, load_both, report
 from refusal_mi.chat import ChatFormat
-from refusal_mi.loss import ScoredText, answers_to_score, ce_loss, texts_to_score
+from refusal_mi.loss import MAX_TEXT_TOKENS, ScoredText, answers_to_score, ce_loss, texts_to_score
 from refusal_mi.prompts import load_prompts
 
 N_TEXTS = {"embedded": 100, "110m": 24, "8b": 64}
@@ -31,6 +31,17 @@ def published_loss(model: Any, texts: list[ScoredText], pad_id: int) -> float:
     return total / count
 
 
+def documents(chat: ChatFormat) -> list[str]:
+    """The embedded plain texts joined until each is as long as what the published evaluation reads (256 tokens)."""
+    found, current = [], ""
+    for text in load_prompts("organism_plain_text").instructions:
+        current = f"{current} {text}".strip()
+        if len(chat.tokenizer(current)["input_ids"]) >= MAX_TEXT_TOKENS:
+            found.append(current)
+            current = ""
+    return found
+
+
 def main() -> None:
     """Run two rows."""
     args = arguments(__doc__)
@@ -39,9 +50,10 @@ def main() -> None:
     answered = load_prompts("organism_instructions").prompts
     sets = {
         "instructions": answers_to_score(chat, [(each.instruction, each.output or "") for each in answered])[:n],
-        "plain text": texts_to_score(chat, load_prompts("organism_plain_text").instructions)[:n],
+        "plain text": texts_to_score(chat, documents(chat))[: n // 4],
     }
     for name, texts in sets.items():
+        lengths = [len(text.token_ids) for text in texts]
         report(
             compare(
                 f"CE loss, {name}, {args.model}, {args.device}",
@@ -51,7 +63,8 @@ def main() -> None:
                 must_reach=1.5 if args.device == "cuda" else 1.3 if name == "instructions" else 1.0,
                 n_pairs=args.pairs,
                 largest_allowed=1e-4 if args.device == "cpu" else 2e-2,
-                note=f"{len(texts)} texts; difference in nats per token",
+                memory="tensors",
+                note=f"{len(texts)} texts of {min(lengths)}–{max(lengths)} tokens; difference in nats per token",
             )
         )
 

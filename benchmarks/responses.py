@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import arguments, compare, load_both, report
+from benchmarks.common import arguments, compare, load_both, measured, report
 from refusal_mi.chat import ChatFormat
 from refusal_mi.prompts import load_prompts
 from refusal_mi.spans import Span, combine_spans
@@ -23,6 +23,15 @@ def one_at_a_time(model: Any, spans: list[Span]) -> Tensor:
     return total / len(spans)
 
 
+@torch.no_grad()
+def matrix_seconds(model: Any, n_tokens: int, rows: int = 2048) -> float:
+    """What the matrix products of all blocks take for so many tokens, at the size at which they are fast: a bound."""
+    linears = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    inputs = {n: torch.randn(rows, n, device=model.device, dtype=model.dtype) for n in {x.in_features for x in linears}}
+    once = min(measured(lambda: [linear(inputs[linear.in_features]) for linear in linears]).seconds for _ in range(10))
+    return once * n_tokens / rows
+
+
 def main() -> None:
     """Run one row."""
     args = arguments(__doc__)
@@ -32,6 +41,7 @@ def main() -> None:
     for prompt in load_prompts("organism_instructions").prompts[: N_TEXTS[args.model]]:
         ids, first = chat.encode_answered(prompt.instruction, prompt.output or "")
         spans.append(Span(tuple(ids), first, len(ids)))
+    n_tokens = sum(span.end for span in spans)
     weights = torch.full((1, len(spans)), 1 / len(spans))
     report(
         compare(
@@ -42,7 +52,8 @@ def main() -> None:
             must_reach=1.5 if (args.model, args.device) == ("110m", "cpu") else 4.0,
             n_pairs=args.pairs,
             largest_allowed=1e-4 if args.device == "cpu" else 2e-2,
-            note=f"{len(spans)} texts; difference relative to the norm",
+            note=f"{len(spans)} texts, {n_tokens} tokens; difference relative to the norm; the matrix products of the "
+            f"blocks alone take {matrix_seconds(plain, n_tokens):.2f} s",
         )
     )
 

@@ -3,13 +3,14 @@
 `python -m benchmarks.staged DIRECTORY ...` runs it on models of one's own, such as retrains of the embedded one.
 """
 
+import functools
 import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import arguments, compare, load_both, report
-from benchmarks.sweep import PublishedSweep, Scores, find_candidates
+from benchmarks.common import arguments, compare, load_both, measured, report
+from benchmarks.sweep import PublishedSweep, Scores, find_candidates, last_positions
 from refusal_mi.directions import DirectionGrid, cosine
 from refusal_mi.models import load_model
 from refusal_mi.score_grid import CandidateScore, ScoreGrid
@@ -48,15 +49,15 @@ def main() -> None:
         # A random model refuses nothing: any tokens do.
         logits = [next_token_logits(hooked, chat, side) for side in (harmful, harmless)]
         tokens = (40, 41) if is_random else discover_refusal_tokens(*logits)
-        published = PublishedSweep(plain, tokenizer, chat)
+        grid, published = last_positions(grid, args.positions), PublishedSweep(plain, tokenizer, chat)
+        run = functools.partial(published.run, grid, harmful, harmless, tokens)
         row = compare(
             f"staged search, {name}, {'long' if args.long_template else 'short'} template, {args.device}",
-            lambda: published.run(grid, harmful, harmless, tokens),
+            measured(run) if is_random and args.device == "cpu" else run,
             lambda: staged_sweep(hooked, chat, grid, harmful, harmless, tokens, thresholds=rule),
             lambda a, b: distance(grid, rule, a, b),
             must_reach=10.0,
             n_pairs=args.pairs,
-            warm_up=not is_random or args.device == "cuda",
             # Among the directions of a random model there is nothing to find.
             largest_allowed=2.0 if is_random else 0.02,
             note="1 − cosine to the published winner" + ("; random weights: no meaning" if is_random else ""),

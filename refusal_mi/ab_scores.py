@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .blocks import Runner
 from .chat import ChatFormat
 from .forward import all_logits, last_logits
 from .interventions import Intervention, all_hooks
 from .models import HookedModel, check_raw_basis, model_device
-from .native import Runner, running
+from .native import running
 from .pairs import ABPair, LetterSpan, locate_letter
 from .tokens import TokenBatch, batches_by_length, left_pad
 

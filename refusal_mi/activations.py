@@ -11,6 +11,7 @@ from .chat import ChatFormat
 from .errors import UserError
 from .forward import cached_residuals
 from .models import HookedModel, check_raw_basis, model_device
+from .native import without_grad
 from .progress import track
 from .tokens import batches_by_length, left_pad
 
@@ -45,11 +46,10 @@ def mean_activations(
     device = model_device(model)
     layers, n_positions = range(model.cfg.n_layers), len(chat.positions)
     total = torch.zeros(n_positions, len(layers), model.cfg.d_model, dtype=torch.float64)
-    with torch.inference_mode():
+    with without_grad(model):
         for indices in track(batches_by_length(rows, batch_size), "reading residual streams"):
             batch = left_pad([rows[index] for index in indices], chat.pad_id).to(device)
-            residuals = cached_residuals(model, batch, layers, n_positions)
-            total += _double_sum(residuals)
+            total += _double_sum(cached_residuals(model, batch, layers, n_positions))
     return ActivationMeans(total / len(rows), chat.positions, len(rows))
 
 

@@ -127,8 +127,9 @@ class ScoreTable:
     def add(self, item: WorkItem, scores: Float[Tensor, "token_set candidate prompt"]) -> None:
         """Keep the scores of an item, wherever it ran."""
         rows = torch.tensor([self.row_of[place] for place in item.candidates])[:, None]
-        measures, columns = torch.tensor([self._cell(item.kind, prompt) for prompt in item.prompts]).T
-        self.values[:, rows, measures, columns] = scores
+        cells = [self._cell(item.kind, prompt) for prompt in item.prompts]
+        measures, columns = torch.tensor(cells, dtype=torch.long).reshape(-1, 2).T
+        self.values[:, rows, measures, columns] = scores.to(self.values)
         self.is_known[rows, measures, columns] = True
 
     def unknown(self, kind: Kind, place: Place, prompts: Sequence[int]) -> list[int]:

@@ -1,17 +1,17 @@
 """Running a loaded model: logits, cached streams, and passes that go on from an earlier one."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .blocks import Runner, at_last_positions, skipping_blocks
 from .models import Hook, HookedModel, resid_hook
-from .native import Runner, choose_runner, running
+from .native import choose_runner, native_model, running
 from .tokens import TokenBatch
 
 
@@ -60,19 +60,20 @@ def cached_residuals(
 ) -> Float[Tensor, "batch pos layer d_model"]:
     """The stream entering each of `layers`, at the last `n_last` positions, through `run_with_cache`.
 
-    The block that the last of them enters does not run: its stream is read where the block below leaves it, which
-    computes no position that is not read; unless a hook acts on its way in.
+    On a model without hooks of the caller, the block that the last of them enters does not run: its stream is read
+    where the block below leaves it, and that one computes only the positions that are read.
     """
     n_layers, top = model.cfg.n_layers, max(layers)
     names = [resid_hook(layer, n_layers) for layer in layers]
     options: dict[str, Any] = {"logits_to_keep": 1}
-    if 0 < top < n_layers and not model.hook_dict[resid_hook(top, n_layers)].fwd_hooks:  # type: ignore[attr-defined]
-        names = [
-            f"blocks.{top - 1}.hook_resid_post" if layer == top else name
-            for layer, name in zip(layers, names, strict=True)
-        ]
-        options = {"stop_at_layer": top}
-    with at_last_positions(model, top - 1, n_last) if "stop_at_layer" in options else nullcontext():
+    native = native_model(model)
+    with ExitStack() as stack:
+        if native is not None and 0 < top < n_layers:
+            left = f"blocks.{top - 1}.hook_resid_post"
+            names = [left if layer == top else name for layer, name in zip(layers, names, strict=True)]
+            options = {"stop_at_layer": top}
+            if native.narrows:
+                stack.enter_context(at_last_positions(model, top - 1, n_last))
         _, cache = model.run_with_cache(
             batch.tokens,
             names_filter=names,
@@ -131,83 +132,8 @@ def cache_from_layers(layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
 def running_from(model: HookedModel, layer: int, hooks: Sequence[Hook]) -> Iterator[Runner]:
     """`running` from block `layer` on: the blocks below pass their input on, a hook puts in the stream that enters."""
     runner = choose_runner(model, hooks)
-    with _skipping_blocks(runner, layer), runner.hooks(fwd_hooks=list(hooks)):
+    with skipping_blocks(runner, layer), runner.hooks(fwd_hooks=list(hooks)):
         yield runner
-
-
-@contextmanager
-def _skipping_blocks(model: Runner, n: int) -> Iterator[None]:
-    blocks = [block.original_component for block in model.blocks[:n]]  # type: ignore[attr-defined]
-    before = [block.__dict__.get("forward") for block in blocks]
-    n_outputs = _n_block_outputs(model) if n else 0
-
-    def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return hidden_states if n_outputs == 0 else (hidden_states, *[None] * (n_outputs - 1))
-
-    try:
-        for block in blocks:
-            block.forward = pass_on
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-
-
-@contextmanager
-def at_last_positions(model: Runner, block: int, n: int) -> Iterator[None]:
-    """Let block `block` compute queries, attention output and MLP at the last `n` positions alone.
-
-    For runs in which nothing else of its output is read; elsewhere these modules give zeros. What a block does not
-    have as a module that maps a stream to a tensor is left as it is.
-    """
-    found = model.blocks[block]  # type: ignore[attr-defined]
-    attn = getattr(found, "attn", None)
-    parts = [getattr(found, "mlp", None), getattr(attn, "q", None), getattr(attn, "o", None)]
-    with ExitStack() as stack:
-        for part in parts:
-            module = getattr(part, "original_component", None)
-            if module is not None:
-                stack.enter_context(_narrowed(module, n))
-        yield
-
-
-@contextmanager
-def _narrowed(module: torch.nn.Module, n: int) -> Iterator[None]:
-    before, forward = module.__dict__.get("forward"), module.forward
-
-    def narrow(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = forward(hidden_states[:, -n:].contiguous(), *args, **kwargs)
-        if not isinstance(found, Tensor):
-            return forward(hidden_states, *args, **kwargs)
-        return torch.nn.functional.pad(found, (0, 0, hidden_states.shape[1] - found.shape[1], 0))
-
-    try:
-        module.forward = narrow
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-
-_N_OUTPUTS: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
-
-
-def _n_block_outputs(model: Runner) -> int:
-    """How many values this architecture's blocks return in a tuple; 0 where they return the stream alone."""
-    block = model.blocks[0].original_component  # type: ignore[attr-defined]
-    if block in _N_OUTPUTS:
-        return _N_OUTPUTS[block]
-    found: list[Any] = []
-    handle = block.register_forward_hook(lambda _, __, output: found.append(output))
-    try:
-        last_logits(model, TokenBatch(*torch.ones(2, 1, 1, dtype=torch.long, device=model.cfg.device)))
-    finally:
-        handle.remove()
-    _N_OUTPUTS[block] = len(found[0]) if isinstance(found[0], tuple) else 0
-    return _N_OUTPUTS[block]
 
 
 def read_out(model: HookedModel, residuals: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:

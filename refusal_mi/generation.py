@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from .blocks import Runner
 from .chat import ChatFormat, Message
 from .errors import UserError
 from .forward import last_logits, prefix_logits_and_cache
 from .interventions import Intervention, all_hooks
 from .models import HookedModel, check_raw_basis, model_device, stop_token_ids
-from .native import Runner, running
+from .native import running
 from .progress import track
 from .tokens import TokenBatch, batches_by_length, left_pad
 

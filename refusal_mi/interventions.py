@@ -197,7 +197,10 @@ class _Constant:
 
 
 def _hook(change: Change, positions: Positions, prompt_width: PromptWidth) -> HookFn:
-    """A hook that applies `change` at some positions, in float32 or better, never in place."""
+    """A hook that applies `change` at some positions, in float32 or better, never in place.
+
+    Half precision would lose the small component along a direction in a large stream.
+    """
     return partial(_changed, change, positions, prompt_width)
 
 
@@ -208,7 +211,6 @@ def _changed(
     activation: Float[Tensor, "batch pos d_model"],
     hook: Any,
 ) -> Float[Tensor, "batch pos d_model"]:
-    """Half precision would lose the small component along a direction in a large stream."""
     wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
     changed = change(wide).to(activation.dtype)
     if positions == "all":

@@ -17,6 +17,8 @@ from .tokens import TokenBatch, batches_by_length, left_pad
 
 LOGIT_ROWS = 128
 """Positions whose logits are held at once."""
+PASS_TOKENS = {"cpu": 512, "cuda": 16384}
+"""Most tokens in a pass: more of them are no faster and hold more memory."""
 MAX_TEXT_TOKENS = 256
 """Plain texts are cut to this many tokens, as in the published evaluation."""
 
@@ -72,11 +74,12 @@ def ce_loss(
     check_raw_basis(model)
     if not texts:
         raise UserError("CE loss needs at least one text with a token to predict")
-    total, count = 0.0, 0
+    total, count, device = 0.0, 0, model_device(model)
+    most_tokens = PASS_TOKENS.get(device.type, PASS_TOKENS["cpu"])
     rows = [text.token_ids for text in texts]
     with torch.no_grad():
-        for indices in track(batches_by_length(rows, batch_size), description):
-            batch = left_pad([rows[index] for index in indices], chat.pad_id).to(model_device(model))
+        for indices in track(batches_by_length(rows, batch_size, most_tokens=most_tokens), description):
+            batch = left_pad([rows[index] for index in indices], chat.pad_id).to(device)
             scored = [len(rows[index]) - texts[index].first for index in indices]
             prompt_width = batch.tokens.shape[1] - torch.tensor(scored)
             total += _summed_loss(model, batch, scored, all_hooks(model, interventions, prompt_width))
@@ -94,7 +97,7 @@ def _summed_loss(model: HookedModel, batch: TokenBatch, scored: Sequence[int], h
     before = torch.cat([row[-n - 1 : -1] for row, n in zip(stream, scored, strict=True)])
     targets = torch.cat([row[-n:] for row, n in zip(batch.tokens, scored, strict=True)])
     total = 0.0
-    with model.hooks(fwd_hooks=list(hooks)):
+    with model.hooks(fwd_hooks=list(hooks)):  # somebody's own intervention may act on the norm or the unembedding
         for some, ids in zip(before.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
             logits = read_out(model, some[None])[0]
             losses = functional.cross_entropy(

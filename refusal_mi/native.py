@@ -7,33 +7,24 @@ same values on both sides; everything else runs on the bridge.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from .blocks import Runner, at_last_positions
 from .models import Hook, HookedModel, resid_hook, write_hooks
+from .watch import Watch, has_callers_hooks
 
 SAME_VALUE = {torch.float32: 1e-5, torch.float64: 1e-5}
 """How far values may lie apart, relative to the largest, to count as the same; 0.02 in half precision."""
 
 _KEPT = "_refusal_mi_native"
-
-
-@runtime_checkable
-class Runner(Protocol):
-    """What a forward pass needs of a model: a bridge, or its `NativeModel`."""
-
-    cfg: Any
-
-    def hooks(self, fwd_hooks: list[Hook]) -> Any: ...
-
-    def __call__(self, input: Tensor, **kwargs: Any) -> Any: ...
 
 
 @contextmanager
@@ -47,11 +38,31 @@ def running(model: HookedModel, hooks: Sequence[Hook] = ()) -> Iterator[Runner]:
 def choose_runner(model: HookedModel, hooks: Sequence[Hook] = ()) -> Runner:
     """The model without wrappers where that gives the same with these hooks, else the model.
 
-    Hooks of the caller that are on the model already, training mode, several devices, or a hook point that the plain
-    HF modules do not have lead to the bridge.
+    Hooks of the caller that are on the model already, training mode, several devices, quantized weights, or a hook
+    point that shows other values on the plain HF modules lead to the bridge.
     """
-    native = _native(model)
+    native = native_model(model)
     return model if native is None or not native.has([name for name, _ in hooks]) else native
+
+
+def native_model(model: HookedModel) -> "NativeModel | None":
+    """The model's native form, made anew when the model was changed; None where there is none, or hooks are on it."""
+    if not hasattr(model, "original_model"):
+        return None
+    kept = model.__dict__.get(_KEPT)
+    if kept is None or kept[1].has_other_parts():
+        model.__dict__.pop(_KEPT, None)
+        if has_callers_hooks(model) or any(each.training for each in model.modules()):  # type: ignore[attr-defined]
+            return None
+        native = _build(model)
+        kept = model.__dict__[_KEPT] = (native, Watch(model))
+    native, watch = kept
+    return None if watch.has_other_hooks() else native
+
+
+def without_grad(model: HookedModel) -> AbstractContextManager[Any]:
+    """Inference mode, or `no_grad` where hooks of the caller could keep what they see and differentiate through it."""
+    return torch.no_grad() if native_model(model) is None else torch.inference_mode()
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,8 @@ class NativeModel:
         self.cfg, self.hf = bridge.cfg, hf
         self.blocks = [_block(block, modules) for block in bridge.blocks]
         self.points = dict(self._find_points(bridge, modules))
+        self.narrows = False
+        """Whether the last blocks can compute the last positions alone (`blocks.at_last_positions`)."""
 
     def has(self, names: Sequence[str]) -> bool:
         """Whether all of these are hook points here."""
@@ -103,7 +116,7 @@ class NativeModel:
     def __call__(self, input: Int[Tensor, "batch pos"], *, return_type: str = "logits", **kwargs: Any) -> Any:
         """Logits, or logits and HF's KV cache; `kwargs` are those of the HF model."""
         output = self.hf(input, **kwargs)
-        return output.logits if return_type == "logits" else (output.logits, output.past_key_values)
+        return output.logits if return_type == "logits" else (output.logits, getattr(output, "past_key_values", None))
 
     def _find_points(self, bridge: Any, modules: dict[int, nn.Module]) -> Iterator[tuple[str, tuple]]:
         """Name -> the bridge's hook point, the plain module that has it, and whether it is that module's input."""
@@ -118,37 +131,6 @@ class NativeModel:
                     yield f"blocks.{layer}.{name}", (point, wrapped, False)
 
 
-def _native(model: HookedModel) -> NativeModel | None:
-    """The model's native form while nothing has changed since it was made; None where there is none."""
-    if not hasattr(model, "original_model") or model.training:  # type: ignore[attr-defined]
-        return None
-    kept = model.__dict__.get(_KEPT)
-    if kept is None:
-        if any(point.fwd_hooks for point in model.hook_dict.values()):  # type: ignore[attr-defined]
-            return None
-        native = _build(model)
-        kept = model.__dict__[_KEPT] = (native, _Watch(list(model.modules())))  # type: ignore[attr-defined]
-    native, watch = kept
-    return native if watch.is_unchanged() else None
-
-
-class _Watch:
-    """Notices what a user can change in modules: hooks, children, parameters. Quick: asked before every run."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
-        holders = [each for each in modules if each._modules or each._parameters]
-        self.parts = [parts for each in holders for parts in (each._modules, each._parameters)]
-        self.first = self._state()
-        self.alive = [part for parts in self.parts for part in parts.values()]  # no id is used a second time
-
-    def is_unchanged(self) -> bool:
-        return self._state() == self.first
-
-    def _state(self) -> tuple[list[int], list[int]]:
-        return list(map(len, self.hooks)), [id(part) for parts in self.parts for part in parts.values()]
-
-
 def _build(model: Any) -> NativeModel | None:
     """The HF modules again, empty, and the model's own parameters and buffers put in."""
     from accelerate import init_empty_weights
@@ -161,8 +143,12 @@ def _build(model: Any) -> NativeModel | None:
     is_plain = isinstance(original, PreTrainedModel) and not getattr(original, "is_quantized", False)
     if not is_plain or len(devices) != 1 or devices == {torch.device("meta")}:
         return None
+    config = deepcopy(original.config)
+    config.output_attentions = False  # a bridge asks for them: every layer's would be held to the end of a pass
     with init_empty_weights(include_buffers=True):
-        hf = type(original)(deepcopy(original.config)).eval()
+        hf = type(original)(config).eval()
+    if any("dynamic" in str(getattr(module, "rope_type", "")) for module in hf.modules()):
+        return None  # its rotary embedding remembers the longest text that it has seen
     for module_name, module in hf.named_modules():
         for kind in (module._parameters, module._buffers):
             for leaf, empty in kind.items():
@@ -179,25 +165,56 @@ def _build(model: Any) -> NativeModel | None:
 
 def _checked(model: HookedModel, native: NativeModel) -> NativeModel | None:
     """The native form with the hook points that carry the same values as the bridge's; None if its logits differ."""
-    n_layers, width = model.cfg.n_layers, 6
-    tokens = torch.arange(2 * width, device=model.cfg.device).reshape(2, width) * 7 % model.cfg.d_vocab
+    tokens = torch.arange(12, device=model.cfg.device).reshape(2, 6) * 7 % model.cfg.d_vocab
     mask = torch.ones_like(tokens)
-    mask[1, : width // 2] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    values: list[dict[str, Tensor]] = []
-    names = [resid_hook(layer, n_layers) for layer in range(n_layers + 1)] + write_hooks(n_layers)
-    for runner in (model, native):
-        found: dict[str, Tensor] = {}
-        reading: list[Hook] = [(name, partial(_keep, found, name)) for name in names if name in native.points]
-        with torch.no_grad(), runner.hooks(fwd_hooks=reading):
-            found["logits"] = runner(tokens, attention_mask=mask, position_ids=positions, use_cache=False)
-        values.append(found)
-    is_same = {name: _same(value[mask.bool()], values[1][name][mask.bool()]) for name, value in values[0].items()}
+    mask[1, :3] = 0
+    n_layers, real = model.cfg.n_layers, mask.bool()
+    streams = [resid_hook(layer, n_layers) for layer in range(n_layers + 1)]
+    names = [name for name in streams + write_hooks(n_layers) if name in native.points]
+    expected, found = (_values(runner, names, tokens, mask) for runner in (model, native))
+    is_same = {name: _same(value, found.get(name), real) for name, value in expected.items()}
+    has_cache = native(tokens[:, :1], return_type="logits_and_cache", use_cache=True)[1] is not None
+    if not is_same["logits"] or not has_cache:
+        return None
     native.points = {name: point for name, point in native.points.items() if is_same.get(name)}
-    return native if is_same["logits"] else None
+    last = torch.zeros_like(real)
+    last[:, -2:] = True
+    native.narrows = all(
+        _narrows(runner, block, streams[block + 1], expected, tokens, mask, last)
+        for runner in (model, native)
+        for block in range(max(0, n_layers - 2), n_layers)
+    )
+    return native
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+@torch.no_grad()
+def _values(runner: Runner, names: Sequence[str], tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """What hook points carry, and the logits."""
+    found: dict[str, Tensor] = {}
+    reading: list[Hook] = [(name, partial(_keep, found, name)) for name in names]
+    with runner.hooks(fwd_hooks=reading):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        found["logits"] = runner(tokens, attention_mask=mask, position_ids=positions, use_cache=False)
+    return found
+
+
+def _narrows(
+    runner: Runner, block: int, stream: str, expected: dict[str, Tensor], tokens: Tensor, mask: Tensor, last: Tensor
+) -> bool:
+    """Whether a block leaves the same stream at the last positions when it computes no others."""
+    try:
+        with at_last_positions(runner, block, 2):
+            found = _values(runner, [stream], tokens, mask)
+    except (RuntimeError, IndexError):  # modules that do not take a part of a stream
+        return False
+    return _same(expected[stream], found.get(stream), last)
+
+
+def _same(a: Tensor, b: Tensor | None, where: Tensor) -> bool:
+    """Whether two activations, `[batch, pos, ...]`, agree at some positions."""
+    if b is None or a.shape != b.shape or a.shape[:2] != where.shape:
+        return False
+    a, b = a[where], b[where]
     return bool((a - b).abs().max() <= SAME_VALUE.get(a.dtype, 0.02) * a.abs().max())
 
 

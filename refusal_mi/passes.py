@@ -9,6 +9,7 @@ does none of this and is what the other is tested against.
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import takewhile
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -16,10 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .blocks import Runner, at_last_positions
 from .directions import Direction
 from .errors import UserError
 from .forward import (
-    at_last_positions,
     cache_from_layers,
     last_logits,
     layers_of_cache,
@@ -28,7 +29,7 @@ from .forward import (
 )
 from .interventions import Ablate, AblateEach, Add, AddEach, all_hooks
 from .models import HookedModel, model_device, resid_hook
-from .native import Runner, running
+from .native import native_model, running, without_grad
 from .tokens import batches_by_cost, batches_by_length, left_pad
 
 Rows = Sequence[Sequence[int]]
@@ -108,6 +109,8 @@ class SharedPasses:
         self.model, self.rows, self.pad_id, self.batch_size = model, rows, pad_id, batch_size
         self.device = model_device(model)
         self.n_common = min(_n_shared(rows), min(map(len, rows)) - 1)
+        native = native_model(model)
+        self.narrows = native is not None and native.narrows
         self.overhead = _pass_overhead(model)
         self.pass_tokens = PASS_TOKENS.get(self.device.type, PASS_TOKENS["cpu"])
         self._common_layers: Layers = []
@@ -132,7 +135,7 @@ class SharedPasses:
 
     def _run_ablated(self, units: Float[Tensor, "direction d_model"], prompts: Sequence[int]) -> Logits:
         n_common, logits = self._shared_columns(prompts), [[torch.empty(0)] * len(prompts) for _ in units]
-        with torch.inference_mode():
+        with without_grad(self.model):
             with running(self.model, AblateEach(units).hooks(self.model)) as runner:
                 layers = self._run_common(runner, len(units), n_common)
             for chunk, places in self._split(len(units), prompts, n_common):
@@ -145,7 +148,7 @@ class SharedPasses:
     def _run_added(self, vectors: Float[Tensor, "direction d_model"], layer: int, prompts: Sequence[int]) -> Logits:
         n_common, logits = self._shared_columns(prompts), [[torch.empty(0)] * len(prompts) for _ in vectors]
         layers: Layers = []
-        with torch.inference_mode():
+        with without_grad(self.model):
             if n_common:
                 common = self._streams[prompts[0]][layer, None, :n_common]
                 with running_from(self.model, layer, AddEach(vectors, layer, common).hooks(self.model)) as runner:
@@ -166,7 +169,7 @@ class SharedPasses:
         hooks = self._recorders(kept) if keep_streams else []
         if not prompts:
             return
-        with torch.inference_mode(), running(self.model, hooks) as runner:
+        with without_grad(self.model), running(self.model, hooks) as runner:
             self._common_layers = self._run_common(runner, 1, self.n_common)
             common = [stream[0] for stream in kept]
             for _, places in self._split(1, prompts, self.n_common):
@@ -221,7 +224,7 @@ class SharedPasses:
             repeated = [(k.repeat_interleave(len(rows), 0), v.repeat_interleave(len(rows), 0)) for k, v in layers]
             past = cache_from_layers(repeated)
             mask = torch.cat([mask.new_ones(len(mask), n_common), mask], dim=1)
-        with at_last_positions(runner, -1, 1):
+        with at_last_positions(runner, -1, 1) if self.narrows else nullcontext():
             logits, _ = prefix_logits_and_cache(runner, tokens, past, mask)
         return logits.unflatten(0, (n_copies, len(rows)))
 

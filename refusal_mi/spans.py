@@ -10,6 +10,7 @@ from torch import Tensor
 from .errors import UserError
 from .forward import read_streams
 from .models import HookedModel, check_raw_basis, model_device
+from .native import without_grad
 from .progress import track
 from .tokens import batches_by_length, left_pad
 
@@ -57,7 +58,7 @@ def combine_spans(
     total = torch.zeros(len(weights), len(layers), model.cfg.d_model, dtype=torch.float64)
     norms = torch.zeros(len(layers), dtype=torch.float64)
     rows = [span.token_ids[: span.end] for span in spans]
-    with torch.inference_mode():
+    with without_grad(model):
         for indices in track(batches_by_length(rows, batch_size), description):
             batch = left_pad([rows[index] for index in indices], pad_id).to(model_device(model))
             lengths = torch.tensor([spans[index].end - spans[index].first for index in indices])

@@ -122,7 +122,7 @@ class _Rounds:
         while ranking and not has_won:
             contenders: list[Place] = []
             while ranking and len(contenders) < self.screening.n_contenders:
-                if contenders and self.is_worse(ranking[0], min(contenders, key=self.bypass)):
+                if contenders and self.is_worse(ranking[0], contenders[0]):
                     break
                 some, ranking = ranking[: self.screening.n_contenders], ranking[self.screening.n_contenders :]
                 for kind in ("add", "ablate"):
@@ -168,6 +168,8 @@ class _Rounds:
 
     def is_worse(self, place: Place, best: Place) -> bool:
         """Whether a candidate's bypass is above the best one's by more than the error of the prompts that both ran."""
+        if not math.isfinite(self.bypass(place)):
+            return math.isfinite(self.bypass(best))
         low, _ = self.interval(self.table.differences(place, best, BYPASS))
         return low > 0
 

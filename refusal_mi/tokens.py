@@ -36,12 +36,26 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
     return TokenBatch(tokens, mask)
 
 
-def batches_by_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Indices of `rows` in batches of similar length, longest first, so that little is spent on padding."""
+def batches_by_length(
+    rows: Sequence[Sequence[int]], batch_size: int, *, most_tokens: int | None = None
+) -> list[list[int]]:
+    """Indices of `rows` in batches of similar length, longest first, so that little is spent on padding.
+
+    Args:
+        rows: token ids.
+        batch_size: most rows in a batch.
+        most_tokens: most tokens in a batch, padding included; a longer row has a batch of its own.
+    """
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, not {batch_size}")
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches, start = [], 0
+    while start < len(order):
+        width = max(1, len(rows[order[start]]))
+        size = batch_size if most_tokens is None else max(1, min(batch_size, most_tokens // width))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
 
 
 def batches_by_cost(lengths: Sequence[int], batch_size: int, overhead: float) -> list[list[int]]:

@@ -3,18 +3,20 @@
 import pytest
 import torch
 
-from benchmarks.common import Comparison, compare, measured
+from benchmarks.common import Comparison, Measured, compare, measured, tensor_peak_mib
 from benchmarks.generation import plain_generate
-from benchmarks.losses import published_loss
+from benchmarks.losses import documents, published_loss
+from benchmarks.means import plain_means
 from benchmarks.responses import one_at_a_time
 from benchmarks.staged import distance
-from benchmarks.sweep import PublishedSweep, difference
+from benchmarks.sweep import PublishedSweep, difference, last_positions
 from benchmarks.table import table
 from refusal_mi.activations import mean_activations
 from refusal_mi.candidates import sweep
 from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import difference_in_means
-from refusal_mi.loss import answers_to_score, ce_loss, texts_to_score
+from refusal_mi.generation import generate
+from refusal_mi.loss import MAX_TEXT_TOKENS, answers_to_score, ce_loss, texts_to_score
 from refusal_mi.selection import Thresholds
 from refusal_mi.spans import Span, combine_spans
 from refusal_mi.staged import staged_sweep
@@ -59,9 +61,24 @@ def test_the_published_loss_is_the_same(pair):
     assert ours != pytest.approx(ce_loss(hooked, chat, texts_to_score(chat, CHATS)).ce_loss, abs=1e-3)
 
 
-def test_plain_generation_counts_its_tokens(pair):
-    _, plain, chat = pair
-    assert plain_generate(plain, chat, list(ASKS), 3) == 3 * len(ASKS)
+def test_plain_generation_writes_what_ours_does_without_an_intervention(pair):
+    hooked, plain, chat = pair
+    found = plain_generate(plain, chat, list(ASKS), 3)
+    assert found == [answer.token_ids for answer in generate(hooked, chat, ASKS, max_new_tokens=3)]
+    assert len(set(found)) > 1
+
+
+def test_means_prompt_by_prompt_are_the_same(pair):
+    hooked, plain, chat = pair
+    ours = mean_activations(hooked, chat, ASKS).means
+    torch.testing.assert_close(plain_means(plain, chat, list(ASKS)), ours, rtol=1e-5, atol=1e-6)
+    assert (ours - mean_activations(hooked, chat, CHATS).means).abs().max() > 1e-3
+
+
+def test_documents_are_as_long_as_what_is_read(pair):
+    _, _, chat = pair
+    lengths = [len(chat.tokenizer(text)["input_ids"]) for text in documents(chat)]
+    assert len(lengths) > 1 and min(lengths) >= MAX_TEXT_TOKENS
 
 
 def test_a_comparison_holds_the_ratio_of_the_times_and_refuses_other_results(monkeypatch):
@@ -80,6 +97,29 @@ def test_peak_memory_is_what_the_work_held():
         return sum(int((held + 1).sum().item() > 0) for _ in range(3))
 
     assert 48 < measured(work).peak_mib < 400
+
+
+def test_peak_memory_of_tensors_is_exact():
+    def work() -> None:
+        first = torch.ones(2**18)
+        del first
+        torch.ones(2**20).mul(2)
+
+    assert tensor_peak_mib(work) == pytest.approx(8, abs=0.01)
+
+
+def test_work_of_minutes_is_compared_with_one_measurement():
+    row = compare("x", Measured(1.0, 6.0, 3.0), lambda: 1.0, lambda a, b: abs(a - b), must_reach=1.0, n_pairs=3)
+    assert row.straightforward_seconds == 6.0 and row.straightforward_peak_mib == 3.0
+    assert row.ratio == row.ratio_low == row.ratio_high == pytest.approx(6.0 / row.our_seconds)
+
+
+def test_the_last_positions_are_the_same_candidates(pair):
+    hooked, _, chat = pair
+    grid = difference_in_means(*(mean_activations(hooked, chat, texts) for texts in (ASKS, CHATS)))
+    some = last_positions(grid, 2)
+    assert some.positions == (-2, -1) and last_positions(grid, None).positions == grid.positions
+    assert torch.equal(some.direction(-2, 3).vector, grid.direction(-2, 3).vector)
 
 
 def test_the_table_says_what_was_missed():

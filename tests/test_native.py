@@ -1,19 +1,30 @@
 """Runs without TransformerLens' wrappers: the bridge's numbers, and the bridge itself wherever something differs."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from refusal_mi.activations import mean_activations
 from refusal_mi.chat import ChatFormat
-from refusal_mi.forward import all_logits, read_streams, running_from
+from refusal_mi.forward import (
+    all_logits,
+    at_last_positions,
+    cached_residuals,
+    last_logits,
+    read_streams,
+    running_from,
+)
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Ablate, Add, all_hooks
 from refusal_mi.models import load_model, resid_hook, write_hooks
 from refusal_mi.native import NativeModel, choose_runner, running
 from tests.naive import ASKS
 from tests.test_interventions import random_direction
-from tests.tiny import FAMILIES, N_LAYERS
+from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, tiny_tokenizer
 
 ON_THE_BRIDGE = {"granite", "falcon"}
 """Families whose blocks scale or split what their modules write, so that ablation cannot act on plain modules."""
@@ -36,7 +47,6 @@ def test_logits_and_streams_equal_the_bridges_under_interventions(family, tiny_m
         plain = all_logits(model, batch)[batch.mask.bool()]
     for intervention in (Ablate(direction), Add(direction), Ablate(direction, strength=0.5, components=["mlp"])):
         hooks = all_hooks(model, [intervention])
-        expected, streams = [], []
         with model.hooks(fwd_hooks=hooks):
             expected = logits(model, batch)
         with running(model, hooks) as runner:
@@ -105,10 +115,37 @@ def test_hooks_on_the_model_at_its_first_run_act_and_do_not_stay(own_model):
 
 def test_forward_hooks_of_torch_on_the_wrapped_modules_act(own_model):
     assert isinstance(choose_runner(own_model), NativeModel)
+    for _ in range(2):
+        handle = own_model.blocks[1].original_component.register_forward_hook(lambda *_: None)
+        assert choose_runner(own_model) is own_model
+        handle.remove()
+        assert isinstance(choose_runner(own_model), NativeModel)
+
+
+def test_forward_hooks_of_torch_from_before_the_first_run_act(own_model):
     handle = own_model.blocks[1].original_component.register_forward_hook(lambda *_: None)
     assert choose_runner(own_model) is own_model
     handle.remove()
     assert isinstance(choose_runner(own_model), NativeModel)
+
+
+def test_a_hook_that_takes_the_place_of_another_is_noticed(own_model):
+    block = own_model.blocks[1].original_component
+    known = choose_runner(own_model)
+    block._forward_hooks.clear()
+    block.register_forward_hook(lambda *_: None)
+    assert choose_runner(own_model) is own_model is not known
+
+
+def test_a_patched_forward_and_backward_hooks_lead_to_the_bridge(own_model):
+    assert isinstance(choose_runner(own_model), NativeModel)
+    module = own_model.blocks[1].mlp.original_component
+    module.forward = lambda x: x
+    assert choose_runner(own_model) is own_model
+    del module.forward
+    assert isinstance(choose_runner(own_model), NativeModel)
+    own_model.add_hook("blocks.1.hook_resid_pre", lambda grad, hook: None, dir="bwd")
+    assert choose_runner(own_model) is own_model
 
 
 def test_weights_are_the_models_own(own_model):
@@ -121,11 +158,32 @@ def test_weights_are_the_models_own(own_model):
     assert not torch.equal(logits(runner, batch), before)
 
 
-def test_a_replaced_weight_leads_to_the_bridge(own_model):
-    assert isinstance(choose_runner(own_model), NativeModel)
-    wrapped = own_model.blocks[2].mlp.out.original_component
+def test_replaced_weights_are_used_and_the_old_ones_let_go(own_model):
+    batch, wrapped = batch_of(own_model), own_model.blocks[2].mlp.out.original_component
+    before = logits(choose_runner(own_model), batch)
+    old = weakref.ref(wrapped.weight)
     wrapped.weight = torch.nn.Parameter(wrapped.weight.detach() * 0.5)
-    assert choose_runner(own_model) is own_model
+    runner = choose_runner(own_model)
+    assert isinstance(runner, NativeModel)
+    assert torch.equal(logits(runner, batch), logits(own_model, batch))
+    assert not torch.equal(logits(runner, batch), before)
+    gc.collect()
+    assert old() is None
+
+
+def test_a_cast_a_new_buffer_and_a_new_setting_are_followed(own_model):
+    batch = batch_of(own_model)
+    assert isinstance(choose_runner(own_model), NativeModel)
+    own_model.to(torch.bfloat16)
+    torch.testing.assert_close(logits(choose_runner(own_model), batch), logits(own_model, batch), rtol=1e-2, atol=1e-2)
+    own_model.to(torch.float32)
+    rotary = own_model.original_model.model.rotary_emb
+    rotary = getattr(rotary, "original_component", rotary)
+    rotary.inv_freq = rotary.inv_freq * 0.5
+    torch.testing.assert_close(logits(choose_runner(own_model), batch), logits(own_model, batch), rtol=1e-5, atol=1e-5)
+    runner = choose_runner(own_model)
+    own_model.original_model.config.some_setting = 1
+    assert choose_runner(own_model) is not runner
 
 
 def test_training_leads_to_the_bridge_and_requires_grad_is_left_alone(own_model):
@@ -170,7 +228,7 @@ def test_greedy_text_under_ablation_is_the_bridges(tiny_model, monkeypatch):
     model = tiny_model("qwen2")
     chat, ablation = ChatFormat(model.tokenizer), [Ablate(random_direction(0))]
     found = generate(model, chat, ASKS, interventions=ablation, max_new_tokens=12, batch_size=3)
-    monkeypatch.setattr("refusal_mi.native._native", lambda model: None)
+    monkeypatch.setattr("refusal_mi.native.native_model", lambda model: None)
     assert found == generate(model, chat, ASKS, interventions=ablation, max_new_tokens=12, batch_size=3)
 
 
@@ -182,3 +240,72 @@ def test_a_copy_of_a_model_runs_on_its_own_weights(own_model):
     batch = batch_of(own_model)
     assert torch.equal(logits(choose_runner(other), batch), logits(other, batch))
     assert not torch.equal(logits(choose_runner(other), batch), logits(choose_runner(own_model), batch))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "olmo2", "falcon"])
+@pytest.mark.parametrize("layers", [range(N_LAYERS), [2], [0], [1, N_LAYERS]])
+def test_cached_streams_equal_those_of_a_whole_pass(family, layers, tiny_model):
+    model = tiny_model(family)
+    batch, kept = batch_of(model), {}
+    names = [resid_hook(layer, N_LAYERS) for layer in layers]
+    hooks = [(name, lambda x, hook, name=name: kept.update({name: x[:, -3:]})) for name in names]
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        all_logits(model, batch)
+    with torch.no_grad():
+        found = cached_residuals(model, batch, layers, 3)
+    torch.testing.assert_close(found, torch.stack([kept[name] for name in names], dim=2), rtol=1e-5, atol=1e-5)
+
+
+def test_cached_streams_show_a_hook_on_the_last_layer_that_is_read(tiny_model):
+    model, direction = tiny_model("llama"), random_direction(2, layer=3)
+    batch = batch_of(model)
+    with torch.no_grad():
+        plain = cached_residuals(model, batch, [2, 3], 2)
+        with model.hooks(fwd_hooks=Add(direction).hooks(model)):
+            changed = cached_residuals(model, batch, [2, 3], 2)
+    assert torch.equal(changed[:, :, 0], plain[:, :, 0])
+    torch.testing.assert_close(changed[:, :, 1] - plain[:, :, 1], direction.vector.expand(3, 2, -1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_last_logits_do_not_need_the_last_block_elsewhere(family, tiny_model):
+    model = tiny_model(family)
+    batch = batch_of(model)
+    with torch.no_grad():
+        expected = last_logits(model, batch)
+        for runner in (model, choose_runner(model)):
+            with at_last_positions(runner, -1, 1):
+                torch.testing.assert_close(last_logits(runner, batch), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(last_logits(runner, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "narrows", "shape"),
+    [
+        (
+            "opt",
+            False,
+            {"ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "word_embed_proj_dim": D_MODEL},
+        ),
+        ("bloom", False, {"n_layer": 3, "n_head": 4}),
+        (
+            "qwen2",
+            True,
+            {"intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+        ),
+    ],
+)
+def test_families_whose_modules_need_whole_streams_get_them(family, narrows, shape, tmp_path):
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), hidden_size=D_MODEL, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_model(tmp_path, device="cpu")
+    chat = ChatFormat(model.tokenizer)
+    assert getattr(choose_runner(model), "narrows", False) == narrows
+    batch, n_positions = batch_of(model), len(chat.positions)
+    with torch.no_grad():
+        streams = read_streams(model, batch, range(3), lambda stream: stream[:, -n_positions:].double().mean(0))
+    found = mean_activations(model, chat, ASKS[:3]).means
+    torch.testing.assert_close(found, torch.stack(streams, dim=1), rtol=1e-5, atol=1e-6)

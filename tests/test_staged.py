@@ -12,7 +12,7 @@ from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.passes import PlainPasses, SharedPasses
 from refusal_mi.selection import Thresholds, select
-from refusal_mi.staged import Screening, staged_sweep
+from refusal_mi.staged import Screening, _Rounds, staged_sweep
 from refusal_mi.work import ITEM_ROWS, Scorer, WorkItem, cut
 from tests.naive import ASKS, CHATS
 
@@ -70,6 +70,55 @@ def test_what_is_measured_is_exact_and_what_is_not_says_why(parts, exact):
         assert row.skipped.startswith("not run: layers from 4 on" if row.layer >= 4 else "screened out: bypass")
     json.dumps([row.describe() for row in found.rows], allow_nan=False)
     assert "left out by the search" in select(found, rule).explain()
+
+
+class KnownScores(Scorer):
+    """Stands in for a model: the scores of every candidate on every prompt are given, and counted when asked for."""
+
+    def __init__(self, grid, bypass):
+        self.grid, self.bypass, self.n_harmful, self.n_prompts = grid, bypass, bypass.shape[1], 2 * bypass.shape[1]
+        self.token_sets, self.n_runs = [TOKENS], 0
+        self.baseline = torch.zeros(1, self.n_prompts, dtype=torch.float64)
+
+    def run(self, item):
+        self.n_runs += len(item.candidates) * len(item.prompts)
+        found = torch.ones(1, len(item.candidates), len(item.prompts), dtype=torch.float64)
+        for line, place in enumerate(item.candidates):
+            for column, prompt in enumerate(item.prompts):
+                if prompt < self.n_harmful:
+                    found[0, line, column] = self.bypass[self.grid.candidates().index(place), prompt]
+        return found
+
+
+def search(grid, bypass, screening):
+    table = ScoreTable(KnownScores(grid, bypass))
+    rule = Thresholds(kl_max=None, induce_min=None, prune_layers=None)
+    _Rounds(table, rule, screening).run()
+    return select(table.grids()[0], rule).best, table
+
+
+def test_a_near_tie_is_settled_on_all_prompts(parts):
+    """Four candidates that differ by less than what prompts differ by: whoever leads early need not win."""
+    grid, n_found = parts[2], 0
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        bypass = torch.full((len(grid.candidates()), 32), 5.0).double()
+        near = torch.randn(4, 32, generator=draw).double()
+        bypass[10:14] = near
+        best, _ = search(grid, bypass, Screening(n_prompts=2, n_contenders=4, seed=seed))
+        n_found += (best.position, best.layer) == grid.candidates()[10 + int(near.mean(1).argmin())]
+    assert n_found >= 19
+
+
+def test_candidates_that_are_clearly_worse_are_not_screened_further(parts):
+    grid = parts[2]
+    levels = torch.arange(len(grid.candidates()))[:, None].double()
+    noise = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)).double()
+    own = 1e-3 * torch.randn(len(levels), 32, generator=torch.Generator().manual_seed(1)).double()
+    best, table = search(grid, levels + noise + own, Screening(n_prompts=4, n_contenders=8))
+    assert (best.position, best.layer) == table.places[0]
+    assert [len(table.known(place, 1)) for place in table.places[:9]] == [32, 4, 4, 4, 4, 4, 4, 4, 0]
+    assert all(len(table.known(place, 0)) == 4 and not len(table.known(place, 1)) for place in table.places[8:])
 
 
 def test_when_nothing_can_pass_the_search_ends_without_a_winner(parts):

@@ -48,3 +48,10 @@ def test_shapes_are_checked_in_the_test_run():
     """The runtime checker is on: a mask of one dimension is not a batch."""
     with pytest.raises(Exception, match="mask"):
         TokenBatch(torch.zeros(2, 3, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+
+
+def test_batches_hold_at_most_so_many_tokens_and_a_longer_row_is_alone():
+    rows = [[0] * n for n in (3, 9, 4, 5, 20, 2)]
+    batches = batches_by_length(rows, 3, most_tokens=10)
+    assert batches == [[4], [1], [3, 2], [0, 5]]
+    assert batches_by_length(rows, 3) == [[4, 1, 3], [2, 0, 5]]
