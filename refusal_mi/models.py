@@ -68,7 +68,8 @@ def load_model(
         dtype: "auto" is the checkpoint's dtype, and float32 on a CPU.
 
     Raises:
-        UserError: there is no such model, it cannot be reached, or its architecture is not supported.
+        UserError: there is no such model, it cannot be reached, its architecture is not supported, or its weight
+            files lack some of its tensors.
     """
     from safetensors import SafetensorError
     from transformer_lens.model_bridge import TransformerBridge
@@ -83,7 +84,11 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         model = TransformerBridge.boot_transformers(
-            name, revision=revision, device=place, dtype=_pick_dtype(dtype, place, config)
+            name,
+            revision=revision,
+            device=place,
+            dtype=_pick_dtype(dtype, place, config),
+            model_class=_WholeCheckpoint(config),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(_load_failure(name, revision, error)) from error
@@ -229,6 +234,32 @@ def _pick_dtype(dtype: DtypeName, device: torch.device, config: Any) -> torch.dt
         return getattr(torch, dtype)
     stored = getattr(config, "dtype", None)
     return torch.float32 if device.type == "cpu" or stored is None else stored
+
+
+class _WholeCheckpoint:
+    """Loads as the HF class of an architecture does, and refuses weight files that lack some of the parameters."""
+
+    def __init__(self, config: Any) -> None:
+        from transformer_lens.model_bridge.sources import transformers as bridge_source
+
+        architecture = bridge_source.determine_architecture_from_hf_config(config)
+        self._hf_class = bridge_source.get_hf_model_class_for_architecture(architecture)
+
+    def from_pretrained(self, name: str, **kwargs: Any) -> Any:
+        """The model with all of its parameters.
+
+        Raises:
+            ValueError: some are in no weight file, and HF would make them up. Tied ones are there once.
+        """
+        model, report = self._hf_class.from_pretrained(name, output_loading_info=True, **kwargs)
+        missing = [parameter for parameter, _ in model.named_parameters() if parameter in report["missing_keys"]]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} {'tensor' if len(missing) == 1 else 'tensors'} that its config.json names "
+                f"{'is' if len(missing) == 1 else 'are'} in no weight file, first {missing[0]}; "
+                "get the whole checkpoint again, or correct config.json"
+            )
+        return model
 
 
 def _keep_heap() -> None:

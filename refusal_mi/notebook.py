@@ -20,6 +20,8 @@ from .models import HookedModel
 from .prompts import Splits, load_splits
 
 _INTERACTIVE, _STATIC = "plotly_mimetype", "svg"
+_PROMPT = "prompt"
+"""Name of the column of prompts."""
 
 
 def load(source: str | Path | None = None) -> HookedModel:
@@ -151,8 +153,15 @@ def side_by_side(
     changes: Mapping[str, Sequence[Intervention]],
     max_new_tokens: int = 24,
 ) -> None:
-    """Show the answers to some prompts side by side, one column for each named change."""
+    """Show the answers to some prompts side by side, one column for each named change.
+
+    Raises:
+        UserError: a change is called "prompt", as the column of prompts is.
+    """
     from .generation import generate
+
+    if _PROMPT in changes:
+        raise UserError(f"a change is called {_PROMPT!r}, as the column of prompts is: give it another name")
 
     columns = {
         name: generate(model, chat, prompts, interventions=change, max_new_tokens=max_new_tokens)
@@ -160,7 +169,7 @@ def side_by_side(
     }
     table(
         [
-            {"prompt": prompt, **{name: found[index].text for name, found in columns.items()}}
+            {_PROMPT: prompt, **{name: found[index].text for name, found in columns.items()}}
             for index, prompt in enumerate(prompts)
         ]
     )

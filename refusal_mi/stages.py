@@ -83,12 +83,14 @@ class RunFolder:
         Returns:
             The SHA-256 of every output: what a later stage names among its inputs.
         """
-        record, key = self.path / ".stages" / f"{name}.json", sha256_json(inputs)
-        if not self.fresh and record.exists():
-            before = read_json(record)
-            if before["key"] == key and self._hashes(outputs) == before["outputs"]:
+        record, key = self._records / f"{name}.json", sha256_json(inputs)
+        if not self.fresh:
+            done = self._done(record, key, outputs)
+            if done is None and self._bring_back(name, key):
+                done = self._done(record, key, outputs)
+            if done is not None:
                 self.report(f"{name}: done before, kept")
-                return before["outputs"]
+                return done
         self.report(f"{name}{f': {about}' if about else ''}")
         record.unlink(missing_ok=True)
         start = time.perf_counter()
@@ -103,7 +105,71 @@ class RunFolder:
 
     def seconds(self) -> dict[str, float]:
         """How long each finished stage took."""
-        return {record.stem: read_json(record)["seconds"] for record in sorted((self.path / ".stages").glob("*.json"))}
+        return {record.stem: read_json(record)["seconds"] for record in sorted(self._records.glob("*.json"))}
+
+    def set_aside(self, file: str) -> None:
+        """Move what was computed from a file that is gone, directly or not, to `.stages/set_aside/`.
+
+        A stage that is asked for again with the inputs that it had takes its outputs from there.
+        """
+        names = self._computed_from(file)
+        for name in names:
+            record = self._records / f"{name}.json"
+            before = read_json(record)
+            aside = self._aside(before["key"])
+            write_json(aside / record.name, before)
+            for output in before["outputs"]:
+                _move(self.path / output, aside / "outputs" / output)
+            record.unlink()
+        if names:
+            self.report(f"set aside: {len(names)} stages that were computed from {file}, which is gone")
+
+    @property
+    def _records(self) -> Path:
+        return self.path / ".stages"
+
+    def _aside(self, key: str) -> Path:
+        return self._records / "set_aside" / key
+
+    def _computed_from(self, file: str) -> list[str]:
+        """Names of the stages that name this file, or an output of such a stage, among their input files."""
+        records = {record.stem: read_json(record) for record in sorted(self._records.glob("*.json"))}
+        gone: set[str] = {file}
+        found: list[str] = []
+        while new := [
+            name
+            for name, record in records.items()
+            if name not in found and gone & set(record["inputs"].get("files", ()))
+        ]:
+            found += new
+            gone |= {output for name in new for output in records[name]["outputs"]}
+        return found
+
+    def _bring_back(self, name: str, key: str) -> bool:
+        """Put the outputs and the record of a stage that was set aside back, if it had these inputs."""
+        aside = self._aside(key) / f"{name}.json"
+        if not aside.is_file():
+            return False
+        before = read_json(aside)
+        for output in before["outputs"]:
+            _move(aside.parent / "outputs" / output, self.path / output)
+        write_json(self._records / f"{name}.json", before)
+        aside.unlink()
+        return True
+
+    def _done(self, record: Path, key: str, outputs: Sequence[str]) -> dict[str, str] | None:
+        """The hashes of a stage's outputs, if it was done from these inputs and they are as it left them."""
+        if not record.exists():
+            return None
+        before = read_json(record)
+        return before["outputs"] if before["key"] == key and self._hashes(outputs) == before["outputs"] else None
 
     def _hashes(self, outputs: Sequence[str]) -> dict[str, str]:
         return {output: sha256_file(self.path / output) for output in outputs if (self.path / output).is_file()}
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move a file that is there, over any other."""
+    if source.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)

@@ -163,6 +163,15 @@ def test_select_refuses_a_layer_that_the_model_does_not_have(score_file, tmp_pat
     assert "no such file" in fails(["select", tmp_path / "none.json", "--n-layers", 3], capsys)
 
 
+@pytest.mark.parametrize("top", [0, -2])
+def test_select_shows_at_least_one_survivor(score_file, capsys, top):
+    assert f"--top must be at least 1, not {top}" in fails(
+        ["select", score_file, "--n-layers", 5, "--top", top], capsys
+    )
+    assert exit_status(["select", str(score_file), "--n-layers", "5", "--top", "1"]) == 0
+    assert "│ 1 " not in capsys.readouterr().out
+
+
 def test_underscore_spellings_are_the_same_options(score_file, capsys):
     for spelling in (["--n_layers", "5"], ["--n_layers=5"], ["--n-layers=5"]):
         assert exit_status(["select", str(score_file), *spelling, "--kl_max", "0.2", "--json"]) == 0
@@ -225,3 +234,25 @@ def test_import_and_help_need_no_torch(code):
 def test_the_version_is_the_installed_one(capsys):
     assert exit_status(["--version"]) == 0
     assert capsys.readouterr().out.split() == ["refusal-mi", version("refusal_mi")]
+
+
+def help_at_80_columns(monkeypatch, capsys, *command):
+    """What --help prints in a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert exit_status([*command, "--help"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("group", "n_commands"), [((), 14), (("caa",), 3)])
+def test_no_summary_of_a_command_is_cut(monkeypatch, capsys, group, n_commands):
+    shown = help_at_80_columns(monkeypatch, capsys, *group)
+    summaries = shown.partition("Commands:\n")[2].splitlines()
+    assert len(summaries) == n_commands and all(line.endswith(".") for line in summaries)
+    assert "..." not in shown.partition("\n")[2]
+
+
+def test_the_help_of_what_names_every_analysis(monkeypatch, capsys):
+    from refusal_mi.analysis import KINDS
+
+    option = help_at_80_columns(monkeypatch, capsys, "analyze").partition("--what")[2].partition("--n-prompts")[0]
+    assert " ".join(option.split()).count(", ".join(KINDS)) == 1

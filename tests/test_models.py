@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from refusal_mi.chat import ChatFormat
 from refusal_mi.errors import UserError
@@ -169,3 +170,40 @@ def test_weights_of_another_shape_than_the_config_are_a_user_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 2 * config["intermediate_size"]}))
     with pytest.raises(UserError, match=r"do not have the shapes that its config\.json names"):
         load_model(tmp_path, device="cpu")
+
+
+def change_weights(directory, change):
+    """Rewrite the weight file of a checkpoint with the tensors that `change` makes of its own."""
+    path = directory / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("family", "is_missing", "n_missing", "first"),
+    [
+        ("llama", lambda name: name == "model.norm.weight", 1, "model.norm.weight"),
+        ("llama", lambda name: name == "lm_head.weight", 1, "lm_head.weight"),
+        ("llama", lambda name: ".layers.4." in name, 16, "model.layers.4.self_attn.q_proj.weight"),
+        ("gpt2", lambda name: ".h.1." in name or ".h.4." in name, 24, "transformer.h.1.ln_1.weight"),
+        ("gpt2", lambda name: name == "transformer.wte.weight", 1, "transformer.wte.weight"),
+        ("mixtral", lambda name: ".layers.3." in name, 9, "model.layers.3.self_attn.q_proj.weight"),
+    ],
+    ids=["norm", "head", "last block", "two blocks", "tied embedding", "mixture"],
+)
+def test_weights_that_lack_tensors_are_a_user_error(tmp_path, family, is_missing, n_missing, first):
+    save_tiny(family, tmp_path)
+    change_weights(tmp_path, lambda found: {name: tensor for name, tensor in found.items() if not is_missing(name)})
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path, device="cpu")
+    assert f"cannot load the model in {tmp_path}: {n_missing} tensor" in str(caught.value)
+    assert f"first {first}; get the whole checkpoint again, or correct config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tied_weights_are_not_missing_and_extra_ones_are_allowed(tmp_path):
+    tied = save_tiny("llama", tmp_path, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
+    change_weights(tied, lambda found: found | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    change_weights(tied, lambda found: found | {"model.layers.9.extra.weight": torch.ones(4)})
+    hf = load_model(tied, device="cpu").original_model
+    assert hf.lm_head.weight.data_ptr() == hf.model.embed_tokens.weight.data_ptr()

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.models import resid_hook
-from refusal_mi.notebook import placed, splits, table
+from refusal_mi.notebook import placed, side_by_side, splits, table
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -99,3 +100,14 @@ def test_table_escapes_what_models_write(monkeypatch: pytest.MonkeyPatch) -> Non
     assert shown[0].splitlines()[-1] == "| &lt;script&gt;a\\|b&lt;/script&gt; c | 0.500 |"
     with pytest.raises(UserError, match="at least one row"):
         table([])
+
+
+def test_a_change_cannot_take_the_column_of_prompts(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2")
+    chat, shown = ChatFormat(model.tokenizer), []
+    monkeypatch.setattr("refusal_mi.notebook.say", shown.append)
+    with pytest.raises(UserError, match=r"a change is called 'prompt'.*give it another name"):
+        side_by_side(model, chat, ["Say hi"], {"plain": (), "prompt": ()}, 2)
+    assert not shown
+    side_by_side(model, chat, ["Say hi"], {"plain": ()}, 2)
+    assert shown[0].splitlines()[0] == "| prompt | plain |" and "| Say hi | " in shown[0]

@@ -267,6 +267,23 @@ def test_losing_every_survivor_takes_the_direction_away(gpt2_run):
     assert (path / "direction.pt").exists()
 
 
+def test_what_was_computed_from_a_lost_direction_is_set_aside_and_comes_back(gpt2_run):
+    path, again, _, _ = gpt2_run
+    again()
+    made = {str(file.relative_to(path)) for kind in ("completions", "loss_evals") for file in path.glob(f"{kind}/*")}
+    of_the_plain_model = {name for name in made if "_baseline_" in name or "/baseline_" in name}
+    before = {name: (path / name).read_bytes() for name in made}
+    assert len(made) > 2 * len(of_the_plain_model) > 0
+    for _ in range(2):
+        summary, _ = again(SMALL)
+        assert summary["status"] == "no candidate survives" and "loss_ablation" not in summary["seconds"]
+        left = {name for name in made if (path / name).exists()}
+        assert left == of_the_plain_model
+    _, log = again()
+    assert log.done - {"plots"} == {"selection"}
+    assert {name: (path / name).read_bytes() for name in made} == before
+
+
 def test_fresh_computes_everything_and_gives_the_same(gpt2_run):
     _, again, first, log = gpt2_run
     second, fresh_log = again(fresh=True)

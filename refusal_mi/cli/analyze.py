@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..analysis import KINDS
 from ..errors import UserError
 from .arguments import (
     AsJson,
@@ -36,7 +37,7 @@ def command(
     model: Model = None,
     model_path: ModelPath = None,
     run: Annotated[Path | None, typer.Option(help="Run folder with the direction; default runs/{alias}.")] = None,
-    what: Annotated[str, typer.Option(help="Analyses, comma-separated, or all.")] = "all",
+    what: Annotated[str, typer.Option(help=f"all, or some of these, comma-separated: {', '.join(KINDS)}.")] = "all",
     n_prompts: Annotated[int, typer.Option(help="Held-out prompts a side, at most.")] = 128,
     seed: Annotated[int, typer.Option(help="Of every control.")] = 0,
     revision: Revision = None,
@@ -46,7 +47,9 @@ def command(
     output_dir: Annotated[Path | None, typer.Option(help="Where results go; default RUN/analysis.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Analyze the direction of a run: results as .json and .pt, figures as .html.
+    """Analyze the direction of a run, and draw the results.
+
+    Results are .json and .pt files, figures are .html files.
 
     An analysis that this run cannot have is named, the others are done, and the exit status is 1.
     """
@@ -104,8 +107,6 @@ def draw(result: "AnalysisResult", folder: Path) -> list[Path]:
 
 
 def _kinds(what: str) -> list[str]:
-    from ..analysis import KINDS
-
     names = list(KINDS) if what == "all" else [name.strip() for name in what.split(",") if name.strip()]
     unknown = [name for name in names if name not in KINDS]
     if unknown or not names:

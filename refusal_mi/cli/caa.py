@@ -174,7 +174,10 @@ def ab(
     output_dir: OutputDirOption = None,
     as_json: AsJson = False,
 ) -> int:
-    """Measure how a vector moves the choice between two answers, by layer and multiplier."""
+    """Measure how a vector moves the choice of two answers.
+
+    The choice is between the options A and B of a question, by layer and multiplier.
+    """
     from ..pairs import load_pairs, load_questions
     from ..pipelines.caa import check_weights, load_controls, load_vectors
     from ..pipelines.caa_choice import ABTask, evaluate_choices

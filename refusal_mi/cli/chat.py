@@ -56,7 +56,9 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(help="Of every answer.")] = 512,
     output_dir: OutputDir = None,
 ) -> int:
-    """Chat with a model, plain or with a direction ablated or added.
+    """Chat with a model, plain or with directions at work.
+
+    Directions are ablated (--ablate, --direction) or added (--steer).
 
     Prompts also come from --prompt or from a pipe, one a line: each is the next turn of one conversation and gets
     one answer; a line /reset starts a new one.

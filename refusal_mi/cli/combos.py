@@ -42,7 +42,9 @@ def command(
     output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Ablate every single direction and combination on validation prompts; test the winner on held-out ones.
+    """Choose which directions to ablate together, and test them.
+
+    Every single direction and combination is ablated on validation prompts, the winner on held-out ones.
 
     Prompts, search and options are those of the run in the run folder; without one, of a run with the defaults.
     """
@@ -51,6 +53,7 @@ def command(
     from ..pipelines.combos import CombosOptions, run_combos
     from ..pipelines.defaults import default_folder
     from ..pipelines.drawing import draw_combos
+    from ..report import identity_of, list_combinations
     from ..stages import RunFolder
     from .tables import print_json
 
@@ -63,9 +66,11 @@ def command(
         options = replace(options, judge_model=judge.judge_model)
     folder = RunFolder(path, fresh, lambda message: print(message, file=sys.stderr))
     folder.check_writable()
+    before = identity_of(path)
     found = run_combos(model.load(), model.source, options, folder, combos)
     if "baseline" in found:
         draw_combos(found, path)
+        list_combinations(path, before)
     if as_json:
         print_json(found)
     else:

@@ -29,7 +29,7 @@ def command(
     output_dir: Annotated[Path | None, typer.Option(help="Where --normalize-across writes the vectors.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Show the cosine similarity of every vector with every other."""
+    """Show the cosine similarity of every two vectors."""
     from ..files import write_tensors
     from ..vectors import compare, read_vectors
     from ..vectors import normalize_across as shared_norm

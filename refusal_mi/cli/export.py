@@ -53,7 +53,10 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Write a checkpoint (or adapter) that does what the hooks did, and measure how closely."""
+    """Write a checkpoint or adapter that does what hooks did.
+
+    How closely it does is measured.
+    """
     from ..export.adapter import export_adapter
     from ..export.export import export_checkpoint
     from .tables import print_export, print_json
@@ -99,7 +102,10 @@ def vector_command(
     add: AddOption = None,
     format: Annotated[str, typer.Option(help="gguf (llama.cpp control vector) or lm-eval (steering file).")] = "gguf",
 ) -> int:
-    """Write a direction for llama.cpp (added, --add 1 unless given) or lm-evaluation-harness (ablated, or added)."""
+    """Write a direction for llama.cpp or lm-evaluation-harness.
+
+    llama.cpp adds it (--add 1 unless given); lm-evaluation-harness ablates it, or adds it.
+    """
     import torch
     from transformers import AutoConfig
 

@@ -30,7 +30,10 @@ def command(
     ] = True,
     as_json: AsJson = False,
 ) -> int:
-    """Show a model's template, post-instruction tokens, refusal tokens, layers, writers, dtype and memory."""
+    """Show what this package sees in a model.
+
+    That is its template, post-instruction tokens, refusal tokens, layers, writers, dtype and memory.
+    """
     from ..generation import discover_response_prefix
     from ..models import write_hooks
     from ..pipelines.context import N_PREFIX_PROMPTS

@@ -29,7 +29,10 @@ def command(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Judge saved completions again: refusals, degenerate text, and what an endpoint says of them."""
+    """Judge saved completions again.
+
+    Counted are refusals, degenerate text, and what an endpoint says of the completions.
+    """
     from ..files import read_json, write_json
     from ..judges import SubstringJudge
     from ..pipelines.effects import evaluate

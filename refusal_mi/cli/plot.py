@@ -49,7 +49,7 @@ def command(
     ),
     width: Annotated[int, typer.Option(help="Of a static image, in pixels (a PNG has twice as many).")] = WIDTH,
 ) -> int:
-    """Draw a figure of a saved run, or the figures of a saved analysis, without a model."""
+    """Draw a saved run or analysis again, without a model."""
     from ..plots.save import save_figure
     from ..report.folder import RunRecord
     from .analyze import redraw

@@ -81,12 +81,15 @@ def command(
     output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Find the direction that mediates refusal, test it, and write a report."""
+    """Find the direction that mediates refusal, and test it.
+
+    What it does to answers and to CE loss is measured beside random directions, and written into a report.
+    """
     from ..pipelines.arditi import run
     from ..pipelines.defaults import default_folder, default_options
     from ..pipelines.options import RunOptions
     from ..pipelines.several import check_multi, parse_directions
-    from ..report import write_report
+    from ..report import identity_of, list_combinations, write_report
     from ..stages import RunFolder
     from .tables import print_json, print_summary
 
@@ -126,6 +129,7 @@ def command(
     path = output_dir or default_folder(model.source, quick=quick)
     folder = RunFolder(path, fresh, lambda message: print(message, file=sys.stderr))
     folder.check_writable()
+    before = identity_of(path)
     summary = run(
         model.load(),
         model.source,
@@ -135,6 +139,8 @@ def command(
         multi=multi or "span",  # type: ignore[arg-type]
     )
     report = write_report(path / summary["combination"]["label"] if "combination" in summary else path)
+    if "combination" in summary:
+        list_combinations(path, before)
     if as_json:
         print_json({**summary, "report": str(report)})
     else:

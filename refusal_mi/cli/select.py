@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError
 from .arguments import AsJson
 from .bundles import ThresholdOptions, flat
 
@@ -23,7 +24,9 @@ def command(
     top: Annotated[int, typer.Option(help="Survivors to show.")] = 10,
     as_json: AsJson = False,
 ) -> int:
-    """Select a direction from saved scores, ours or published ones."""
+    """Select a direction from saved scores, ours or published."""
+    if top < 1:
+        raise UserError(f"--top must be at least 1, not {top}")
     from ..candidates import ScoreGrid
     from ..selection import select
     from .tables import print_json, print_survivors

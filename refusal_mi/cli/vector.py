@@ -65,7 +65,10 @@ def make(
     output_dir: Annotated[Path | None, typer.Option(help="Default runs/{alias}/harmless_refusal_vectors.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Make a refusal vector from free and instructed answers to the same harmless queries."""
+    """Make a refusal vector from free and instructed answers.
+
+    Both answer the same harmless queries, the instructed ones with an instruction to refuse in front.
+    """
     from ..pipelines.alpaca import REFUSAL_INSTRUCTION, VectorOptions, vector
     from ..pipelines.defaults import default_queries
     from ..pipelines.response_filter import NothingSurvives
@@ -139,7 +142,10 @@ def evaluate(
     output_dir: Annotated[Path | None, typer.Option(help="Default: the vector's folder.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Choose the layer of a refusal vector and measure refusals of harmless queries by coefficient."""
+    """Choose the layer of a refusal vector, and measure it.
+
+    What is measured are refusals of harmless queries, by coefficient.
+    """
     from ..pipelines.alpaca import VECTOR
     from ..pipelines.alpaca_eval import evaluate_vector
     from ..pipelines.alpaca_measures import EvalOptions

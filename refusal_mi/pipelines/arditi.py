@@ -31,7 +31,8 @@ def run(
     """Find, choose and test the refusal direction of a chat model; return what `summary.json` holds.
 
     Stages that were done before from the same inputs are kept. When no candidate survives the thresholds, the
-    summary says so (`"status": "no candidate survives"`) and the later steps are left out.
+    summary says so (`"status": "no candidate survives"`), the later steps are left out, and what they wrote for the
+    direction of an earlier run is set aside.
 
     Args:
         model: from `load_model`.
@@ -57,6 +58,7 @@ def run(
     summary["baseline_scores_nats"] = {"harmful": scores.baseline_harmful, "harmless": scores.baseline_harmless}
     summary["selection"] = _describe_selection(chosen)
     if not chosen.survivors:
+        folder.set_aside(DIRECTION)
         return _finish(context, summary, "no candidate survives")
     if directions:
         combination = combine(directions, ranked(grid, chosen, directions), multi)

@@ -13,7 +13,7 @@ from ..loss import LossResult
 from ..pipelines.search import EVALUATIONS, load_scores
 from ..plots import Effect, SideEffects
 from ..plots.effects import Side
-from ..provenance import display_name
+from ..provenance import display_name, is_embedded
 from ..selection import Selection, Thresholds, select
 from ..stats import Rate
 
@@ -75,6 +75,11 @@ class RunRecord:
     @property
     def is_quick(self) -> bool:
         return bool(self.run.get("quick", False))
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether this is a run of the embedded demonstration model."""
+        return is_embedded(self.run["model"]["source"])
 
     @property
     def model_name(self) -> str:

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..files import write_text
 from ..plots.effects import intervention_name
 from ..plots.style import token_text
 from .answers import answer_tables
+from .combinations import combinations_of, combos_page, identity_of
 from .figures import embedded_json, report_figures
 from .folder import RunRecord
 from .reproduce import command_line
@@ -40,6 +41,17 @@ def write_report(folder: Path) -> Path:
     path = record.folder / "report.html"
     write_text(path, render(record))
     return path
+
+
+def list_combinations(folder: Path, identity: Mapping[str, Any] | None) -> None:
+    """Write the report of a whole run again, if it has one, so that it lists the combinations made since.
+
+    Args:
+        identity: the model and options of its `run.json` when the report was written (`identity_of`); where it names
+            others by now, the report stays as it is.
+    """
+    if (folder / "report.html").is_file() and identity is not None and identity_of(folder) == identity:
+        write_report(folder)
 
 
 def render(record: RunRecord) -> str:
@@ -70,6 +82,8 @@ def render(record: RunRecord) -> str:
         policy=_policy(scripts),
         style=(source / "page.css").read_text(encoding="utf-8"),
         facts=_headline_facts(record),
+        combinations=combinations_of(record),
+        combos_page=combos_page(record),
         thresholds=_bindings(record),
         survivors=_survivors(record),
         loss_rows=_loss_rows(record),
