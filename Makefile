@@ -37,7 +37,9 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.sweep --long-template
+	$(if $(REFUSAL_MI_REFERENCE_DATA),$(BIN)/python -m benchmarks.sweep --splits $(REFUSAL_MI_REFERENCE_DATA)/splits)
 	$(BIN)/python -m benchmarks.staged
+	$(BIN)/python -m benchmarks.staged_draws
 	$(BIN)/python -m benchmarks.responses
 	$(BIN)/python -m benchmarks.responses --model 110m
 	$(BIN)/python -m benchmarks.means

@@ -230,6 +230,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--long-template", action="store_true")
+    parser.add_argument("--splits", type=Path, help="Folder of the published splits, instead of the embedded prompts.")
     parser.add_argument("--positions", type=int, help="Only candidates of the last so many positions.")
     return parser.parse_args()
 

@@ -27,7 +27,7 @@ def as_grid(scores: Scores, n_layers: int) -> ScoreGrid:
 def distance(grid: DirectionGrid, rule: Thresholds, published: Scores, ours: ScoreGrid) -> float:
     """1 − cosine of the two winners."""
     winners = [select(scores, rule).best for scores in (as_grid(published, grid.n_layers), ours)]
-    return 1.0 - cosine(*(grid.direction(best.position, best.layer) for best in winners))
+    return abs(1.0 - cosine(*(grid.direction(best.position, best.layer) for best in winners)))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from refusal_mi.activations import mean_activations
 from refusal_mi.candidates import ScoreGrid, sweep
 from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import DirectionGrid, difference_in_means
+from refusal_mi.files import read_json
 from refusal_mi.models import HookedModel
 from refusal_mi.prompts import load_prompts
 
@@ -133,23 +135,33 @@ def difference(published: Scores, ours: ScoreGrid) -> float:
 
 
 def find_candidates(
-    hooked: HookedModel, tokenizer: Any, *, long_template: bool
+    hooked: HookedModel, tokenizer: Any, *, long_template: bool, splits: Path | None = None
 ) -> tuple[ChatFormat, DirectionGrid, list[str], list[str]]:
     """Chat format, candidates, and the harmful and harmless validation prompts."""
     chat = ChatFormat(tokenizer, LONG_SYSTEM if long_template else None)
-    sides = [load_prompts(f"organism_{side}_train").instructions for side in ("harmful", "harmless")]
+    sides = [_prompts(side, splits) for side in ("harmful", "harmless")]
     grid = difference_in_means(*(mean_activations(hooked, chat, side[N_VAL:][:64]) for side in sides))
     return chat, grid, sides[0][:N_VAL], sides[1][:N_VAL]
+
+
+def _prompts(side: str, splits: Path | None) -> Sequence[str]:
+    """Validation prompts and those that the candidates come from, of the embedded sets or the published splits."""
+    if splits is None:
+        return load_prompts(f"organism_{side}_train").instructions
+    parts = [read_json(splits / f"{side}_{split}.json") for split in ("val", "train")]
+    return [row["instruction"] for row in (*parts[0][:N_VAL], *parts[1][:64])]
 
 
 def main() -> None:
     """Run one row."""
     args = arguments(__doc__)
     hooked, plain, tokenizer = load_both(args.model, args.device)
-    chat, grid, harmful, harmless = find_candidates(hooked, tokenizer, long_template=args.long_template)
+    chat, grid, harmful, harmless = find_candidates(
+        hooked, tokenizer, long_template=args.long_template, splits=args.splits
+    )
     published = PublishedSweep(plain, tokenizer, chat)
     grid = last_positions(grid, args.positions)
-    template = "long template" if args.long_template else "short template"
+    template = f"{'long' if args.long_template else 'short'} template{', published prompts' if args.splits else ''}"
     n_tokens = sum(len(chat.encode(text)) for text in harmful + harmless) / (2 * N_VAL)
     embedded = args.model == "embedded"
     must_reach = 2.0 if embedded else 3.0 if args.long_template or args.device == "cuda" else 1.8
@@ -163,7 +175,7 @@ def main() -> None:
                 straightforward,
                 functools.partial(sweep, hooked, chat, grid, harmful, harmless, REFUSAL_TOKENS, prune_layers=pruned),
                 difference,
-                must_reach=2.5 if pruned else must_reach,
+                must_reach=max(must_reach, 2.5) if pruned and not embedded else must_reach,
                 n_pairs=args.pairs,
                 largest_allowed=1e-4 if args.device == "cpu" else 0.5,
                 note=f"largest difference of any score, nats; {n_tokens:.0f} tokens a prompt, "

@@ -15,9 +15,9 @@ from .models import Hook, HookedModel, check_raw_basis, model_device
 from .progress import track
 from .tokens import TokenBatch, batches_by_length, left_pad
 
-LOGIT_ROWS = 128
-"""Positions whose logits are held at once."""
-PASS_TOKENS = {"cpu": 512, "cuda": 16384}
+MOST_LOGITS = 2**22
+"""Logits that are held at once: 16 MB in float32."""
+PASS_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Most tokens in a pass: more of them are no faster and hold more memory."""
 MAX_TEXT_TOKENS = 256
 """Plain texts are cut to this many tokens, as in the published evaluation."""
@@ -97,8 +97,9 @@ def _summed_loss(model: HookedModel, batch: TokenBatch, scored: Sequence[int], h
     before = torch.cat([row[-n - 1 : -1] for row, n in zip(stream, scored, strict=True)])
     targets = torch.cat([row[-n:] for row, n in zip(batch.tokens, scored, strict=True)])
     total = 0.0
+    n_rows = max(64, MOST_LOGITS // model.cfg.d_vocab)
     with model.hooks(fwd_hooks=list(hooks)):  # somebody's own intervention may act on the norm or the unembedding
-        for some, ids in zip(before.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+        for some, ids in zip(before.split(n_rows), targets.split(n_rows), strict=True):
             logits = read_out(model, some[None])[0]
             losses = functional.cross_entropy(
                 logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="none"

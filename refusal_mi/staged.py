@@ -102,11 +102,13 @@ def staged_token_sets(
     scorer = Scorer(model, chat, grid, harmful, harmless, token_sets, batch_size=batch_size)
     table = ScoreTable(scorer)
     table.skip_layers(thresholds.prune_layers)
-    _Rounds(table, thresholds, screening).run()
+    Rounds(table, thresholds, screening).run()
     return table.grids()
 
 
-class _Rounds:
+class Rounds:
+    """The rounds of a staged search, on the scores that a table knows or can run."""
+
     def __init__(self, table: ScoreTable, thresholds: Thresholds, screening: Screening) -> None:
         self.table, self.thresholds, self.screening = table, thresholds, screening
         draw, n_harmful, n_prompts = random.Random(screening.seed), table.scorer.n_harmful, table.scorer.n_prompts

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from benchmarks.staged_draws import KnownScores
 from refusal_mi.activations import mean_activations
 from refusal_mi.candidates import ScoreTable, exact_items, sweep
 from refusal_mi.chat import ChatFormat
@@ -12,7 +13,7 @@ from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.passes import PlainPasses, SharedPasses
 from refusal_mi.selection import Thresholds, select
-from refusal_mi.staged import Screening, _Rounds, staged_sweep
+from refusal_mi.staged import Rounds, Screening, staged_sweep
 from refusal_mi.work import ITEM_ROWS, Scorer, WorkItem, cut
 from tests.naive import ASKS, CHATS
 
@@ -72,28 +73,12 @@ def test_what_is_measured_is_exact_and_what_is_not_says_why(parts, exact):
     assert "left out by the search" in select(found, rule).explain()
 
 
-class KnownScores(Scorer):
-    """Stands in for a model: the scores of every candidate on every prompt are given, and counted when asked for."""
-
-    def __init__(self, grid, bypass):
-        self.grid, self.bypass, self.n_harmful, self.n_prompts = grid, bypass, bypass.shape[1], 2 * bypass.shape[1]
-        self.token_sets, self.n_runs = [TOKENS], 0
-        self.baseline = torch.zeros(1, self.n_prompts, dtype=torch.float64)
-
-    def run(self, item):
-        self.n_runs += len(item.candidates) * len(item.prompts)
-        found = torch.ones(1, len(item.candidates), len(item.prompts), dtype=torch.float64)
-        for line, place in enumerate(item.candidates):
-            for column, prompt in enumerate(item.prompts):
-                if prompt < self.n_harmful:
-                    found[0, line, column] = self.bypass[self.grid.candidates().index(place), prompt]
-        return found
-
-
 def search(grid, bypass, screening):
-    table = ScoreTable(KnownScores(grid, bypass))
+    known = torch.ones(len(bypass), 3, bypass.shape[1], dtype=torch.float64)
+    known[:, 0] = bypass
+    table = ScoreTable(KnownScores(grid, known))
     rule = Thresholds(kl_max=None, induce_min=None, prune_layers=None)
-    _Rounds(table, rule, screening).run()
+    Rounds(table, rule, screening).run()
     return select(table.grids()[0], rule).best, table
 
 

@@ -100,11 +100,11 @@ class RunContext:
         self._seconds_each[unit] = (time.perf_counter() - start) / n_units
         return result
 
-    def estimate(self, unit: str, n_units: int) -> str:
-        """How long `n_units` will take, if the unit has been timed in this run."""
+    def estimate(self, unit: str, n_units: float, *, most: bool = False) -> str:
+        """How long `n_units` will take, or take at most, if the unit has been timed in this run."""
         if unit not in self._seconds_each:
             return ""
-        return f", about {self._seconds_each[unit] * n_units:.0f} s"
+        return f", {'at most' if most else 'about'} {self._seconds_each[unit] * n_units:.0f} s"
 
     def batched(self, work: Callable[[int], Result]) -> Result:
         """Run `work(batch_size)` at the size asked for, or at the largest that fits."""

@@ -9,6 +9,7 @@ from ..directions import DirectionGrid, difference_in_means
 from ..files import read_json, read_tensors, write_json, write_tensors
 from ..models import resid_hook
 from ..provenance import versions
+from ..score_grid import layer_limit
 from ..selection import Selection, select
 from ..staged import staged_token_sets
 from .context import RunContext
@@ -59,6 +60,7 @@ def score_directions(run: RunContext, grid: DirectionGrid) -> ScoreGrid:
         files.append(PUBLISHED_TOKENS)
         token_sets.append([token["id"] for token in run.prompts["published_refusal_tokens"]])
     harmful, harmless = run.kept("harmful", "val"), run.kept("harmless", "val")
+    pruned = run.options.thresholds.prune_layers if run.options.skip_pruned else None
 
     def compute() -> None:
         sets = (harmful, harmless, token_sets)
@@ -66,7 +68,6 @@ def score_directions(run: RunContext, grid: DirectionGrid) -> ScoreGrid:
         if run.options.search == "staged":
             scored = staged_token_sets(run.model, run.chat, grid, *sets, thresholds=rule, batch_size=size)
         else:
-            pruned = rule.prune_layers if run.options.skip_pruned else None
             scored = sweep_token_sets(run.model, run.chat, grid, *sets, prune_layers=pruned, batch_size=size)
         for path, scores in zip([EVALUATIONS, PUBLISHED_TOKENS], scored, strict=False):
             write_json(run.path / path, [row.describe() | run.mark for row in scores.rows])
@@ -82,8 +83,9 @@ def score_directions(run: RunContext, grid: DirectionGrid) -> ScoreGrid:
         }
         write_json(run.path / files[2], record | run.mark)
 
-    n_passes = len(grid.candidates()) * (len(harmful) + 2 * len(harmless))
-    about = f"{len(grid.candidates())} candidates, {n_passes} prompt passes{run.estimate('pass', n_passes)}"
+    layers = [layer for _, layer in grid.candidates() if layer < layer_limit(grid.n_layers, pruned)]
+    n_whole = sum(len(harmful) + len(harmless) * (2 - layer / grid.n_layers) for layer in layers)
+    about = f"{len(layers)} candidates, as much work as {n_whole:.0f} prompts{run.estimate('pass', n_whole, most=True)}"
     inputs = run.inputs(MEAN_DIFFS, harmful=harmful, harmless=harmless, token_sets=token_sets)
     if run.options.search == "staged":
         about = f"{len(grid.candidates())} candidates, staged search"

@@ -1,0 +1,95 @@
+"""How often the staged search ends where the exact one does, on random validation sets.
+
+`python -m benchmarks.staged_draws [DIRECTORY ...]` scores every candidate on 120 + 120 prompts once, then draws sets of
+32 + 32 and runs both searches on the known scores.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refusal_mi.activations import mean_activations
+from refusal_mi.candidates import ScoreTable
+from refusal_mi.chat import ChatFormat
+from refusal_mi.directions import DirectionGrid, cosine, difference_in_means
+from refusal_mi.models import quiet_load
+from refusal_mi.prompts import load_prompts
+from refusal_mi.score_grid import ScoreGrid
+from refusal_mi.scores import discover_refusal_tokens, next_token_logits
+from refusal_mi.selection import Thresholds, select
+from refusal_mi.staged import DEFAULT_SCREENING, Rounds, Screening
+from refusal_mi.work import Scorer, WorkItem
+
+N_KNOWN, N_DRAWN, N_DRAWS = 120, 32, 150
+Known = Float[Tensor, "candidate measure prompt"]
+
+
+class KnownScores(Scorer):
+    """Gives scores that are known already, and counts the blocks that a model would have run for them."""
+
+    def __init__(self, grid: DirectionGrid, known: Known) -> None:
+        self.grid, self.known = grid, known
+        self.n_harmful, self.n_prompts, self.token_sets = known.shape[-1], 2 * known.shape[-1], [[0]]
+        self.baseline = torch.zeros(1, self.n_prompts, dtype=torch.float64)
+        self.row_of = {place: row for row, place in enumerate(grid.candidates())}
+        self.cost = 0.0
+
+    def run(self, item: WorkItem) -> Float[Tensor, "token_set candidate prompt"]:
+        """Prompt runs are counted as fractions of the blocks: an addition starts at its own layer."""
+        rows = torch.tensor([self.row_of[place] for place in item.candidates])[:, None]
+        cells = [(prompt - self.n_harmful, 2) if prompt >= self.n_harmful else (prompt, 0) for prompt in item.prompts]
+        columns = torch.tensor([column for column, _ in cells])
+        measures = torch.tensor([1 if item.kind == "add" else measure for _, measure in cells])
+        for _, layer in item.candidates:
+            self.cost += len(cells) * (1 if item.kind == "ablate" else 1 - layer / self.grid.n_layers)
+        return self.known[rows, measures, columns][None]
+
+
+def exact(scorer: Scorer) -> ScoreGrid:
+    """All scores of all candidates."""
+    table, n = ScoreTable(scorer), scorer.n_harmful
+    table.run(WorkItem("ablate", tuple(table.open), tuple(range(2 * n))))
+    for layer in {layer for _, layer in table.open}:
+        some = tuple(place for place in table.open if place[1] == layer)
+        table.run(WorkItem("add", some, tuple(range(n, 2 * n))))
+    return table.grids()[0]
+
+
+def draw(grid: DirectionGrid, known: Known, seed: int, screening: Screening) -> tuple[float, float]:
+    """Cosine of the two winners on one random set, and the share of the exact search's runs."""
+    chosen, rule = random.Random(seed), Thresholds()
+    harmful, harmless = (chosen.sample(range(known.shape[-1]), N_DRAWN) for _ in range(2))
+    some = torch.stack([known[:, 0, harmful], known[:, 1, harmless], known[:, 2, harmless]], dim=1)
+    whole, staged = KnownScores(grid, some), KnownScores(grid, some)
+    table = ScoreTable(staged)
+    table.skip_layers(rule.prune_layers)
+    Rounds(table, rule, screening).run()
+    best, expected = (select(scores, rule).best for scores in (table.grids()[0], exact(whole)))
+    places = [grid.direction(each.position, each.layer) for each in (best, expected)]
+    return cosine(*places), staged.cost / whole.cost
+
+
+def main() -> None:
+    """One line for each model."""
+    for source in sys.argv[1:] or [None]:
+        model = quiet_load(source, device="cpu")
+        chat = ChatFormat(model.tokenizer)
+        sides = [load_prompts(f"organism_{side}_train").instructions for side in ("harmful", "harmless")]
+        grid = difference_in_means(*(mean_activations(model, chat, side[N_KNOWN:][:64]) for side in sides))
+        prompts = [side[:N_KNOWN] for side in sides]
+        tokens = discover_refusal_tokens(*(next_token_logits(model, chat, side) for side in prompts))
+        known = exact(Scorer(model, chat, grid, *prompts, [tokens])).per_prompt
+        assert known is not None
+        found = [draw(grid, known, seed, DEFAULT_SCREENING) for seed in range(N_DRAWS)]
+        n_near = sum(cosine >= 0.98 for cosine, _ in found)
+        share = sum(cost for _, cost in found) / len(found)
+        name = "embedded" if source is None else Path(source).name
+        sys.stdout.write(f"{name}: cosine ≥ 0.98 in {n_near} of {N_DRAWS} sets, {share:.1%} of the exact runs\n")
+
+
+if __name__ == "__main__":
+    main()
