@@ -100,7 +100,7 @@ class RunContext:
         self._seconds_each[unit] = (time.perf_counter() - start) / n_units
         return result
 
-    def estimate(self, unit: str, n_units: float, *, most: bool = False) -> str:
+    def estimate(self, unit: str, n_units: int, *, most: bool = False) -> str:
         """How long `n_units` will take, or take at most, if the unit has been timed in this run."""
         if unit not in self._seconds_each:
             return ""

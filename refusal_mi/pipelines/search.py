@@ -84,8 +84,8 @@ def score_directions(run: RunContext, grid: DirectionGrid) -> ScoreGrid:
         write_json(run.path / files[2], record | run.mark)
 
     layers = [layer for _, layer in grid.candidates() if layer < layer_limit(grid.n_layers, pruned)]
-    n_whole = sum(len(harmful) + len(harmless) * (2 - layer / grid.n_layers) for layer in layers)
-    about = f"{len(layers)} candidates, as much work as {n_whole:.0f} prompts{run.estimate('pass', n_whole, most=True)}"
+    n_whole = round(sum(len(harmful) + len(harmless) * (2 - layer / grid.n_layers) for layer in layers))
+    about = f"{len(layers)} candidates, as much work as {n_whole} prompts{run.estimate('pass', n_whole, most=True)}"
     inputs = run.inputs(MEAN_DIFFS, harmful=harmful, harmless=harmless, token_sets=token_sets)
     if run.options.search == "staged":
         about = f"{len(grid.candidates())} candidates, staged search"
