@@ -1,7 +1,7 @@
-"""Loading models and naming their hook points; `forward` runs them, `parts` takes them apart.
+"""Loading models and naming their hook points; `forward` and `native` run them, `blocks` and `parts` take them apart.
 
-These three files know TransformerLens, this one alone names its class. Everything else talks to the `HookedModel`
-protocol, in HF coordinates: no folding, no centring.
+These five files and `watch` know TransformerLens, this one alone names its class. Everything else talks to the
+`HookedModel` protocol, in HF coordinates: no folding, no centring.
 """
 
 from collections.abc import Callable, Iterable, Sequence

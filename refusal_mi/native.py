@@ -140,7 +140,8 @@ def _build(model: Any) -> NativeModel | None:
     tensors = {_plain(name): tensor for name, tensor in original.named_parameters(remove_duplicate=False)}
     tensors |= {_plain(name): tensor for name, tensor in original.named_buffers(remove_duplicate=False)}
     devices = {tensor.device for tensor in tensors.values()}
-    is_plain = isinstance(original, PreTrainedModel) and not getattr(original, "is_quantized", False)
+    is_known = isinstance(original, PreTrainedModel) and type(original).__module__.startswith("transformers.")
+    is_plain = is_known and not getattr(original, "is_quantized", False)
     if not is_plain or len(devices) != 1 or devices == {torch.device("meta")}:
         return None
     config = deepcopy(original.config)
@@ -163,6 +164,7 @@ def _build(model: Any) -> NativeModel | None:
     return _checked(model, native)
 
 
+@torch.no_grad()
 def _checked(model: HookedModel, native: NativeModel) -> NativeModel | None:
     """The native form with the hook points that carry the same values as the bridge's; None if its logits differ."""
     tokens = torch.arange(12, device=model.cfg.device).reshape(2, 6) * 7 % model.cfg.d_vocab
