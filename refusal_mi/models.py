@@ -92,6 +92,7 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(_load_failure(name, revision, error)) from error
+    _check_writes(model, name)
     if not Path(name).is_dir():
         model.original_model.config._commit_hash = _hub_commit(name, revision)  # type: ignore[union-attr]
     model.eval()
@@ -260,6 +261,16 @@ class _WholeCheckpoint:
                 "get the whole checkpoint again, or correct config.json"
             )
         return model
+
+
+def _check_writes(model: Any, name: str) -> None:
+    """Refuse models in which a block has no attention or no MLP output: nothing here could ablate what it writes."""
+    missing = [point for point in write_hooks(model.cfg.n_layers) if point not in model.hook_dict]
+    if missing:
+        raise UserError(
+            f"{name} ({model_type(model)}) has no hook point {missing[0]}: only models whose every block is attention "
+            "and an MLP are supported"
+        )
 
 
 def _keep_heap() -> None:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from refusal_mi.chat import ChatFormat
 from refusal_mi.errors import UserError
@@ -198,6 +199,14 @@ def test_weights_that_lack_tensors_are_a_user_error(tmp_path, family, is_missing
     assert f"cannot load the model in {tmp_path}: {n_missing} tensor" in str(caught.value)
     assert f"first {first}; get the whole checkpoint again, or correct config.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_attention_in_its_blocks_is_refused(tmp_path, tiny_dir):
+    config = AutoConfig.for_model("mamba", vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    load_model(tiny_dir("llama"), device="cpu").tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"\(mamba\) has no hook point blocks.0.hook_attn_out: only models"):
+        load_model(tmp_path, device="cpu")
 
 
 def test_tied_weights_are_not_missing_and_extra_ones_are_allowed(tmp_path):
