@@ -16,7 +16,7 @@ from .progress import track
 from .tokens import TokenBatch, batches_by_length, left_pad
 
 MOST_LOGITS = 2**22
-"""Logits that are held at once: 16 MB in float32."""
+"""Logits that are held at once, 16 MB in float32; those of at least 64 positions."""
 PASS_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Most tokens in a pass: more of them are no faster and hold more memory."""
 MAX_TEXT_TOKENS = 256
