@@ -158,6 +158,8 @@ def _build(model: Any) -> NativeModel | None:
                     if found is None or found.shape != empty.shape:
                         return None
                     kind[leaf] = found
+    if any(isinstance(value, Tensor) and value.is_meta for module in hf.modules() for value in vars(module).values()):
+        return None  # a tensor that is neither parameter nor buffer, so that the model's own cannot be put in by name
     twins = dict(hf.named_modules())
     modules = {id(module): twins.get(_plain(name)) for name, module in original.named_modules()}
     native = NativeModel(model, hf, {key: module for key, module in modules.items() if module is not None})

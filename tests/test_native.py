@@ -21,10 +21,11 @@ from refusal_mi.forward import (
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Ablate, Add, all_hooks
 from refusal_mi.models import load_model, resid_hook, write_hooks
-from refusal_mi.native import NativeModel, choose_runner, running
+from refusal_mi.native import NativeModel, choose_runner, running, without_grad
+from refusal_mi.tokens import TokenBatch
 from tests.naive import ASKS
 from tests.test_interventions import random_direction
-from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, tiny_tokenizer
+from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, save_tiny, tiny_tokenizer
 
 ON_THE_BRIDGE = {"granite", "falcon"}
 """Families whose blocks scale or split what their modules write, so that ablation cannot act on plain modules."""
@@ -179,7 +180,9 @@ def test_a_cast_a_new_buffer_and_a_new_setting_are_followed(own_model):
     own_model.to(torch.float32)
     rotary = own_model.original_model.model.rotary_emb
     rotary = getattr(rotary, "original_component", rotary)
+    before = logits(own_model, batch)
     rotary.inv_freq = rotary.inv_freq * 0.5
+    assert (logits(own_model, batch) - before).abs().max() > 1e-3
     torch.testing.assert_close(logits(choose_runner(own_model), batch), logits(own_model, batch), rtol=1e-5, atol=1e-5)
     runner = choose_runner(own_model)
     own_model.original_model.config.some_setting = 1
@@ -273,10 +276,42 @@ def test_last_logits_do_not_need_the_last_block_elsewhere(family, tiny_model):
     batch = batch_of(model)
     with torch.no_grad():
         expected = last_logits(model, batch)
+        whole = all_logits(model, batch)
         for runner in (model, choose_runner(model)):
             with at_last_positions(runner, -1, 1):
+                assert (all_logits(runner, batch)[:, -2] - whole[:, -2]).abs().max() > 1e-3
                 torch.testing.assert_close(last_logits(runner, batch), expected, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(last_logits(runner, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_hook_of_the_caller_keeps_can_be_differentiated_through(own_model):
+    chat, kept = ChatFormat(own_model.tokenizer), []
+    with without_grad(own_model):
+        assert torch.ones(1).is_inference()
+    own_model.add_hook("blocks.2.hook_resid_pre", lambda stream, hook: kept.append(stream))
+    mean_activations(own_model, chat, ASKS[:2])
+    probe = torch.ones(D_MODEL, requires_grad=True)
+    (kept[0] @ probe).sum().backward()
+    assert probe.grad is not None and probe.grad.abs().sum() > 0
+
+
+ROPES = {
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    "dynamic": {"factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rotary_embeddings_that_depend_on_the_length_are_the_bridges(kind, tmp_path):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 64, **ROPES[kind]}
+    changes = {"original_max_position_embeddings": 64} if kind == "longrope" else {}
+    save_tiny("phi3" if changes else "llama", tmp_path, rope_parameters=rope, **changes)
+    model = load_model(tmp_path, device="cpu")
+    assert isinstance(choose_runner(model), NativeModel) == (kind == "longrope")
+    for length in (20, 100, 20):
+        tokens = torch.arange(2 * length).reshape(2, length) % 200
+        batch = TokenBatch(tokens, torch.ones_like(tokens))
+        torch.testing.assert_close(logits(choose_runner(model), batch), logits(model, batch), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
