@@ -180,7 +180,7 @@ def test_a_cast_a_new_buffer_and_a_new_setting_are_followed(own_model):
     own_model.to(torch.float32)
     rotary = own_model.original_model.model.rotary_emb
     rotary = getattr(rotary, "original_component", rotary)
-    before = logits(own_model, batch)
+    before = logits(choose_runner(own_model), batch)
     rotary.inv_freq = rotary.inv_freq * 0.5
     assert (logits(own_model, batch) - before).abs().max() > 1e-3
     torch.testing.assert_close(logits(choose_runner(own_model), batch), logits(own_model, batch), rtol=1e-5, atol=1e-5)
