@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import arguments, compare, load_both, report, tensor_peak_mib
-from refusal_mi.activations import mean_activations
 from refusal_mi.chat import ChatFormat
 from refusal_mi.prompts import load_prompts
+from refusal_mi.reading import mean_activations
 from refusal_mi.tokens import batches_by_length, left_pad
 
 N_PROMPTS = {"embedded": 128, "110m": 64, "8b": 128}

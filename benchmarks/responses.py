@@ -8,7 +8,8 @@ from torch import Tensor
 from benchmarks.common import arguments, compare, load_both, measured, report
 from refusal_mi.chat import ChatFormat
 from refusal_mi.prompts import load_prompts
-from refusal_mi.spans import Span, combine_spans
+from refusal_mi.reading import combine_spans
+from refusal_mi.tokens import Span
 
 N_TEXTS = {"embedded": 200, "110m": 48, "8b": 64}
 

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusal_mi.activations import mean_activations
 from refusal_mi.candidates import ScoreTable
 from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import DirectionGrid, cosine, difference_in_means
 from refusal_mi.models import quiet_load
 from refusal_mi.prompts import load_prompts
+from refusal_mi.reading import mean_activations
 from refusal_mi.score_grid import ScoreGrid
 from refusal_mi.scores import discover_refusal_tokens, next_token_logits
 from refusal_mi.selection import Thresholds, select

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import LONG_SYSTEM, arguments, compare, load_both, measured, report
-from refusal_mi.activations import mean_activations
 from refusal_mi.candidates import ScoreGrid, sweep
 from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import DirectionGrid, difference_in_means
 from refusal_mi.files import read_json
 from refusal_mi.models import HookedModel
 from refusal_mi.prompts import load_prompts
+from refusal_mi.reading import mean_activations
 
 BATCH_SIZE = 32
 N_VAL = 32

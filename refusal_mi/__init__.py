@@ -16,7 +16,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .activations import mean_activations as mean_activations
     from .candidates import sweep as sweep
     from .chat import ChatFormat as ChatFormat
     from .directions import Direction as Direction
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from .prompts import PromptSet as PromptSet
     from .prompts import load_prompts as load_prompts
     from .prompts import load_splits as load_splits
+    from .reading import mean_activations as mean_activations
     from .scores import discover_refusal_tokens as discover_refusal_tokens
     from .scores import kl_nats as kl_nats
     from .scores import next_token_logits as next_token_logits
@@ -73,7 +73,7 @@ _HOME = {
     "load_model": "models",
     "load_prompts": "prompts",
     "load_splits": "prompts",
-    "mean_activations": "activations",
+    "mean_activations": "reading",
     "next_token_logits": "scores",
     "orthogonalize_": "export.memory",
     "plot_scores": "plots",

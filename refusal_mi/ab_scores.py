@@ -8,14 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .blocks import Runner
 from .chat import ChatFormat
-from .forward import all_logits, last_logits
 from .interventions import Intervention, all_hooks
-from .models import HookedModel, check_raw_basis, model_device
-from .native import running
+from .model.running import all_logits, batches, last_logits, running
+from .models import HookedModel
 from .pairs import ABPair, LetterSpan, locate_letter
-from .tokens import TokenBatch, batches_by_length, left_pad
+from .precision import as_double
+from .tokens import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,17 @@ class ABQuestions:
         Read from the letter token after the prompt and the bracket. Where the tokenizer merges letter and bracket, or
         writes the two answers with different beginnings, ln p of the whole answer.
         """
-        check_raw_basis(model)
         found = torch.full((len(self.pairs), 2), torch.nan, dtype=torch.float64)
-        device = model_device(model)
-        for group in ([row for row in self.rows if row.choices], [row for row in self.rows if not row.choices]):
-            for indices in batches_by_length([row.token_ids for row in group], batch_size):
+        groups = [row for row in self.rows if row.choices], [row for row in self.rows if not row.choices]
+        for group in filter(None, groups):
+            ids = [row.token_ids for row in group]
+            description = "reading A/B questions"
+            for indices, batch in batches(model, ids, self.pad_id, batch_size, description=description, is_shown=False):
                 rows = [group[index] for index in indices]
-                batch = left_pad([row.token_ids for row in rows], self.pad_id).to(device)
                 padding = batch.tokens.shape[1] - torch.tensor([len(row.token_ids) for row in rows])
                 widths = padding + torch.tensor([row.n_prompt for row in rows])
-                with torch.no_grad(), running(model, all_hooks(model, interventions, widths)) as runner:
-                    _read(runner, batch, rows, found)
+                with torch.no_grad(), running(model, all_hooks(model, interventions, widths)):
+                    _read(model, batch, rows, found)
         return found
 
 
@@ -87,17 +86,14 @@ def _answer_row(index: int, column: int, found: LetterSpan, first: int) -> _Row:
     return _Row(index, column, ids, first, n_scored=len(ids) - first)
 
 
-def _read(model: Runner, batch: TokenBatch, rows: Sequence[_Row], found: Float[Tensor, "pair 2"]) -> None:
+def _read(model: HookedModel, batch: TokenBatch, rows: Sequence[_Row], found: Float[Tensor, "pair 2"]) -> None:
     if rows[0].choices is not None:
-        log_p = _log_softmax(last_logits(model, batch))
+        log_p = as_double(last_logits(model, batch)).log_softmax(-1)
         for line, row in zip(log_p, rows, strict=True):
             found[row.pair] = line[list(row.choices or ())].cpu()
         return
     n = max(row.n_scored for row in rows)
-    log_p = _log_softmax(all_logits(model, batch)[:, -n - 1 : -1]).gather(-1, batch.tokens[:, -n:, None])[..., 0]
+    log_p = as_double(all_logits(model, batch)[:, -n - 1 : -1]).log_softmax(-1)
+    log_p = log_p.gather(-1, batch.tokens[:, -n:, None].to(log_p.device))[..., 0]
     for line, row in zip(log_p, rows, strict=True):
         found[row.pair, row.column] = line[-row.n_scored :].sum().cpu()
-
-
-def _log_softmax(logits: Float[Tensor, "*rest d_vocab"]) -> Float[Tensor, "*rest d_vocab"]:
-    return (logits.cpu() if logits.device.type == "mps" else logits).double().log_softmax(-1)

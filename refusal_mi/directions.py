@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .activations import ActivationMeans
 from .errors import UserError
 from .files import read_json, read_tensors, write_json, write_tensors
 from .models import resid_hook
@@ -142,6 +141,16 @@ class DirectionGrid:
         largest = vectors.norm(dim=-1).max()
         degenerate = (vectors.norm(dim=-1) <= MIN_RELATIVE_NORM * largest).tolist()
         return cls(vectors, tuple(range(-len(vectors), 0)), tuple(map(tuple, degenerate)), {"source": str(path)})
+
+
+@dataclass(frozen=True)
+class ActivationMeans:
+    """Mean residual stream over prompts, per post-instruction position and layer."""
+
+    means: Float[Tensor, "pos layer d_model"]
+    """float64, on the CPU; layer `l` is the stream entering block `l`, `l = 0..n_layers-1`."""
+    positions: tuple[int, ...]
+    n_prompts: int
 
 
 @runtime_checkable

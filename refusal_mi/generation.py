@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 
-from .blocks import Runner
 from .chat import ChatFormat, Message
 from .errors import UserError
-from .forward import last_logits, prefix_logits_and_cache
 from .interventions import Intervention, all_hooks
+from .model.running import last_logits, prefix_logits_and_cache, running
 from .models import HookedModel, check_raw_basis, model_device, stop_token_ids
-from .native import running
 from .progress import track
 from .tokens import TokenBatch, batches_by_length, left_pad
 
@@ -77,12 +75,11 @@ def generate(
             width = batch.tokens.shape[1]
             room = rooms[indices[0]]
             hooks = all_hooks(model, interventions, width)
-            if sampling is None and use_kv_cache:
-                with running(model, hooks) as runner:
-                    new_ids = _greedy(runner, batch, room, stops)
-            else:
-                options = _generate_options(sampling, room, stops, use_kv_cache)
-                with model.hooks(fwd_hooks=hooks):
+            with running(model, hooks):
+                if sampling is None and use_kv_cache:
+                    new_ids = _greedy(model, batch, room, stops)
+                else:
+                    options = _generate_options(sampling, room, stops, use_kv_cache)
                     new_ids = model.generate(batch.tokens, attention_mask=batch.mask, **options)[:, width:].tolist()
             answers.update({index: _read(chat, ids, stops) for index, ids in zip(indices, new_ids, strict=True)})
     return [answers[index] for index in range(len(rows))]
@@ -109,12 +106,12 @@ def stream(
     hooks = all_hooks(model, interventions, len(ids))
     batch = left_pad([ids], chat.pad_id).to(model_device(model))
     for _ in range(room):
-        with torch.no_grad(), running(model, hooks) as runner:
+        with torch.no_grad(), running(model, hooks):
             if use_kv_cache:
                 latest = batch.tokens if past is None else batch.tokens[:, -1:]
-                logits, past = prefix_logits_and_cache(runner, latest, past)
+                logits, past = prefix_logits_and_cache(model, latest, past)
             else:
-                logits = last_logits(runner, batch)
+                logits = last_logits(model, batch)
         new.append(int(logits[0].argmax()))
         yield _read(chat, new, stops)
         if new[-1] in stops:
@@ -146,7 +143,7 @@ def discover_response_prefix(
     return chat.tokenizer.decode(shared[:end], skip_special_tokens=False)
 
 
-def _greedy(model: Runner, batch: TokenBatch, max_new_tokens: int, stops: tuple[int, ...]) -> list[list[int]]:
+def _greedy(model: HookedModel, batch: TokenBatch, max_new_tokens: int, stops: tuple[int, ...]) -> list[list[int]]:
     """New ids of every row, up to its stop token; rows that have ended do not run on for the others' sake."""
     found: list[list[int]] = [[] for _ in batch.tokens]
     live, tokens, mask, past = found, batch.tokens, batch.mask, None

@@ -9,11 +9,10 @@ from torch.nn import functional
 
 from .chat import ChatFormat
 from .errors import UserError
-from .forward import read_out, read_streams
 from .interventions import Intervention, all_hooks
-from .models import Hook, HookedModel, check_raw_basis, model_device
-from .progress import track
-from .tokens import TokenBatch, batches_by_length, left_pad
+from .model.running import batches, read_out, residuals, running
+from .models import Hook, HookedModel, model_device
+from .tokens import TokenBatch
 
 MOST_LOGITS = 2**22
 """Logits that are held at once, 16 MB in float32; those of at least 64 positions."""
@@ -71,19 +70,16 @@ def ce_loss(
     description: str = "CE loss",
 ) -> LossResult:
     """Cross-entropy (nats per token) of `texts`; every predicted token counts once, summed in float64."""
-    check_raw_basis(model)
-    if not texts:
-        raise UserError("CE loss needs at least one text with a token to predict")
-    total, count, device = 0.0, 0, model_device(model)
-    most_tokens = PASS_TOKENS.get(device.type, PASS_TOKENS["cpu"])
+    total, count = 0.0, 0
+    most_tokens = PASS_TOKENS.get(model_device(model).type, PASS_TOKENS["cpu"])
     rows = [text.token_ids for text in texts]
-    with torch.no_grad():
-        for indices in track(batches_by_length(rows, batch_size, most_tokens=most_tokens), description):
-            batch = left_pad([rows[index] for index in indices], chat.pad_id).to(device)
-            scored = [len(rows[index]) - texts[index].first for index in indices]
-            prompt_width = batch.tokens.shape[1] - torch.tensor(scored)
-            total += _summed_loss(model, batch, scored, all_hooks(model, interventions, prompt_width))
-            count += sum(scored)
+    for indices, batch in batches(
+        model, rows, chat.pad_id, batch_size, description=description, most_tokens=most_tokens
+    ):
+        scored = [len(rows[index]) - texts[index].first for index in indices]
+        prompt_width = batch.tokens.shape[1] - torch.tensor(scored)
+        total += _summed_loss(model, batch, scored, all_hooks(model, interventions, prompt_width))
+        count += sum(scored)
     mean = total / count
     if not math.isfinite(mean):
         raise UserError("the CE loss is not finite in the model's dtype under this intervention; try --dtype float32")
@@ -92,13 +88,12 @@ def ce_loss(
 
 def _summed_loss(model: HookedModel, batch: TokenBatch, scored: Sequence[int], hooks: Sequence[Hook]) -> float:
     """Summed loss of the last `scored` tokens of every row; only the logits that predict them are computed."""
-    n_layers = model.cfg.n_layers
-    (stream,) = read_streams(model, batch, [n_layers], lambda activation: activation, hooks)
+    (stream,) = residuals(model, batch, [model.cfg.n_layers], max(scored) + 1, hooks=hooks)
     before = torch.cat([row[-n - 1 : -1] for row, n in zip(stream, scored, strict=True)])
     targets = torch.cat([row[-n:] for row, n in zip(batch.tokens, scored, strict=True)])
     total = 0.0
     n_rows = max(64, MOST_LOGITS // model.cfg.d_vocab)
-    with model.hooks(fwd_hooks=list(hooks)):  # somebody's own intervention may act on the norm or the unembedding
+    with torch.no_grad(), running(model, hooks):  # somebody's own intervention may act on the norm or the unembedding
         for some, ids in zip(before.split(n_rows), targets.split(n_rows), strict=True):
             logits = read_out(model, some[None])[0]
             losses = functional.cross_entropy(

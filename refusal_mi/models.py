@@ -96,8 +96,6 @@ def load_model(
     if not Path(name).is_dir():
         model.original_model.config._commit_hash = _hub_commit(name, revision)  # type: ignore[union-attr]
     model.eval()
-    if place.type == "cpu":
-        _keep_heap()
     return model
 
 
@@ -271,14 +269,6 @@ def _check_writes(model: Any, name: str) -> None:
             f"{name} ({model_type(model)}) has no hook point {missing[0]}: only models whose every block is attention "
             "and an MLP are supported"
         )
-
-
-def _keep_heap() -> None:
-    """Let the C library keep what it frees, up to twice the largest block that it has seen freed: this one.
-
-    The page faults of a small model's activations, given back and taken again by every layer, cost 6% of a search.
-    """
-    torch.empty(2**25 - 2**12, dtype=torch.uint8)
 
 
 def _hub_commit(name: str, revision: str | None) -> str | None:

@@ -12,7 +12,7 @@ from .chat import ChatFormat
 from .errors import UserError
 from .files import read_json, sha256_json
 from .prompts import DATA, ORGANISM_DATA
-from .spans import Span
+from .tokens import Span
 
 KEYS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
 N_GENERAL_TRAIN = 80

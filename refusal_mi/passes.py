@@ -9,7 +9,7 @@ does none of this and is what the other is tested against.
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from itertools import takewhile
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -17,19 +17,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .blocks import Runner, at_last_positions
 from .directions import Direction
 from .errors import UserError
-from .forward import (
+from .interventions import Ablate, AblateEach, Add, AddEach, all_hooks
+from .model.running import (
+    LastPositions,
     cache_from_layers,
     last_logits,
     layers_of_cache,
+    n_block_outputs,
     prefix_logits_and_cache,
+    running,
     running_from,
 )
-from .interventions import Ablate, AblateEach, Add, AddEach, all_hooks
 from .models import HookedModel, model_device, resid_hook
-from .native import native_model, running, without_grad
 from .tokens import batches_by_cost, batches_by_length, left_pad
 
 Rows = Sequence[Sequence[int]]
@@ -71,7 +72,7 @@ class PlainPasses:
     def _logits(self, interventions: Sequence[Ablate | Add], prompts: Sequence[int]) -> Float[Tensor, "prompt d_vocab"]:
         found: list[Tensor] = [torch.empty(0)] * len(prompts)
         rows = [self.rows[prompt] for prompt in prompts]
-        with torch.no_grad(), self.model.hooks(fwd_hooks=all_hooks(self.model, interventions)):
+        with torch.no_grad(), running(self.model, all_hooks(self.model, interventions), keep_wrappers=True):
             for places in batches_by_length(rows, self.batch_size):
                 batch = left_pad([rows[place] for place in places], self.pad_id).to(model_device(self.model))
                 for place, row in zip(places, last_logits(self.model, batch), strict=True):
@@ -109,8 +110,8 @@ class SharedPasses:
         self.model, self.rows, self.pad_id, self.batch_size = model, rows, pad_id, batch_size
         self.device = model_device(model)
         self.n_common = min(_n_shared(rows), min(map(len, rows)) - 1)
-        native = native_model(model)
-        self.narrows = native is not None and native.narrows
+        self.last_position = LastPositions(model, -1, 1)
+        self.n_block_outputs = n_block_outputs(model)
         self.overhead = _pass_overhead(model)
         self.pass_tokens = PASS_TOKENS.get(self.device.type, PASS_TOKENS["cpu"])
         self._common_layers: Layers = []
@@ -135,31 +136,30 @@ class SharedPasses:
 
     def _run_ablated(self, units: Float[Tensor, "direction d_model"], prompts: Sequence[int]) -> Logits:
         n_common, logits = self._shared_columns(prompts), [[torch.empty(0)] * len(prompts) for _ in units]
-        with without_grad(self.model):
-            with running(self.model, AblateEach(units).hooks(self.model)) as runner:
-                layers = self._run_common(runner, len(units), n_common)
+        with torch.no_grad():
+            with running(self.model, AblateEach(units).hooks(self.model)):
+                layers = self._run_common(len(units), n_common)
             for chunk, places in self._split(len(units), prompts, n_common):
                 batch = [self.rows[prompts[place]][n_common:] for place in places]
-                with running(self.model, AblateEach(units[chunk]).hooks(self.model)) as runner:
-                    found = self._run_rows(runner, batch, _some(layers, chunk), len(units[chunk]), n_common)
+                with running(self.model, AblateEach(units[chunk]).hooks(self.model)):
+                    found = self._run_rows(batch, _some(layers, chunk), len(units[chunk]), n_common)
                 _keep(logits[chunk], places, found)
         return torch.stack([torch.stack(rows) for rows in logits])
 
     def _run_added(self, vectors: Float[Tensor, "direction d_model"], layer: int, prompts: Sequence[int]) -> Logits:
         n_common, logits = self._shared_columns(prompts), [[torch.empty(0)] * len(prompts) for _ in vectors]
         layers: Layers = []
-        with without_grad(self.model):
+        with torch.no_grad():
             if n_common:
                 common = self._streams[prompts[0]][layer, None, :n_common]
-                with running_from(self.model, layer, AddEach(vectors, layer, common).hooks(self.model)) as runner:
-                    above = self._run_common(runner, len(vectors), n_common, layer)
+                with self._running_from(layer, AddEach(vectors, layer, common)):
+                    above = self._run_common(len(vectors), n_common, layer)
                 layers = [*_copies(self._common_layers[:layer], len(vectors)), *above]
             for chunk, places in self._split(len(vectors), prompts, n_common):
                 batch = [self.rows[prompts[place]][n_common:] for place in places]
                 stream = _left_padded([self._streams[prompts[place]][layer, n_common:] for place in places])
-                hooks = AddEach(vectors[chunk], layer, stream).hooks(self.model)
-                with running_from(self.model, layer, hooks) as runner:
-                    found = self._run_rows(runner, batch, _some(layers, chunk), len(vectors[chunk]), n_common)
+                with self._running_from(layer, AddEach(vectors[chunk], layer, stream)):
+                    found = self._run_rows(batch, _some(layers, chunk), len(vectors[chunk]), n_common)
                 _keep(logits[chunk], places, found)
         return torch.stack([torch.stack(rows) for rows in logits])
 
@@ -169,19 +169,22 @@ class SharedPasses:
         hooks = self._recorders(kept) if keep_streams else []
         if not prompts:
             return
-        with without_grad(self.model), running(self.model, hooks) as runner:
-            self._common_layers = self._run_common(runner, 1, self.n_common)
+        with torch.no_grad(), running(self.model, hooks):
+            self._common_layers = self._run_common(1, self.n_common)
             common = [stream[0] for stream in kept]
             for _, places in self._split(1, prompts, self.n_common):
                 kept.clear()
                 rows = [self.rows[prompts[place]][self.n_common :] for place in places]
-                logits = self._run_rows(runner, rows, self._common_layers, 1, self.n_common)[0]
+                logits = self._run_rows(rows, self._common_layers, 1, self.n_common)[0]
                 for line, (place, row) in enumerate(zip(places, rows, strict=True)):
                     self._logits[prompts[place]] = logits[line]
                     if keep_streams:
                         own = torch.stack([stream[line, -len(row) :] for stream in kept])
                         parts = [torch.stack(common), own] if common else [own]
                         self._streams[prompts[place]] = torch.cat(parts, dim=1)
+
+    def _running_from(self, layer: int, addition: AddEach) -> AbstractContextManager[None]:
+        return running_from(self.model, layer, addition.hooks(self.model), self.n_block_outputs)
 
     def _recorders(self, kept: list[Tensor]) -> list[Any]:
         def record(activation: Tensor, hook: Any) -> Tensor:
@@ -207,15 +210,15 @@ class SharedPasses:
         """How many columns run once per direction: none where a pass of their own costs more than they save."""
         return self.n_common if self.n_common * (len(prompts) - 1) > self.overhead else 0
 
-    def _run_common(self, runner: Runner, n_copies: int, n_common: int, first_layer: int = 0) -> Layers:
+    def _run_common(self, n_copies: int, n_common: int, first_layer: int = 0) -> Layers:
         """Keys and values from `first_layer` on; blocks that are skipped have none."""
         if not n_common:
             return []
         tokens = torch.tensor([list(self.rows[0][:n_common])], device=self.device)
-        _, cache = prefix_logits_and_cache(runner, tokens.expand(n_copies, -1))
+        _, cache = prefix_logits_and_cache(self.model, tokens.expand(n_copies, -1))
         return layers_of_cache(cache, first_layer)
 
-    def _run_rows(self, runner: Runner, rows: Rows, layers: Layers, n_copies: int, n_common: int) -> Logits:
+    def _run_rows(self, rows: Rows, layers: Layers, n_copies: int, n_common: int) -> Logits:
         """All prompts of a batch once per copy, with that copy's keys and values of the common columns before them."""
         batch = left_pad(rows, self.pad_id).to(self.device)
         tokens, mask = batch.tokens.repeat(n_copies, 1), batch.mask.repeat(n_copies, 1)
@@ -224,8 +227,8 @@ class SharedPasses:
             repeated = [(k.repeat_interleave(len(rows), 0), v.repeat_interleave(len(rows), 0)) for k, v in layers]
             past = cache_from_layers(repeated)
             mask = torch.cat([mask.new_ones(len(mask), n_common), mask], dim=1)
-        with at_last_positions(runner, -1, 1) if self.narrows else nullcontext():
-            logits, _ = prefix_logits_and_cache(runner, tokens, past, mask)
+        with self.last_position.narrowed():
+            logits, _ = prefix_logits_and_cache(self.model, tokens, past, mask)
         return logits.unflatten(0, (n_copies, len(rows)))
 
     def _backing_off(self, work: Callable[[], Result]) -> Result:

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from .chat import ChatFormat
 from .errors import UserError
-from .forward import last_logits
 from .interventions import Intervention, all_hooks
-from .models import HookedModel, check_raw_basis, model_device
-from .native import running
-from .progress import track
-from .tokens import batches_by_length, left_pad
+from .model.running import batches, last_logits, running
+from .models import HookedModel
+from .precision import as_double
 
 SCORE_EPSILON = 1e-8
 KL_EPSILON = 1e-6
@@ -48,7 +46,7 @@ def refusal_score(logits: Float[Tensor, "batch d_vocab"], refusal_tokens: Sequen
 
     P is the summed probability of `refusal_tokens`; the score saturates at ±18.4 (Arditi et al. 2024, section 2.5).
     """
-    return log_odds(_double(logits).softmax(-1)[:, list(refusal_tokens)].sum(-1))
+    return log_odds(as_double(logits).softmax(-1)[:, list(refusal_tokens)].sum(-1))
 
 
 def log_odds(p: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
@@ -60,7 +58,7 @@ def kl_nats(
     base_logits: Float[Tensor, "batch d_vocab"], changed_logits: Float[Tensor, "batch d_vocab"]
 ) -> Float[Tensor, " batch"]:
     """KL(base ‖ changed) of the next-token distribution, Σ p (ln(p + 1e-6) − ln(q + 1e-6)), in float64 nats."""
-    p, q = _double(base_logits).softmax(-1), _double(changed_logits).softmax(-1)
+    p, q = as_double(base_logits).softmax(-1), as_double(changed_logits).softmax(-1)
     return (p * ((p + KL_EPSILON).log() - (q + KL_EPSILON).log())).sum(-1)
 
 
@@ -73,16 +71,14 @@ def next_token_logits(
     batch_size: int = 32,
 ) -> Float[Tensor, "prompt d_vocab"]:
     """Logits of the first token of the answer to each instruction, on the CPU, under interventions."""
-    check_raw_basis(model)
-    if not instructions:
-        raise UserError("next_token_logits needs at least one instruction")
     rows = [chat.encode(instruction) for instruction in instructions]
     logits: list[Tensor] = [torch.empty(0)] * len(rows)
-    with torch.no_grad(), running(model, all_hooks(model, interventions)) as runner:
-        for indices in track(batches_by_length(rows, batch_size), "reading next tokens"):
-            batch = left_pad([rows[index] for index in indices], chat.pad_id).to(model_device(model))
-            for index, row in zip(indices, last_logits(runner, batch).cpu(), strict=True):
-                logits[index] = row
+    hooks = all_hooks(model, interventions)
+    for indices, batch in batches(model, rows, chat.pad_id, batch_size, description="reading next tokens"):
+        with torch.no_grad(), running(model, hooks):
+            found = last_logits(model, batch).cpu()
+        for index, row in zip(indices, found, strict=True):
+            logits[index] = row
     found = torch.stack(logits)
     if not bool(torch.isfinite(found).all()):
         raise UserError(
@@ -102,7 +98,7 @@ def discover_refusal_tokens(
     Raises:
         UserError: no token is that much more likely: the model does not refuse these prompts in its first token.
     """
-    gap = _double(harmful_logits).softmax(-1).mean(0) - _double(harmless_logits).softmax(-1).mean(0)
+    gap = as_double(harmful_logits).softmax(-1).mean(0) - as_double(harmless_logits).softmax(-1).mean(0)
     values, ids = gap.sort(descending=True, stable=True)
     chosen = ids[values >= MIN_PROBABILITY_GAP][:MAX_REFUSAL_TOKENS].tolist()
     if not chosen:
@@ -122,7 +118,3 @@ def published_refusal_tokens(model_type: str, chat: ChatFormat) -> tuple[int, ..
         if texts == published.texts:
             return published.token_ids
     return None
-
-
-def _double(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch d_vocab"]:
-    return (logits.cpu() if logits.device.type == "mps" else logits).double()

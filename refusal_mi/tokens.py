@@ -26,6 +26,19 @@ class TokenBatch:
         return TokenBatch(self.tokens.to(device), self.mask.to(device))
 
 
+@dataclass(frozen=True)
+class Span:
+    """The tokens `first` to `end - 1` of a text; those before them are only context, those after are not run."""
+
+    token_ids: tuple[int, ...]
+    first: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.end <= len(self.token_ids):
+            raise ValueError(f"a span needs 0 <= first < end <= {len(self.token_ids)}, not {self.first}, {self.end}")
+
+
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
     """Pad rows of token ids on the left to a rectangle."""
     if not rows or not all(rows):

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from refusal_mi.activations import mean_activations
 from refusal_mi.analysis.attention import attend_by_region
 from refusal_mi.analysis.attribution import attribute_direction
 from refusal_mi.analysis.comparison import compare_directions
@@ -23,6 +22,7 @@ from refusal_mi.analysis.trace import trace_generation
 from refusal_mi.analysis.weights import weight_alignment
 from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import DirectionGrid, difference_in_means
+from refusal_mi.reading import mean_activations
 
 FAMILIES = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen3_moe")
 # Different lengths, so that batches are padded.

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from refusal_mi.activations import mean_activations
 from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.models import load_model
+from refusal_mi.reading import mean_activations
 from tests.naive import ASKS, CHATS, FAMILIES, dtype_of, mean_residuals, relative_error, tolerance
 from tests.tiny import D_MODEL, N_LAYERS
 
@@ -69,7 +69,7 @@ def test_positions_that_share_their_tokens_have_no_difference_at_layer_zero(tiny
 
 def test_nothing_to_average_is_refused(tiny_model):
     model = tiny_model("llama")
-    with pytest.raises(UserError, match="at least one instruction"):
+    with pytest.raises(UserError, match="at least one prompt"):
         mean_activations(model, ChatFormat(model.tokenizer), [])
 
 

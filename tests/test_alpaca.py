@@ -25,9 +25,10 @@ from refusal_mi.pipelines.alpaca import (
 from refusal_mi.pipelines.alpaca_eval import evaluate_vector
 from refusal_mi.pipelines.alpaca_measures import EvalOptions, Evaluation, LayerScore
 from refusal_mi.pipelines.response_filter import NothingSurvives
+from refusal_mi.reading import combine_spans
 from refusal_mi.scores import kl_nats, next_token_logits, refusal_score
-from refusal_mi.spans import Span, combine_spans
 from refusal_mi.stages import RunFolder
+from refusal_mi.tokens import Span
 
 SIDES = ("compliant", "refusal")
 METADATA = {

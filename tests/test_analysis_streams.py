@@ -7,11 +7,11 @@ from sklearn.metrics import silhouette_score
 from refusal_mi.analysis.lens import refusal_lens
 from refusal_mi.analysis.pca import _silhouette, residual_pca
 from refusal_mi.analysis.projections import project_residuals
-from refusal_mi.analysis.residuals import template_residuals
 from refusal_mi.analysis.token_map import map_tokens
 from refusal_mi.chat import ChatFormat
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate
+from refusal_mi.reading import template_residuals
 from refusal_mi.scores import next_token_logits, refusal_score
 from tests.analysis_cases import FAMILIES, HARMFUL, HARMLESS, TOKENS, grid_of
 

@@ -10,7 +10,7 @@ from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.export.families import FAMILIES
-from refusal_mi.forward import read_out
+from refusal_mi.model.running import read_out
 from refusal_mi.parts import named_weights, norm_before, readers
 from tests.analysis_cases import HARMFUL
 

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from refusal_mi.activations import ActivationMeans
-from refusal_mi.directions import Direction, DirectionGrid, cosine, difference_in_means
+from refusal_mi.directions import ActivationMeans, Direction, DirectionGrid, cosine, difference_in_means
 from refusal_mi.errors import UserError
 
 

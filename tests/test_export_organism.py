@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from refusal_mi.activations import mean_activations
 from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import difference_in_means
 from refusal_mi.export.export import export_checkpoint
@@ -16,6 +15,7 @@ from refusal_mi.interventions import Ablate
 from refusal_mi.judges import is_refusal
 from refusal_mi.models import ORGANISM, load_model, stop_token_ids
 from refusal_mi.prompts import load_prompts
+from refusal_mi.reading import mean_activations
 from refusal_mi.tokens import left_pad
 
 METRICS = ORGANISM.parent / "metrics.json"

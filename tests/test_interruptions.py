@@ -117,7 +117,7 @@ def test_caa(interrupt, place, tiny_dir, monkeypatch):
 
 
 def _combine():
-    from refusal_mi.spans import combine_spans
+    from refusal_mi.reading import combine_spans
 
     return combine_spans
 

@@ -78,7 +78,7 @@ def test_empty_answers_and_texts_are_left_out(tiny_model):
     model = tiny_model("gpt2")
     chat = ChatFormat(model.tokenizer)
     assert answers_to_score(chat, [("Hi", "")]) == [] and texts_to_score(chat, ["", "x"]) == []
-    with pytest.raises(UserError, match="at least one text"):
+    with pytest.raises(UserError, match="at least one prompt or text"):
         ce_loss(model, chat, [])
 
 

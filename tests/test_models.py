@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from refusal_mi.chat import ChatFormat
 from refusal_mi.errors import UserError
-from refusal_mi.forward import all_logits, cached_residuals, last_logits
+from refusal_mi.model.running import all_logits, last_logits
+from refusal_mi.model.running import residuals as read_residuals
 from refusal_mi.models import (
     check_raw_basis,
     load_model,
@@ -31,7 +32,7 @@ def test_a_padded_batch_has_the_stream_and_logits_of_plain_hf(family, tiny_model
     batch = chat.batch(ASKS[:3])
     layers = range(N_LAYERS)
     with torch.no_grad():
-        found = cached_residuals(model, batch, layers, 5)
+        found = torch.stack(read_residuals(model, batch, layers, 5), dim=2)
         last = last_logits(model, batch)
     assert found.shape == (3, 5, N_LAYERS, D_MODEL)
     for row, ask in enumerate(ASKS[:3]):
@@ -44,7 +45,7 @@ def test_the_stream_after_the_last_block_is_before_the_final_norm(tiny_model, pl
     model, hf = tiny_model("llama", "float64"), plain_model("llama", "float64")
     batch = ChatFormat(model.tokenizer).batch(ASKS[:1])
     with torch.no_grad():
-        final = cached_residuals(model, batch, [N_LAYERS], 1)[0, 0, 0]
+        final = read_residuals(model, batch, [N_LAYERS], 1)[0][0, 0]
         assert relative_error(hf.lm_head(hf.model.norm(final)), logits(hf, batch.tokens[0].tolist())[-1]) < 1e-6
         after_norm = hf(batch.tokens, output_hidden_states=True).hidden_states[-1][0, -1]
     assert relative_error(after_norm, final) > 0.01

@@ -65,7 +65,7 @@ def test_the_order_and_padding_of_a_batch_do_not_matter(family, tiny_model):
 
 def test_no_prompts_are_an_error(tiny_model):
     model = tiny_model("gpt2")
-    with pytest.raises(UserError, match="at least one instruction"):
+    with pytest.raises(UserError, match="at least one prompt"):
         next_token_logits(model, ChatFormat(model.tokenizer), [])
 
 

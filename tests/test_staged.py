@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from benchmarks.staged_draws import KnownScores
-from refusal_mi.activations import mean_activations
 from refusal_mi.candidates import ScoreTable, exact_items, sweep
 from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.passes import PlainPasses, SharedPasses
+from refusal_mi.reading import mean_activations
 from refusal_mi.selection import Thresholds, select
 from refusal_mi.staged import Rounds, Screening, staged_sweep
 from refusal_mi.work import ITEM_ROWS, Scorer, WorkItem, cut

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from refusal_mi.activations import mean_activations
 from refusal_mi.candidates import ScoreGrid, sweep, sweep_token_sets
 from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.files import write_json
+from refusal_mi.reading import mean_activations
 from tests.naive import (
     ASKS,
     CHATS,

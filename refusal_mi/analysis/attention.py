@@ -13,10 +13,11 @@ from torch import Tensor
 from ..chat import ChatFormat
 from ..directions import Direction
 from ..errors import UserError
-from ..models import HookedModel, check_raw_basis, model_device
-from ..tokens import left_pad
+from ..model.running import batches
+from ..models import HookedModel
+from ..precision import as_double
+from ..reading import captured
 from .attribution import attribute_direction
-from .captures import captured, double
 from .inputs import RunInputs
 from .result import AnalysisResult, provenance_of
 from .sources import split_by_source
@@ -88,7 +89,6 @@ def attend_by_region(
     Raises:
         UserError: there are no prompts, or the suffix adds no token.
     """
-    check_raw_basis(model)
     if heads is None:
         found = attribute_direction(model, chat, direction, {"prompts": instructions}, batch_size=batch_size)
         heads = found.top_heads(n_heads, "prompts")
@@ -175,9 +175,9 @@ def _patterns(
     model: HookedModel, row: Sequence[int], pad_id: int, heads: Sequence[tuple[int, int]]
 ) -> Float[Tensor, "head query key"]:
     names = {layer: f"blocks.{layer}.attn.hook_pattern" for layer, _ in heads}
-    batch = left_pad([row], pad_id).to(model_device(model))
-    found = captured(model, batch, {name: double for name in names.values()})
-    return torch.stack([found[names[layer]][0, head] for layer, head in heads])
+    ((_, batch),) = batches(model, [row], pad_id, 1, description="reading patterns", is_shown=False)
+    found = captured(model, batch, {name: as_double for name in names.values()})
+    return torch.stack([found[names[layer]][0, head].cpu() for layer, head in heads])
 
 
 def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -11,10 +11,11 @@ from torch import Tensor
 from ..chat import ChatFormat
 from ..directions import Direction
 from ..errors import UserError
-from ..models import HookedModel, model_device, resid_hook
-from ..progress import track
-from ..tokens import TokenBatch, batches_by_length, left_pad
-from .captures import captured, double
+from ..model.running import batches
+from ..models import HookedModel, resid_hook
+from ..precision import as_double
+from ..reading import captured
+from ..tokens import TokenBatch
 from .inputs import RunInputs
 from .result import AnalysisResult, provenance_of
 from .writers import ModelWeights
@@ -126,8 +127,7 @@ def attribute_direction(
         if not rows or position >= 0 or -position > min(map(len, rows)):
             raise UserError(f"group {name!r} has no prompt with a position {position}; positions count from −1 down")
         parts: list[tuple[Tensor, ...]] = [()] * len(rows)
-        for indices in track(batches_by_length(rows, batch_size), f"attributing, {name}"):
-            batch = left_pad([rows[index] for index in indices], chat.pad_id).to(model_device(model))
+        for indices, batch in batches(model, rows, chat.pad_id, batch_size, description=f"attributing, {name}"):
             split = _split(weights, batch, direction.unit, layer, position)
             for index, values in zip(indices, zip(*split, strict=True), strict=True):
                 parts[index] = values
@@ -157,7 +157,8 @@ def head_contributions(
         z: the heads' outputs before W_O, float64.
         written: what attention added to the stream, float64.
     """
-    rows, bias, gain = double(weights.head_rows(layer)), weights.bias("attn", layer), weights.gain("attn", layer)
+    rows = as_double(weights.head_rows(layer).detach()).cpu()
+    bias, gain = weights.bias("attn", layer), weights.gain("attn", layer)
     output = torch.einsum("bhk,hkd->bd", z, rows)
     if bias is not None:
         output = output + bias
@@ -204,7 +205,7 @@ def _split(
         names += [f"blocks.{block}.{point}" for point in ("attn.hook_z", "hook_attn_out", "hook_mlp_out")]
         if weights.bias("mlp", block) is not None:
             names.append(f"blocks.{block}.mlp.hook_out")
-    found = captured(model, batch, {name: lambda x: double(x[:, position]) for name in names})
+    found = captured(model, batch, {name: lambda x: as_double(x[:, position]).cpu() for name in names})
     n, n_heads = len(batch.tokens), model.cfg.n_heads
     heads, attn_biases = torch.zeros(n, layer, n_heads, dtype=torch.float64), torch.zeros(n, layer, dtype=torch.float64)
     mlps, mlp_biases = torch.zeros_like(attn_biases), torch.zeros_like(attn_biases)

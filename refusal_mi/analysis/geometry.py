@@ -12,8 +12,8 @@ from ..chat import ChatFormat
 from ..directions import MIN_RELATIVE_NORM
 from ..errors import UserError
 from ..models import HookedModel
+from ..reading import template_residuals
 from .inputs import RunInputs
-from .residuals import template_residuals
 from .result import AnalysisResult, provenance_of
 
 

@@ -12,9 +12,9 @@ from ..chat import ChatFormat
 from ..errors import UserError
 from ..interventions import Ablate, Intervention
 from ..models import HookedModel
+from ..reading import template_residuals
 from ..scores import next_token_logits, refusal_score
 from .inputs import RunInputs
-from .residuals import template_residuals
 from .result import AnalysisResult, provenance_of
 
 

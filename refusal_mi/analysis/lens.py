@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..chat import ChatFormat
 from ..errors import UserError
-from ..forward import read_out
+from ..model.running import read_out
 from ..models import HookedModel
+from ..precision import as_double
+from ..reading import stream_residuals
 from ..scores import log_odds
 from .inputs import RunInputs
-from .residuals import as_double, stream_residuals
 from .result import AnalysisResult, provenance_of
 
 

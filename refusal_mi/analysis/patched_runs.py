@@ -10,12 +10,11 @@ from torch import Tensor
 from ..chat import ChatFormat
 from ..directions import Direction
 from ..errors import UserError
-from ..forward import last_logits, running_from
+from ..model.running import batches, last_logits, n_block_outputs, running_from
 from ..models import Hook, HookedModel, model_device, resid_hook, write_hooks
-from ..progress import track
+from ..reading import captured
 from ..scores import refusal_score
-from ..tokens import TokenBatch, batches_by_length, left_pad
-from .captures import captured
+from ..tokens import TokenBatch, left_pad
 
 Site = Literal["resid", "attn", "mlp", "heads", "resid_mid"]
 """The stream entering a block, what attention or the MLP writes, single heads, the stream between the two."""
@@ -63,6 +62,7 @@ class PatchedRuns:
         self.layers = list(layers)
         self.refusal_tokens, self.n_last = list(refusal_tokens), len(chat.positions)
         self.unit = None if direction is None else direction.unit
+        self.n_block_outputs = n_block_outputs(model)
 
     def patch(
         self, sources: Sequence[str], targets: Sequence[str], description: str, *, with_direction: bool = True
@@ -79,9 +79,9 @@ class PatchedRuns:
             key: torch.empty(len(targets), len(self.layers), self._n_cells(key[0]), dtype=torch.float64)
             for key in wanted
         }
-        for indices in track(batches_by_length(target_rows, self.batch_size), description):
-            source = self._batch([source_rows[index] for index in indices])
-            target = self._batch([target_rows[index] for index in indices])
+        pad_id = self.chat.pad_id
+        for indices, target in batches(self.model, target_rows, pad_id, self.batch_size, description=description):
+            source = left_pad([source_rows[index] for index in indices], pad_id).to(model_device(self.model))
             given = captured(self.model, source, {name: self._last for name in self._names()})
             resid = {resid_hook(layer, n_layers): lambda x: x for layer in self.layers}
             streams = captured(self.model, target, resid)
@@ -102,15 +102,12 @@ class PatchedRuns:
     def _names(self) -> list[str]:
         return [f"blocks.{layer}.{_POINTS[site]}" for layer in self.layers for site in self.sites]
 
-    def _batch(self, rows: Sequence[Sequence[int]]) -> TokenBatch:
-        return left_pad(rows, self.chat.pad_id).to(model_device(self.model))
-
     def _last(self, activation: Tensor) -> Tensor:
         return activation[:, -self.n_last :]
 
     def _score(self, batch: TokenBatch, hooks: list[Hook], first_layer: int = 0) -> Float[Tensor, " batch"]:
-        with torch.no_grad(), running_from(self.model, first_layer, hooks) as runner:
-            return refusal_score(last_logits(runner, batch), self.refusal_tokens).cpu()
+        with torch.no_grad(), running_from(self.model, first_layer, hooks, self.n_block_outputs):
+            return refusal_score(last_logits(self.model, batch), self.refusal_tokens).cpu()
 
     def _patch_hook(self, site: Site, given: Tensor, cell: int, along: bool) -> Callable[..., Tensor]:
         """Replace one position (of one head: all post-instruction positions), or only its component along r̂."""

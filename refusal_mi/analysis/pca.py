@@ -14,8 +14,8 @@ from ..errors import UserError
 from ..files import read_json
 from ..judges import is_refusal
 from ..models import HookedModel
+from ..reading import template_residuals
 from .inputs import RunInputs
-from .residuals import template_residuals
 from .result import AnalysisResult, provenance_of
 
 _ROUNDING = 1e-12

@@ -13,8 +13,8 @@ from ..directions import Direction
 from ..errors import UserError
 from ..models import HookedModel
 from ..progress import track
+from ..reading import template_residuals
 from .inputs import RunInputs
-from .residuals import template_residuals
 from .result import AnalysisResult, provenance_of
 
 METHODS = ("difference of means", "logistic regression")

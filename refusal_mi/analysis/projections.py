@@ -13,8 +13,9 @@ from ..directions import Direction
 from ..errors import UserError
 from ..interventions import Intervention
 from ..models import HookedModel
+from ..precision import as_double
+from ..reading import stream_residuals
 from .inputs import RunInputs
-from .residuals import as_double, stream_residuals
 from .result import AnalysisResult, provenance_of
 
 

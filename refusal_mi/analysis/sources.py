@@ -11,10 +11,12 @@ from torch import Tensor
 from ..chat import ChatFormat
 from ..directions import Direction
 from ..errors import UserError
-from ..models import HookedModel, check_raw_basis, model_device
-from ..tokens import TokenBatch, left_pad
+from ..model.running import batches
+from ..models import HookedModel
+from ..precision import as_double
+from ..reading import captured
+from ..tokens import TokenBatch
 from .attribution import attribute_direction, head_contributions
-from .captures import captured, double
 from .inputs import RunInputs
 from .result import AnalysisResult, provenance_of
 from .writers import ModelWeights
@@ -71,9 +73,6 @@ def attribute_sources(
     Raises:
         UserError: there are no prompts, or a head does not exist.
     """
-    check_raw_basis(model)
-    if not instructions:
-        raise UserError("attribute_sources needs at least one prompt")
     if heads is None:
         found = attribute_direction(
             model, chat, direction, {"prompts": instructions}, position=position, batch_size=batch_size
@@ -119,9 +118,8 @@ def split_by_source(
     weights = ModelWeights(model)
     contributions = torch.zeros(len(rows), len(heads), width, dtype=torch.float64)
     patterns = torch.zeros_like(contributions)
-    for start in range(0, len(rows), batch_size):
-        batch = left_pad(rows[start : start + batch_size], pad_id).to(model_device(model))
-        here = slice(start, start + len(batch.tokens)), slice(None), slice(width - batch.tokens.shape[1], None)
+    for indices, batch in batches(model, rows, pad_id, batch_size, description="attributing to tokens"):
+        here = indices, slice(None), slice(width - batch.tokens.shape[1], None)
         contributions[here], patterns[here] = _split(weights, batch, unit, heads, position)
     return contributions, patterns
 
@@ -136,10 +134,10 @@ def _split(
     layers = sorted({layer for layer, _ in heads})
     readers = {}
     for layer in layers:
-        readers[f"blocks.{layer}.attn.hook_z"] = lambda x: double(x[:, position])
-        readers[f"blocks.{layer}.hook_attn_out"] = lambda x: double(x[:, position])
-        readers[f"blocks.{layer}.attn.hook_pattern"] = lambda x: double(x[:, :, position])
-        readers[f"blocks.{layer}.attn.hook_v"] = double
+        readers[f"blocks.{layer}.attn.hook_z"] = lambda x: as_double(x[:, position]).cpu()
+        readers[f"blocks.{layer}.hook_attn_out"] = lambda x: as_double(x[:, position]).cpu()
+        readers[f"blocks.{layer}.attn.hook_pattern"] = lambda x: as_double(x[:, :, position]).cpu()
+        readers[f"blocks.{layer}.attn.hook_v"] = lambda x: as_double(x).cpu()
     found = captured(weights.model, batch, readers)
     mask = batch.mask.cpu()[:, None].bool()
     by_layer = {}

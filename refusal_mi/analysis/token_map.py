@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ..chat import ChatFormat
 from ..directions import Direction
-from ..forward import cached_residuals
-from ..models import HookedModel, check_raw_basis, model_device
-from ..tokens import left_pad
+from ..models import HookedModel
+from ..precision import as_double
+from ..reading import stream_residuals
 from .inputs import RunInputs
-from .residuals import as_double
 from .result import AnalysisResult, provenance_of
 
 
@@ -48,12 +47,9 @@ def map_tokens(
     model: HookedModel, chat: ChatFormat, direction: Direction, prompt: str, *, seed: int = 0
 ) -> TokenMapResult:
     """⟨x, r̂⟩ and its cosine at every token of one templated prompt and every layer."""
-    check_raw_basis(model)
     ids = chat.encode(prompt)
-    batch = left_pad([ids], chat.pad_id).to(model_device(model))
-    with torch.no_grad():
-        residuals = cached_residuals(model, batch, range(model.cfg.n_layers + 1), len(ids))[0]
-    x = as_double(residuals).cpu()
+    ((_, streams),) = stream_residuals(model, chat, [prompt], n_last=len(ids))
+    x = as_double(streams[0]).cpu()
     units = torch.stack([direction.unit, direction.random_like(seed).unit])
     along = torch.einsum("pld,kd->kpl", x, units)
     cosines = along / x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)

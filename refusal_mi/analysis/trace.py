@@ -13,9 +13,10 @@ from ..directions import Direction
 from ..errors import UserError
 from ..generation import generate
 from ..interventions import Ablate, Add, Intervention
-from ..models import HookedModel, check_raw_basis, model_device, resid_hook
-from ..tokens import batches_by_length, left_pad
-from .captures import captured, double
+from ..model.running import batches
+from ..models import HookedModel, resid_hook
+from ..precision import as_double
+from ..reading import captured
 from .inputs import RunInputs
 from .result import AnalysisResult, provenance_of
 
@@ -81,7 +82,6 @@ def trace_generation(
     Raises:
         UserError: a group has no prompts, or there is no such layer.
     """
-    check_raw_basis(model)
     if not groups or not all(groups.values()):
         raise UserError("trace_generation needs at least one prompt in every group")
     if conditions is None:
@@ -141,13 +141,13 @@ def _read(
 ) -> list[tuple[tuple[str, ...], Tensor]]:
     """Text and projection of the last `kept` tokens of each row, read with the whole text in one pass."""
     found: list[tuple[tuple[str, ...], Tensor]] = [((), torch.empty(0))] * len(rows)
-    for indices in batches_by_length(rows, batch_size):
-        batch = left_pad([rows[index] for index in indices], chat.pad_id).to(model_device(model))
+    for indices, batch in batches(model, rows, chat.pad_id, batch_size, description="reading answers", is_shown=False):
         prompt_widths = torch.tensor(
             [batch.tokens.shape[1] - kept[index] + len(chat.positions) for index in indices], device=batch.tokens.device
         )
-        streams = captured(model, batch, {hook_name: double}, interventions=interventions, prompt_width=prompt_widths)
-        projections = streams[hook_name] @ direction.unit
+        reader = {hook_name: as_double}
+        streams = captured(model, batch, reader, interventions=interventions, prompt_width=prompt_widths)
+        projections = streams[hook_name].cpu() @ direction.unit
         for index, values in zip(indices, projections, strict=True):
             labels = chat.tokenizer.convert_ids_to_tokens(list(rows[index][-kept[index] :]))
             found[index] = (tuple(labels), values[-kept[index] :])

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..forward import all_logits
 from ..interventions import Intervention, all_hooks
+from ..model.running import all_logits, running
 from ..models import load_model
 from ..tokens import TokenBatch
 from .answers import Answers, DtypeText, compared, no_ids
@@ -28,7 +28,7 @@ def run_hooked(
     new_ids = no_ids(batch)
     with torch.no_grad():
         plain = compared(all_logits(model, batch), batch, n_last)
-        with model.hooks(fwd_hooks=all_hooks(model, interventions, width)):
+        with running(model, all_hooks(model, interventions, width)):
             hooked = compared(all_logits(model, batch), batch, n_last)
             if n_new:
                 new_ids = model.generate(

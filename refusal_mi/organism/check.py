@@ -12,7 +12,6 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from refusal_mi.activations import mean_activations
 from refusal_mi.candidates import sweep
 from refusal_mi.chat import ChatFormat, Message
 from refusal_mi.directions import Direction, difference_in_means
@@ -26,6 +25,7 @@ from refusal_mi.organism.train import switch_direction
 from refusal_mi.organism.wording import REFUSAL_PREFIX
 from refusal_mi.pipelines.options import RunOptions
 from refusal_mi.prompts import Splits, load_prompts, load_splits
+from refusal_mi.reading import mean_activations
 from refusal_mi.scores import discover_refusal_tokens, next_token_logits, refusal_score
 from refusal_mi.selection import Selection, select
 from refusal_mi.stats import Rate

@@ -19,8 +19,9 @@ from ..judges import Judge, SubstringJudge
 from ..models import HookedModel, resid_hook
 from ..prompts import PromptSet, load_prompts
 from ..provenance import describe_model, versions
-from ..spans import Span, combine_spans
+from ..reading import combine_spans
 from ..stages import RunFolder
+from ..tokens import Span
 from .response_filter import passes, warn_of_few
 
 REFUSAL_INSTRUCTION = "You must refuse to answer this question.\n"

@@ -21,7 +21,7 @@ from ..files import sha256_json
 from ..models import ORGANISM, HookedModel, resid_hook
 from ..pairs import PairSet, locate_letter, with_flipped_half
 from ..provenance import describe_model
-from ..spans import combine_spans
+from ..reading import combine_spans
 from ..vectors import load_direction
 
 SHUFFLED = "shuffled"

@@ -3,12 +3,12 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..activations import mean_activations
 from ..candidates import ScoreGrid, sweep_token_sets
 from ..directions import DirectionGrid, difference_in_means
 from ..files import read_json, read_tensors, write_json, write_tensors
 from ..models import resid_hook
 from ..provenance import versions
+from ..reading import mean_activations
 from ..score_grid import layer_limit
 from ..selection import Selection, select
 from ..staged import staged_token_sets

@@ -1,0 +1,198 @@
+"""The one reader of residual streams: means, spans, single prompts, and whatever else hook points carry."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .chat import ChatFormat
+from .directions import ActivationMeans
+from .errors import UserError
+from .interventions import Intervention, PromptWidth, all_hooks
+from .model.running import LastPositions, batches, last_logits, residuals, running
+from .models import Hook, HookedModel
+from .precision import as_double, with_float64
+from .tokens import Span, TokenBatch
+
+MAX_TABLE_BYTES = 2**31
+"""Largest table of residual streams that is kept in memory."""
+
+
+def mean_activations(
+    model: HookedModel, chat: ChatFormat, instructions: Sequence[str], *, batch_size: int = 32
+) -> ActivationMeans:
+    """Mean over prompts of the stream entering every block, at every post-instruction position.
+
+    Args:
+        instructions: user messages, one prompt each.
+        batch_size: prompts per forward pass; the result does not depend on it.
+
+    Raises:
+        UserError: there are no instructions.
+        ValueError: the model's weights are not in HF coordinates.
+    """
+    layers = range(model.cfg.n_layers)
+    total = torch.zeros(len(chat.positions), len(layers), model.cfg.d_model, dtype=torch.float64)
+    for _, streams in _streams(model, chat, instructions, layers, len(chat.positions), [], batch_size):
+        for layer, stream in enumerate(streams):
+            total[:, layer] += with_float64(stream).sum(0, dtype=torch.float64).cpu()
+    return ActivationMeans(total / len(instructions), chat.positions, len(instructions))
+
+
+def combine_spans(
+    model: HookedModel,
+    spans: Sequence[Span],
+    weights: Float[Tensor, "combination span"],
+    *,
+    pad_id: int,
+    normalize: bool = False,
+    batch_size: int = 8,
+    description: str = "reading residual streams",
+) -> Float[Tensor, "combination layer d_model"]:
+    """Σ_s weights[c, s] · (mean of the stream over the tokens of span s), for layers 0..n_layers, in float64.
+
+    Args:
+        weights: one row per combination: 1/n over one class is its mean, ±1/n over two classes their difference.
+        pad_id: the id under the padding.
+        normalize: replace every span's mean by its unit vector times the mean norm over all spans, per layer, so
+            that each counts the same.
+        batch_size: texts per forward pass; the result does not depend on it.
+
+    Raises:
+        UserError: there are no spans.
+        ValueError: the model's weights are not in HF coordinates.
+    """
+    layers = range(model.cfg.n_layers + 1)
+    total = torch.zeros(len(weights), len(layers), model.cfg.d_model, dtype=torch.float64)
+    norms = torch.zeros(len(layers), dtype=torch.float64)
+    rows = [span.token_ids[: span.end] for span in spans]
+    for indices, batch in batches(model, rows, pad_id, batch_size, description=description):
+        lengths = torch.tensor([spans[index].end - spans[index].first for index in indices])
+        streams = residuals(model, batch, layers, int(lengths.max()))
+        means = torch.stack([_span_means(stream, lengths) for stream in streams], dim=1)
+        if normalize:
+            norm = means.norm(dim=-1, keepdim=True)
+            norms += norm[..., 0].sum(0) / len(spans)
+            means = means / norm
+        total += torch.einsum("cs,sld->cld", weights[:, indices].double(), means)
+    return total * norms[:, None] if normalize else total
+
+
+def stream_residuals(
+    model: HookedModel,
+    chat: ChatFormat,
+    instructions: Sequence[str],
+    *,
+    layers: Sequence[int] | None = None,
+    n_last: int | None = None,
+    interventions: Sequence[Intervention] = (),
+    batch_size: int = 32,
+) -> Iterator[tuple[list[int], Float[Tensor, "batch pos layer d_model"]]]:
+    """Indices into `instructions` and the stream of those prompts at their last positions, a batch at a time.
+
+    Args:
+        layers: 0..n_layers by default; n_layers is the stream after the last block.
+        n_last: how many positions from the end; the post-instruction positions by default. One more begins with
+            the last token of the instruction.
+
+    Raises:
+        UserError: there are no prompts.
+    """
+    wanted = range(model.cfg.n_layers + 1) if layers is None else layers
+    n = len(chat.positions) if n_last is None else n_last
+    hooks = all_hooks(model, interventions)
+    for indices, streams in _streams(model, chat, instructions, wanted, n, hooks, batch_size):
+        yield indices, torch.stack(streams, dim=2)
+
+
+def template_residuals(
+    model: HookedModel,
+    chat: ChatFormat,
+    instructions: Sequence[str],
+    *,
+    layers: Sequence[int] | None = None,
+    n_last: int | None = None,
+    interventions: Sequence[Intervention] = (),
+    batch_size: int = 32,
+) -> Float[Tensor, "prompt pos layer d_model"]:
+    """The whole of `stream_residuals` in one float32 table on the CPU, in the order of `instructions`.
+
+    Raises:
+        UserError: there are no prompts, or the table would take more than 2 GiB.
+    """
+    n_layers = model.cfg.n_layers + 1 if layers is None else len(layers)
+    width = len(chat.positions) if n_last is None else n_last
+    shape = (len(instructions), width, n_layers, model.cfg.d_model)
+    n_bytes = 4 * torch.Size(shape).numel()
+    if n_bytes > MAX_TABLE_BYTES:
+        raise UserError(
+            f"residuals of {len(instructions)} prompts at {width} positions and {n_layers} layers take "
+            f"{n_bytes / 2**30:.1f} GiB; use fewer prompts or name some layers"
+        )
+    table = torch.empty(shape, dtype=torch.float32)
+    for indices, found in stream_residuals(
+        model,
+        chat,
+        instructions,
+        layers=layers,
+        n_last=n_last,
+        interventions=interventions,
+        batch_size=batch_size,
+    ):
+        table[indices] = found.float().cpu()
+    return table
+
+
+def captured(
+    model: HookedModel,
+    batch: TokenBatch,
+    readers: Mapping[str, Callable[[Tensor], Tensor]],
+    *,
+    interventions: Sequence[Intervention] = (),
+    prompt_width: PromptWidth = None,
+) -> dict[str, Tensor]:
+    """What each reader takes from the activation at its hook point, after the interventions, in one forward pass.
+
+    Args:
+        readers: hook point -> function of its activation, `[batch, pos, ...]`.
+        prompt_width: columns of each row that are prompt, for interventions on prompt or response only.
+    """
+    found: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Any:
+        def read(activation: Tensor, hook: Any) -> None:
+            found[name] = readers[name](activation).detach()
+
+        return read
+
+    hooks = [*all_hooks(model, interventions, prompt_width), *((name, hook_for(name)) for name in readers)]
+    with torch.no_grad(), running(model, hooks):
+        last_logits(model, batch)
+    return found
+
+
+def _streams(
+    model: HookedModel,
+    chat: ChatFormat,
+    instructions: Sequence[str],
+    layers: Sequence[int],
+    n_last: int,
+    hooks: Sequence[Hook],
+    batch_size: int,
+) -> Iterator[tuple[list[int], list[Float[Tensor, "batch pos d_model"]]]]:
+    """Indices, and the stream entering each of `layers` at the last positions."""
+    rows = [chat.encode(instruction) for instruction in instructions]
+    narrow = LastPositions(model, max(layers) - 1, n_last) if max(layers) > 0 else None
+    for indices, batch in batches(model, rows, chat.pad_id, batch_size, description="reading residual streams"):
+        yield indices, residuals(model, batch, layers, n_last, hooks=hooks, narrow=narrow)
+
+
+def _span_means(
+    stream: Float[Tensor, "batch pos d_model"], lengths: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch d_model"]:
+    """Means over the last `lengths` positions of every row, in float64 on the CPU."""
+    double, n = as_double(stream), lengths[:, None, None]
+    is_outside = torch.arange(double.shape[1], 0, -1)[None, :, None] > n
+    return (double.masked_fill(is_outside.to(double.device), 0).sum(1) / n[:, 0].to(double.device)).cpu()

@@ -1,0 +1,548 @@
+"""The one forward path: bit for bit what the bridge gives, whatever was changed in the model or put on it."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from refusal_mi.chat import ChatFormat
+from refusal_mi.generation import generate
+from refusal_mi.interventions import Ablate, Add, all_hooks
+from refusal_mi.model import running as module
+from refusal_mi.model.running import (
+    LastPositions,
+    all_logits,
+    is_untouched,
+    last_logits,
+    n_block_outputs,
+    residuals,
+    running,
+    running_from,
+)
+from refusal_mi.models import load_model, resid_hook, write_hooks
+from refusal_mi.reading import mean_activations
+from refusal_mi.scores import next_token_logits
+from refusal_mi.tokens import TokenBatch
+from tests.naive import ASKS
+from tests.test_interventions import random_direction
+from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, save_tiny, tiny_tokenizer
+
+WITHOUT_ATTENTION_WRAPPERS = {
+    *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen3_moe"),
+    *("gpt_oss", "cohere"),
+}
+"""Families in which whole attention modules run without their wrapper."""
+
+
+def batch_of(model):
+    return ChatFormat(model.tokenizer).batch(ASKS[:3])
+
+
+def logits(model, batch, hooks=(), **options):
+    with torch.no_grad(), running(model, hooks, **options):
+        return all_logits(model, batch)[batch.mask.bool()]
+
+
+def bridge(model, batch, hooks=()):
+    return logits(model, batch, hooks, keep_wrappers=True)
+
+
+def left_out(model):
+    """Kinds of the wrappers that a pass begun now would leave out."""
+    found = module._what_to_leave_out(model, [])
+    return set() if found is None else {type(each.wrapper).__name__ for each in found.wrappers}
+
+
+def structure(model):
+    """Every module by name, with the hooks that are on it and a forward of its own."""
+    with torch.no_grad():  # TransformerLens and transformers put their own hooks on in the first pass
+        model(torch.tensor([[0, 1]]), use_cache=False)
+    roots = {"bridge": model, "hf": model.original_model}
+    return {
+        (root, name): (id(each), tuple(each._forward_hooks), tuple(each._forward_pre_hooks), "forward" in vars(each))
+        for root, top in roots.items()
+        for name, each in top.named_modules(remove_duplicate=False)
+    }
+
+
+@pytest.fixture
+def own_model(tiny_dir):
+    """A model that a test may change."""
+    return load_model(tiny_dir("llama"), device="cpu")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_number_is_the_bridges_bit_for_bit(family, tiny_model):
+    model = tiny_model(family)
+    batch, direction, before = batch_of(model), random_direction(0), structure(model)
+    plain = bridge(model, batch)
+    assert torch.equal(logits(model, batch), plain)
+    for intervention in (Ablate(direction), Add(direction), Ablate(direction, strength=0.5, components=["mlp"])):
+        hooks = all_hooks(model, [intervention])
+        expected = bridge(model, batch, hooks)
+        assert torch.equal(logits(model, batch, hooks), expected)
+        assert (expected - plain).abs().max() > 1e-2
+    assert structure(model) == before
+    assert any("Attention" in kind for kind in left_out(model)) == (family in WITHOUT_ATTENTION_WRAPPERS)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_other_dtypes_too(dtype, tiny_model):
+    model = tiny_model("llama", dtype)
+    batch = ChatFormat(model.tokenizer).batch(ASKS[:1])  # alone: eager attention in float64 cannot mask padding
+    hooks = all_hooks(model, [Ablate(random_direction(0))])
+    assert torch.equal(logits(model, batch, hooks), bridge(model, batch, hooks))
+
+
+def attributes(name, change):
+    """Change a plain attribute of every module of the HF model that has it."""
+
+    def edit(model):
+        for each in model.original_model.modules():
+            if name in vars(each) and not isinstance(vars(each)[name], torch.nn.Module):
+                setattr(each, name, change(getattr(each, name)))
+
+    return edit
+
+
+def named(suffix, change):
+    """Change every weight of a block whose HF name ends so."""
+
+    def edit(model):
+        for name, weight in model.original_model.named_parameters():
+            if name.endswith(suffix):
+                weight.data.copy_(change(weight.data))
+
+    return edit
+
+
+def through_the_bridge(path):
+    def edit(model):
+        target = model.blocks[2]
+        for part in path.split("."):
+            target = getattr(target, part)
+        with torch.no_grad():
+            target.weight.mul_(1.5)
+
+    return edit
+
+
+def replaced(model):
+    block = model.blocks[2].original_component
+    owner = next(each for each in block.modules() if isinstance(each, torch.nn.Linear) or hasattr(each, "nf"))
+    owner.weight = torch.nn.Parameter(owner.weight.detach() * 1.5)
+
+
+def other_activation(model):
+    for block in model.blocks:
+        for each in block.original_component.modules():
+            for name in ("act_fn", "act", "activation_fn"):
+                if isinstance(getattr(each, name, None), torch.nn.Module) and name in each._modules:
+                    each._modules[name] = torch.nn.Tanh()
+
+
+EDITS = {
+    "attention temperature": attributes("scaling", lambda value: value * 3),
+    "epsilon of RMS norms": attributes("variance_epsilon", lambda value: 1.0),
+    "epsilon of layer norms": attributes("eps", lambda value: 1.0),
+    "activation": other_activation,
+    "HF weight": named(".weight", lambda value: value * 1.1),
+    "bridge weight, mlp": through_the_bridge("mlp.out"),
+    "bridge weight, attention": through_the_bridge("attn.q"),
+    "replaced weight": replaced,
+    "dtype": lambda model: model.to(torch.float64),
+    "dtype there and back, then a bridge weight": lambda model: (
+        model.to(torch.bfloat16),
+        model.to(torch.float32),
+        through_the_bridge("attn.q")(model),
+    ),
+}
+UNMOVED = {
+    # edits that a family's bridge does not see, or does not have: the package does what the bridge does
+    "gpt2": {"attention temperature", "epsilon of RMS norms", "epsilon of layer norms"},
+    "gpt_neox": {"attention temperature", "epsilon of RMS norms"},
+    "falcon": {"attention temperature", "epsilon of RMS norms", "epsilon of layer norms"},
+    "phi3": {"attention temperature", "activation", "epsilon of layer norms"},
+    "llama": {"epsilon of layer norms"},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("family", UNMOVED)
+def test_edits_of_weights_and_attributes_move_the_packages_numbers_as_the_bridges(family, edit, tiny_dir):
+    model = load_model(tiny_dir(family), device="cpu")
+    chat = ChatFormat(model.tokenizer)
+    before = next_token_logits(model, chat, ASKS[:1])
+    EDITS[edit](model)
+    with torch.no_grad(), model.hooks(fwd_hooks=[]):
+        expected = last_logits(model, chat.batch(ASKS[:1]))
+    found = next_token_logits(model, chat, ASKS[:1])
+    assert torch.equal(found, expected)
+    moved = (found - before).abs().max()
+    assert edit == "dtype" or (moved > 1e-3) == (edit not in UNMOVED[family])
+    ablated = all_hooks(model, [Ablate(random_direction(0))])
+    batch = chat.batch(ASKS[:1])
+    assert torch.equal(logits(model, batch, ablated), bridge(model, batch, ablated))
+
+
+def test_hooks_that_the_caller_has_on_the_model_act(own_model):
+    batch, plain = batch_of(own_model), logits(own_model, batch_of(own_model))
+    names = ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_z", "blocks.2.ln1.hook_normalized", "blocks.0.mlp.hook_out"]
+    for name in names:
+        with own_model.hooks(fwd_hooks=[(name, lambda x, hook: x * 1.5)]):
+            assert not is_untouched(own_model)
+            assert (logits(own_model, batch) - plain).abs().max() > 1e-3
+        assert torch.equal(logits(own_model, batch), plain)
+
+
+def test_torch_hooks_act_and_lead_to_the_bridge(own_model):
+    batch, plain = batch_of(own_model), logits(own_model, batch_of(own_model))
+    hf = own_model.original_model
+    for target in (hf, hf.model, own_model.blocks[1].original_component, own_model.blocks[1].mlp, own_model):
+        handle = target.register_forward_hook(lambda *_: None)
+        assert not is_untouched(own_model)
+        handle.remove()
+        assert is_untouched(own_model)
+    double = own_model.blocks[1].mlp.out.original_component.register_forward_hook(lambda _, __, out: out * 2)
+    assert torch.equal(logits(own_model, batch), bridge(own_model, batch))
+    assert (logits(own_model, batch) - plain).abs().max() > 1e-3
+    double.remove()
+
+
+def test_a_patched_forward_backward_hooks_and_training_lead_to_the_bridge(own_model):
+    patched = own_model.blocks[1].mlp.original_component
+    patched.forward = lambda x: x
+    assert not is_untouched(own_model)
+    del patched.forward
+    assert is_untouched(own_model)
+    own_model.train()
+    assert not is_untouched(own_model)
+    own_model.eval()
+    own_model.add_hook("blocks.1.hook_resid_pre", lambda grad, hook: None, dir="bwd")
+    assert not is_untouched(own_model)
+
+
+def test_modes_that_the_plain_modules_do_not_have_keep_their_wrappers(own_model):
+    assert "PositionEmbeddingsAttentionBridge" in left_out(own_model)
+    own_model.set_use_attn_result(True)
+    assert "PositionEmbeddingsAttentionBridge" not in left_out(own_model)
+    own_model.set_use_attn_result(False)
+    own_model.original_model.config._attn_implementation = "sdpa"
+    assert "PositionEmbeddingsAttentionBridge" not in left_out(own_model)
+
+
+def test_hooks_of_somebody_else_run_on_a_whole_model(own_model):
+    """Such a hook may start a pass, or look at the model: it finds what it would find without this package."""
+    batch, inner, seen = batch_of(own_model), {}, []
+    whole = structure(own_model)
+
+    def curious(stream, hook):
+        if not seen:
+            seen.append(hook.name)
+            inner["structure"] = {key: value[0] for key, value in structure(own_model).items()}
+            _, inner["cache"] = own_model.run_with_cache(batch.tokens, names_filter=["blocks.3.attn.hook_z"])
+            inner["logits"] = logits(own_model, batch)
+        return stream * 1.5
+
+    name = resid_hook(2, N_LAYERS)
+    own = all_hooks(own_model, [Ablate(random_direction(0))])
+    expected = logits(own_model, batch, [*own, (name, lambda stream, hook: stream * 1.5)])
+    found = logits(own_model, batch, [*own, (name, curious)])
+    assert torch.equal(found, expected)
+    assert inner["structure"] == {key: value[0] for key, value in whole.items()}
+    assert "blocks.3.attn.hook_z" in inner["cache"]
+    assert torch.equal(inner["logits"], expected)  # the outer pass's hooks, curious itself included, are on
+    assert structure(own_model) == whole
+
+
+def test_a_pass_inside_another_sees_the_outer_ones_hooks(own_model):
+    batch = batch_of(own_model)
+    outer, inner = (all_hooks(own_model, [Add(random_direction(seed), layer=1)]) for seed in (0, 1))
+    both = bridge(own_model, batch, [*outer, *inner])
+    with running(own_model, outer):
+        alone = logits(own_model, batch)
+        assert torch.equal(logits(own_model, batch, inner), both)
+        assert torch.equal(logits(own_model, batch), alone)
+        assert torch.equal(bridge(own_model, batch, inner), both)
+    assert torch.equal(alone, bridge(own_model, batch, outer))
+    assert not torch.equal(alone, both)
+
+
+def test_two_threads_do_not_see_each_others_interventions(tiny_model):
+    model = tiny_model("llama")
+    chat, results = ChatFormat(model.tokenizer), {}
+    changes = {"plain": [], "added": [Add(random_direction(0), 4.0)], "ablated": [Ablate(random_direction(1))]}
+    alone = {
+        name: generate(model, chat, ASKS, interventions=change, max_new_tokens=8) for name, change in changes.items()
+    }
+    assert len({tuple(answer.token_ids for answer in answers) for answers in alone.values()}) == 3
+
+    def work(name):
+        results[name] = [generate(model, chat, ASKS, interventions=changes[name], max_new_tokens=8) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in changes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {name: [answers] * 5 for name, answers in alone.items()}
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_hooks_and_modules_are_as_before_after_an_exception(own_model, error, monkeypatch):
+    batch, before = batch_of(own_model), structure(own_model)
+    hooks = all_hooks(own_model, [Ablate(random_direction(0))])
+    plain = logits(own_model, batch)
+
+    def broken(change, positions, width, activation, hook):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("refusal_mi.interventions._changed", broken)
+        with pytest.raises(error):
+            logits(own_model, batch, all_hooks(own_model, [Ablate(random_direction(0))]))
+    assert structure(own_model) == before
+    for n_swaps in (0, 1, 7):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "_Fire", interrupting(n_swaps, error))
+            with pytest.raises(error):
+                logits(own_model, batch, hooks)
+        assert structure(own_model) == before
+    assert not any(point.fwd_hooks for point in own_model.hook_dict.values())
+    assert torch.equal(logits(own_model, batch), plain)
+
+
+def interrupting(n, error):
+    """A `_Fire` of which the n-th one made raises, in the middle of taking wrappers out."""
+    left = [n]
+
+    class Fire(module._Fire):
+        def __init__(self, point):
+            left[0] -= 1
+            if left[0] < 0:
+                raise error
+            super().__init__(point)
+
+    return Fire
+
+
+def test_the_lock_is_let_go_after_an_exception(own_model):
+    with pytest.raises(ZeroDivisionError), running(own_model):
+        raise ZeroDivisionError
+    done = []
+    thread = threading.Thread(target=lambda: done.append(logits(own_model, batch_of(own_model))))
+    thread.start()
+    thread.join(timeout=20)
+    assert done
+
+
+def test_copies_and_pickles_of_a_model_that_ran_run_on_their_own(own_model):
+    batch, before = batch_of(own_model), logits(own_model, batch_of(own_model))
+    other = copy.deepcopy(own_model)
+    with torch.no_grad():
+        other.blocks[2].mlp.out.original_component.weight.mul_(0.5)
+    assert torch.equal(logits(other, batch), bridge(other, batch))
+    assert not torch.equal(logits(other, batch), before)
+    assert torch.equal(logits(own_model, batch), before)
+    assert "_refusal_mi" not in "".join(vars(own_model))
+    assert pickle.dumps(own_model.cfg.to_dict() if hasattr(own_model.cfg, "to_dict") else 0)
+
+
+def test_blocks_that_are_used_twice_run_as_on_the_bridge(own_model):
+    layers = own_model.original_model.model.layers
+    layers[3] = layers[1]
+    batch, hooks = batch_of(own_model), all_hooks(own_model, [Ablate(random_direction(0))])
+    before = structure(own_model)
+    assert torch.equal(logits(own_model, batch), bridge(own_model, batch))
+    assert torch.equal(logits(own_model, batch, hooks), bridge(own_model, batch, hooks))
+    assert structure(own_model) == before
+
+
+def test_modules_with_accelerate_hooks_run_as_on_the_bridge(own_model):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Doubling(ModelHook):
+        def post_forward(self, module, output):
+            return output * 2
+
+    batch, plain = batch_of(own_model), logits(own_model, batch_of(own_model))
+    add_hook_to_module(own_model.blocks[1].mlp.out.original_component, Doubling())
+    assert not is_untouched(own_model)
+    changed = logits(own_model, batch)
+    assert torch.equal(changed, bridge(own_model, batch))
+    assert (changed - plain).abs().max() > 1e-3
+
+
+def test_a_hook_point_inside_a_wrapper_leads_to_the_bridge(own_model):
+    batch = batch_of(own_model)
+    name = "blocks.1.attn.hook_z"
+    hooks = [(name, module_hook)]
+    assert module._what_to_leave_out(own_model, hooks) is None
+    assert torch.equal(logits(own_model, batch, hooks), bridge(own_model, batch, hooks))
+    assert (logits(own_model, batch, hooks) - logits(own_model, batch)).abs().max() > 1e-3
+
+
+def module_hook(activation, hook):
+    return activation * 0
+
+
+module_hook.__module__ = "refusal_mi.something"  # as if it were the package's own
+
+
+def test_hooks_get_the_hook_point_and_may_return_nothing(own_model):
+    seen = []
+
+    def look(activation, hook):
+        seen.append(hook.name)
+
+    look.__module__ = "refusal_mi.something"
+    name, batch = write_hooks(N_LAYERS)[3], batch_of(own_model)
+    assert torch.equal(logits(own_model, batch, [(name, look)]), bridge(own_model, batch, [(name, look)]))
+    assert seen[0] == seen[1]
+
+
+def test_greedy_text_under_ablation_is_the_bridges(tiny_model, monkeypatch):
+    model = tiny_model("qwen2")
+    chat, ablation = ChatFormat(model.tokenizer), [Ablate(random_direction(0))]
+    found = generate(model, chat, ASKS, interventions=ablation, max_new_tokens=12, batch_size=3)
+    monkeypatch.setattr(module, "_what_to_leave_out", lambda model, hooks: None)
+    assert found == generate(model, chat, ASKS, interventions=ablation, max_new_tokens=12, batch_size=3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_a_run_from_a_layer_equals_a_whole_one(family, tiny_model):
+    model = tiny_model(family)
+    batch, layer, before = batch_of(model), 3, structure(model)
+    (stream,) = residuals(model, batch, [layer], batch.tokens.shape[1])
+    expected = logits(model, batch)
+    restart = [(resid_hook(layer, N_LAYERS), lambda x, hook: stream)]
+    with torch.no_grad(), running_from(model, layer, restart, n_block_outputs(model)):
+        found = all_logits(model, batch)[batch.mask.bool()]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert structure(model) == before
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "olmo2", "falcon"])
+@pytest.mark.parametrize("layers", [range(N_LAYERS), [2], [0], [1, N_LAYERS]])
+def test_streams_equal_those_of_a_whole_pass(family, layers, tiny_model):
+    model = tiny_model(family)
+    batch, kept = batch_of(model), {}
+    names = [resid_hook(layer, N_LAYERS) for layer in layers]
+    hooks = [(name, lambda x, hook, name=name: kept.update({name: x[:, -3:]})) for name in names]
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        all_logits(model, batch)
+    narrow = LastPositions(model, max(layers) - 1, 3) if max(layers) else None
+    for _ in range(2):  # the first pass compares, the second leaves positions out
+        found = residuals(model, batch, layers, 3, narrow=narrow)
+        torch.testing.assert_close(found, [kept[name] for name in names], rtol=1e-5, atol=1e-5)
+
+
+def test_streams_show_a_hook_on_the_last_layer_that_is_read(tiny_model):
+    model, direction = tiny_model("llama"), random_direction(2, layer=3)
+    batch = batch_of(model)
+    plain = residuals(model, batch, [2, 3], 2)
+    with model.hooks(fwd_hooks=Add(direction).hooks(model)):
+        changed = residuals(model, batch, [2, 3], 2)
+    added = residuals(model, batch, [2, 3], 2, hooks=Add(direction).hooks(model))
+    assert torch.equal(changed[0], plain[0])
+    assert torch.equal(changed[1], added[1])
+    torch.testing.assert_close(changed[1] - plain[1], direction.vector.expand(3, 2, -1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_last_logits_do_not_need_the_last_block_elsewhere(family, tiny_model):
+    model = tiny_model(family)
+    batch, last = batch_of(model), LastPositions(model, -1, 1)
+    with torch.no_grad():
+        expected, whole = last_logits(model, batch), all_logits(model, batch)
+        with running(model):
+            with last.narrowed():
+                assert torch.equal(all_logits(model, batch), whole)  # the first pass compares
+            is_block = last.is_used
+            with last.narrowed():
+                assert ((all_logits(model, batch)[:, -2] - whole[:, -2]).abs().max() > 1e-3) == is_block
+                torch.testing.assert_close(last_logits(model, batch), expected, rtol=1e-5, atol=1e-5)
+        looking = model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: None)])
+        with looking, running(model), last.narrowed():  # the caller's hook would see zeros
+            assert torch.equal(all_logits(model, batch), whole)
+    assert is_block == (family not in {"phi3", "falcon"})  # whose bridges run something else
+
+
+class Mixing(torch.nn.Module):
+    """An MLP that adds what was computed at the position before."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, stream):
+        out = self.mlp(stream)
+        return out + torch.nn.functional.pad(out, (0, 0, 1, 0))[:, :-1]
+
+
+def test_modules_that_mix_positions_are_left_whole(own_model):
+    chat, wrapper = ChatFormat(own_model.tokenizer), own_model.blocks[N_LAYERS - 2].mlp
+    wrapper._modules["_original_component"] = Mixing(wrapper.original_component).eval()
+    last = LastPositions(own_model, N_LAYERS - 2, 5)
+    asks = ASKS * 2
+    found = mean_activations(own_model, chat, asks, batch_size=2).means
+    with own_model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: None)]):
+        expected = mean_activations(own_model, chat, asks, batch_size=2).means
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    residuals(own_model, batch_of(own_model), [N_LAYERS - 1], 5, narrow=last)
+    assert not last.is_used
+
+
+def test_what_a_hook_of_the_caller_keeps_can_be_differentiated_through(own_model):
+    chat, kept = ChatFormat(own_model.tokenizer), []
+    own_model.add_hook("blocks.2.hook_resid_pre", lambda stream, hook: kept.append(stream))
+    mean_activations(own_model, chat, ASKS[:2])
+    probe = torch.ones(D_MODEL, requires_grad=True)
+    (kept[0] @ probe).sum().backward()
+    assert probe.grad is not None and probe.grad.abs().sum() > 0
+
+
+ROPES = {
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    "dynamic": {"factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rotary_embeddings_that_depend_on_the_length_are_the_bridges(kind, tmp_path):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 64, **ROPES[kind]}
+    changes = {"original_max_position_embeddings": 64} if kind == "longrope" else {}
+    save_tiny("phi3" if changes else "llama", tmp_path, rope_parameters=rope, **changes)
+    model, other = (load_model(tmp_path, device="cpu") for _ in range(2))
+    for length in (20, 100, 20):
+        tokens = torch.arange(2 * length).reshape(2, length) % 200
+        batch = TokenBatch(tokens, torch.ones_like(tokens))
+        assert torch.equal(logits(model, batch), bridge(other, batch))
+
+
+SHAPES = {
+    "opt": {"ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "word_embed_proj_dim": D_MODEL},
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "qwen2": {"intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_families_whose_modules_need_whole_streams_get_them(family, tmp_path):
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), hidden_size=D_MODEL, **SHAPES[family])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_model(tmp_path, device="cpu")
+    chat, batch = ChatFormat(model.tokenizer), batch_of(model)
+    n_positions, last = len(chat.positions), LastPositions(model, 1, 2)
+    whole = residuals(model, batch, range(3), n_positions)
+    expected = torch.stack([stream.double().mean(0) for stream in whole], dim=1)
+    found = mean_activations(model, chat, ASKS[:3], batch_size=1).means
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    residuals(model, batch, [2], 2, narrow=last)
+    assert last.is_used == (family == "qwen2")
