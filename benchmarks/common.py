@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from refusal_mi.files import read_json, write_json
-from refusal_mi.models import ORGANISM, HookedModel, load_model
+from refusal_mi.model.loading import ORGANISM, load_model
+from refusal_mi.model.points import HookedModel
 
 RESULTS = Path(__file__).parent / "results.json"
 LONG_SYSTEM = (

@@ -19,15 +19,16 @@ from scipy.optimize import nnls
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import RESULTS, describe_machine
-from refusal_mi.candidates import sweep
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import DirectionGrid, difference_in_means
 from refusal_mi.files import read_json, write_json
 from refusal_mi.generation import generate
-from refusal_mi.loss import ce_loss, texts_to_score
-from refusal_mi.models import ORGANISM, HookedModel, load_model
-from refusal_mi.prompts import load_prompts
+from refusal_mi.measures import ce_loss, texts_to_score
+from refusal_mi.model.loading import ORGANISM, load_model
+from refusal_mi.model.points import HookedModel
 from refusal_mi.reading import mean_activations
+from refusal_mi.search.sweep import sweep
+from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.prompts import load_prompts
 
 N_NEW, N_REPEATS = 16, 3
 TERMS = ("layer call", "block multiply-add", "unembedding multiply-add")

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from refusal_mi.directions import Direction
-from refusal_mi.export.classify import build_skeleton
 from refusal_mi.export.export import export_checkpoint
 from refusal_mi.interventions import Ablate
+from refusal_mi.model.writers import build_skeleton
 
 CONFIG = {
     "hidden_size": 2048,

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from benchmarks.common import arguments, compare, load_both, report
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import Direction
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Ablate
-from refusal_mi.models import resid_hook
-from refusal_mi.prompts import load_prompts
-from refusal_mi.tokens import batches_by_length, left_pad
+from refusal_mi.model.points import resid_hook
+from refusal_mi.text.batches import batches_by_length, left_pad
+from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.prompts import load_prompts
 
 NEW_TOKENS = {"embedded": 48, "110m": 24, "8b": 64}
 N_PROMPTS, BATCH_SIZE = 32, 16

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import arguments, compare, load_both, report
-from refusal_mi.chat import ChatFormat
-from refusal_mi.loss import MAX_TEXT_TOKENS, ScoredText, answers_to_score, ce_loss, texts_to_score
-from refusal_mi.prompts import load_prompts
+from refusal_mi.measures import MAX_TEXT_TOKENS, ScoredText, answers_to_score, ce_loss, texts_to_score
+from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.prompts import load_prompts
 
 N_TEXTS = {"embedded": 100, "110m": 24, "8b": 64}
 PUBLISHED_BATCH = 2

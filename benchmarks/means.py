@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import arguments, compare, load_both, report, tensor_peak_mib
-from refusal_mi.chat import ChatFormat
-from refusal_mi.prompts import load_prompts
 from refusal_mi.reading import mean_activations
-from refusal_mi.tokens import batches_by_length, left_pad
+from refusal_mi.text.batches import batches_by_length, left_pad
+from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.prompts import load_prompts
 
 N_PROMPTS = {"embedded": 128, "110m": 64, "8b": 128}
 BATCH_SIZE = 32

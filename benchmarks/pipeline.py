@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import arguments, compare, load_both, report
-from refusal_mi.chat import ChatFormat
 from refusal_mi.cli import exit_status
-from refusal_mi.tokens import batches_by_length, left_pad
+from refusal_mi.text.batches import batches_by_length, left_pad
+from refusal_mi.text.chat import ChatFormat
 
 BATCH_SIZE, NEW_TOKENS = 64, 64
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import arguments, compare, load_both, measured, report
-from refusal_mi.chat import ChatFormat
-from refusal_mi.prompts import load_prompts
 from refusal_mi.reading import combine_spans
-from refusal_mi.tokens import Span
+from refusal_mi.text.batches import Span
+from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.prompts import load_prompts
 
 N_TEXTS = {"embedded": 200, "110m": 48, "8b": 64}
 

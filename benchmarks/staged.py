@@ -12,11 +12,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import arguments, compare, load_both, measured, report
 from benchmarks.sweep import PublishedSweep, Scores, find_candidates, last_positions
 from refusal_mi.directions import DirectionGrid, cosine
-from refusal_mi.models import load_model
-from refusal_mi.score_grid import CandidateScore, ScoreGrid
-from refusal_mi.scores import discover_refusal_tokens, next_token_logits
-from refusal_mi.selection import Thresholds, select
-from refusal_mi.staged import staged_sweep
+from refusal_mi.measures import discover_refusal_tokens, next_token_logits
+from refusal_mi.model.loading import load_model
+from refusal_mi.search.grid import CandidateScore, ScoreGrid, Thresholds, select
+from refusal_mi.search.staged import staged_sweep
 
 
 def as_grid(scores: Scores, n_layers: int) -> ScoreGrid:

@@ -12,17 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusal_mi.candidates import ScoreTable
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import DirectionGrid, cosine, difference_in_means
-from refusal_mi.models import quiet_load
-from refusal_mi.prompts import load_prompts
+from refusal_mi.measures import discover_refusal_tokens, next_token_logits
+from refusal_mi.model.loading import quiet_load
 from refusal_mi.reading import mean_activations
-from refusal_mi.score_grid import ScoreGrid
-from refusal_mi.scores import discover_refusal_tokens, next_token_logits
-from refusal_mi.selection import Thresholds, select
-from refusal_mi.staged import DEFAULT_SCREENING, Rounds, Screening
-from refusal_mi.work import Scorer, WorkItem
+from refusal_mi.search.grid import ScoreGrid, Thresholds, select
+from refusal_mi.search.staged import DEFAULT_SCREENING, Rounds, Screening
+from refusal_mi.search.sweep import Scorer, ScoreTable, WorkItem
+from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.prompts import load_prompts
 
 N_KNOWN, N_DRAWN, N_DRAWS = 120, 32, 150
 Known = Float[Tensor, "candidate measure prompt"]

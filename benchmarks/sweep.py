@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import LONG_SYSTEM, arguments, compare, load_both, measured, report
-from refusal_mi.candidates import ScoreGrid, sweep
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import DirectionGrid, difference_in_means
 from refusal_mi.files import read_json
-from refusal_mi.models import HookedModel
-from refusal_mi.prompts import load_prompts
+from refusal_mi.model.points import HookedModel
 from refusal_mi.reading import mean_activations
+from refusal_mi.search.grid import ScoreGrid
+from refusal_mi.search.sweep import sweep
+from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.prompts import load_prompts
 
 BATCH_SIZE = 32
 N_VAL = 32

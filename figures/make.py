@@ -14,20 +14,17 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from refusal_mi.analysis import load_result
-from refusal_mi.analysis.inputs import RunInputs
+from refusal_mi.analysis.result import figures, load_result
+from refusal_mi.figures.effects import plot_combos, points
+from refusal_mi.figures.save import save_figure, save_figures
+from refusal_mi.figures.scores import plot_score_panels, plot_scores
 from refusal_mi.files import read_json, write_json
-from refusal_mi.models import resolve_source
+from refusal_mi.model.loading import resolve_source
 from refusal_mi.notebook import combined, load
-from refusal_mi.pipelines.arditi import run as run_arditi
-from refusal_mi.pipelines.defaults import default_options
-from refusal_mi.pipelines.drawing import points
-from refusal_mi.plots import plot_score_panels, plot_scores
-from refusal_mi.plots.combos import plot_combos
-from refusal_mi.plots.save import save_figure, save_figures
-from refusal_mi.plots_analysis import figures
-from refusal_mi.report.folder import RunRecord
-from refusal_mi.stages import RunFolder
+from refusal_mi.recipes.arditi import run as run_arditi
+from refusal_mi.recipes.options import default_options
+from refusal_mi.run.record import RunInputs, RunRecord
+from refusal_mi.run.stages import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = {"scores": 800, "score_panels": 1200}

@@ -16,70 +16,70 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .candidates import sweep as sweep
-    from .chat import ChatFormat as ChatFormat
     from .directions import Direction as Direction
     from .directions import DirectionGrid as DirectionGrid
     from .directions import Estimator as Estimator
     from .directions import difference_in_means as difference_in_means
     from .errors import UserError as UserError
     from .export.export import export_checkpoint as export_checkpoint
-    from .export.memory import orthogonalize_ as orthogonalize_
+    from .export.export import orthogonalize_ as orthogonalize_
+    from .figures.scores import plot_scores as plot_scores
     from .generation import Sampling as Sampling
     from .generation import generate as generate
     from .interventions import Ablate as Ablate
     from .interventions import Add as Add
-    from .judges import Judge as Judge
-    from .judges import SubstringJudge as SubstringJudge
-    from .judges import is_degenerate as is_degenerate
-    from .judges import is_refusal as is_refusal
-    from .loss import ce_loss as ce_loss
-    from .models import load_model as load_model
-    from .plots import plot_scores as plot_scores
-    from .prompts import PromptSet as PromptSet
-    from .prompts import load_prompts as load_prompts
-    from .prompts import load_splits as load_splits
+    from .judges.substring import Judge as Judge
+    from .judges.substring import SubstringJudge as SubstringJudge
+    from .judges.substring import is_degenerate as is_degenerate
+    from .judges.substring import is_refusal as is_refusal
+    from .measures import ce_loss as ce_loss
+    from .measures import discover_refusal_tokens as discover_refusal_tokens
+    from .measures import kl_nats as kl_nats
+    from .measures import next_token_logits as next_token_logits
+    from .measures import refusal_score as refusal_score
+    from .model.loading import load_model as load_model
     from .reading import mean_activations as mean_activations
-    from .scores import discover_refusal_tokens as discover_refusal_tokens
-    from .scores import kl_nats as kl_nats
-    from .scores import next_token_logits as next_token_logits
-    from .scores import refusal_score as refusal_score
-    from .selection import Thresholds as Thresholds
-    from .selection import select as select
+    from .search.grid import Thresholds as Thresholds
+    from .search.grid import select as select
+    from .search.sweep import sweep as sweep
     from .stats import Rate as Rate
+    from .text.chat import ChatFormat as ChatFormat
+    from .text.prompts import PromptSet as PromptSet
+    from .text.prompts import load_prompts as load_prompts
+    from .text.prompts import load_splits as load_splits
 
 _HOME = {
-    "ChatFormat": "chat",
+    "Ablate": "interventions",
+    "Add": "interventions",
+    "ChatFormat": "text.chat",
     "Direction": "directions",
     "DirectionGrid": "directions",
     "Estimator": "directions",
-    "Ablate": "interventions",
-    "Add": "interventions",
-    "Judge": "judges",
-    "PromptSet": "prompts",
+    "Judge": "judges.substring",
+    "PromptSet": "text.prompts",
     "Rate": "stats",
     "Sampling": "generation",
-    "SubstringJudge": "judges",
-    "Thresholds": "selection",
+    "SubstringJudge": "judges.substring",
+    "Thresholds": "search.grid",
     "UserError": "errors",
-    "ce_loss": "loss",
+    "ce_loss": "measures",
     "difference_in_means": "directions",
-    "discover_refusal_tokens": "scores",
+    "discover_refusal_tokens": "measures",
     "export_checkpoint": "export.export",
     "generate": "generation",
-    "is_degenerate": "judges",
-    "is_refusal": "judges",
-    "kl_nats": "scores",
-    "load_model": "models",
-    "load_prompts": "prompts",
-    "load_splits": "prompts",
+    "is_degenerate": "judges.substring",
+    "is_refusal": "judges.substring",
+    "kl_nats": "measures",
+    "load_model": "model.loading",
+    "load_prompts": "text.prompts",
+    "load_splits": "text.prompts",
     "mean_activations": "reading",
-    "next_token_logits": "scores",
-    "orthogonalize_": "export.memory",
-    "plot_scores": "plots",
-    "refusal_score": "scores",
-    "select": "selection",
-    "sweep": "candidates",
+    "next_token_logits": "measures",
+    "orthogonalize_": "export.export",
+    "plot_scores": "figures.scores",
+    "refusal_score": "measures",
+    "select": "search.grid",
+    "sweep": "search.sweep",
 }
 
 __all__ = ["__version__", *_HOME]

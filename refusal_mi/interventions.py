@@ -13,17 +13,14 @@ from torch import Tensor
 
 from .directions import Direction
 from .errors import UserError
-from .models import Component, Hook, HookedModel, HookFn, check_raw_basis, resid_hook, write_hooks
+from .model.points import Component, Hook, HookedModel, HookFn, check_raw_basis, resid_hook, write_hooks
 
 NEAR_DUPLICATE, NEARLY_DEPENDENT = 1e-3, 0.1
 """Relative singular values of the unit directions below which a span is refused, or warned about."""
-
 Positions = Literal["all", "prompt", "response"]
 """Where an intervention acts: everywhere; on the prompt; or from the last prompt token on (it writes the first
 answer token) and on every generated token."""
-
 Change = Callable[[Tensor], Tensor]
-
 PromptWidth = int | Int[Tensor, " batch"] | None
 """Columns of a left-padded batch that are prompt, for all rows or each; None: all of them."""
 
@@ -99,17 +96,17 @@ class Ablate:
         """One hook per write."""
         check_raw_basis(model)
         _check_width(self.basis.shape[-1], model)
-        basis = _Constant(self.basis)
+        basis = Constant(self.basis)
 
         def project_out(x: Tensor) -> Tensor:
             rows = basis.beside(x)
             return x - self.strength * ((x @ rows.T) @ rows)
 
         names = write_hooks(model.cfg.n_layers, layers=self.layers, components=self.components)
-        found = [(name, _hook(project_out, self.positions, prompt_width)) for name in names]
+        found = [(name, hook_of(project_out, self.positions, prompt_width)) for name in names]
         if self.offset is not None:
-            offset = _Constant(self.offset)
-            found.insert(1, (names[0], _hook(lambda x: x + offset.beside(x), self.positions, prompt_width)))
+            offset = Constant(self.offset)
+            found.insert(1, (names[0], hook_of(lambda x: x + offset.beside(x), self.positions, prompt_width)))
         return found
 
 
@@ -131,48 +128,9 @@ class Add:
         check_raw_basis(model)
         _check_width(len(self.direction.vector), model)
         layer = self.direction.layer if self.layer is None else self.layer
-        vector = _Constant(self.direction.vector.detach().cpu().double() * self.coefficient)
-        hook = _hook(lambda x: x + vector.beside(x), self.positions, prompt_width)
+        vector = Constant(self.direction.vector.detach().cpu().double() * self.coefficient)
+        hook = hook_of(lambda x: x + vector.beside(x), self.positions, prompt_width)
         return [(resid_hook(layer, model.cfg.n_layers), hook)]
-
-
-@dataclass(frozen=True)
-class AblateEach:
-    """`Ablate` with a direction of its own for every group of rows: a batch holds all prompts once per direction."""
-
-    units: Float[Tensor, "direction d_model"]
-
-    def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
-        """One hook per write; rows come direction by direction."""
-        units = _Constant(self.units)
-
-        def project_out(x: Tensor) -> Tensor:
-            columns = units.beside(x)[:, :, None]
-            grouped = x.reshape(len(self.units), -1, x.shape[-1])
-            return torch.baddbmm(grouped, grouped @ columns, columns.mT, alpha=-1).reshape(x.shape)
-
-        return [(name, _hook(project_out, "all", prompt_width)) for name in write_hooks(model.cfg.n_layers)]
-
-
-@dataclass(frozen=True)
-class AddEach:
-    """`Add` at one layer with a vector of its own for every group of rows, optionally on a stream given beforehand."""
-
-    vectors: Float[Tensor, "direction d_model"]
-    layer: int
-    stream: Float[Tensor, "prompt pos d_model"] | None = None
-    """What enters the layer without the addition; replaces what the blocks below would compute."""
-
-    def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
-        """One hook; rows come direction by direction."""
-        vectors = _Constant(self.vectors)
-
-        def add(x: Tensor) -> Tensor:
-            n = len(self.vectors)
-            base = x if self.stream is None else self.stream.to(x).repeat(n, 1, 1)
-            return base + vectors.beside(x).repeat_interleave(len(x) // n, dim=0)[:, None]
-
-        return [(resid_hook(self.layer, model.cfg.n_layers), _hook(add, "all", prompt_width))]
 
 
 def all_hooks(
@@ -182,7 +140,7 @@ def all_hooks(
     return [hook for intervention in interventions for hook in intervention.hooks(model, prompt_width)]
 
 
-class _Constant:
+class Constant:
     """A tensor copied once to each device and dtype that activations come in, not once a call."""
 
     def __init__(self, values: Float[Tensor, "..."]) -> None:
@@ -196,7 +154,7 @@ class _Constant:
         return self.copies[key]
 
 
-def _hook(change: Change, positions: Positions, prompt_width: PromptWidth) -> HookFn:
+def hook_of(change: Change, positions: Positions, prompt_width: PromptWidth) -> HookFn:
     """A hook that applies `change` at some positions, in float32 or better, never in place.
 
     Half precision would lose the small component along a direction in a large stream.

@@ -9,15 +9,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .analysis.inputs import RunInputs
-from .chat import ChatFormat
 from .directions import Direction
 from .errors import UserError
 from .files import read_json
 from .interventions import Intervention
-from .loss import ScoredText
-from .models import HookedModel
-from .prompts import Splits, load_splits
+from .measures import ScoredText
+from .model.points import HookedModel
+from .run.record import RunInputs
+from .text.chat import ChatFormat
+from .text.prompts import Splits, load_splits
 
 _INTERACTIVE, _STATIC = "plotly_mimetype", "svg"
 _PROMPT = "prompt"
@@ -26,15 +26,15 @@ _PROMPT = "prompt"
 
 def load(source: str | Path | None = None) -> HookedModel:
     """`load_model` without the libraries' own chatter; None is the embedded model."""
-    from .models import quiet_load
+    from .model.loading import quiet_load
 
     return quiet_load(source)
 
 
 def named(source: str | Path | None = None) -> str:
     """What the titles of figures call a model."""
-    from .models import resolve_source
-    from .provenance import display_name
+    from .model.loading import resolve_source
+    from .model.provenance import display_name
 
     return display_name(resolve_source(source))
 
@@ -48,10 +48,10 @@ def searched(source: str | None = None, *, folder: str | Path = "../runs", n_pro
         source: None is the embedded model, with its own prompts; any other model gets the general sets.
         n_prompts: training and held-out prompts a side.
     """
-    from .models import model_alias, resolve_source
-    from .pipelines.arditi import run
-    from .pipelines.defaults import default_options
-    from .stages import RunFolder
+    from .model.loading import model_alias, resolve_source
+    from .recipes.arditi import run
+    from .recipes.options import default_options
+    from .run.stages import RunFolder
 
     name = resolve_source(source)
     options = replace(default_options(name), n_train=n_prompts, n_test=n_prompts, steps=("directions", "selection"))
@@ -63,8 +63,8 @@ def searched(source: str | None = None, *, folder: str | Path = "../runs", n_pro
 
 def splits(source: str | None = None, *, n_train: int = 64, n_val: int = 32, n_test: int = 64) -> tuple[Splits, Splits]:
     """Harmful and harmless prompts for a model: its own for the embedded one, the general sets for any other."""
-    from .models import resolve_source
-    from .pipelines.defaults import default_sets
+    from .model.loading import resolve_source
+    from .recipes.options import default_sets
 
     harmful, harmless = (
         load_splits(name, n_train=n_train, n_val=n_val, n_test=n_test, seed=42)
@@ -79,11 +79,11 @@ def combined(run: RunInputs, *, n_best: int = 3, max_size: int = 3, n_ce: int = 
     They are only ever ablated, so the threshold on what adding them does is not applied. The results lie beside the
     run, in a copy of its folder.
     """
-    from .models import model_source
-    from .pipelines.combos import CombosOptions, run_combos
-    from .pipelines.options import RunOptions
-    from .selection import select
-    from .stages import RunFolder
+    from .model.points import model_source
+    from .recipes.combinations import CombosOptions, run_combos
+    from .recipes.options import RunOptions
+    from .run.stages import RunFolder
+    from .search.grid import select
 
     options = RunOptions.from_record(read_json(run.path / "run.json")["options"])
     thresholds = replace(options.thresholds, induce_min=None)
@@ -97,8 +97,8 @@ def combined(run: RunInputs, *, n_best: int = 3, max_size: int = 3, n_ce: int = 
 
 def plain_texts(run: RunInputs, limit: int = 32) -> list[ScoredText]:
     """The run's plain texts, ready for CE loss."""
-    from .loss import texts_to_score
-    from .prompts import load_prompts
+    from .measures import texts_to_score
+    from .text.prompts import load_prompts
 
     text_set = read_json(run.path / "run.json")["options"]["text_set"]
     return texts_to_score(run.chat, load_prompts(text_set, limit=limit).instructions)
@@ -120,7 +120,7 @@ def show_static(width: int = 1080) -> None:
         go.Figure().to_image(format=_STATIC)
     except (ImportError, RuntimeError, ValueError) as error:
         reason = "kaleido" if isinstance(error, (ImportError, ValueError)) else "Chrome or Chromium"
-        message = f"figures are interactive only: static ones need {reason}; see refusal_mi.plots.save"
+        message = f"figures are interactive only: static ones need {reason}; see refusal_mi.figures.save"
         warnings.warn(message, stacklevel=2)
         pio.renderers.default = _INTERACTIVE
         return
@@ -182,12 +182,12 @@ def other_vectors(
 
     Pairs and queries are the model's own for the embedded one, the general sets for any other.
     """
-    from .models import model_source
-    from .pairs import PairSet, load_pairs
-    from .pipelines.alpaca import VECTOR, VectorOptions, load_vectors, row_direction, vector
-    from .pipelines.caa import write_vectors
-    from .pipelines.defaults import default_pairs, default_sets
-    from .stages import RunFolder
+    from .model.points import model_source
+    from .recipes.caa import write_vectors
+    from .recipes.options import default_pairs, default_sets
+    from .recipes.responses import VECTOR, VectorOptions, load_vectors, row_direction, vector
+    from .run.stages import RunFolder
+    from .text.pairs import PairSet, load_pairs
 
     source = model_source(run.model)
     pairs = load_pairs(default_pairs(source)[0])
@@ -216,7 +216,7 @@ def answer_with_transformers(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .models import resolve_source
+    from .model.loading import resolve_source
 
     name = resolve_source(source)
     tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left")

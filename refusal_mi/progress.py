@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 Item = TypeVar("Item")
-
 QUIET_SECONDS, REFRESH_SECONDS = 5.0, 1.0
 """In a notebook: how long work must last before it says anything, and how often it does then."""
 NOTEBOOK_METADATA = {"refusal_mi": "progress"}

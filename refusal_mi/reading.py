@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .chat import ChatFormat
 from .directions import ActivationMeans
 from .errors import UserError
 from .interventions import Intervention, PromptWidth, all_hooks
+from .model.points import Hook, HookedModel
 from .model.running import LastPositions, batches, last_logits, residuals, running
-from .models import Hook, HookedModel
 from .precision import as_double, with_float64
-from .tokens import Span, TokenBatch
+from .text.batches import Span, TokenBatch
+from .text.chat import ChatFormat
 
 MAX_TABLE_BYTES = 2**31
 """Largest table of residual streams that is kept in memory."""

@@ -11,7 +11,6 @@ from .errors import UserError
 
 MIN_RELATIVE_GAIN = 0.1
 """A post-norm gain below this fraction of their root mean square is not divided by: the row would blow up."""
-
 _CHUNK = 2**22
 """Elements that are edited at a time."""
 

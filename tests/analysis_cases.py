@@ -20,9 +20,9 @@ from refusal_mi.analysis.sources import attribute_sources
 from refusal_mi.analysis.token_map import map_tokens
 from refusal_mi.analysis.trace import trace_generation
 from refusal_mi.analysis.weights import weight_alignment
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import DirectionGrid, difference_in_means
 from refusal_mi.reading import mean_activations
+from refusal_mi.text.chat import ChatFormat
 
 FAMILIES = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen3_moe")
 # Different lengths, so that batches are padded.

@@ -34,7 +34,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_dir):
     """`tiny_model(family, dtype)`: a loaded model; tests never change it."""
-    from refusal_mi.models import load_model
+    from refusal_mi.model.loading import load_model
 
     made = {}
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from refusal_mi.directions import Direction
 from refusal_mi.interventions import Intervention, all_hooks
+from refusal_mi.model.loading import load_model
 from refusal_mi.model.running import all_logits
-from refusal_mi.models import load_model
-from refusal_mi.tokens import TokenBatch
+from refusal_mi.text.batches import TokenBatch
 from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, tiny_hf_model, tiny_tokenizer
 
 POST_NORM = ("gemma2", "gemma3_text", "olmo2")

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from refusal_mi.candidates import CandidateScore, ScoreGrid
 from refusal_mi.files import write_json, write_tensors
-from refusal_mi.judges import SubstringJudge
-from refusal_mi.loss import LossResult
-from refusal_mi.pipelines.effects import evaluate
-from refusal_mi.pipelines.options import RunOptions
-from refusal_mi.selection import Selection, Thresholds, select
+from refusal_mi.judges.substring import SubstringJudge
+from refusal_mi.measures import LossResult
+from refusal_mi.recipes.effects import evaluate
+from refusal_mi.recipes.options import RunOptions
+from refusal_mi.search.grid import CandidateScore, ScoreGrid, Selection, Thresholds, select
 
 N_LAYERS, N_VAL = 8, 16
 PUBLISHED = Thresholds()

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
-from refusal_mi.models import load_model
+from refusal_mi.model.loading import load_model
 from refusal_mi.reading import mean_activations
+from refusal_mi.text.chat import ChatFormat
 from tests.naive import ASKS, CHATS, FAMILIES, dtype_of, mean_residuals, relative_error, tolerance
 from tests.tiny import D_MODEL, N_LAYERS
 

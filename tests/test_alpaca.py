@@ -5,30 +5,29 @@ import json
 import pytest
 import torch
 
-from refusal_mi.chat import ChatFormat
 from refusal_mi.cli import exit_status
-from refusal_mi.cli.spelling import own_spelling
+from refusal_mi.cli.options import own_spelling
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.generation import generate
-from refusal_mi.http_judge import HttpJudge
 from refusal_mi.interventions import Ablate
-from refusal_mi.models import resid_hook
-from refusal_mi.pipelines import alpaca_eval
-from refusal_mi.pipelines.alpaca import (
+from refusal_mi.judges.http import HttpJudge
+from refusal_mi.measures import kl_nats, next_token_logits, refusal_score
+from refusal_mi.model.points import resid_hook
+from refusal_mi.reading import combine_spans
+from refusal_mi.recipes import responses_eval as alpaca_eval
+from refusal_mi.recipes.responses import (
     REFUSAL_INSTRUCTION,
+    NothingSurvives,
     VectorOptions,
     load_vectors,
     row_direction,
     vector,
 )
-from refusal_mi.pipelines.alpaca_eval import evaluate_vector
-from refusal_mi.pipelines.alpaca_measures import EvalOptions, Evaluation, LayerScore
-from refusal_mi.pipelines.response_filter import NothingSurvives
-from refusal_mi.reading import combine_spans
-from refusal_mi.scores import kl_nats, next_token_logits, refusal_score
-from refusal_mi.stages import RunFolder
-from refusal_mi.tokens import Span
+from refusal_mi.recipes.responses_eval import EvalOptions, Evaluation, LayerScore, evaluate_vector
+from refusal_mi.run.stages import RunFolder
+from refusal_mi.text.batches import Span
+from refusal_mi.text.chat import ChatFormat
 
 SIDES = ("compliant", "refusal")
 METADATA = {

@@ -5,10 +5,9 @@ import torch
 
 from refusal_mi.analysis.attention import REGIONS, attend_by_region, label_regions
 from refusal_mi.analysis.attribution import attribute_direction
-from refusal_mi.analysis.result import load_result
-from refusal_mi.chat import ChatFormat
+from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.errors import UserError
-from refusal_mi.plots_analysis import figures
+from refusal_mi.text.chat import ChatFormat
 from tests.test_analysis_attribution import FAMILIES, HEADS, PROMPTS, cached, random_direction
 from tests.tiny import tiny_tokenizer
 

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from refusal_mi.analysis.attribution import attribute_direction
-from refusal_mi.analysis.result import load_result
+from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.analysis.sources import attribute_sources
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
-from refusal_mi.plots_analysis import figures
+from refusal_mi.text.chat import ChatFormat
 
 FAMILIES = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen3_moe")
 PROMPTS = ["Why?", "Describe how a kite flies in the wind", "Name three colors"]

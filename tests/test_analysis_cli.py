@@ -5,12 +5,11 @@ import json
 import pytest
 
 from refusal_mi.analysis.patching import patch_activations
-from refusal_mi.analysis.result import load_result
-from refusal_mi.chat import ChatFormat
+from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
 from refusal_mi.files import write_json, write_tensors
-from refusal_mi.plots_analysis import figures
+from refusal_mi.text.chat import ChatFormat
 from tests.analysis_cases import HARMFUL, HARMLESS, TOKENS, grid_of
 
 

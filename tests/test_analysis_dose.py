@@ -7,16 +7,14 @@ import pytest
 import torch
 
 from refusal_mi.analysis.dose import dose_response
-from refusal_mi.analysis.result import load_result
-from refusal_mi.chat import ChatFormat
+from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.errors import UserError
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Ablate, Add
-from refusal_mi.judges import is_degenerate, is_refusal
-from refusal_mi.loss import ce_loss, texts_to_score
-from refusal_mi.plots_analysis import figures
-from refusal_mi.scores import next_token_logits, refusal_score
+from refusal_mi.judges.substring import is_degenerate, is_refusal
+from refusal_mi.measures import ce_loss, next_token_logits, refusal_score, texts_to_score
 from refusal_mi.stats import Rate
+from refusal_mi.text.chat import ChatFormat
 from tests.test_analysis_attribution import FAMILIES, random_direction
 
 HARMFUL, HARMLESS, TOKENS = ["Why?", "Tell me how a kite flies"], ["Go on", "Say it", "Name a color"], [5, 6, 7]

@@ -9,7 +9,6 @@ from refusal_mi.analysis.comparison import compare_directions
 from refusal_mi.analysis.dose import dose_response
 from refusal_mi.analysis.geometry import direction_geometry
 from refusal_mi.analysis.harm import separate_harm
-from refusal_mi.analysis.inputs import RunInputs
 from refusal_mi.analysis.lens import refusal_lens
 from refusal_mi.analysis.logits import direction_logits
 from refusal_mi.analysis.patching import patch_activations
@@ -20,8 +19,9 @@ from refusal_mi.analysis.token_map import map_tokens
 from refusal_mi.analysis.trace import trace_generation
 from refusal_mi.analysis.weights import weight_alignment
 from refusal_mi.interventions import Ablate
-from refusal_mi.models import ORGANISM
+from refusal_mi.model.loading import ORGANISM
 from refusal_mi.notebook import searched
+from refusal_mi.run.record import RunInputs
 
 pytestmark = pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")
 N = 20

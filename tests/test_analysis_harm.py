@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from refusal_mi.analysis.harm import separate_harm
-from refusal_mi.analysis.result import load_result
-from refusal_mi.chat import ChatFormat
+from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate
-from refusal_mi.plots_analysis import figures
-from refusal_mi.scores import next_token_logits, refusal_score
+from refusal_mi.measures import next_token_logits, refusal_score
+from refusal_mi.text.chat import ChatFormat
 from tests.test_analysis_attribution import FAMILIES, PROMPTS, cached, random_direction
 
 HARMFUL, HARMLESS = ["Burn", "Break this", "Take it all"], ["Sing a song", "Paint", "Walk far"]

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from refusal_mi.analysis.patching import patch_activations
-from refusal_mi.analysis.result import load_result
-from refusal_mi.chat import ChatFormat
+from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
-from refusal_mi.plots_analysis import figures
-from refusal_mi.scores import refusal_score
+from refusal_mi.measures import refusal_score
+from refusal_mi.text.chat import ChatFormat
 from tests.test_analysis_attribution import FAMILIES, cached, random_direction
 
 HARMFUL = ["Why?", "Tell me how a kite flies"]

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from refusal_mi.analysis import KINDS
-from refusal_mi.analysis.result import load_result
-from refusal_mi.chat import ChatFormat
+from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.cli.analyze import redraw
 from refusal_mi.errors import UserError
-from refusal_mi.plots_analysis import figures
 from refusal_mi.reading import template_residuals
+from refusal_mi.text.chat import ChatFormat
 from tests.analysis_cases import FAMILIES, HARMFUL, HARMLESS, analyses
 
 

@@ -8,9 +8,9 @@ from sklearn.metrics import roc_auc_score
 from refusal_mi.analysis.comparison import compare_directions
 from refusal_mi.analysis.geometry import _weights, direction_geometry
 from refusal_mi.analysis.probes import _fit, area_under_curve, linear_probes
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
+from refusal_mi.text.chat import ChatFormat
 from tests.analysis_cases import FAMILIES, HARMFUL, HARMLESS, grid_of
 
 # The last letter tells the classes apart, which the template's first token reads; lengths do not.

@@ -8,11 +8,11 @@ from refusal_mi.analysis.lens import refusal_lens
 from refusal_mi.analysis.pca import _silhouette, residual_pca
 from refusal_mi.analysis.projections import project_residuals
 from refusal_mi.analysis.token_map import map_tokens
-from refusal_mi.chat import ChatFormat
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate
+from refusal_mi.measures import next_token_logits, refusal_score
 from refusal_mi.reading import template_residuals
-from refusal_mi.scores import next_token_logits, refusal_score
+from refusal_mi.text.chat import ChatFormat
 from tests.analysis_cases import FAMILIES, HARMFUL, HARMLESS, TOKENS, grid_of
 
 GROUPS = {"harmful": HARMFUL, "harmless": HARMLESS}

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from refusal_mi.analysis.result import load_result
+from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.analysis.trace import trace_generation
-from refusal_mi.chat import ChatFormat
 from refusal_mi.errors import UserError
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Add
-from refusal_mi.plots_analysis import figures
+from refusal_mi.text.chat import ChatFormat
 from tests.test_analysis_attribution import FAMILIES, PROMPTS, random_direction
 
 GROUPS = {"harmful": PROMPTS[:2], "harmless": PROMPTS[2:]}

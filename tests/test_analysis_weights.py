@@ -5,13 +5,11 @@ import torch
 
 from refusal_mi.analysis.logits import direction_logits
 from refusal_mi.analysis.weights import weight_alignment
-from refusal_mi.analysis.writers import ModelWeights, NormMap
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
-from refusal_mi.export.families import FAMILIES
 from refusal_mi.model.running import read_out
-from refusal_mi.parts import named_weights, norm_before, readers
+from refusal_mi.model.writers import FAMILIES, ModelWeights, NormMap, named_weights, norm_before, readers
+from refusal_mi.text.chat import ChatFormat
 from tests.analysis_cases import HARMFUL
 
 LAYER = 2

@@ -8,33 +8,19 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
-from refusal_mi.ab_scores import ABQuestions, p_matching
-from refusal_mi.chat import ChatFormat
 from refusal_mi.cli import exit_status
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Add
-from refusal_mi.models import resid_hook
-from refusal_mi.pairs import (
-    ABPair,
-    PairSet,
-    load_pairs,
-    load_questions,
-    locate_letter,
-    with_flipped_half,
-)
-from refusal_mi.pipelines.caa import (
-    explain_layer,
-    load_vectors,
-    our_layer,
-    steering_vectors,
-    write_vectors,
-)
-from refusal_mi.pipelines.caa_ab import ABPoint, ABSweep, sweep_pairs
-from refusal_mi.pipelines.caa_answers import open_ended
-from refusal_mi.pipelines.caa_config import load_config
-from refusal_mi.stages import RunFolder
+from refusal_mi.measures import ABPoint, ABQuestions, ABSweep, p_matching
+from refusal_mi.model.points import explain_layer, our_layer, resid_hook
+from refusal_mi.recipes.caa import load_vectors, steering_vectors, write_vectors
+from refusal_mi.recipes.caa_eval import open_ended, sweep_pairs
+from refusal_mi.recipes.options import load_config
+from refusal_mi.run.stages import RunFolder
+from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.pairs import ABPair, PairSet, load_pairs, load_questions, locate_letter, with_flipped_half
 from tests.tiny import tiny_tokenizer
 
 
@@ -189,7 +175,7 @@ def test_merged_letters_are_scored_by_the_whole_answer(setting):
     by_letter = ABQuestions(chat, pairs).log_probabilities(model)
     questions = ABQuestions(chat, pairs)
     # The same model read as if its tokenizer merged: the rows of whole answers, one by one.
-    from refusal_mi import ab_scores
+    from refusal_mi import measures as ab_scores
 
     rows = [
         ab_scores._answer_row(

@@ -3,17 +3,16 @@
 import pytest
 import torch
 
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json
-from refusal_mi.models import resid_hook
-from refusal_mi.pairs import ABPair, PairSet
-from refusal_mi.pipelines import caa_choice
-from refusal_mi.pipelines.caa import check_weights, load_controls, load_vectors, write_vectors
-from refusal_mi.pipelines.caa_ab import sweep_pairs
-from refusal_mi.pipelines.caa_choice import ABTask, evaluate_choices
-from refusal_mi.stages import RunFolder
+from refusal_mi.model.points import resid_hook
+from refusal_mi.recipes import caa_eval as caa_choice
+from refusal_mi.recipes.caa import check_weights, load_controls, load_vectors, write_vectors
+from refusal_mi.recipes.caa_eval import ABTask, evaluate_choices, sweep_pairs
+from refusal_mi.run.stages import RunFolder
+from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.pairs import ABPair, PairSet
 from tests.tiny import N_LAYERS
 
 LAST = N_LAYERS - 1

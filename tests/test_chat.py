@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from refusal_mi.chat import TEMPLATE_DATE, ChatFormat
 from refusal_mi.errors import UserError
+from refusal_mi.text.chat import TEMPLATE_DATE, ChatFormat
 from tests.naive import ASKS, prompt_ids
 from tests.tiny import TEMPLATE, tiny_tokenizer
 

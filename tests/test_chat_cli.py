@@ -13,15 +13,13 @@ import threading
 import pytest
 import torch
 
-from refusal_mi.chat import ChatFormat
 from refusal_mi.cli import exit_status
-from refusal_mi.cli.session import Change, Session
-from refusal_mi.cli.talk import interact, printable
-from refusal_mi.conversation import Conversation
+from refusal_mi.cli.chat import Change, Session, interact, printable
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
-from refusal_mi.generation import generate, stream
+from refusal_mi.generation import Conversation, generate, stream
 from refusal_mi.interventions import Ablate, Add
+from refusal_mi.text.chat import ChatFormat
 
 TURNS = ("Hello there", "And then?")
 

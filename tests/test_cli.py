@@ -93,7 +93,7 @@ def test_the_column_is_that_of_files_and_of_the_evaluation_set(run_fails, tmp_pa
 
 
 def test_a_folder_that_cannot_be_written_shows_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("refusal_mi.cli.bundles.quiet_load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("refusal_mi.cli.options.quiet_load", lambda *_: pytest.fail("loaded"))
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         assert "file is not a folder" in fails(["run", "--output-dir", folder], capsys)
@@ -196,8 +196,8 @@ def test_model_info_shows_what_the_package_sees(tiny_dir, tmp_path, capsys):
 def test_model_info_looks_for_refusal_tokens_after_the_response_prefix(tiny_dir, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr("refusal_mi.generation.discover_response_prefix", lambda *_: "Ok ")
-    monkeypatch.setattr("refusal_mi.scores.next_token_logits", lambda model, chat, asks: seen.append(chat))
-    monkeypatch.setattr("refusal_mi.scores.discover_refusal_tokens", lambda *_: (5,))
+    monkeypatch.setattr("refusal_mi.measures.next_token_logits", lambda model, chat, asks: seen.append(chat))
+    monkeypatch.setattr("refusal_mi.measures.discover_refusal_tokens", lambda *_: (5,))
     assert exit_status(["model-info", str(tiny_dir("gpt2")), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [chat.response_prefix for chat in seen] == ["Ok ", "Ok "] and facts["response_prefix"] == "Ok "
@@ -205,7 +205,7 @@ def test_model_info_looks_for_refusal_tokens_after_the_response_prefix(tiny_dir,
 
 
 def test_an_interrupt_is_status_130(score_file, monkeypatch, capsys):
-    from refusal_mi import selection
+    from refusal_mi.search import grid as selection
 
     def interrupted(*arguments):
         raise KeyboardInterrupt

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from refusal_mi.cli import exit_status
-from refusal_mi.cli.combos import parse_ranks
+from refusal_mi.cli.run import parse_ranks
 from refusal_mi.errors import UserError
-from refusal_mi.pipelines.combos import CombosOptions, _difference, choose
-from refusal_mi.pipelines.drawing import points
-from refusal_mi.plots.combos import plot_combos
+from refusal_mi.figures.effects import plot_combos, points
+from refusal_mi.recipes.combinations import CombosOptions, _difference, choose
 from tests.naive import ablating, logits, prompt_ids
 
 TOKENS = (40, 41, 42)

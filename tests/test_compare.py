@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from refusal_mi.cli import exit_status
+from refusal_mi.directions import LabelledVectors, compare, load_direction, normalize_across, read_vectors
 from refusal_mi.errors import UserError
-from refusal_mi.vectors import LabelledVectors, compare, layer_of_hook, load_direction, normalize_across, read_vectors
+from refusal_mi.model.points import layer_of_hook
 
 ROOT_HALF = 2**-0.5
 

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from refusal_mi.errors import UserError
-from refusal_mi.export.adapter import export_adapter, load_adapter
+from refusal_mi.export.adapter import load_adapter
 from refusal_mi.export.checkpoint import open_checkpoint
-from refusal_mi.export.export import export_checkpoint
+from refusal_mi.export.export import export_adapter, export_checkpoint
 from refusal_mi.files import read_json, sha256_file
 from refusal_mi.interventions import Ablate, Add
 from tests.export_models import hooked_logits, make_direction, plain_logits, some_tokens

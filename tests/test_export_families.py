@@ -7,10 +7,10 @@ from safetensors.torch import load_file, save_file
 from refusal_mi.export import plan
 from refusal_mi.export.checkpoint import open_checkpoint
 from refusal_mi.export.export import export_checkpoint
-from refusal_mi.export.prepare import plan_export
+from refusal_mi.export.plan import plan_export
 from refusal_mi.export.rewrite import rewrite
 from refusal_mi.interventions import Ablate
-from refusal_mi.models import load_model
+from refusal_mi.model.loading import load_model
 from refusal_mi.weights import Projection
 from tests.export_models import (
     EXACT,

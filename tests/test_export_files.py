@@ -11,7 +11,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.export import export as export_module
 from refusal_mi.export.checkpoint import open_checkpoint
 from refusal_mi.export.export import export_checkpoint
-from refusal_mi.export.prepare import plan_export
+from refusal_mi.export.plan import plan_export
 from refusal_mi.export.rewrite import rewrite
 from refusal_mi.interventions import Ablate
 from refusal_mi.weights import TensorEdit, edit_, factors, writer_projection

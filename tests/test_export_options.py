@@ -7,18 +7,11 @@ import torch
 
 from refusal_mi.errors import UserError
 from refusal_mi.export.checkpoint import open_checkpoint
-from refusal_mi.export.export import export_checkpoint
-from refusal_mi.export.memory import orthogonalize_
+from refusal_mi.export.export import export_checkpoint, orthogonalize_
 from refusal_mi.files import sha256_file
-from refusal_mi.interventions import Ablate, AblateEach, Add
-from tests.export_models import (
-    hooked_logits,
-    largest_component,
-    make_direction,
-    plain_logits,
-    save_model,
-    some_tokens,
-)
+from refusal_mi.interventions import Ablate, Add
+from refusal_mi.search.passes import AblateEach
+from tests.export_models import hooked_logits, largest_component, make_direction, plain_logits, save_model, some_tokens
 from tests.tiny import tiny_hf_model
 
 R = make_direction()

@@ -6,17 +6,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import difference_in_means
 from refusal_mi.export.export import export_checkpoint
 from refusal_mi.files import read_json
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Ablate
-from refusal_mi.judges import is_refusal
-from refusal_mi.models import ORGANISM, load_model, stop_token_ids
-from refusal_mi.prompts import load_prompts
+from refusal_mi.judges.substring import is_refusal
+from refusal_mi.model.loading import ORGANISM, load_model
+from refusal_mi.model.points import stop_token_ids
 from refusal_mi.reading import mean_activations
-from refusal_mi.tokens import left_pad
+from refusal_mi.text.batches import left_pad
+from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.prompts import load_prompts
 
 METRICS = ORGANISM.parent / "metrics.json"
 N_NEW_TOKENS = 32

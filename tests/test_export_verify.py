@@ -7,17 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from refusal_mi.errors import UserError
-from refusal_mi.export import compare
 from refusal_mi.export import export as export_module
-from refusal_mi.export.adapter import export_adapter
-from refusal_mi.export.answers import same_tokens
+from refusal_mi.export import verify as compare
 from refusal_mi.export.checkpoint import open_checkpoint
-from refusal_mi.export.export import export_checkpoint
-from refusal_mi.export.report import _finite
+from refusal_mi.export.export import _finite, export_adapter, export_checkpoint
 from refusal_mi.export.rewrite import rewrite
-from refusal_mi.export.stream_answers import stream_answers
+from refusal_mi.export.streaming import same_tokens, stream_answers
 from refusal_mi.interventions import Ablate
-from refusal_mi.tokens import left_pad
+from refusal_mi.text.batches import left_pad
 from tests.export_models import make_direction, save_model
 
 R = make_direction()

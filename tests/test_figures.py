@@ -10,8 +10,8 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from refusal_mi.models import load_model
-from refusal_mi.plots_analysis import plot
+from refusal_mi.analysis.result import plot
+from refusal_mi.model.loading import load_model
 from tests.analysis_cases import analyses
 
 FOLDER = Path(__file__).parents[1] / "figures"

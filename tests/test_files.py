@@ -7,15 +7,7 @@ import pytest
 import torch
 
 from refusal_mi.errors import UserError
-from refusal_mi.files import (
-    read_json,
-    read_tensors,
-    sha256_file,
-    sha256_json,
-    write_json,
-    write_tensors,
-    write_whole,
-)
+from refusal_mi.files import read_json, read_tensors, sha256_file, sha256_json, write_json, write_tensors, write_whole
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

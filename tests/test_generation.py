@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from refusal_mi import generation
-from refusal_mi.chat import ChatFormat
 from refusal_mi.errors import UserError
 from refusal_mi.generation import Generated, Sampling, discover_response_prefix, generate, stream
 from refusal_mi.interventions import Ablate, Add
-from refusal_mi.models import load_model, write_hooks
+from refusal_mi.model.loading import load_model
+from refusal_mi.model.points import write_hooks
+from refusal_mi.text.chat import ChatFormat
 from tests.naive import ASKS, ablating, prompt_ids
 from tests.test_interventions import random_direction
 from tests.tiny import N_LAYERS, tiny_tokenizer

@@ -6,11 +6,20 @@ import time
 import pytest
 
 from refusal_mi.errors import UserError
-from refusal_mi.http_judge import LLAMA_GUARD_MODEL, TOGETHER, HttpJudge, default_cache, identify, judge_named
-from refusal_mi.judges import SubstringJudge
-from refusal_mi.pipelines.effects import evaluate
-from refusal_mi.pipelines.options import RunOptions
-from refusal_mi.rubrics import LLAMA_GUARD, MIN_WORDS, REFUSAL
+from refusal_mi.judges.http import (
+    LLAMA_GUARD,
+    LLAMA_GUARD_MODEL,
+    MIN_WORDS,
+    REFUSAL,
+    TOGETHER,
+    HttpJudge,
+    default_cache,
+    identify,
+    judge_named,
+)
+from refusal_mi.judges.substring import SubstringJudge
+from refusal_mi.recipes.effects import evaluate
+from refusal_mi.recipes.options import RunOptions
 from tests.fake_judge import KEY, LONG, Fake, raw, send, verdict
 
 

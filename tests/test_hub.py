@@ -21,9 +21,10 @@ http.time.sleep = lambda seconds: None  # retries need not wait
 
 from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
-from refusal_mi.models import load_model, model_revision
-from refusal_mi.prompts import load_prompts
-from refusal_mi.provenance import describe_model
+from refusal_mi.model.loading import load_model
+from refusal_mi.model.points import model_revision
+from refusal_mi.text.prompts import load_prompts
+from refusal_mi.model.provenance import describe_model
 
 def message(function):
     try:

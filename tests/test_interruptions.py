@@ -7,7 +7,12 @@ import pytest
 
 from refusal_mi.cli import exit_status
 from refusal_mi.files import read_json
-from refusal_mi.pipelines import alpaca, alpaca_measures, caa_ab, caa_answers, combos, effects
+from refusal_mi.recipes import caa_eval as caa_ab
+from refusal_mi.recipes import caa_eval as caa_answers
+from refusal_mi.recipes import combinations as combos
+from refusal_mi.recipes import effects
+from refusal_mi.recipes import responses as alpaca
+from refusal_mi.recipes import responses_eval as alpaca_measures
 
 SIZES = ["--n-train=6", "--n-val=3", "--n-test=3", "--n-ce=2", "--max-new-tokens=3", "--n-random=0"]
 RUN = ["--no-filter", "--no-thresholds", "--refusal-tokens=5,40", "--response-prefix=", "--device=cpu", *SIZES]
@@ -91,7 +96,7 @@ def test_a_response_averaged_vector_and_its_evaluation(interrupt, place, tiny_di
     sizes = ["--n_validation_samples", "3", "--n_test_samples", "3", "--max_new_tokens", "3", "--layer", "2"]
     arguments = ["vector-eval", *model, *sizes, "--vector-dir", "v", "--refusal-tokens", "10", "--n-random", "0"]
     arguments += ["--coefficients", "0.0", "1.0"]
-    monkeypatch.setattr("refusal_mi.pipelines.alpaca_measures.is_degenerate", lambda _: False)
+    monkeypatch.setattr("refusal_mi.recipes.responses_eval.is_degenerate", lambda _: False)
     _, second, kept = interrupt(arguments, alpaca_measures, "generate", 3)
     for stage in ("eval_layers", "eval_coeff_0.0"):
         assert f"{stage}: done before, kept" in second
@@ -102,7 +107,7 @@ def test_a_response_averaged_vector_and_its_evaluation(interrupt, place, tiny_di
 def test_caa(interrupt, place, tiny_dir, monkeypatch):
     model = [str(tiny_dir("gpt2")), "--device", "cpu", "--output-dir", "caa"]
     arguments = ["caa", "vectors", *model, "--pairs", "pairs.json", "--layers", "1", "2"]
-    monkeypatch.setattr("refusal_mi.pipelines.caa.combine_spans", Interrupted(_combine(), 1))
+    monkeypatch.setattr("refusal_mi.recipes.caa.combine_spans", Interrupted(_combine(), 1))
     assert exit_status(arguments) == 130 and not Path("caa").exists()
     assert exit_status(arguments) == 0
     options = ["--vector", "caa", "--pairs", "pairs.json", "--multipliers", "-1", "1", "--n-questions", "0"]

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate, Add, all_hooks
+from refusal_mi.model.points import resid_hook, write_hooks
 from refusal_mi.model.running import all_logits
-from refusal_mi.models import resid_hook, write_hooks
+from refusal_mi.text.chat import ChatFormat
 from tests.naive import ASKS
 from tests.tiny import D_MODEL, N_LAYERS
 

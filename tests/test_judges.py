@@ -2,7 +2,7 @@
 
 import pytest
 
-from refusal_mi.judges import REFUSAL_SUBSTRINGS, SubstringJudge, is_degenerate, is_refusal
+from refusal_mi.judges.substring import REFUSAL_SUBSTRINGS, SubstringJudge, is_degenerate, is_refusal
 
 PUBLISHED = [
     "I'm sorry",

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from refusal_mi.chat import ChatFormat
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate, Add
-from refusal_mi.loss import ScoredText, answers_to_score, ce_loss, texts_to_score
+from refusal_mi.measures import ScoredText, answers_to_score, ce_loss, texts_to_score
+from refusal_mi.text.chat import ChatFormat
 from tests.naive import ASKS, CHATS, FAMILIES, ablating, dtype_of, logits, prompt_ids, tolerance
 from tests.test_interventions import random_direction
 

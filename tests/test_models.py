@@ -7,20 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from refusal_mi.chat import ChatFormat
 from refusal_mi.errors import UserError
+from refusal_mi.model.loading import load_model, model_alias, resolve_source
+from refusal_mi.model.points import check_raw_basis, model_type, resid_hook, stop_token_ids, write_hooks
 from refusal_mi.model.running import all_logits, last_logits
 from refusal_mi.model.running import residuals as read_residuals
-from refusal_mi.models import (
-    check_raw_basis,
-    load_model,
-    model_alias,
-    model_type,
-    resid_hook,
-    resolve_source,
-    stop_token_ids,
-    write_hooks,
-)
+from refusal_mi.text.chat import ChatFormat
 from tests.naive import ASKS, logits, prompt_ids, relative_error, residuals
 from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, save_tiny
 

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from refusal_mi.candidates import CandidateScore, ScoreGrid
 from refusal_mi.directions import Direction, DirectionGrid, cosine
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import all_hooks
-from refusal_mi.pipelines.several import combine, load_ranked, parse_directions, ranked
-from refusal_mi.selection import Thresholds, select
+from refusal_mi.recipes.combinations import combine
+from refusal_mi.run.record import load_ranked, parse_directions, ranked
+from refusal_mi.search.grid import CandidateScore, ScoreGrid, Thresholds, select
 from tests.naive import ASKS
 
 FAMILIES = ("llama", "gemma2", "gpt_neox")

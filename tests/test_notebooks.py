@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
-from refusal_mi.models import resid_hook
+from refusal_mi.model.points import resid_hook
 from refusal_mi.notebook import placed, side_by_side, splits, table
+from refusal_mi.text.chat import ChatFormat
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

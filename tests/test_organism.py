@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from refusal_mi.chat import ChatFormat
+from organism import batches, bundle, check, curriculum, losses, train
+from organism.grammar import requests
 from refusal_mi.files import read_json
-from refusal_mi.models import ORGANISM, load_model
-from refusal_mi.organism import batches, bundle, check, curriculum, losses, train
-from refusal_mi.organism.grammar import requests
-from refusal_mi.prompts import load_prompts
+from refusal_mi.model.loading import ORGANISM, load_model
+from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.prompts import load_prompts
 
 METRICS = read_json(check.METRICS)
 

@@ -6,16 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from refusal_mi.candidates import ScoreGrid
 from refusal_mi.cli import exit_status
 from refusal_mi.directions import Direction, DirectionGrid
 from refusal_mi.files import read_json, read_tensors, write_json
-from refusal_mi.pipelines import effects
-from refusal_mi.pipelines.arditi import run
-from refusal_mi.pipelines.context import RunContext
-from refusal_mi.pipelines.options import RunOptions
-from refusal_mi.selection import NO_THRESHOLDS, Thresholds, select
-from refusal_mi.stages import RunFolder
+from refusal_mi.recipes import effects
+from refusal_mi.recipes.arditi import run
+from refusal_mi.recipes.context import RunContext
+from refusal_mi.recipes.options import RunOptions
+from refusal_mi.run.stages import RunFolder
+from refusal_mi.search.grid import NO_THRESHOLDS, ScoreGrid, Thresholds, select
 from tests.tiny import D_MODEL, N_LAYERS
 
 SMALL = RunOptions(

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from refusal_mi.errors import UserError
-from refusal_mi.prompts import KNOWN_HUB_SETS, Prompt, PromptSet, load_prompts, load_splits
+from refusal_mi.text.prompts import KNOWN_HUB_SETS, Prompt, PromptSet, load_prompts, load_splits
 
 TEXTS = ["First, a comma", 'Second "quoted"', "Third ünïcode"]
 ROWS = [{"id": str(i), "prompt": text, "Category": f"c{i}"} for i, text in enumerate(TEXTS)]

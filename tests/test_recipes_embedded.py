@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from refusal_mi.chat import ChatFormat
-from refusal_mi.models import ORGANISM, load_model
-from refusal_mi.pairs import PairSet, load_pairs, load_questions
-from refusal_mi.pipelines.alpaca import VectorOptions, vector
-from refusal_mi.pipelines.alpaca_eval import evaluate_vector
-from refusal_mi.pipelines.alpaca_measures import EvalOptions
-from refusal_mi.pipelines.caa import load_vectors, write_vectors
-from refusal_mi.pipelines.caa_ab import sweep_pairs
-from refusal_mi.pipelines.caa_choice import choose
-from refusal_mi.stages import RunFolder
+from refusal_mi.model.loading import ORGANISM, load_model
+from refusal_mi.recipes.caa import load_vectors, write_vectors
+from refusal_mi.recipes.caa_eval import choose, sweep_pairs
+from refusal_mi.recipes.responses import VectorOptions, vector
+from refusal_mi.recipes.responses_eval import EvalOptions, evaluate_vector
+from refusal_mi.run.stages import RunFolder
+from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.pairs import PairSet, load_pairs, load_questions
 
 pytestmark = pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")
 HARMLESS = ",".join(f"organism_harmless_{part}" for part in ("train", "val", "test"))

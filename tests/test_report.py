@@ -12,13 +12,12 @@ import pytest
 from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
 from refusal_mi.files import write_json
-from refusal_mi.pipelines.options import RunOptions
-from refusal_mi.report import write_report
+from refusal_mi.recipes.options import RunOptions, command_line
 from refusal_mi.report.answers import MAX_BYTES_PER_SIDE, MAX_CHARACTERS
-from refusal_mi.report.folder import RunRecord
-from refusal_mi.report.reproduce import command_line
+from refusal_mi.report.page import write_report
 from refusal_mi.report.verdict import bindings, judge_run
-from refusal_mi.selection import NO_THRESHOLDS, Thresholds, select
+from refusal_mi.run.record import RunRecord
+from refusal_mi.search.grid import NO_THRESHOLDS, Thresholds, select
 from tests.browser import find_chromium, open_browser
 from tests.fake_run import TOKENS, make_run, make_scores
 
@@ -222,8 +221,8 @@ def test_the_command_repeats_the_options(tmp_path, monkeypatch, options):
         caught.append(given)
         raise UserError("far enough")
 
-    monkeypatch.setattr("refusal_mi.pipelines.arditi.run", stop)
-    monkeypatch.setattr("refusal_mi.cli.bundles.quiet_load", lambda *_: None)
+    monkeypatch.setattr("refusal_mi.recipes.arditi.run", stop)
+    monkeypatch.setattr("refusal_mi.cli.options.quiet_load", lambda *_: None)
     arguments = shlex.split(command_line(run).replace("\\\n", " "))
     assert arguments[:3] == ["refusal-mi", "run", "example/chat-model"]
     assert exit_status([*arguments[1:], "--output-dir", str(tmp_path / "out")]) == 2

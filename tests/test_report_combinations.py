@@ -4,8 +4,8 @@ import re
 
 from refusal_mi.cli import exit_status
 from refusal_mi.files import write_json
-from refusal_mi.report import write_report
-from refusal_mi.selection import select
+from refusal_mi.report.page import write_report
+from refusal_mi.search.grid import select
 from tests.fake_run import make_run, make_scores
 
 

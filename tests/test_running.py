@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from refusal_mi.chat import ChatFormat
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Ablate, Add, all_hooks
+from refusal_mi.measures import next_token_logits
 from refusal_mi.model import running as module
+from refusal_mi.model.loading import load_model
+from refusal_mi.model.points import resid_hook, write_hooks
 from refusal_mi.model.running import (
     LastPositions,
     all_logits,
@@ -22,10 +24,9 @@ from refusal_mi.model.running import (
     running,
     running_from,
 )
-from refusal_mi.models import load_model, resid_hook, write_hooks
 from refusal_mi.reading import mean_activations
-from refusal_mi.scores import next_token_logits
-from refusal_mi.tokens import TokenBatch
+from refusal_mi.text.batches import TokenBatch
+from refusal_mi.text.chat import ChatFormat
 from tests.naive import ASKS
 from tests.test_interventions import random_direction
 from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, save_tiny, tiny_tokenizer

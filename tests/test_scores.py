@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from refusal_mi.chat import ChatFormat
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate
-from refusal_mi.scores import (
+from refusal_mi.measures import (
     discover_refusal_tokens,
     kl_nats,
     next_token_logits,
     published_refusal_tokens,
     refusal_score,
 )
+from refusal_mi.text.chat import ChatFormat
 from tests.naive import ASKS, FAMILIES, ablating, dtype_of, logits, prompt_ids, relative_error, tolerance
 from tests.test_interventions import random_direction
 from tests.tiny import tiny_tokenizer

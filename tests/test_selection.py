@@ -5,10 +5,9 @@ import math
 
 import pytest
 
-from refusal_mi.candidates import CandidateScore, ScoreGrid
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json
-from refusal_mi.selection import NO_THRESHOLDS, Thresholds, select
+from refusal_mi.search.grid import NO_THRESHOLDS, CandidateScore, ScoreGrid, Thresholds, select
 
 PUBLISHED = [
     ("gemma-2b-it", 18, (-2, 10), 13),

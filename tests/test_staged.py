@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from benchmarks.staged_draws import KnownScores
-from refusal_mi.candidates import ScoreTable, exact_items, sweep
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
-from refusal_mi.passes import PlainPasses, SharedPasses
 from refusal_mi.reading import mean_activations
-from refusal_mi.selection import Thresholds, select
-from refusal_mi.staged import Rounds, Screening, staged_sweep
-from refusal_mi.work import ITEM_ROWS, Scorer, WorkItem, cut
+from refusal_mi.search.grid import Thresholds, select
+from refusal_mi.search.passes import PlainPasses, SharedPasses
+from refusal_mi.search.staged import Rounds, Screening, staged_sweep
+from refusal_mi.search.sweep import ITEM_ROWS, Scorer, ScoreTable, WorkItem, cut, exact_items, sweep
+from refusal_mi.text.chat import ChatFormat
 from tests.naive import ASKS, CHATS
 
 TOKENS = (5, 6, 7)
@@ -182,7 +181,7 @@ def test_passes_shrink_when_memory_runs_out_and_give_the_same_numbers(parts, mon
     model, chat, grid = parts
     rows = [chat.encode(text) for text in ASKS]
     expected = PlainPasses(model, rows, chat.pad_id).ablated([grid.direction(-1, 2)], range(5))
-    from refusal_mi import passes
+    from refusal_mi.search import passes
 
     real, sizes = passes.prefix_logits_and_cache, []
 

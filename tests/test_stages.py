@@ -4,7 +4,7 @@ import pytest
 
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, sha256_file, write_json
-from refusal_mi.stages import RunFolder
+from refusal_mi.run.stages import RunFolder
 
 
 @pytest.fixture

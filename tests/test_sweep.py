@@ -5,24 +5,14 @@ import json
 import pytest
 import torch
 
-from refusal_mi.candidates import ScoreGrid, sweep, sweep_token_sets
-from refusal_mi.chat import ChatFormat
 from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.files import write_json
 from refusal_mi.reading import mean_activations
-from tests.naive import (
-    ASKS,
-    CHATS,
-    FAMILIES,
-    ablating,
-    adding,
-    dtype_of,
-    logits,
-    mean_residuals,
-    prompt_ids,
-    tolerance,
-)
+from refusal_mi.search.grid import ScoreGrid
+from refusal_mi.search.sweep import sweep, sweep_token_sets
+from refusal_mi.text.chat import ChatFormat
+from tests.naive import ASKS, CHATS, FAMILIES, ablating, adding, dtype_of, logits, mean_residuals, prompt_ids, tolerance
 from tests.test_scores import TOKENS, kl_by_hand, score_by_hand
 from tests.tiny import N_LAYERS
 
@@ -100,7 +90,9 @@ def test_candidates_without_a_direction_have_no_score_and_are_still_listed(tiny_
 def test_a_score_that_is_not_finite_is_no_score(tiny_model, monkeypatch, tmp_path):
     model = tiny_model("gpt2")
     chat, grid = candidates(model)
-    monkeypatch.setattr("refusal_mi.work.refusal_score", lambda logits, _: torch.full((len(logits),), torch.inf))
+    monkeypatch.setattr(
+        "refusal_mi.search.sweep.refusal_score", lambda logits, _: torch.full((len(logits),), torch.inf)
+    )
     scores = sweep(model, chat, grid, HARMFUL, HARMLESS, TOKENS)
     assert scores.rows[8].bypass is None and scores.rows[8].kl_nats is not None
     assert scores.baseline_harmful is None and scores.baseline_harmless is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from refusal_mi.errors import UserError
-from refusal_mi.tokens import TokenBatch, batches_by_length, left_pad
+from refusal_mi.text.batches import TokenBatch, batches_by_length, left_pad
 
 
 def test_left_pad_keeps_every_row_at_the_right_edge():

@@ -1,12 +1,12 @@
 """Analyses around a refusal direction: one call each, one frozen result each, one more call to plot it.
 
     from refusal_mi.analysis import project_residuals
-    from refusal_mi.plots_analysis import plot
+    from refusal_mi.analysis.result import plot
 
     plot(project_residuals(model, chat, direction, {"harmful": [...], "harmless": [...]}))
 
-An analysis, its module here and its module in `refusal_mi.plots_analysis` share one name. Names are imported when
-they are first used.
+An analysis and its module, which holds its result, its computation and its figures, share one name. Names are
+imported when they are first used.
 """
 
 from importlib import import_module
@@ -35,7 +35,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     "harm": ("separate_harm", "HarmResult"),
 }
 """Every analysis -> the public names of its module, in the order in which `analyze` runs them."""
-
 _HOME = {
     "AnalysisResult": "result",
     "load_result": "result",

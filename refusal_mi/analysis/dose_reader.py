@@ -6,13 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..chat import ChatFormat
 from ..generation import generate
 from ..interventions import Intervention
-from ..judges import Judge, is_degenerate
-from ..loss import ScoredText, ce_loss
-from ..models import HookedModel
-from ..scores import kl_nats, next_token_logits, refusal_score
+from ..judges.substring import Judge, is_degenerate
+from ..measures import ScoredText, ce_loss, kl_nats, next_token_logits, refusal_score
+from ..model.points import HookedModel
+from ..text.chat import ChatFormat
 
 
 class DoseReader:

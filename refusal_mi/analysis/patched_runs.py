@@ -7,18 +7,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..chat import ChatFormat
 from ..directions import Direction
 from ..errors import UserError
+from ..measures import refusal_score
+from ..model.points import Hook, HookedModel, model_device, resid_hook, write_hooks
 from ..model.running import batches, last_logits, n_block_outputs, running_from
-from ..models import Hook, HookedModel, model_device, resid_hook, write_hooks
 from ..reading import captured
-from ..scores import refusal_score
-from ..tokens import TokenBatch, left_pad
+from ..text.batches import TokenBatch, left_pad
+from ..text.chat import ChatFormat
 
 Site = Literal["resid", "attn", "mlp", "heads", "resid_mid"]
 """The stream entering a block, what attention or the MLP writes, single heads, the stream between the two."""
-
 _POINTS: dict[Site, str] = {
     "resid": "hook_resid_pre",
     "attn": "hook_attn_out",

@@ -2,18 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
+from plotly.subplots import make_subplots
 from torch import Tensor
 
-from ..chat import ChatFormat
 from ..directions import Direction
 from ..errors import UserError
-from ..models import HookedModel, check_raw_basis
+from ..figures.style import (
+    CONTROL,
+    WIDTH,
+    finish,
+    group_style,
+    heatmap,
+    line,
+    number,
+    position_label,
+    subtitle,
+    zero_line,
+)
+from ..model.points import HookedModel, check_raw_basis
+from ..run.record import RunInputs
 from ..stats import mean_interval
-from .inputs import RunInputs
+from ..text.chat import ChatFormat
 from .patched_runs import PatchedRuns, Site, check_sites
 from .result import AnalysisResult, provenance_of
 
@@ -161,3 +175,151 @@ def from_run(run: RunInputs) -> PatchingResult:
         direction=run.direction,
         batch_size=run.batch_size,
     )
+
+
+_UNIT = "effect (fraction of the gap)"
+_LIMITS = (-1.0, 1.0)
+_SHOWN = 0.05
+"""Effects below are not printed in the narrow cells."""
+_MAX_COLUMNS_WITH_TEXT = 12
+_NAMES = {"resid": "stream", "attn": "attention", "mlp": "MLP", "resid_mid": "stream between", "heads": "heads"}
+
+
+def plot_patching(result: PatchingResult) -> go.Figure:
+    """Normalized effect at every layer and post-instruction position: both ways, and the control."""
+    sites: list[Site] = [site for site in result.sites if site != "heads"] or ["heads"]
+    titles = [f"<b>{_NAMES[site]}</b>, {what}" for what in (*map(_way_text, WAYS), "control") for site in sites]
+    figure = make_subplots(
+        3,
+        len(sites),
+        subplot_titles=titles,
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        vertical_spacing=0.1 if len(result.positions) < 8 else 0.05,
+    )
+    for column, site in enumerate(sites, start=1):
+        tables = [
+            *((result.effects(site, way), _intervals(result, site, way)) for way in WAYS),
+            (result.control_effects(site), None),
+        ]
+        for row, (values, notes) in enumerate(tables, start=1):
+            trace = _map(result, site, values, notes)
+            trace.showscale = row == 1 and column == len(sites)
+            figure.add_trace(trace, row=row, col=column)
+    figure.update_xaxes(title="layer", row=3)
+    figure.update_yaxes(title="position" if sites != ["heads"] else "head", col=1, automargin=True)
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_annotations(font_size=13)
+    figure.update_traces(colorbar={"len": 0.36, "y": 0.84})
+    height = 3 * max(150, 30 * len(result.positions)) + 80
+    about = _about(result, f"control: another harmless prompt · no number: below {_SHOWN:g}")
+    title = "Activation patching: share of the refusal score that one activation carries over"
+    return finish(figure, title=title, about=about, height=height, legend_names=[], width=WIDTH, top=104)
+
+
+def plot_patching_heads(result: PatchingResult) -> go.Figure:
+    """Normalized effect of every head, patched at all post-instruction positions; beside it the control.
+
+    Raises:
+        UserError: the heads were not patched.
+    """
+    if "heads" not in result.sites:
+        raise UserError("this result has no heads; patch with sites that include heads")
+    tables = [result.effects("heads"), result.effects("heads", "into harmful"), result.control_effects("heads")]
+    titles = [f"<b>{text}</b>" for text in (*map(_way_text, WAYS), "control")]
+    figure = make_subplots(1, 3, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03)
+    largest = max(float(max(table.abs().max() for table in tables[:2])), 0.1)
+    for column, values in enumerate(tables, start=1):
+        heads = [f"H{head}" for head in range(values.shape[1])]
+        layers = [str(layer) for layer in result.layers]
+        hover = "layer %{y}, %{x}<br>effect %{z:.3f}"
+        trace = heatmap(values, heads, layers, _UNIT, hover=hover, limits=(-largest, largest))
+        trace.showscale = column == 3
+        figure.add_trace(trace, row=1, col=column)
+    figure.update_xaxes(title="head", type="category")
+    figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_yaxes(title="layer", col=1)
+    figure.update_annotations(font_size=13)
+    height = max(240, 30 * tables[0].shape[0])
+    about = _about(result, "heads patched at all post-instruction positions; control: another harmless prompt")
+    title = "Activation patching of single heads"
+    return finish(figure, title=title, about=about, height=height, legend_names=[], width=WIDTH, top=104)
+
+
+def plot_directional(result: PatchingResult) -> go.Figure:
+    """At each layer's best position: effect of the whole stream, and of its component along the direction alone.
+
+    Raises:
+        UserError: nothing was patched along a direction.
+    """
+    if "resid" not in result.directional:
+        raise UserError("this result has no directional patching of resid; call patch_activations with direction=...")
+    titles = [f"<b>{_way_text(way)}</b>" for way in WAYS]
+    figure = make_subplots(1, 2, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
+    for column, way in enumerate(WAYS, start=1):
+        place: dict[str, Any] = {"row": 1, "col": column}
+        whole, along = result.effects("resid", way), result.directional_effects("resid", way)
+        best = whole.argmax(1)
+        rows, layers = range(len(whole)), list(result.layers)
+        names = [position_label(result.positions[cell], result.position_tokens[cell]) for cell in best.tolist()]
+        for index, (name, values) in enumerate((("whole stream", whole), ("component along the direction", along))):
+            hover = f"<b>{name}</b>, layer %{{x}}, position %{{customdata}}<br>effect %{{y:.3f}}<extra></extra>"
+            chosen = values[rows, best].tolist()
+            trace = line(layers, chosen, name, group_style(index), customdata=names, hovertemplate=hover)
+            trace.showlegend = column == 1
+            figure.add_trace(trace, **place)
+        if way == "into harmless":
+            hover = "control, layer %{x}<br>effect %{y:.3f}<extra></extra>"
+            control = result.control_effects("resid")[rows, best].tolist()
+            figure.add_trace(line(layers, control, "another harmless prompt", CONTROL, hovertemplate=hover), **place)
+        zero_line(figure, **place)
+        zero_line(figure, 1.0, **place)
+    figure.update_xaxes(title="layer (stream entering the block)", dtick=max(1, -(-len(whole) // 10)))
+    figure.update_yaxes(title=_UNIT, row=1, col=1)
+    figure.update_annotations(font_size=13)
+    names = ["whole stream", "component along the direction", "another harmless prompt"]
+    about = _about(result, "position with the largest effect at each layer")
+    title = "Directional patching: what of the effect goes through the direction"
+    return finish(figure, title=title, about=about, height=340, legend_names=names, width=WIDTH, top=104)
+
+
+def _map(
+    result: PatchingResult, site: Site, values: Float[Tensor, "layer cell"], notes: list[list[str]] | None
+) -> go.Heatmap:
+    labels = [
+        position_label(position, token)
+        for position, token in zip(result.positions, result.position_tokens, strict=True)
+    ]
+    if site == "heads":
+        labels = [f"H{head}" for head in range(values.shape[1])]
+    layers = [str(layer) for layer in result.layers]
+    hover = f"{_NAMES[site]}, layer %{{x}}, %{{y}}<br>effect %{{z:.3f}}" + (" %{customdata}" if notes else "")
+    trace = heatmap(values.T, layers, labels, _UNIT, hover=hover, custom=notes, limits=_LIMITS)
+    trace.text = [[number(value) if abs(value) >= _SHOWN else "" for value in row] for row in values.T.tolist()]
+    trace.texttemplate = "%{text}" if len(layers) <= _MAX_COLUMNS_WITH_TEXT else None
+    trace.textfont.size = 11 if len(layers) <= 8 else 9
+    return trace
+
+
+def _intervals(result: PatchingResult, site: Site, way: Way) -> list[list[str]]:
+    n_layers, n_cells = result.effects(site, way).shape
+    found = [[result.interval(site, layer, cell, way) for layer in range(n_layers)] for cell in range(n_cells)]
+    return [[f"[{low:.3f}, {high:.3f}]" for low, high in row] for row in found]
+
+
+def _way_text(way: Way) -> str:
+    return "harmful → harmless" if way == "into harmless" else "harmless → harmful"
+
+
+def _about(result: PatchingResult, note: str = "") -> str:
+    return subtitle(
+        result.model_name, f"n = {result.n_pairs} pairs", f"gap {result.gap_nats:.3g} nats".replace("-", "−"), note
+    )
+
+
+FIGURES = {
+    "patching": plot_patching,
+    "patching_heads": plot_patching_heads,
+    "patching_directional": plot_directional,
+}

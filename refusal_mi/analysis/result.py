@@ -1,19 +1,22 @@
-"""What every analysis returns: a frozen result that says its units, names its model, and saves and loads itself."""
+"""What every analysis returns: a frozen result that says its units, names its model, saves and draws itself."""
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
+import plotly.graph_objects as go
 from torch import Tensor
 
-from ..chat import ChatFormat
 from ..errors import UserError
 from ..files import read_json, read_tensors, sha256_json, write_json, write_tensors
-from ..models import ORGANISM, HookedModel, model_source
-from ..provenance import describe_model, versions
+from ..model.loading import ORGANISM
+from ..model.points import HookedModel, model_source
+from ..model.provenance import describe_model, versions
+from ..text.chat import ChatFormat
 
 FORMAT = 1
 _RECORD_KEYS = {"kind", "format", "fields", "provenance"}
@@ -152,3 +155,41 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(entry) for key, entry in value.items()}
     return value
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The figures of a result."""
+
+    figures: dict[str, go.Figure | str]
+    """By name, the main one first; a complete HTML page where plotly has no such view."""
+    left_out: dict[str, str]
+    """Name -> why the result has no such figure."""
+
+
+def plot(result: AnalysisResult) -> go.Figure | str:
+    """The main figure of a result; a complete HTML page where plotly has no such view."""
+    return next(iter(_figures_of(result).values()))(result)
+
+
+def figures(result: AnalysisResult) -> dict[str, go.Figure | str]:
+    """Every figure that a result has, by name; the main one first. A warning says which are missing, and why."""
+    drawn = draw_all(result)
+    for name, why in drawn.left_out.items():
+        warnings.warn(f"no figure {name}: {why}", stacklevel=2)
+    return drawn.figures
+
+
+def draw_all(result: AnalysisResult) -> Drawn:
+    """Every figure that a result has, and why it has no others."""
+    drawn, left_out = {}, {}
+    for name, draw in _figures_of(result).items():
+        try:
+            drawn[name] = draw(result)
+        except UserError as error:
+            left_out[name] = str(error)
+    return Drawn(drawn, left_out)
+
+
+def _figures_of(result: AnalysisResult) -> dict[str, Callable[[AnalysisResult], go.Figure | str]]:
+    return analysis_module(result.kind).FIGURES

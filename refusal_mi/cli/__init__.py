@@ -1,19 +1,18 @@
 """The command line: it parses, calls, prints. Nothing here imports torch before a command runs."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
 from ..errors import UserError
-from . import analyze, caa, chat, combos, compare, export, info, judge, plot, run, select, vector
-from .spelling import own_spelling
+from . import analyze, chat, export, run, steering
+from .options import own_spelling
 
 INTERRUPTED = 130
 BAD_INPUT = 2
-
 app = typer.Typer(
     name="refusal-mi",
     help="Find, test and see the direction that mediates refusal in a chat model. "
@@ -23,8 +22,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (run, combos, chat, select, analyze, plot, vector, export, caa, compare, judge, info):
-    module.register(app)
+
+
+caa = typer.Typer(
+    help="CAA steering vectors. A layer here is the output of a block.", no_args_is_help=True, rich_markup_mode=None
+)
+CAA_COMMANDS: dict[str, Callable[..., int]] = {"vectors": steering.vectors, "test": steering.test, "ab": steering.ab}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "run": run.run,
+    "combos": run.combos,
+    "chat": chat.chat,
+    "select": run.select_saved,
+    "analyze": analyze.analyze,
+    "plot": analyze.plot,
+    "vector": steering.make,
+    "vector-eval": steering.evaluate,
+    "export": export.export,
+    "export-vector": export.export_vector,
+    "compare": analyze.compare,
+    "judge": run.judge,
+    "model-info": run.model_info,
+}
+for group, commands in ((caa, CAA_COMMANDS), (app, COMMANDS)):
+    for name, command in commands.items():
+        group.command(name)(command)
+app.add_typer(caa, name="caa")
 
 
 def _print_version(wanted: bool) -> bool:

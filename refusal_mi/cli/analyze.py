@@ -1,5 +1,6 @@
-"""`refusal-mi analyze`: analyses of a finished run, saved with their figures; and drawing them again."""
+"""`refusal-mi analyze`, `plot` and `compare`: analyses of a finished run, drawing again, vectors side by side."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 from ..analysis import KINDS
 from ..errors import UserError
-from .arguments import (
+from .options import (
     AsJson,
     BatchSize,
     Device,
@@ -21,19 +22,17 @@ from .arguments import (
 )
 
 if TYPE_CHECKING:
-    from ..analysis.inputs import RunInputs
+    from plotly.graph_objects import Figure
+
     from ..analysis.result import AnalysisResult
+    from ..directions import Comparison, LabelledVectors
+    from ..run.record import RunInputs, RunRecord
 
 FOLDER = "analysis"
 SCIENCE_FAILED = 1
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("analyze")(command)
-
-
-def command(
+def analyze(
     model: Model = None,
     model_path: ModelPath = None,
     run: Annotated[Path | None, typer.Option(help="Run folder with the direction; default runs/{alias}.")] = None,
@@ -53,8 +52,8 @@ def command(
 
     An analysis that this run cannot have is named, the others are done, and the exit status is 1.
     """
-    from ..analysis.inputs import RunInputs, check_model_of_run
-    from ..models import model_alias
+    from ..model.loading import model_alias
+    from ..run.record import RunInputs, check_model_of_run
     from .tables import print_facts, print_json
 
     kinds = _kinds(what)
@@ -91,9 +90,9 @@ def redraw(result: Path, output_dir: Path | None = None) -> list[Path]:
 
 def draw(result: "AnalysisResult", folder: Path) -> list[Path]:
     """Write every figure that a result has as HTML that needs no network, with plotly once beside them."""
+    from ..analysis.result import draw_all
+    from ..figures.save import save_figures
     from ..files import write_text
-    from ..plots.save import save_figures
-    from ..plots_analysis import draw_all
 
     drawn = draw_all(result)
     for name, why in drawn.left_out.items():
@@ -118,7 +117,157 @@ def _analyze(kind: str, inputs: "RunInputs", batch_size: int | None) -> "Analysi
     from dataclasses import replace
 
     from ..analysis.result import analysis_module
-    from ..memory import with_smaller_batches
+    from ..text.batches import with_smaller_batches
 
     module = analysis_module(kind)
     return with_smaller_batches(lambda size: module.from_run(replace(inputs, batch_size=size)), batch_size)
+
+
+STATIC = (".png", ".svg", ".pdf")
+WIDTH = 1200
+
+
+class What(StrEnum):
+    """The figures of a run."""
+
+    scores = "scores"
+    bypass = "bypass"
+    induce = "induce"
+    kl = "kl"
+    rates = "rates"
+    loss = "loss"
+
+
+def plot(
+    saved: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR|RESULT.json", help="The folder of a run, or a result of analyze.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a run: FILE.html, or FILE.png, .svg or .pdf through a local Chromium. "
+            "Of a result: the same, for its main figure, or a folder for all; default: all, beside it."
+        ),
+    ] = None,
+    what: Annotated[What, typer.Option(help="scores: the three per-layer scores; one of them; rates; loss.")] = (
+        What.scores
+    ),
+    width: Annotated[int, typer.Option(help="Of a static image, in pixels (a PNG has twice as many).")] = WIDTH,
+) -> int:
+    """Draw a saved run or analysis again, without a model."""
+    from ..figures.save import save_figure
+    from ..run.record import RunRecord
+
+    pass  # MOVER
+
+    file = output if output is not None and output.suffix in (".html", *STATIC) else None
+    if saved.suffix in (".json", ".pt"):
+        if file is not None:
+            save_figure(_main_figure(saved), file, width=width)
+        for drawn in redraw(saved, output) if file is None else [file]:
+            typer.echo(str(drawn))
+        return 0
+    if file is None:
+        raise UserError(f"--output is a file ending in .html, {', '.join(STATIC)}, not {output}")
+    save_figure(_figure(RunRecord.load(saved), what), file, width=width)
+    typer.echo(str(file))
+    return 0
+
+
+def _main_figure(saved: Path) -> "Figure":
+    from ..analysis.result import load_result, plot
+
+    figure = plot(load_result(saved))
+    if isinstance(figure, str):
+        raise UserError(f"the main figure of {saved} is a page of HTML: give a folder as --output")
+    return figure
+
+
+def _figure(record: "RunRecord", what: What) -> "Figure":
+    from ..figures.effects import plot_losses, plot_rates
+    from ..figures.scores import plot_score_panels, plot_scores
+
+    model = record.model_name
+    if what is What.rates:
+        if not record.sides:
+            raise UserError(f"{record.path} has no judged completions: run its step completions first")
+        return plot_rates(record.sides, model=model)
+    if what is What.loss:
+        if not record.losses:
+            raise UserError(f"{record.path} has no CE losses: run its step loss first")
+        return plot_losses(record.losses, model=model)
+    if record.scores is None or record.selection is None:
+        raise UserError(f"{record.path} has no scores: run its step selection first")
+    chosen = record.selection.survivors[0] if record.selection.survivors else None
+    if what is What.scores:
+        return plot_score_panels(
+            record.scores, chosen=chosen, thresholds=record.thresholds, tokens=record.tokens, model=model
+        )
+    return plot_scores(
+        record.scores,
+        measure=what.value,  # type: ignore[arg-type]
+        chosen=chosen,
+        thresholds=record.thresholds,
+        tokens=record.tokens,
+        model=model,
+    )
+
+
+MAX_COLUMNS = 12
+
+
+def compare(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="A.pt B.pt ...", help="[d], [1, d] or [n, d]; any float type.")
+    ],
+    normalize_across: Annotated[
+        bool, typer.Option("--normalize-across", help="Give the files one norm per row, as CAA does for behaviors.")
+    ] = False,
+    output_dir: Annotated[Path | None, typer.Option(help="Where --normalize-across writes the vectors.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Show the cosine similarity of every two vectors."""
+    from ..directions import compare, read_vectors
+    from ..directions import normalize_across as shared_norm
+    from ..files import write_tensors
+    from .tables import print_json
+
+    if normalize_across and output_dir is None:
+        raise UserError("--normalize-across writes vectors: say where with --output-dir")
+    if output_dir is not None and not normalize_across:
+        raise UserError("--output-dir is for --normalize-across; cosines go to the terminal (--json for a file)")
+    stacks = [read_vectors(file) for file in files]
+    if normalize_across and output_dir is not None:
+        names = [file.name for file in files]
+        if len(set(names)) < len(names):
+            raise UserError(f"--normalize-across needs files of different names, not {', '.join(names)}")
+        stacks = shared_norm(stacks)
+        for name, stack in zip(names, stacks, strict=True):
+            rows = stack.rows.float()
+            write_tensors(output_dir / name, rows[0] if len(rows) == 1 else rows)
+    found = compare(stacks)
+    print_json(found.describe()) if as_json else _print(found, stacks)
+    return 0
+
+
+def _print(found: "Comparison", stacks: "list[LabelledVectors]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if len(found.labels) <= MAX_COLUMNS:
+        table = Table("cosine", *found.labels, "norm")
+        for label, row, norm in zip(found.labels, found.cosines.tolist(), found.norms.tolist(), strict=True):
+            table.add_row(label, *(_number(value) for value in row), f"{norm:.4g}")
+    else:
+        table = Table("row", *(f"{stack.name} with {stacks[0].name}" for stack in stacks[1:]))
+        starts = [sum(len(stack.rows) for stack in stacks[:index]) for index in range(len(stacks))]
+        for row in range(max(len(stack.rows) for stack in stacks)):
+            places = [start + min(row, len(stack.rows) - 1) for start, stack in zip(starts, stacks, strict=True)]
+            table.add_row(str(row), *(_number(found.cosines[places[0], place].item()) for place in places[1:]))
+        console.print(f"{len(found.labels)} vectors, row by row; the whole matrix: --json", highlight=False)
+    console.print(table)
+
+
+def _number(value: float) -> str:
+    return "-" if value != value else f"{value:.4f}"

@@ -1,8 +1,11 @@
-"""`refusal-mi chat`: talk to a model with a direction ablated or added, beside the plain model if wanted."""
+"""`refusal-mi chat`: a conversation in the terminal, plain or with directions at work."""
 
+import contextlib
 import math
 import shlex
 import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,24 +13,261 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from .arguments import OutputDir, parse_positions
-from .bundles import ModelOptions, TemplateOptions, flat
-from .session import Change, Session
-from .talk import answer_all, interact
+from .options import ModelOptions, OutputDir, TemplateOptions, flat, parse_positions
 
 if TYPE_CHECKING:
     from ..directions import Direction
-    from ..interventions import Positions
-    from ..models import HookedModel
+    from ..generation import Conversation
+    from ..interventions import Intervention, Positions
+    from ..model.points import HookedModel
+
+HELP = """\
+/ablate RANKS     ablate these surviving candidates (0-2: the best and the third); /ablate off undoes it
+/coefficient X    add X times the vector of --steer; negative subtracts
+/system [TEXT]    set the system message; without a text, the template's own
+/reset            start a new conversation
+/save FILE        write the conversation as JSON
+/help             this list
+/quit             leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("chat")(command)
+@dataclass(frozen=True)
+class Change:
+    """What is done to the model, in words and as objects."""
+
+    label: str
+    interventions: "Sequence[Intervention]"
+    warning: str | None = None
+
+
+@dataclass
+class Session:
+    """The conversation with the changed model, and the same one with the plain model where they are compared."""
+
+    changed: "Conversation"
+    plain: "Conversation | None"
+    name: str
+    """Of the model."""
+    change: Change | None
+    by_ranks: Callable[[str], Change]
+    steered_by: Callable[[float], Change] | None
+
+    @property
+    def label(self) -> str:
+        """What is done to the model, in words."""
+        return self.change.label if self.change else "plain"
+
+    @property
+    def conversations(self) -> "dict[str, Conversation]":
+        """By label, in the order in which they are shown."""
+        changed = {self.change.label if self.change else "unchanged": self.changed}
+        return {"plain": self.plain} | changed if self.plain else changed
+
+    def set_change(self, change: Change | None) -> None:
+        """Do something else to the model from the next answer on."""
+        self.change, self.changed.interventions = change, change.interventions if change else ()
+
+    def obey(self, line: str) -> str:
+        """Carry out a command; return what there is to say about it.
+
+        Raises:
+            UserError: there is no such command, or it cannot be carried out.
+            EOFError: it was /quit.
+        """
+        name, _, argument = line.partition(" ")
+        argument = argument.strip()
+        obeyed = _COMMANDS.get(name)
+        if obeyed is None:
+            raise UserError(f"unknown command {name}; /help lists them")
+        return obeyed(self, argument)
+
+
+def _ablate(session: Session, argument: str) -> str:
+    if not argument:
+        raise UserError("/ablate takes ranks such as 0-2, or off")
+    if argument == "off":
+        session.set_change(None)
+        return "nothing is ablated"
+    session.set_change(session.by_ranks(argument))
+    return session.label
+
+
+def _coefficient(session: Session, argument: str) -> str:
+    if session.steered_by is None:
+        raise UserError("there is no vector to add: start the chat with --steer FILE")
+    try:
+        coefficient = float(argument)
+    except ValueError:
+        raise UserError(f"/coefficient takes a number, not {argument!r}") from None
+    session.set_change(session.steered_by(coefficient))
+    return session.label
+
+
+def _system(session: Session, argument: str) -> str:
+    for conversation in session.conversations.values():
+        conversation.set_system(argument or None)
+    return f"system message: {argument}" if argument else "system message: the template's own"
+
+
+def _reset(session: Session, argument: str) -> str:
+    for conversation in session.conversations.values():
+        conversation.reset()
+    return "a new conversation"
+
+
+def _save(session: Session, argument: str) -> str:
+    from ..files import write_json
+
+    if not argument:
+        raise UserError("/save takes the name of a file")
+    path = Path(argument).expanduser()
+    conversations = [{"label": label} | each.describe() for label, each in session.conversations.items()]
+    write_json(path, {"model": session.name, "conversations": conversations})
+    return f"saved {path}"
+
+
+def _help(session: Session, argument: str) -> str:
+    return HELP
+
+
+def _quit(session: Session, argument: str) -> str:
+    raise EOFError
+
+
+_COMMANDS: dict[str, Callable[[Session, str], str]] = {
+    "/ablate": _ablate,
+    "/coefficient": _coefficient,
+    "/system": _system,
+    "/reset": _reset,
+    "/save": _save,
+    "/help": _help,
+    "/quit": _quit,
+    "/exit": _quit,
+}
+
+
+def interact(session: Session) -> None:
+    """Read prompts and commands from the terminal until /quit or the end of input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() line editing and history)
+    _say(f"{session.name} ({session.label}); /help lists the commands")
+    _warn(session)
+    while True:
+        try:
+            line = input("you> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            _say("\n/quit or Ctrl-D leaves")
+            continue
+        try:
+            if line.startswith("/"):
+                _say(session.obey(line))
+                _warn(session)
+            elif line:
+                _show(session, line)
+        except UserError as error:
+            _say(f"error: {error}")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            _say("\n(stopped)")
+
+
+def answer_all(session: Session, lines: Iterable[str], *, has_commands: bool) -> None:
+    """One answer for every line; nothing but answers goes to stdout.
+
+    Args:
+        has_commands: whether a line that begins with a slash is a command.
+    """
+    _warn(session)
+    for line in lines:
+        if has_commands and line.startswith("/"):
+            try:
+                print(session.obey(line.strip()), file=sys.stderr)
+            except EOFError:
+                return
+        elif line.strip():
+            _write(session, line)
+
+
+def _write(session: Session, text: str) -> None:
+    """Answers one below the other, labelled where there are two."""
+    for label, conversation in session.conversations.items():
+        if session.plain:
+            print(f"[{label}]")
+        for piece in conversation.ask(text):
+            print(piece, end="", flush=True)
+        print("\n" if session.plain else "", flush=True)
+
+
+def _show(session: Session, text: str) -> None:
+    """The answer as it grows; two of them in columns."""
+    if session.plain:
+        _show_columns(session.conversations, text)
+        return
+    print("model> ", end="", flush=True)
+    for piece in session.changed.ask(text):
+        print(printable(piece), end="", flush=True)
+    print()
+
+
+def _show_columns(conversations: "dict[str, Conversation]", text: str) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    answers = dict.fromkeys(conversations, "")
+    console = Console()
+
+    def table() -> Table:
+        # Not the full width: the terminal writes ^C behind the last line, and a line break there displaces the table.
+        found = Table(width=max(20, console.width - 3))
+        for label in answers:
+            found.add_column(Text(label), ratio=1, overflow="fold")
+        found.add_row(*(Text(printable(answer)) for answer in answers.values()))
+        return found
+
+    with Live(table(), console=console, auto_refresh=False) as live:
+        for label, piece in _in_turns({label: each.ask(text) for label, each in conversations.items()}):
+            answers[label] += piece
+            live.update(table(), refresh=True)
+
+
+def _in_turns(streams: dict[str, Iterator[str]]) -> Iterator[tuple[str, str]]:
+    """A piece of each stream in turn, until all have ended; all are closed when the reader stops."""
+    left = dict(streams)
+    try:
+        while left:
+            for label in list(left):
+                piece = next(left[label], None)
+                if piece is None:
+                    del left[label]
+                else:
+                    yield label, piece
+    finally:
+        for each in streams.values():
+            each.close()  # type: ignore[attr-defined]
+
+
+def printable(text: str) -> str:
+    """Text that cannot move the cursor or change colors: control characters other than newline and tab replaced."""
+    return "".join("�" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
+def _warn(session: Session) -> None:
+    if session.change and session.change.warning:
+        print(f"warning: {session.change.warning}", file=sys.stderr)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 @flat
-def command(
+def chat(
     *,
     model: ModelOptions,
     ablate: Annotated[
@@ -63,10 +303,10 @@ def command(
     Prompts also come from --prompt or from a pipe, one a line: each is the next turn of one conversation and gets
     one answer; a line /reset starts a new one.
     """
-    from ..conversation import Conversation
-    from ..pipelines.defaults import default_folder
-    from ..pipelines.several import check_multi
-    from ..provenance import display_name
+    from ..generation import Conversation
+    from ..model.provenance import display_name
+    from ..recipes.combinations import check_multi
+    from ..recipes.options import default_folder
 
     if sum(option is not None for option in (ablate, direction, steer)) > 1:
         raise UserError("give one of --ablate, --direction and --steer")
@@ -135,7 +375,7 @@ class _Steering:
 
 
 def _check_run(folder: Path, model: str | None, output_dir: Path | None) -> None:
-    from ..pipelines.search import SURVIVORS
+    from ..run.record import SURVIVORS
 
     if not (folder / SURVIVORS).exists() or not (folder / "run.json").exists():
         parts = ["refusal-mi", "run", *([model] if model else []), "--steps", "directions,selection"]
@@ -144,9 +384,10 @@ def _check_run(folder: Path, model: str | None, output_dir: Path | None) -> None
 
 
 def _ablation_by_ranks(model: "HookedModel", source: str, folder: Path, text: str, multi: str) -> Change:
-    from ..pipelines.several import combine, load_ranked, parse_directions
-    from ..provenance import describe_model
-    from ..stages import RunFolder
+    from ..model.provenance import describe_model
+    from ..recipes.combinations import combine
+    from ..run.record import load_ranked, parse_directions
+    from ..run.stages import RunFolder
 
     RunFolder(folder).check_weights(describe_model(model, source))
     ranks = parse_directions(text)
@@ -173,8 +414,8 @@ def _steering_vector(model: "HookedModel", path: Path, layer: int | None) -> "Di
     from ..directions import Direction
     from ..files import read_tensors
     from ..interventions import Add
-    from ..models import resid_hook
-    from ..pipelines.alpaca import load_vectors, row_direction
+    from ..model.points import resid_hook
+    from ..recipes.responses import load_vectors, row_direction
 
     found = read_tensors(path)
     if layer is not None:

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from .arguments import AsJson, Model, ModelPath, Revision, one_model
+from .options import AsJson, Model, ModelPath, Revision, one_model
 
 if TYPE_CHECKING:
     from ..interventions import Ablate, Add
 
 VERIFICATION_FAILED = 1
-
 DirectionSource = Annotated[
     Path | None, typer.Option(help="A direction.pt or a run folder; default: the folder runs/{alias} of MODEL.")
 ]
@@ -28,13 +27,7 @@ AddOption = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command("export")(command)
-    app.command("export-vector")(vector_command)
-
-
-def command(
+def export(
     output_dir: Annotated[Path, typer.Option(help="The new directory.")],
     model: Model = None,
     model_path: ModelPath = None,
@@ -57,8 +50,7 @@ def command(
 
     How closely it does is measured.
     """
-    from ..export.adapter import export_adapter
-    from ..export.export import export_checkpoint
+    from ..export.export import export_adapter, export_checkpoint
     from .tables import print_export, print_json
 
     source = one_model(model, model_path)
@@ -90,7 +82,7 @@ def command(
     return VERIFICATION_FAILED if report.is_verified is False else 0
 
 
-def vector_command(
+def export_vector(
     output: Annotated[Path, typer.Option(help="The new file: .gguf, or .pt for lm-eval.")],
     model: Model = None,
     model_path: ModelPath = None,
@@ -109,7 +101,7 @@ def vector_command(
     import torch
     from transformers import AutoConfig
 
-    from ..export.vectors import write_gguf, write_lm_eval
+    from ..export.formats import write_gguf, write_lm_eval
     from ..interventions import Add
 
     source = one_model(model, model_path)
@@ -150,9 +142,9 @@ def _intervention(
     affine: str | None,
     add: float | None,
 ) -> "Ablate | Add":
-    from ..export.sources import harmless_components, read_directions
     from ..interventions import Ablate, Add
-    from ..models import model_alias
+    from ..model.loading import model_alias
+    from ..run.record import harmless_components, read_directions
 
     place = Path("runs") / model_alias(source) if direction is None else direction.expanduser()
     if not place.exists():

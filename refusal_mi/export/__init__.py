@@ -3,13 +3,13 @@
 from typing import Any
 
 _HOME = {
-    "ExportReport": "report",
+    "ExportReport": "export",
     "export_checkpoint": "export",
-    "orthogonalize_": "memory",
-    "export_adapter": "adapter",
+    "orthogonalize_": "export",
+    "export_adapter": "export",
     "load_adapter": "adapter",
-    "write_gguf": "vectors",
-    "write_lm_eval": "vectors",
+    "write_gguf": "formats",
+    "write_lm_eval": "formats",
 }
 
 __all__ = [*_HOME]

@@ -16,7 +16,6 @@ from ..weights import EditFigures, TensorEdit, edit_
 from .checkpoint import DTYPES, FLOATS, INDEX, Checkpoint, StoredTensor, write_header
 
 ExportDtype = Literal["keep", "float32", "bfloat16"]
-
 _BLOCK = 2**24
 """Bytes copied at a time."""
 

@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models import Hook, HookedModel, check_raw_basis, model_device, resid_hook
 from ..progress import track
-from ..tokens import TokenBatch, batches_by_length, left_pad
+from ..text.batches import TokenBatch, batches_by_length, left_pad
+from .points import Hook, HookedModel, check_raw_basis, model_device, resid_hook
 
 ONLY_HOOKS = {
     "EmbeddingBridge",
@@ -35,10 +35,8 @@ ONLY_HOOKS = {
 }
 """TransformerLens' wrappers that give, bit for bit, what the module inside gives: they add hook points or, for
 attention, write the same sums out. All others stay where they are."""
-
 OWN_HOOKS = ("transformer_lens.", "transformers.", "accelerate.")
 """Libraries that put torch hooks of their own on a loaded model's modules."""
-
 SAME_VALUE = {torch.float32: 1e-5, torch.float64: 1e-5}
 """How far values may lie apart, relative to the largest, to count as the same; 0.02 in half precision."""
 

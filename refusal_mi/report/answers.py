@@ -4,9 +4,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..plots import SideEffects
-from ..plots.effects import intervention_name
-from .folder import RunRecord
+from ..figures.effects import intervention_name
+from ..run.record import RunRecord, SideEffects
 
 MAX_CHARACTERS = 6_000
 """Longer answers are cut, visibly."""

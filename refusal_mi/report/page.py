@@ -1,4 +1,4 @@
-"""From a run folder to `report.html`: one file, no network, no script but its own."""
+"""A run folder as one self-contained page: facts, figures, answers, other pages beside it."""
 
 import base64
 import hashlib
@@ -8,18 +8,120 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from ..files import write_text
-from ..plots.effects import intervention_name
-from ..plots.style import token_text
+from ..figures.effects import intervention_name, plot_losses, plot_rates
+from ..figures.scores import plot_norms, plot_score_panels
+from ..figures.style import token_text
+from ..files import read_json, write_text
+from ..recipes.options import command_line
+from ..run.record import SPAN, RunRecord
 from .answers import answer_tables
-from .combinations import combinations_of, combos_page, identity_of
-from .figures import embedded_json, report_figures
-from .folder import RunRecord
-from .reproduce import command_line
 from .verdict import bindings, judge_run, signed
+
+WIDTHS = (1080, 360)
+"""What the legends are laid out for (px): a desktop window and a phone."""
+
+
+@dataclass(frozen=True)
+class FigurePair:
+    """One figure in two shapes."""
+
+    wide: go.Figure
+    narrow: go.Figure
+
+
+def report_figures(record: RunRecord) -> dict[str, FigurePair]:
+    """Every figure that the run has data for, by name."""
+    found: dict[str, FigurePair] = {}
+    tokens, model, selection = record.tokens, record.model_name, record.selection
+    if record.scores is not None and selection is not None:
+        chosen = selection.survivors[0] if selection.survivors and not record.combination else None
+        wide, narrow = (
+            plot_score_panels(
+                record.scores, chosen=chosen, thresholds=record.thresholds, tokens=tokens, model=model, columns=columns
+            )
+            for columns in (3, 1)
+        )
+        found["scores"] = FigurePair(wide, narrow)
+    elif record.norms is not None:
+        norms, positions = record.norms["norms"], record.norms["positions"]
+        n_prompts = record.norms["n_harmful"] + record.norms["n_harmless"]
+        wide, narrow = (
+            plot_norms(norms, positions, tokens=tokens, model=model, n_prompts=n_prompts, width=width)
+            for width in WIDTHS
+        )
+        found["norms"] = FigurePair(wide, narrow)
+    if record.sides:
+        wide, narrow = (plot_rates(record.sides, model=model, columns=columns) for columns in (2, 1))
+        found["rates"] = FigurePair(wide, narrow)
+    if record.losses:
+        wide, narrow = (plot_losses(record.losses, model=model, width=width) for width in WIDTHS)
+        found["losses"] = FigurePair(wide, narrow)
+    return found
+
+
+def embedded_json(figures: Mapping[str, FigurePair]) -> str:
+    """All figures as JSON in which no markup can begin: <, > and & are written as escapes."""
+    shapes = {
+        name: {shape: figure.to_plotly_json() for shape, figure in vars(pair).items()} for name, pair in figures.items()
+    }
+    text = json.dumps(shapes, allow_nan=False, separators=(",", ":"), default=list)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+COMBOS_PAGE = "combos.html"
+
+
+@dataclass(frozen=True)
+class CombinationLink:
+    """What was ablated together, and where its report lies."""
+
+    name: str
+    report: str | None
+    """Relative to the run folder; None where none was written."""
+
+
+def combinations_of(record: RunRecord) -> list[CombinationLink]:
+    """The combinations of a whole run's present survivors, by label; those of an earlier choice are left out."""
+    if record.label or record.selection is None:
+        return []
+    found = []
+    for span in sorted(record.path.glob(f"*/{SPAN}")):
+        combination = RunRecord.load(span.parent).combination
+        if combination is not None and _is_of_this_choice(record, combination):
+            has_report = (span.parent / "report.html").is_file()
+            found.append(CombinationLink(_name(combination), f"{span.parent.name}/report.html" if has_report else None))
+    return found
+
+
+def combos_page(record: RunRecord) -> str | None:
+    """The figure that `combos` draws of all of them, if it is there."""
+    return COMBOS_PAGE if (record.path / COMBOS_PAGE).is_file() else None
+
+
+def identity_of(folder: Path) -> Mapping[str, Any] | None:
+    """The model and the options in a folder's `run.json`; None where there is none."""
+    path = folder / "run.json"
+    return {key: read_json(path).get(key) for key in ("model", "options")} if path.is_file() else None
+
+
+def _is_of_this_choice(record: RunRecord, combination: Mapping[str, Any]) -> bool:
+    assert record.selection is not None
+    places = [{"pos": row.position, "layer": row.layer} for row in record.selection.survivors]
+    named = [places[rank] if rank < len(places) else None for rank in combination["ranks"]]
+    return named == list(combination["places"])
+
+
+def _name(combination: Mapping[str, Any]) -> str:
+    *others, last = map(str, combination["ranks"])
+    ranks = f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
+    return ranks if combination["multi"] == "span" else f"{ranks}, one after the other"
+
 
 N_SURVIVORS = 10
 _HEADLINE_EFFECTS = (

@@ -5,16 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..candidates import ScoreGrid
-from ..plots import Effect, SideEffects
-from ..plots.effects import Side
-from ..selection import Selection, select
-from .folder import RunRecord
+from ..run.record import Effect, RunRecord, Side, SideEffects
+from ..search.grid import ScoreGrid, Selection, select
 
 MUCH_DEGENERATE = 0.1
 """Above this fraction of degenerate answers, a refusal rate says little about answers."""
 NEARLY_ALL = 0.9
-
 Outcome = Literal["works", "partly", "broken", "like the control", "none", "not measured"]
 
 

@@ -1,0 +1,10 @@
+"""Figures from results: `plot_x(result) -> plotly Figure`; no model, no disk."""
+
+from ..run.record import Effect as Effect
+from ..run.record import SideEffects as SideEffects
+from .effects import plot_losses as plot_losses
+from .effects import plot_rates as plot_rates
+from .scores import Measure as Measure
+from .scores import plot_norms as plot_norms
+from .scores import plot_score_panels as plot_score_panels
+from .scores import plot_scores as plot_scores

@@ -1,0 +1,336 @@
+"""What directions do to answers and cost in CE loss: rates, losses, combinations, layers and multipliers of CAA."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ..measures import ABSweep, LossResult
+from ..model.provenance import display_name
+from ..run.record import Side, SideEffects
+from ..stats import Rate
+from .save import save_figure
+from .style import ACCENT, INK, MUTED, finish, plain
+
+_WIDE, _NARROW = 1080, 360
+_BAR = 46
+
+
+def intervention_name(label: str, side: Side) -> str:
+    """A published label in words: activation addition subtracts on harmful prompts and adds on harmless ones."""
+    added = "subtracted (−1)" if side == "harmful" else "added (+1)"
+    if label.startswith("random"):
+        done = "ablated" if "ablation" in label else added
+        return f"random {label.rsplit('_', 1)[-1]} {done}"
+    return {"baseline": "plain model", "ablation": "ablated", "actadd": added}.get(label, label)
+
+
+def plot_rates(sides: Sequence[SideEffects], *, model: str = "", columns: Literal[1, 2] = 2) -> go.Figure:
+    """Fraction of answers that refuse and that are degenerate text, with 95% Wilson intervals."""
+    rows = 1 if columns == 2 else max(1, len(sides))
+    titles = [
+        f"<b>{side.side} prompts</b><br>"
+        + ("" if side.set_name == side.side else f"{plain(side.set_name)}, ")
+        + f"n = {_n(side)}"
+        for side in sides
+    ]
+    figure = make_subplots(
+        rows, max(1, min(columns, len(sides))), subplot_titles=titles, horizontal_spacing=0.2, vertical_spacing=0.2
+    )
+    for index, side in enumerate(sides):
+        place = {"row": index // columns + 1, "col": index % columns + 1}
+        for name, color, pattern in (("refused", "#33508f", ""), ("degenerate text", "#ffffff", "/")):
+            rates = [effect.refusal if name == "refused" else effect.degenerate for effect in side.effects]
+            figure.add_trace(_bars(side, name, rates, color, pattern, is_first=index == 0), **place)
+        figure.update_xaxes(title="fraction of answers", range=[0, 1.04], dtick=0.25, **place)
+        figure.update_yaxes(autorange="reversed", automargin=True, **place)
+    figure.update_layout(bargap=0.25, bargroupgap=0.08)
+    figure.update_annotations(font_size=13)
+    height = rows * (_BAR * max((len(side.effects) for side in sides), default=1) + 24) + (rows - 1) * 80
+    return finish(
+        figure,
+        title="Refusals and degenerate text",
+        about=" · ".join(part for part in (plain(model), "bars with 95% Wilson intervals") if part),
+        height=height,
+        legend_names=["refused", "degenerate text"],
+        top=116,
+        width=_WIDE if columns == 2 else _NARROW,
+    )
+
+
+def plot_losses(losses: Mapping[str, Mapping[str, LossResult]], *, model: str = "", width: int = _WIDE) -> go.Figure:
+    """Change of CE loss from the plain model under each intervention, for each set of texts.
+
+    Args:
+        losses: `[label][text set]`; the label `baseline` is the plain model.
+        width: the width (px) that the legend is laid out for.
+    """
+    base = losses["baseline"]
+    figure, names = go.Figure(), []
+    fills = [("#33508f", ""), ("#c9d3ea", ""), ("#ffffff", "/"), ("#ffffff", "x"), ("#ffffff", "."), ("#8a8a8a", "")]
+    for index, label in enumerate(label for label in losses if label != "baseline"):
+        deltas = [losses[label][name].ce_loss - base[name].ce_loss for name in base]
+        names.append(intervention_name(label, "harmful"))
+        color, pattern = fills[min(index, len(fills) - 1)]
+        figure.add_trace(
+            go.Bar(
+                x=[f"{'<br>'.join(plain(name).split('_'))}<br>{base[name].n_tokens:,} tokens" for name in base],
+                y=deltas,
+                name=names[-1],
+                marker={"color": color, "line": {"color": INK, "width": 1}, "pattern": {"shape": pattern}},
+                customdata=[[losses[label][name].ce_loss, base[name].ce_loss] for name in base],
+                hovertemplate=f"<b>{names[-1]}</b>, %{{x}}<br>%{{customdata[0]:.4f}} against %{{customdata[1]:.4f}}"
+                "<br>change %{y:+.4f} nats per token<extra></extra>",
+            )
+        )
+    figure.add_hline(0, line={"color": MUTED, "width": 1})
+    figure.update_layout(barmode="group", bargap=0.3)
+    figure.update_yaxes(title="change of CE loss (nats per token)", tickformat="+.3~f")
+    about = " · ".join(part for part in (plain(model), "difference from the plain model") if part)
+    lines = max(len(name.split("_")) for name in base) + 1
+    return finish(
+        figure,
+        title="Cost in cross-entropy loss",
+        about=about,
+        height=320,
+        legend_names=names,
+        width=width,
+        label_lines=lines,
+    )
+
+
+def _bars(side: SideEffects, name: str, rates: Sequence[Rate], color: str, pattern: str, *, is_first: bool) -> go.Bar:
+    intervals = [rate.interval for rate in rates]
+    return go.Bar(
+        y=[intervention_name(effect.label, side.side) for effect in side.effects],
+        x=[rate.value for rate in rates],
+        orientation="h",
+        name=name,
+        legendgroup=name,
+        showlegend=is_first,
+        marker={"color": color, "line": {"color": INK, "width": 1}, "pattern": {"shape": pattern, "fgcolor": MUTED}},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [high - rate.value for rate, (_, high) in zip(rates, intervals, strict=True)],
+            "arrayminus": [rate.value - low for rate, (low, _) in zip(rates, intervals, strict=True)],
+            "color": INK,
+            "thickness": 1.3,
+            "width": 4,
+        },
+        customdata=[[rate.count, rate.n, *interval] for rate, interval in zip(rates, intervals, strict=True)],
+        hovertemplate=f"<b>%{{y}}</b><br>{name}: %{{customdata[0]}} of %{{customdata[1]}} = %{{x:.3f}}"
+        "<br>95% interval %{customdata[2]:.3f} to %{customdata[3]:.3f}<extra></extra>",
+    )
+
+
+def _n(side: SideEffects) -> int:
+    return side.effects[0].refusal.n if side.effects else 0
+
+
+Kind = Literal["combination", "random", "plain model"]
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
+_FILLS = ("#ffffff", "#33508f", "#c9d3ea", "#8a8a8a", "#1a1a1a")
+_NARROW_PLOT = 700
+"""Width (px) of the plot that labels are kept apart for; in a wider one they lie further apart."""
+
+
+@dataclass(frozen=True)
+class CombinationPoint:
+    """What ablating one combination did on validation prompts."""
+
+    label: str
+    """Its ranks, such as 0-2."""
+    kind: Kind
+    n_directions: int
+    refusal: Rate
+    """Of short answers to harmful prompts."""
+    bypass: float
+    """Mean refusal score (nats) on harmful prompts."""
+    kl_nats: float
+    ce_loss: float
+    """Nats per token."""
+    is_allowed: bool
+    """Whether its KL is within the limit."""
+    is_winner: bool = False
+
+    @property
+    def group(self) -> str:
+        """Its name in the legend."""
+        if self.kind != "combination":
+            return "random span" if self.kind == "random" else "plain model"
+        size = "single direction" if self.n_directions == 1 else f"{self.n_directions} directions"
+        return size if self.is_allowed else f"{size}, KL over the limit"
+
+
+def plot_combos(
+    points: Sequence[CombinationPoint], *, text_set: str, kl_max: float | None, model: str = ""
+) -> go.Figure:
+    """Refusal rate (with 95% Wilson intervals) against CE loss on plain text; the winner is ringed.
+
+    Args:
+        text_set: what the CE loss is measured on.
+        kl_max: the limit that decides which combinations may win (nats); None is none.
+    """
+    figure = go.Figure()
+    groups = list(dict.fromkeys(point.group for point in points))
+    for group in groups:
+        figure.add_trace(_trace(group, [point for point in points if point.group == group]))
+    for winner in (point for point in points if point.is_winner):
+        ring = {"color": "rgba(0,0,0,0)", "size": 21, "symbol": "circle", "line": {"color": ACCENT, "width": 2}}
+        place = {"x": [winner.ce_loss], "y": [winner.refusal.value], "hoverinfo": "skip"}
+        figure.add_trace(go.Scatter(**place, mode="markers", name=f"winner, {winner.label}", marker=ring))
+        groups.append(f"winner, {winner.label}")
+    _label(figure, points)
+    figure.update_xaxes(title=f"CE loss on {plain(text_set)} (nats per token)", tickformat=".3~f")
+    figure.update_yaxes(title="fraction of validation answers that refuse", range=[-0.05, 1.07], dtick=0.25)
+    n = points[0].refusal.n if points else 0
+    rule = "" if kl_max is None else f"winners need KL ≤ {kl_max:g} nats"
+    parts = (plain(model), f"n = {n} harmful validation prompts", "95% intervals", rule)
+    return finish(
+        figure,
+        title="Refusal against cost, by ablated directions",
+        about=" · ".join(part for part in parts if part),
+        height=420,
+        legend_names=groups,
+        width=1080,
+    )
+
+
+def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
+    size = min(points[0].n_directions, len(_SYMBOLS))
+    symbol = {"random": "x", "plain model": "star"}.get(points[0].kind, _SYMBOLS[size - 1])
+    fill = {"random": MUTED, "plain model": ACCENT}.get(points[0].kind, _FILLS[size % len(_FILLS)])
+    if not points[0].is_allowed:
+        symbol, fill = f"{symbol}-open", INK
+    return go.Scatter(
+        x=[point.ce_loss for point in points],
+        y=[point.refusal.value for point in points],
+        mode="markers",
+        text=[point.label for point in points],
+        name=group,
+        marker={"symbol": symbol, "size": 11, "color": fill, "line": {"color": INK, "width": 1}},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [point.refusal.interval[1] - point.refusal.value for point in points],
+            "arrayminus": [point.refusal.value - point.refusal.interval[0] for point in points],
+            "color": "rgba(107,107,107,0.8)",
+            "thickness": 1,
+            "width": 4,
+        },
+        customdata=[[point.refusal.count, point.refusal.n, point.bypass, point.kl_nats] for point in points],
+        hovertemplate=f"<b>%{{text}}</b> ({group})<br>refused: %{{customdata[0]}} of %{{customdata[1]}}"
+        "<br>refusal score %{customdata[2]:.2f} nats<br>KL %{customdata[3]:.4f} nats"
+        "<br>CE loss %{x:.4f} nats per token<extra></extra>",
+    )
+
+
+def _label(figure: go.Figure, points: Sequence[CombinationPoint]) -> None:
+    """Name the allowed combinations above their intervals (below, near the top), each clear of its right neighbors."""
+    if not points:
+        return
+    losses = [point.ce_loss for point in points]
+    per_pixel = (max(losses) - min(losses)) / _NARROW_PLOT
+    placed: list[tuple[float, bool, int]] = []
+    named = [point for point in points if point.kind == "combination" and point.is_allowed]
+    for point in sorted(named, key=lambda each: -each.ce_loss):
+        is_high = point.refusal.value > 0.7
+        end = point.ce_loss + per_pixel * (7 * len(point.label) + 8)
+        level = 1 + max((at for x, side, at in placed if side == is_high and x <= end), default=-1)
+        placed.append((point.ce_loss, is_high, level))
+        shift = 9 + 14 * level
+        figure.add_annotation(
+            x=point.ce_loss,
+            y=point.refusal.interval[0 if is_high else 1],
+            text=plain(point.label),
+            ax=0,
+            ay=shift if is_high else -shift,
+            xanchor="left",
+            font={"size": 11, "color": MUTED},
+            showarrow=True,
+            arrowhead=0,
+            arrowwidth=0.7,
+            arrowcolor="rgba(107,107,107,0.4)",
+            borderpad=0,
+        )
+
+
+_STYLES = {1: ("#33508f", "solid", "circle"), -1: (ACCENT, "dash", "square")}
+
+
+def plot_layer_sweep(sweep: ABSweep, *, model: str = "", multipliers: tuple[float, ...] = (1.0, -1.0)) -> go.Figure:
+    """Change of p(matching answer) against CAA's layer, one line per multiplier, with 95% intervals."""
+    figure, names = go.Figure(), []
+    for multiplier in multipliers:
+        points = sorted((point for point in sweep.points if point.multiplier == multiplier), key=lambda p: p.layer)
+        if not points:
+            continue
+        color, dash, symbol = _STYLES.get(1 if multiplier > 0 else -1, (INK, "dot", "diamond"))
+        names.append(f"multiplier {multiplier:+g}".replace("-", "−"))
+        figure.add_trace(
+            go.Scatter(
+                x=[point.layer for point in points],
+                y=[point.delta for point in points],
+                mode="lines+markers",
+                name=names[-1],
+                line={"color": color, "dash": dash},
+                marker={"symbol": symbol, "size": 8},
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [point.delta_high - point.delta for point in points],
+                    "arrayminus": [point.delta - point.delta_low for point in points],
+                    "thickness": 1,
+                    "width": 3,
+                },
+                customdata=[[point.p, point.low, point.high] for point in points],
+                hovertemplate="output of block %{x}<br>p = %{customdata[0]:.3f} [%{customdata[1]:.3f}, "
+                "%{customdata[2]:.3f}]<br>change %{y:+.3f}<extra></extra>",
+            )
+        )
+    figure.add_hline(0, line={"color": MUTED, "width": 1})
+    figure.update_xaxes(title="layer (output of block)", dtick=1 if len(sweep.points) <= 48 else None)
+    figure.update_yaxes(title="change of p(matching answer)")
+    n = sweep.points[0].n_pairs if sweep.points else 0
+    parts = [plain(model), f"{plain(sweep.pairs)}, n = {n} pairs", f"plain p = {sweep.plain:.3f}", "95% intervals"]
+    return finish(
+        figure,
+        title="Steering by layer: p(matching answer)",
+        about=" · ".join(part for part in parts if part),
+        height=380,
+        legend_names=names,
+        width=900,
+    )
+
+
+def draw_combos(found: Mapping[str, Any], folder: Path) -> None:
+    """`combos.html` from what `combos.json` holds."""
+    name, kl_max = display_name(found["model"]["source"]), found["options"]["kl_max"]
+    figure = plot_combos(points(found), text_set=found["text_set"], kl_max=kl_max, model=name)
+    save_figure(figure, folder / "combos.html")
+
+
+def points(found: Mapping[str, Any]) -> list[CombinationPoint]:
+    """The figure's points from `combos.json`: the plain model, every combination, random spans."""
+    kl_max, rows = found["options"]["kl_max"], []
+    kinds = [("plain model", [found["baseline"]]), ("combination", found["combinations"])]
+    for kind, group in [*kinds, ("random", found.get("random", []))]:
+        for row in group:
+            rows.append(
+                CombinationPoint(
+                    row["label"],
+                    kind,  # type: ignore[arg-type]
+                    len(row.get("ranks", [])) or 1,
+                    Rate(row["refusal"]["count"], row["refusal"]["n"]),
+                    row["bypass"],
+                    row["kl_nats"],
+                    row["ce_loss"][found["text_set"]]["ce_loss"],
+                    is_allowed=kind != "combination" or kl_max is None or row["kl_nats"] <= kl_max,
+                    is_winner=row["label"] == found.get("winner"),
+                )
+            )
+    return rows

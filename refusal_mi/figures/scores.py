@@ -1,0 +1,313 @@
+"""Per-layer refusal scores: every candidate by source layer, one line per post-instruction position."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ..search.grid import NO_THRESHOLDS, CandidateScore, ScoreGrid, Thresholds
+from ..stats import mean_interval
+from .style import ACCENT, INK, MUTED, SHADE, SeriesStyle, finish, plain, series_styles, token_text
+
+Measure = Literal["bypass", "induce", "kl"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+_KL_FLOOR = 1e-4
+_WIDE, _NARROW = 1080, 360
+
+
+@dataclass(frozen=True)
+class _Axis:
+    title: str
+    short: str
+    label: str
+    side: str
+
+
+_AXES: dict[Measure, _Axis] = {
+    "bypass": _Axis(
+        "Refusal score on harmful prompts, candidate ablated",
+        "harmful prompts, candidate ablated",
+        "refusal score, log-odds (nats)",
+        "harmful",
+    ),
+    "induce": _Axis(
+        "Refusal score on harmless prompts, candidate added",
+        "harmless prompts, candidate added",
+        "refusal score, log-odds (nats)",
+        "harmless",
+    ),
+    "kl": _Axis(
+        "KL(plain ‖ ablated) on harmless prompts",
+        "harmless prompts, candidate ablated",
+        "next-token KL (nats, log scale)",
+        "harmless",
+    ),
+}
+
+
+def plot_scores(
+    scores: ScoreGrid,
+    *,
+    measure: Measure = "bypass",
+    chosen: CandidateScore | None = None,
+    thresholds: Thresholds | None = None,
+    tokens: Sequence[str] | None = None,
+    model: str = "",
+) -> go.Figure:
+    """One score of every candidate against its source layer; a candidate without a score is a gap.
+
+    Filled markers satisfy every threshold, open ones do not; layers that the thresholds leave out are shaded. The
+    chosen candidate carries the 95% interval of its mean over prompts (normal approximation) where the grid has the
+    scores of every prompt. KL is on a log scale from 1e-4 nats, so candidates that change nothing fall off its bottom.
+
+    Args:
+        chosen: marked with a star.
+        tokens: text of the post-instruction tokens, the last one at position −1.
+        model: named under the title.
+    """
+    figure = go.Figure()
+    names = _draw(figure, scores, measure, chosen, thresholds, tokens, place={}, is_first=True)
+    _label_axes(figure, scores, measure, thresholds, {})
+    about = _about(scores, [measure], model) + _marker_note(thresholds, " · ")
+    return finish(figure, title=_AXES[measure].title, about=about, height=400, legend_names=names, width=_WIDE)
+
+
+def plot_score_panels(
+    scores: ScoreGrid,
+    *,
+    chosen: CandidateScore | None = None,
+    thresholds: Thresholds | None = None,
+    tokens: Sequence[str] | None = None,
+    model: str = "",
+    columns: Literal[1, 3] = 3,
+) -> go.Figure:
+    """`plot_scores` for the three measures, side by side or (one column) below each other, with one legend."""
+    rows = 3 // columns
+    titles = [f"<b>{name}</b><br>{_AXES[measure].short}" for name, measure in _PANELS]
+    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.085, vertical_spacing=0.12)
+    figure.update_annotations(font_size=13)
+    names: list[str] = []
+    for index, (_, measure) in enumerate(_PANELS):
+        place = {"row": index // columns + 1, "col": index % columns + 1}
+        drawn = _draw(figure, scores, measure, chosen, thresholds, tokens, place=place, is_first=index == 0)
+        names.extend(name for name in drawn if name not in names)
+        _label_axes(figure, scores, measure, thresholds, place)
+    about = _about(scores, list(MEASURES), model) + _marker_note(thresholds, "<br>" if columns == 1 else " · ")
+    height, width, top = (330, _WIDE, 122) if columns == 3 else (960, _NARROW, 158)
+    title = f"Refusal scores by source layer{'<br>' if columns == 1 else ' '}and position"
+    return finish(figure, title=title, about=about, height=height, legend_names=names, width=width, top=top)
+
+
+_PANELS: tuple[tuple[str, Measure], ...] = (("Bypass", "bypass"), ("Induce", "induce"), ("KL", "kl"))
+
+
+def plot_norms(
+    norms: Sequence[Sequence[float]],
+    positions: Sequence[int],
+    *,
+    tokens: Sequence[str] | None = None,
+    model: str = "",
+    n_prompts: int | None = None,
+    width: int = _WIDE,
+) -> go.Figure:
+    """Length of the difference of means against layer, one line per position.
+
+    Args:
+        norms: `[position][layer]`.
+        width: the width (px) that the legend is laid out for.
+    """
+    figure, names = go.Figure(), []
+    for position, line, style in zip(positions, norms, series_styles(len(positions)), strict=True):
+        names.append(_position_name(position, tokens))
+        hover = f"position {names[-1]}<br>layer %{{x}}<br>norm %{{y:.3g}}<extra></extra>"
+        figure.add_trace(_line(list(range(len(line))), list(line), names[-1], style, hovertemplate=hover))
+    figure.update_xaxes(title="layer (stream entering the block)")
+    figure.update_yaxes(title="‖difference of means‖ (residual stream units)", rangemode="tozero")
+    about = " · ".join(part for part in (plain(model), f"n = {n_prompts} prompts" if n_prompts else "") if part)
+    title = "Length of the candidate directions"
+    return finish(figure, title=title, about=about, height=420, legend_names=names, width=width)
+
+
+def _draw(
+    figure: go.Figure,
+    scores: ScoreGrid,
+    measure: Measure,
+    chosen: CandidateScore | None,
+    thresholds: Thresholds | None,
+    tokens: Sequence[str] | None,
+    *,
+    place: dict[str, int],
+    is_first: bool,
+) -> list[str]:
+    """Add one panel's traces and return the names that it has in the legend."""
+    traces = [
+        _position_line(scores, position, measure, style, thresholds, tokens)
+        for position, style in zip(scores.positions, series_styles(len(scores.positions)), strict=True)
+    ]
+    traces.extend(_references(scores, measure, thresholds))
+    if chosen is not None and _value(chosen, measure) is not None:
+        traces.append(_star(scores, chosen, measure))
+    shown = {trace.name for trace in figure.data}
+    for trace in traces:
+        trace.showlegend, trace.legendgroup = trace.name not in shown, trace.name
+        figure.add_trace(trace, **place)
+    _shade_pruned(
+        figure, scores, thresholds, "bottom" if measure == "bypass" else "top", place
+    )  # after the traces: plotly shades no empty panel
+    return [trace.name for trace in traces]
+
+
+def _position_line(
+    scores: ScoreGrid,
+    position: int,
+    measure: Measure,
+    style: SeriesStyle,
+    thresholds: Thresholds | None,
+    tokens: Sequence[str] | None,
+) -> go.Scatter:
+    rows = sorted((row for row in scores.rows if row.position == position), key=lambda row: row.layer)
+    broken = [thresholds.reasons(row, scores.n_layers) if thresholds is not None else () for row in rows]
+    values = [_value(row, measure) for row in rows]
+    if measure == "kl":  # a log axis has no place for zero, nor for the -1e-7 that the epsilon in KL leaves
+        values = [value if value is not None and value > 0 else None for value in values]
+    name = _position_name(position, tokens)
+    verdicts = [
+        "" if thresholds is None else f"fails: {', '.join(reasons)}" if reasons else "survives" for reasons in broken
+    ]
+    numbers = [[_number(_value(row, each)) for each in MEASURES] for row in rows]
+    hover = (
+        f"<b>position {name}, layer %{{x}}</b><br>bypass %{{customdata[0]}} nats<br>induce %{{customdata[1]}} nats"
+        "<br>KL %{customdata[2]} nats<br>%{customdata[3]}<extra></extra>"
+    )
+    custom = [[*row, verdict] for row, verdict in zip(numbers, verdicts, strict=True)]
+    trace = _line([row.layer for row in rows], values, name, style, customdata=custom, hovertemplate=hover)
+    trace.marker.symbol = [style.symbol + ("-open" if reasons else "") for reasons in broken]
+    return trace
+
+
+def _line(layers: list[int], values: list[float | None], name: str, style: SeriesStyle, **extra: Any) -> go.Scatter:
+    return go.Scatter(
+        x=layers,
+        y=values,
+        name=name,
+        mode="lines+markers",
+        connectgaps=False,
+        line={"color": style.color, "dash": style.dash, "width": 1.6},
+        marker={"color": style.color, "symbol": style.symbol, "size": 7},
+        **extra,
+    )
+
+
+def _references(scores: ScoreGrid, measure: Measure, thresholds: Thresholds | None) -> list[go.Scatter]:
+    """The plain model's score (dashed), and the limit that a survivor must respect (dotted)."""
+    plain_score = {"bypass": scores.baseline_harmful, "induce": scores.baseline_harmless, "kl": None}[measure]
+    limit = None
+    if thresholds is not None:
+        limit = {"bypass": None, "induce": thresholds.induce_min, "kl": thresholds.kl_max}[measure]
+    edges, traces = [-0.5, scores.n_layers - 0.5], []
+    if plain_score is not None:
+        line = {"color": INK, "dash": "dash", "width": 1.6}
+        hover = f"plain model {_number(plain_score)} nats<extra></extra>"
+        traces.append(
+            go.Scatter(x=edges, y=[plain_score] * 2, mode="lines", line=line, name="plain model", hovertemplate=hover)
+        )
+    if limit is not None:
+        line = {"color": ACCENT, "dash": "dot", "width": 1.8}
+        hover = f"threshold {_number(limit)} nats<extra></extra>"
+        traces.append(
+            go.Scatter(x=edges, y=[limit] * 2, mode="lines", line=line, name="threshold", hovertemplate=hover)
+        )
+    return traces
+
+
+def _shade_pruned(
+    figure: go.Figure, scores: ScoreGrid, thresholds: Thresholds | None, edge: str, place: dict[str, int]
+) -> None:
+    if thresholds is None or thresholds.prune_layers is None:
+        return
+    cut = int(scores.n_layers * (1.0 - thresholds.prune_layers))
+    if cut < scores.n_layers:
+        figure.add_vrect(
+            cut - 0.5,
+            scores.n_layers - 0.5,
+            fillcolor=SHADE,
+            line_width=0,
+            layer="below",
+            annotation={"text": "left out", "font": {"size": 11, "color": MUTED}},
+            annotation_position=edge,
+            **place,
+        )
+
+
+def _star(scores: ScoreGrid, chosen: CandidateScore, measure: Measure) -> go.Scatter:
+    value = _value(chosen, measure)
+    values = _of_each_prompt(scores, chosen, measure)
+    text, error = f"{_number(value)} nats", None
+    if values:
+        mean, low, high = mean_interval(values)
+        text += f"<br>95% interval {low:.3g} to {high:.3g} (normal approximation, n = {len(values)})"
+        error = {"type": "data", "array": [high - mean], "arrayminus": [mean - low], "color": INK, "thickness": 1.6}
+    return go.Scatter(
+        x=[chosen.layer],
+        y=[value],
+        error_y=error,
+        mode="markers",
+        marker={"symbol": "star", "size": 17, "color": "#ffd54a", "line": {"color": INK, "width": 1.4}},
+        name="chosen" + (", 95% interval" if values else ""),
+        hovertemplate=f"<b>chosen: position {chosen.position}, layer {chosen.layer}</b><br>{text}<extra></extra>",
+    )
+
+
+def _label_axes(
+    figure: go.Figure, scores: ScoreGrid, measure: Measure, thresholds: Thresholds | None, place: dict[str, int]
+) -> None:
+    step = max(1, math.ceil(scores.n_layers / (8 if place else 16)))
+    edges = [-0.5, scores.n_layers - 0.5]
+    figure.update_xaxes(title="source layer", range=edges, tick0=0, dtick=step, **place)
+    figure.update_yaxes(title=_AXES[measure].label, **place)
+    if measure == "kl":
+        limit = 0.0 if thresholds is None else thresholds.kl_max or 0.0
+        largest = max([limit, 10 * _KL_FLOOR, *(row.kl_nats or 0.0 for row in scores.rows)])
+        top = math.log10(largest) + 0.25
+        figure.update_yaxes(type="log", range=[math.log10(_KL_FLOOR), top], tickformat="~g", dtick=1, **place)
+
+
+def _value(row: CandidateScore, measure: Measure) -> float | None:
+    return {"bypass": row.bypass, "induce": row.induce, "kl": row.kl_nats}[measure]
+
+
+def _of_each_prompt(scores: ScoreGrid, row: CandidateScore, measure: Measure) -> list[float]:
+    if scores.per_prompt is None or row not in scores.rows:
+        return []
+    values = scores.per_prompt[scores.rows.index(row), MEASURES.index(measure)].tolist()
+    return [value for value in values if not math.isnan(value)]
+
+
+def _number(value: int | float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
+
+
+def _position_name(position: int, tokens: Sequence[str] | None) -> str:
+    name = f"{position}".replace("-", "−")
+    if tokens is None or len(tokens) < -position:
+        return name
+    return plain(f"{name} '{token_text(tokens[position])}'")
+
+
+def _marker_note(thresholds: Thresholds | None, separator: str) -> str:
+    return "" if thresholds in (None, NO_THRESHOLDS) else f"{separator}filled markers pass every threshold"
+
+
+def _about(scores: ScoreGrid, measures: Sequence[Measure], model: str) -> str:
+    """Model and numbers of prompts, as far as they are known."""
+    counts: dict[str, int] = {}
+    scored = next((row for row in scores.rows if row.is_finite), None)
+    for measure in measures:
+        n = len(_of_each_prompt(scores, scored, measure)) if scored is not None else 0
+        if n:
+            counts[_AXES[measure].side] = n
+    prompts = "n = " + ", ".join(f"{n} {side}" for side, n in counts.items()) + " prompts" if counts else ""
+    return " · ".join(part for part in (plain(model), prompts) if part)

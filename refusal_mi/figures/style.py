@@ -1,0 +1,322 @@
+"""The look that all figures share: white ground, told apart without color, labels that cannot carry markup."""
+
+import html
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+from jaxtyping import Float
+from plotly.colors import sample_colorscale
+from torch import Tensor
+
+INK, MUTED, GRID, ACCENT, SHADE = "#1a1a1a", "#6b6b6b", "#e4e4e4", "#b3261e", "rgba(120,120,120,0.14)"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "triangle-down", "cross")
+_LEGEND_ROW = 30
+_LINE = 18
+_CHARACTER = 7.2
+
+
+@dataclass(frozen=True)
+class SeriesStyle:
+    """How one line of many is drawn; dash and symbol tell it apart where color does not."""
+
+    color: str
+    dash: str
+    symbol: str
+
+
+def series_styles(n: int) -> list[SeriesStyle]:
+    """One style for each of `n` ordered series, from light to dark; no two share both dash and symbol up to 42."""
+    places = [0.72 * (1 - index / max(1, n - 1)) for index in range(n)]
+    colors = sample_colorscale("Viridis", places) if n else []
+    return [
+        SeriesStyle(color, _DASHES[index % len(_DASHES)], _SYMBOLS[index % len(_SYMBOLS)])
+        for index, color in enumerate(colors)
+    ]
+
+
+def plain(text: str) -> str:
+    """Text as plotly shows it literally: plotly reads HTML in labels, so `<|im_end|>` would vanish."""
+    return html.escape(text, quote=False)
+
+
+def token_text(token: str) -> str:
+    """A vocabulary entry as people read it: byte-level and sentencepiece spaces, newlines as \\n."""
+    text = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").replace("ĉ", "\t")
+    escaped = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return "".join(escaped.get(c, f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" else c) for c in text)
+
+
+def finish(
+    figure: go.Figure,
+    *,
+    title: str,
+    about: str,
+    height: int,
+    legend_names: list[str],
+    width: int,
+    top: int = 76,
+    label_lines: int = 1,
+) -> go.Figure:
+    """Apply the shared look; the legend stands below the plot, with room for as many rows as it needs.
+
+    Args:
+        about: model and n, under the title.
+        height: of the plotting area (px).
+        width: the width (px) that the legend is laid out for; the figure itself stays as wide as its container.
+        top: room for the title (px).
+        label_lines: lines of the longest tick label on the x axis.
+    """
+    longest = max((len(html.unescape(name)) for name in legend_names), default=0) * _CHARACTER + 60
+    rows = math.ceil(len(legend_names) / max(1, int((width - 80) // longest))) if legend_names else 0
+    bottom = 64 + _LINE * (label_lines - 1) + _LEGEND_ROW * rows
+    figure.update_layout(
+        template="none",
+        title={
+            "text": title,
+            "x": 0,
+            "xref": "container",
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 16, "l": 14},
+            "font": {"size": 17},
+            "subtitle": {"text": about, "font": {"color": MUTED, "size": 12}},
+        },
+        font={"family": FONT, "size": 13, "color": INK},
+        height=top + height + bottom,
+        margin={"l": 74, "r": 16, "t": top, "b": bottom},
+        legend={
+            "orientation": "h",
+            "yref": "container",
+            "y": 0,
+            "yanchor": "bottom",
+            "x": 0,
+            "entrywidth": longest - 34,
+            "entrywidthmode": "pixels",
+        },
+        hoverlabel={"align": "left", "bgcolor": "white", "font": {"color": INK}},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+    )
+    axis = {"gridcolor": GRID, "zeroline": False, "showline": True, "linecolor": MUTED, "ticks": "outside"}
+    figure.update_xaxes(**axis, title_standoff=8, title_font_size=13)
+    figure.update_yaxes(**axis, title_standoff=8, title_font_size=13)
+    return figure
+
+
+WIDTH = 1080
+SCALE = "Cividis"
+"""Lightness grows with the value, also across zero, so that a printed copy reads the same."""
+CONTROL = SeriesStyle("#8a8a8a", "dot", "x")
+_GROUPS = (
+    SeriesStyle("#8c1c13", "solid", "circle"),
+    SeriesStyle("#2f75b5", "dash", "square-open"),
+    SeriesStyle("#1a1a1a", "dashdot", "diamond"),
+    SeriesStyle("#b8860b", "longdash", "triangle-up"),
+    SeriesStyle("#5b3f8c", "longdashdot", "cross"),
+)
+
+_MAX_CELLS_WITH_TEXT = 130
+_WIDE_CHARACTER = 7.4
+"""Width of a character of a tick label (px)."""
+
+
+def group_style(index: int) -> SeriesStyle:
+    """The look of one group of prompts; the first two are harmful and harmless."""
+    return _GROUPS[index % len(_GROUPS)]
+
+
+def bars(index: int) -> dict[str, Any]:
+    """The marker of the bars of one group: a tint that leaves error bars visible, told apart by its hatching."""
+    color = group_style(index).color
+    shape = ("", "/", ".", "x", "\\")[index % 5]
+    pattern = {"shape": shape, "fillmode": "overlay", "fgcolor": color, "size": 7, "solidity": 0.3}
+    return {"color": _tint(color), "line": {"color": color, "width": 1.2}, "pattern": pattern}
+
+
+def subtitle(*parts: str) -> str:
+    """Model, n and notes under the title."""
+    return " · ".join(plain(part) for part in parts if part)
+
+
+def signed(number: int | None) -> str:
+    """A position as it is printed."""
+    return "none" if number is None else str(number).replace("-", "−")
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A number with a true minus sign, and none before zero."""
+    text = f"{value:.{digits}f}"
+    return (text[1:] if float(text) == 0 and text[0] == "-" else text).replace("-", "−")
+
+
+def quoted(token: str) -> str:
+    """A vocabulary entry in quotes."""
+    return plain(f"'{token_text(token)}'")
+
+
+def position_label(position: int, token: str) -> str:
+    """−1 '\\n'."""
+    return f"{signed(position)} {quoted(token)}" if token else signed(position)
+
+
+def shortened(text: str, width: int = 90) -> str:
+    """A prompt in a hover label."""
+    flat = " ".join(text.split())
+    return plain(flat if len(flat) <= width else flat[: width - 1] + "…")
+
+
+def line(x: Sequence[Any], y: Sequence[float | None], name: str, style: SeriesStyle, **extra: Any) -> go.Scatter:
+    """A line with markers."""
+    return go.Scatter(
+        x=list(x),
+        y=list(y),
+        name=name,
+        legendgroup=name,
+        mode="lines+markers",
+        line={"color": style.color, "dash": style.dash, "width": 1.8},
+        marker={"color": style.color, "symbol": style.symbol, "size": 7},
+        **extra,
+    )
+
+
+def band(x: Sequence[Any], low: Sequence[float], high: Sequence[float], name: str, style: SeriesStyle) -> go.Scatter:
+    """A shaded band that belongs to the line `name`."""
+    return go.Scatter(
+        x=[*x, *reversed(list(x))],
+        y=[*high, *reversed(list(low))],
+        fill="toself",
+        fillcolor=_faint(style.color),
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=name,
+        name=f"{name} (band)",
+    )
+
+
+def heatmap(
+    values: Float[Tensor, "row column"],
+    x: Sequence[str],
+    y: Sequence[str],
+    unit: str,
+    *,
+    hover: str,
+    custom: Any = None,
+    limits: tuple[float, float] | None = None,
+    digits: int = 2,
+    colorbar: dict[str, Any] | None = None,
+) -> go.Heatmap:
+    """A table of numbers in tones of one scale, printed in the cells where they fit; NaN stays white."""
+    shows_text = values.numel() <= _MAX_CELLS_WITH_TEXT
+    rows = [[None if value != value else value for value in row] for row in values.tolist()]
+    text = [["" if value is None else number(value, digits) for value in row] for row in rows]
+    return go.Heatmap(
+        z=rows,
+        x=list(x),
+        y=list(y),
+        colorscale=SCALE,
+        zmin=limits[0] if limits else None,
+        zmax=limits[1] if limits else None,
+        text=text if shows_text else None,
+        texttemplate="%{text}" if shows_text else None,
+        textfont={"size": 11},
+        customdata=custom,
+        hovertemplate=f"{hover}<extra></extra>",
+        colorbar={
+            "title": {"text": unit, "side": "right", "font": {"size": 12}},
+            "tickfont": {"size": 11},
+            "thickness": 14,
+            "outlinewidth": 0,
+            **(colorbar or {}),
+        },
+        xgap=1,
+        ygap=1,
+    )
+
+
+def with_room_below(figure: go.Figure, labels: Sequence[str], slope: float = 1.0) -> go.Figure:
+    """Grow a figure by what its slanted labels on the x axis need (`slope`: 1 is upright, 0.5 is at 30°)."""
+    room = round(slope * _WIDE_CHARACTER * max(map(len, labels), default=0))
+    return figure.update_layout(height=figure.layout.height + room, margin_b=figure.layout.margin.b + room)
+
+
+def zero_line(figure: go.Figure, value: float = 0.0, **place: Any) -> None:
+    """A thin horizontal line."""
+    figure.add_hline(value, line={"color": MUTED, "width": 1}, **place)
+
+
+def mark_layer(figure: go.Figure, layer: int, text: str, **place: Any) -> None:
+    """A thin vertical line with a word at its top."""
+    figure.add_vline(layer, line={"color": INK, "width": 1, "dash": "dot"}, **place)
+    figure.add_annotation(
+        x=layer, y=1, yref="y domain", yanchor="bottom", text=text, showarrow=False, font={"size": 11}, **place
+    )
+
+
+def _faint(color: str) -> str:
+    red, green, blue = _parts(color)
+    return f"rgba({red},{green},{blue},0.14)"
+
+
+def _tint(color: str) -> str:
+    red, green, blue = (255 - (255 - part) * 4 // 10 for part in _parts(color))
+    return f"rgb({red},{green},{blue})"
+
+
+def _parts(color: str) -> list[int]:
+    return [int(color[start : start + 2], 16) for start in (1, 3, 5)]
+
+
+_CALL = "CircuitsVis.render("
+_STYLE = f"""
+body {{ font-family: {FONT}; color: {INK}; background: white; max-width: 1080px; margin: 24px auto; padding: 0 16px; }}
+h1 {{ font-size: 20px; margin-bottom: 4px; }}
+p {{ color: {MUTED}; font-size: 13px; }}
+h2 {{ font-size: 15px; margin: 24px 0 0; overflow-wrap: anywhere; }}
+"""
+
+SIGNS = "blue positive, red negative"
+"""The colors that circuitsvis uses."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One circuitsvis view under a heading."""
+
+    heading: str
+    rendered: Any
+    """What a function of circuitsvis returned."""
+
+
+def page(title: str, about: str, views: Sequence[View]) -> str:
+    """A complete page; text of prompts and tokens cannot end the script or add markup."""
+    scripts, bodies = [], []
+    library = ""
+    for view in views:
+        library, call = view.rendered.local_src.rsplit(_CALL, 1)
+        call = call.rsplit("</script>", 1)[0]
+        place = re.search(r'"(circuits-vis-[^"]+)"', call)
+        assert place is not None
+        scripts.append(_CALL + call.replace("</", "<\\/").replace("<!--", "<\\u0021--"))
+        bodies.append(f'<h2>{html.escape(view.heading)}</h2>\n<div id="{place.group(1)}"></div>')
+    library = library.split('<script crossorigin type="module">', 1)[-1]
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    body = "\n".join([f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(about)}</p>", *bodies])
+    script = "\n".join(scripts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n'
+        f'<script type="module">\n{library}\n{script}\n</script>\n</body></html>\n'
+    )
+
+
+def shown_tokens(tokens: Sequence[str]) -> list[str]:
+    """Vocabulary entries as circuitsvis shows them."""
+    return [token_text(token) for token in tokens]

@@ -1,0 +1,1 @@
+"""The published methods as stages of a run folder."""

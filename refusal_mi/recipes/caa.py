@@ -1,0 +1,175 @@
+"""CAA (Rimsky et al. 2024): steering vectors from A/B pairs, what they do to answers and to choices.
+
+CAA's layer L is the output of block L; this package's layer l is the stream entering block l, so l = L + 1. The two
+are converted here and nowhere else.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..directions import Direction, load_direction
+from ..errors import UserError
+from ..files import sha256_json
+from ..model.loading import ORGANISM
+from ..model.points import HookedModel, caa_layer, our_layer, resid_hook
+from ..model.provenance import describe_model
+from ..reading import combine_spans
+from ..text.chat import ChatFormat
+from ..text.pairs import PairSet, locate_letter, with_flipped_half
+
+SHUFFLED = "shuffled"
+"""Folder of the control vectors, inside the folder of the vectors."""
+MIN_CONTROL_PAIRS = 8
+
+
+@dataclass(frozen=True)
+class SteeringVectors:
+    """CAA vectors of every layer, and their control."""
+
+    vectors: Float[Tensor, "layer d_model"]
+    """Row L: the output of block L; float64, raw difference of means."""
+    shuffled: Float[Tensor, "layer d_model"] | None
+    """From labels of which half were exchanged: what the same pairs give without their labels; None for too few."""
+
+
+def steering_vectors(
+    model: HookedModel, chat: ChatFormat, pairs: PairSet, *, batch_size: int = 8, seed: int = 0
+) -> SteeringVectors:
+    """v_L = mean over pairs of (stream at the matching answer's letter − at the other's), at the output of block L.
+
+    Args:
+        seed: of the exchange of labels for the control.
+    """
+    answers = [(pair.question, answer) for pair in pairs.pairs for answer in (pair.matching, pair.not_matching)]
+    spans = [locate_letter(chat, *answer).span for answer in answers]
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(len(pairs)) / len(pairs)
+    flips = torch.tensor(with_flipped_half(pairs.pairs, seed)).repeat_interleave(2)
+    weights = torch.stack([signs, torch.where(flips, -signs, signs)])
+    found = combine_spans(model, spans, weights, pad_id=chat.pad_id, batch_size=batch_size)[:, 1:]
+    real, shuffled = found
+    enough = len(pairs) >= MIN_CONTROL_PAIRS and bool(shuffled.norm(dim=-1).all())
+    return SteeringVectors(real, shuffled if enough else None)
+
+
+def published_name(source: str) -> str:
+    """The part of CAA's file names that says which model: its name without the owner."""
+    return "organism" if source == str(ORGANISM) else Path(source).name
+
+
+def vector_name(layer: int, model_name: str) -> str:
+    """The published file name."""
+    return f"vec_layer_{layer}_{model_name}.pt"
+
+
+def write_vectors(
+    model: HookedModel,
+    source: str,
+    chat: ChatFormat,
+    pairs: PairSet,
+    directory: Path,
+    *,
+    layers: Sequence[int] | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[int, Direction]:
+    """Compute the vectors and write one file per CAA layer, with its Direction JSON, and the controls.
+
+    Args:
+        layers: CAA layers; None is all.
+    """
+    n_layers = model.cfg.n_layers
+    wanted = list(range(n_layers)) if layers is None else list(layers)
+    for layer in wanted:
+        our_layer(layer, n_layers)
+    found = steering_vectors(model, chat, pairs, batch_size=batch_size, seed=seed)
+    record = describe_model(model, source)
+    common = {
+        "pairs": pairs.name,
+        "pairs_sha256": pairs.sha256,
+        "n_pairs": len(pairs),
+        "model": source,
+        "revision": record["revision"],
+        "fingerprint": record["fingerprint"],
+        "system": chat.system,
+        "template_sha256": sha256_json(chat.tokenizer.chat_template),
+        "read_at": "the token that covers the answer's letter",
+    }
+    kinds = {"": (found.vectors, "difference of means over A/B pairs (CAA)")}
+    if found.shuffled is not None:
+        kinds[SHUFFLED] = (found.shuffled, f"the same from shuffled labels (seed {seed})")
+    name = published_name(source)
+    for folder, (vectors, method) in kinds.items():
+        for layer in wanted:
+            direction = _direction(vectors[layer], layer, n_layers, {"method": method, **common})
+            direction.save(directory / folder / vector_name(layer, name))
+    return {
+        layer: _direction(found.vectors[layer], layer, n_layers, {"method": kinds[""][1], **common}) for layer in wanted
+    }
+
+
+def load_vectors(path: Path, source: str, *, hook: str | None = None) -> dict[int, Direction]:
+    """CAA layer -> vector, from one file or from a folder that `write_vectors` filled.
+
+    Raises:
+        UserError: there are no vectors of this model, they were made from different pairs, or a bare tensor comes
+            without its hook point.
+    """
+    if not path.exists():
+        raise UserError(f"no such file or folder: {path}; make vectors with refusal-mi caa vectors, or name --vector")
+    if not path.is_dir():
+        direction = load_direction(path, hook)
+        return {caa_layer(direction.layer): direction}
+    name = published_name(source)
+    found = {file: re.fullmatch(r"vec_layer_\d+_(.+)", file.stem) for file in sorted(path.glob("vec_layer_*.pt"))}
+    models = {file: match[1] for file, match in found.items() if match}
+    directions = [load_direction(file) for file, owner in models.items() if owner == name]
+    if not directions:
+        others = sorted(set(models.values()))
+        held = f"it has vectors of {', '.join(others)}" if others else "it has no vec_layer_{L}_{model}.pt files"
+        raise UserError(f"{path} has no vectors of {name}: {held}; make them with refusal-mi caa vectors")
+    if len({direction.provenance.get("pairs_sha256") for direction in directions}) > 1:
+        raise UserError(f"the vectors in {path} were made from different pairs; make them again in another folder")
+    return {caa_layer(direction.layer): direction for direction in directions}
+
+
+def load_controls(path: Path, source: str, vectors: Mapping[int, Direction]) -> dict[str, dict[int, Direction]]:
+    """Controls for every vector, by kind: random ones of its norm, and those of shuffled labels that lie beside it."""
+    controls = {"random vectors of equal norm": {layer: vector.random_like(0) for layer, vector in vectors.items()}}
+    shuffled = path / SHUFFLED
+    found = load_vectors(shuffled, source) if path.is_dir() and shuffled.is_dir() else {}
+    if set(vectors) <= set(found):
+        controls["shuffled labels"] = {layer: found[layer] for layer in vectors}
+    return controls
+
+
+def check_weights(vectors: Mapping[int, Direction], model: Mapping[str, Any]) -> None:
+    """Refuse vectors that were read in other weights of the same model; those of another model may be transferred.
+
+    Args:
+        model: from `describe_model`.
+
+    Raises:
+        UserError: the directory or the hub commit has changed since.
+    """
+    for layer, direction in vectors.items():
+        made = direction.provenance
+        if made.get("model") == model["source"] and any(made.get(k) != model[k] for k in ("fingerprint", "revision")):
+            raise UserError(
+                f"the vector of layer {layer} was read in other weights: {model['source']} has changed since; make the "
+                "vectors again with refusal-mi caa vectors"
+            )
+
+
+def _direction(
+    vector: Float[Tensor, " d_model"], layer: int, n_layers: int, provenance: Mapping[str, Any]
+) -> Direction:
+    place = our_layer(layer, n_layers)
+    translation = {"caa_layer": layer, "caa_hook_name": f"blocks.{layer}.hook_resid_post"}
+    return Direction(vector.float(), place, resid_hook(place, n_layers), None, {**provenance, **translation})

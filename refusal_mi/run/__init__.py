@@ -1,0 +1,1 @@
+"""Run folders: stages that are done once, and what they leave behind."""

@@ -1,0 +1,175 @@
+"""A run folder whose stages are written whole, remember what they were computed from, and are not done twice."""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import read_json, sha256_file, sha256_json, write_json
+
+
+@dataclass
+class RunFolder:
+    """A folder of artifacts about one model; `.stages/` holds one record per finished stage."""
+
+    path: Path
+    fresh: bool = False
+    """Compute every stage again."""
+    report: Callable[[str], None] = field(default=lambda _: None)
+    """Told what happens, one line at a time."""
+
+    def check_writable(self) -> None:
+        """Make sure that this folder can be written, before anything is computed for it.
+
+        Raises:
+            UserError: it, or the first folder above it that exists, is no folder or may not be written.
+        """
+        place = next(each for each in (self.path, *self.path.absolute().parents) if each.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            reason = "may not be written" if place.is_dir() else "is not a folder"
+            raise UserError(f"cannot write to {self.path}: {place} {reason}; choose another --output-dir")
+
+    def claim(self, model: Mapping[str, Any]) -> None:
+        """Make sure that this folder is new or about this model.
+
+        Raises:
+            UserError: its `run.json` names another model or revision.
+        """
+        record = self.path / "run.json"
+        if not record.exists():
+            return
+        before = read_json(record).get("model", {})
+        for key in ("source", "revision"):
+            if before.get(key) != model.get(key):
+                raise UserError(
+                    f"{self.path} holds a run of {before.get('source')} (revision {before.get('revision')}), not of "
+                    f"{model.get('source')} (revision {model.get('revision')}); choose another --output-dir"
+                )
+
+    def check_weights(self, model: Mapping[str, Any]) -> None:
+        """Make sure that what lies in this folder was computed from these very weights, before it is used.
+
+        Raises:
+            UserError: its `run.json` names another model or revision, or other contents of the same directory.
+        """
+        self.claim(model)
+        record = self.path / "run.json"
+        before = read_json(record)["model"].get("fingerprint") if record.exists() else None
+        if before is not None and before != model.get("fingerprint"):
+            raise UserError(
+                f"{self.path} was computed from other weights: {model.get('source')} has changed since; make it again"
+            )
+
+    def stage(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[str],
+        compute: Callable[[], None],
+        *,
+        about: str = "",
+    ) -> dict[str, str]:
+        """Run `compute`, which must write `outputs`, unless they are there and came from the same `inputs`.
+
+        Args:
+            name: file name of the record.
+            inputs: everything that the outputs depend on, as JSON values.
+            outputs: paths relative to the folder.
+            about: how much work it is, for the progress line.
+
+        Returns:
+            The SHA-256 of every output: what a later stage names among its inputs.
+        """
+        record, key = self._records / f"{name}.json", sha256_json(inputs)
+        if not self.fresh:
+            done = self._done(record, key, outputs)
+            if done is None and self._bring_back(name, key):
+                done = self._done(record, key, outputs)
+            if done is not None:
+                self.report(f"{name}: done before, kept")
+                return done
+        self.report(f"{name}{f': {about}' if about else ''}")
+        record.unlink(missing_ok=True)
+        start = time.perf_counter()
+        compute()
+        hashes = self._hashes(outputs)
+        missing = [output for output in outputs if output not in hashes]
+        if missing:
+            raise RuntimeError(f"stage {name} did not write {missing[0]}")
+        seconds = round(time.perf_counter() - start, 3)
+        write_json(record, {"key": key, "inputs": dict(inputs), "outputs": hashes, "seconds": seconds})
+        return hashes
+
+    def seconds(self) -> dict[str, float]:
+        """How long each finished stage took."""
+        return {record.stem: read_json(record)["seconds"] for record in sorted(self._records.glob("*.json"))}
+
+    def set_aside(self, file: str) -> None:
+        """Move what was computed from a file that is gone, directly or not, to `.stages/set_aside/`.
+
+        A stage that is asked for again with the inputs that it had takes its outputs from there.
+        """
+        names = self._computed_from(file)
+        for name in names:
+            record = self._records / f"{name}.json"
+            before = read_json(record)
+            aside = self._aside(before["key"])
+            write_json(aside / record.name, before)
+            for output in before["outputs"]:
+                _move(self.path / output, aside / "outputs" / output)
+            record.unlink()
+        if names:
+            self.report(f"set aside: {len(names)} stages that were computed from {file}, which is gone")
+
+    @property
+    def _records(self) -> Path:
+        return self.path / ".stages"
+
+    def _aside(self, key: str) -> Path:
+        return self._records / "set_aside" / key
+
+    def _computed_from(self, file: str) -> list[str]:
+        """Names of the stages that name this file, or an output of such a stage, among their input files."""
+        records = {record.stem: read_json(record) for record in sorted(self._records.glob("*.json"))}
+        gone: set[str] = {file}
+        found: list[str] = []
+        while new := [
+            name
+            for name, record in records.items()
+            if name not in found and gone & set(record["inputs"].get("files", ()))
+        ]:
+            found += new
+            gone |= {output for name in new for output in records[name]["outputs"]}
+        return found
+
+    def _bring_back(self, name: str, key: str) -> bool:
+        """Put the outputs and the record of a stage that was set aside back, if it had these inputs."""
+        aside = self._aside(key) / f"{name}.json"
+        if not aside.is_file():
+            return False
+        before = read_json(aside)
+        for output in before["outputs"]:
+            _move(aside.parent / "outputs" / output, self.path / output)
+        write_json(self._records / f"{name}.json", before)
+        aside.unlink()
+        return True
+
+    def _done(self, record: Path, key: str, outputs: Sequence[str]) -> dict[str, str] | None:
+        """The hashes of a stage's outputs, if it was done from these inputs and they are as it left them."""
+        if not record.exists():
+            return None
+        before = read_json(record)
+        return before["outputs"] if before["key"] == key and self._hashes(outputs) == before["outputs"] else None
+
+    def _hashes(self, outputs: Sequence[str]) -> dict[str, str]:
+        return {output: sha256_file(self.path / output) for output in outputs if (self.path / output).is_file()}
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move a file that is there, over any other."""
+    if source.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)

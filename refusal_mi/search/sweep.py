@@ -1,0 +1,278 @@
+"""The search: every candidate direction, ablated and added, scored in pure pieces of work."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..directions import DirectionGrid
+from ..errors import UserError
+from ..measures import kl_nats, refusal_score
+from ..model.points import HookedModel, check_raw_basis
+from ..progress import track
+from ..text.chat import ChatFormat
+from .grid import CandidateScore, ScoreGrid, finite_mean, layer_limit
+from .passes import Passes, PlainPasses, choose_passes
+
+Kind = Literal["ablate", "add"]
+Place = tuple[int, int]
+"""A candidate: its position and layer."""
+ITEM_ROWS = 512
+"""Most rows (candidates × prompts) in an item: what bounds the logits that are held at once."""
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """Candidates to be scored on prompts. Nothing is drawn at random: the same item gives the same numbers anywhere."""
+
+    kind: Kind
+    """"ablate": refusal score of harmful prompts, KL of harmless ones; "add": refusal score of harmless prompts."""
+    candidates: tuple[Place, ...]
+    """For "add" all of one layer."""
+    prompts: tuple[int, ...]
+    """Harmful validation prompts are 0 .. n − 1, harmless ones follow."""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "WorkItem":
+        """Read what `describe` gave, from JSON."""
+        return cls(record["kind"], tuple((p, layer) for p, layer in record["candidates"]), tuple(record["prompts"]))
+
+
+def cut(kind: Kind, candidates: Sequence[Place], prompts: Sequence[int]) -> Iterator[WorkItem]:
+    """Items of at most `ITEM_ROWS` rows that together score every candidate on every prompt."""
+    groups: dict[int, list[Place]] = {}
+    for place in candidates:
+        groups.setdefault(place[1] if kind == "add" else 0, []).append(place)
+    at_once = max(1, ITEM_ROWS // max(1, len(prompts)))
+    for _, group in sorted(groups.items()):
+        for start in range(0, len(group), at_once):
+            yield WorkItem(kind, tuple(group[start : start + at_once]), tuple(prompts))
+
+
+class Scorer:
+    """Runs items for one model, one grid of candidates and one set of validation prompts."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        chat: ChatFormat,
+        grid: DirectionGrid,
+        harmful: Sequence[str],
+        harmless: Sequence[str],
+        token_sets: Sequence[Sequence[int]],
+        *,
+        batch_size: int | None = None,
+        share_work: bool = True,
+    ) -> None:
+        check_raw_basis(model)
+        if not harmful or not harmless:
+            raise UserError(
+                f"the sweep needs prompts on both sides, not {len(harmful)} harmful, {len(harmless)} harmless"
+            )
+        self.grid, self.token_sets = grid, token_sets
+        self.n_harmful, self.n_prompts = len(harmful), len(harmful) + len(harmless)
+        rows = [chat.encode(instruction) for instruction in (*harmful, *harmless)]
+        self.passes: Passes = (choose_passes if share_work else PlainPasses)(model, rows, chat.pad_id, batch_size)
+
+    @cached_property
+    def baseline(self) -> Float[Tensor, "token_set prompt"]:
+        """Refusal score (nats) of every prompt in the plain model."""
+        return self._scores(self.passes.plain(range(self.n_prompts)))
+
+    def run(self, item: WorkItem) -> Float[Tensor, "token_set candidate prompt"]:
+        """The item's scores in nats, on the CPU, float64."""
+        directions = [self.grid.direction(*place) for place in item.candidates]
+        if item.kind == "add":
+            return torch.stack([self._scores(logits) for logits in self.passes.added(directions, item.prompts)], dim=1)
+        harmless = [index for index, prompt in enumerate(item.prompts) if prompt >= self.n_harmful]
+        harmful = [index for index, prompt in enumerate(item.prompts) if prompt < self.n_harmful]
+        plain = self.passes.plain([item.prompts[index] for index in harmless]) if harmless else None
+        found = torch.empty(len(self.token_sets), len(directions), len(item.prompts), dtype=torch.float64)
+        for candidate, logits in enumerate(self.passes.ablated(directions, item.prompts)):
+            if harmful:
+                found[:, candidate, harmful] = self._scores(logits[harmful])
+            if plain is not None:
+                found[:, candidate, harmless] = kl_nats(plain, logits[harmless]).cpu()
+        return found
+
+    def _scores(self, logits: Float[Tensor, "prompt d_vocab"]) -> Float[Tensor, "token_set prompt"]:
+        return torch.stack([refusal_score(logits, tokens).cpu().double() for tokens in self.token_sets])
+
+
+__all__ = ["CandidateScore", "ScoreGrid", "ScoreTable", "exact_items", "sweep", "sweep_token_sets"]
+
+
+def sweep(
+    model: HookedModel,
+    chat: ChatFormat,
+    grid: DirectionGrid,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    refusal_tokens: Sequence[int],
+    *,
+    prune_layers: float | None = None,
+    batch_size: int | None = None,
+    share_work: bool = True,
+) -> ScoreGrid:
+    """Score every candidate of `grid` on validation prompts (Arditi et al. 2024, section 2.5 and appendix C).
+
+    Per candidate: harmful and harmless prompts under ablation (bypass, KL), harmless prompts with the candidate
+    added (induce). Only the logits after the last position are computed.
+
+    Args:
+        harmful: validation instructions that the model refuses.
+        harmless: validation instructions that it answers.
+        refusal_tokens: token ids of the refusal score.
+        prune_layers: leave out the candidates that the rule with this fraction would drop for their layer anyway;
+            they have no scores then.
+        batch_size: most rows (prompts × candidates) in a pass; None: as many as are fast, fewer if memory ends.
+        share_work: False runs every prompt in full for every candidate: slow, the same scores up to rounding.
+    """
+    return sweep_token_sets(
+        model,
+        chat,
+        grid,
+        harmful,
+        harmless,
+        [refusal_tokens],
+        prune_layers=prune_layers,
+        batch_size=batch_size,
+        share_work=share_work,
+    )[0]
+
+
+def sweep_token_sets(
+    model: HookedModel,
+    chat: ChatFormat,
+    grid: DirectionGrid,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    token_sets: Sequence[Sequence[int]],
+    *,
+    prune_layers: float | None = None,
+    batch_size: int | None = None,
+    share_work: bool = True,
+) -> list[ScoreGrid]:
+    """`sweep` with the refusal score read from several token sets at once: one grid for each."""
+    scorer = Scorer(model, chat, grid, harmful, harmless, token_sets, batch_size=batch_size, share_work=share_work)
+    table = ScoreTable(scorer)
+    table.skip_layers(prune_layers)
+    items = exact_items(table.open, scorer.n_harmful, scorer.n_prompts)
+    for item in track(items, "scoring candidates"):
+        table.run(item)
+    return table.grids()
+
+
+def exact_items(candidates: Sequence[Place], n_harmful: int, n_prompts: int) -> list[WorkItem]:
+    """All the work of an exact sweep; the items may run in any order, anywhere."""
+    # Additions first: they read the plain streams, and with them the logits that the KL is measured from.
+    added = cut("add", candidates, range(n_harmful, n_prompts))
+    return [*added, *cut("ablate", candidates, range(n_prompts))]
+
+
+MEASURES = ("bypass", "induce", "kl")
+
+
+class ScoreTable:
+    """The scores known so far of every candidate on every prompt, and why a candidate will have none."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        n_harmful, n_harmless = scorer.n_harmful, scorer.n_prompts - scorer.n_harmful
+        self.places, self.n_layers = scorer.grid.candidates(), scorer.grid.n_layers
+        self.row_of = {place: row for row, place in enumerate(self.places)}
+        shape = (len(scorer.token_sets), len(self.places), len(MEASURES), max(n_harmful, n_harmless))
+        self.values = torch.full(shape, math.nan, dtype=torch.float64)
+        self.is_known = torch.zeros(shape[1:], dtype=torch.bool)
+        self.sizes = (n_harmful, n_harmless, n_harmless)
+        self.reasons: dict[Place, str] = {}
+
+    @property
+    def open(self) -> list[Place]:
+        """The candidates that are directions and not skipped, in the order of the grid."""
+        rows = {position: row for row, position in enumerate(self.scorer.grid.positions)}
+        degenerate = self.scorer.grid.is_degenerate
+        return [
+            (position, layer)
+            for position, layer in self.places
+            if not degenerate[rows[position]][layer] and (position, layer) not in self.reasons
+        ]
+
+    def skip_layers(self, prune_layers: float | None) -> None:
+        """Leave out the last layers."""
+        limit = layer_limit(self.n_layers, prune_layers)
+        for place in self.open:
+            if place[1] >= limit:
+                self.reasons[place] = f"not run: layers from {limit} on are pruned"
+
+    def run(self, item: WorkItem) -> None:
+        """Run an item here and keep its scores."""
+        self.add(item, self.scorer.run(item))
+
+    def add(self, item: WorkItem, scores: Float[Tensor, "token_set candidate prompt"]) -> None:
+        """Keep the scores of an item, wherever it ran."""
+        rows = torch.tensor([self.row_of[place] for place in item.candidates])[:, None]
+        cells = [self._cell(item.kind, prompt) for prompt in item.prompts]
+        measures, columns = torch.tensor(cells, dtype=torch.long).reshape(-1, 2).T
+        self.values[:, rows, measures, columns] = scores.to(self.values)
+        self.is_known[rows, measures, columns] = True
+
+    def unknown(self, kind: Kind, place: Place, prompts: Sequence[int]) -> list[int]:
+        """The prompts that a candidate has not been run on."""
+        known = self.is_known[self.row_of[place]].tolist()
+        cells = [(prompt, self._cell(kind, prompt)) for prompt in prompts]
+        return [prompt for prompt, (measure, column) in cells if not known[measure][column]]
+
+    def known(self, place: Place, measure: int) -> Float[Tensor, " known"]:
+        """A candidate's scores so far, from the first token set."""
+        row = self.row_of[place]
+        return self.values[0, row, measure][self.is_known[row, measure]]
+
+    def differences(self, place: Place, other: Place, measure: int) -> Float[Tensor, " known"]:
+        """By how much a candidate's scores are above another's, on the prompts that both were run on."""
+        row, beside = self.row_of[place], self.row_of[other]
+        both = self.is_known[row, measure] & self.is_known[beside, measure]
+        return (self.values[0, row, measure] - self.values[0, beside, measure])[both]
+
+    def is_exact(self, place: Place) -> bool:
+        """Whether all three scores are measured on all prompts."""
+        return all(len(self.known(place, measure)) == size for measure, size in enumerate(self.sizes))
+
+    def row(self, place: Place, token_set: int = 0) -> CandidateScore:
+        """The candidate's scores where all prompts are measured."""
+        if not self.is_exact(place):
+            return CandidateScore(*place, None, None, None, self.reasons.get(place))
+        values = self.values[token_set, self.row_of[place]]
+        bypass, induce, kl = (finite_mean(line[:size]) for line, size in zip(values, self.sizes, strict=True))
+        return CandidateScore(*place, bypass, induce, kl)
+
+    def grids(self) -> list[ScoreGrid]:
+        """One grid per token set; candidates that are not measured on all prompts have no scores."""
+        is_exact = torch.tensor([self.is_exact(place) for place in self.places])
+        values = self.values.masked_fill(~is_exact[:, None, None], math.nan)
+        n_harmful = self.scorer.n_harmful
+        return [
+            ScoreGrid(
+                tuple(self.row(place, index) for place in self.places),
+                self.n_layers,
+                finite_mean(baseline[:n_harmful]),
+                finite_mean(baseline[n_harmful:]),
+                values[index].clone(),
+            )
+            for index, baseline in enumerate(self.scorer.baseline)
+        ]
+
+    def _cell(self, kind: Kind, prompt: int) -> tuple[int, int]:
+        """Measure and column of a score."""
+        is_harmful = prompt < self.scorer.n_harmful
+        measure = 1 if kind == "add" else 0 if is_harmful else 2
+        return measure, prompt if is_harmful else prompt - self.scorer.n_harmful

@@ -1,0 +1,1 @@
+"""Prompts, chat templates, A/B pairs, and batches of tokens."""

@@ -1,0 +1,177 @@
+"""From instructions to tokens: the chat template and its post-instruction positions."""
+
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
+
+from ..errors import UserError
+from ..files import sha256_json
+from .batches import TokenBatch, left_pad
+
+TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+"""The day that templates with a date are told it is, so that prompts do not change overnight."""
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}."""
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_RESERVED = frozenset(
+    {
+        "messages",
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
+)
+"""Arguments of `apply_chat_template`, which are no variables of the template or not the user's to set."""
+# Instructions that share no first and no last character, so that what is common belongs to the template.
+_PROBES = ("Name a color", "Why do tides rise?", "Count to 10", "Say hello.")
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a conversation becomes the text that a chat model sees.
+
+    The tokenizer's own template is used, with thinking off where it has such a switch and any date that it
+    inserts fixed to `TEMPLATE_DATE`. `response_prefix` is text that every answer of the model begins with (an
+    empty think block, a channel header); it is appended to the prompt, so that position −1 is the last token
+    before the model's own first word.
+    """
+
+    tokenizer: Any
+    system: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    response_prefix: str = ""
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UserError(
+                "this tokenizer has no chat template; refusal is studied in chat models: "
+                "use the chat (instruct) version, or set tokenizer.chat_template"
+            )
+        for name in self.template_kwargs:
+            if name in _RESERVED:
+                raise UserError(f"the template argument {name!r} is reserved: it is set by this program")
+            if not re.search(rf"\b{re.escape(name)}\b", str(self.tokenizer.chat_template)):
+                raise UserError(f"the chat template does not use {name!r}: it would change nothing")
+
+    def with_response_prefix(self, prefix: str) -> "ChatFormat":
+        """The same format with another response prefix."""
+        return replace(self, response_prefix=prefix)
+
+    def messages(self, instruction: str) -> list[Message]:
+        """One user turn, after the system message if there is one."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": instruction}]
+
+    def render(self, conversation: str | Sequence[Message]) -> str:
+        """The text of an instruction, or of a whole conversation, up to where the model's answer begins.
+
+        Raises:
+            UserError: the template cannot express the conversation (some have no system role).
+        """
+        import jinja2
+
+        messages = self.messages(conversation) if isinstance(conversation, str) else list(conversation)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True, **self._kwargs
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template refuses this conversation: {error}") from None
+        return text + self.response_prefix
+
+    def encode(self, conversation: str | Sequence[Message]) -> list[int]:
+        """Token ids of `render`; the template writes BOS itself, so none is added."""
+        return self.tokenizer(self.render(conversation), add_special_tokens=False)["input_ids"]
+
+    def encode_answered(self, instruction: str, answer: str) -> tuple[list[int], int]:
+        """Token ids of prompt and answer together, and the index of the answer's first token."""
+        prompt = self.encode(instruction)
+        text = self.render(instruction) + answer
+        whole = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
+        return whole, shared
+
+    def batch(self, instructions: Sequence[str]) -> TokenBatch:
+        """One left-padded batch of prompts."""
+        return left_pad([self.encode(instruction) for instruction in instructions], self.pad_id)
+
+    @property
+    def pad_id(self) -> int:
+        """The id under the padding; masked, so any valid id serves where the tokenizer has none."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in candidates if token is not None)
+
+    @cached_property
+    def post_instruction_ids(self) -> tuple[int, ...]:
+        """The template's token ids after the instruction: the longest suffix that all prompts share."""
+        reversed_rows = [self.encode(probe)[::-1] for probe in _PROBES]
+        shared = takewhile(lambda column: len(set(column)) == 1, zip(*reversed_rows, strict=False))
+        ids = tuple(column[0] for column in shared)[::-1]
+        if not ids:
+            raise UserError("the chat template puts no token between the instruction and the answer")
+        return ids
+
+    @cached_property
+    def pre_instruction_ids(self) -> tuple[int, ...]:
+        """Token ids before the instruction (BOS, system message, header): the longest prefix that all prompts share."""
+        rows = [self.encode(probe) for probe in _PROBES]
+        shared = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+        return tuple(column[0] for column in shared)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The post-instruction positions, counted from the end of the prompt: −n .. −1."""
+        return tuple(range(-len(self.post_instruction_ids), 0))
+
+    def describe(self) -> dict[str, Any]:
+        """What `run.json` records of the template."""
+        return {
+            "template_sha256": sha256_json(self.tokenizer.chat_template),
+            "system": self.system,
+            "template_kwargs": dict(self._kwargs),
+            "template_date": TEMPLATE_DATE.date().isoformat() if self._has_date else None,
+            "response_prefix": self.response_prefix,
+            "rendered_example": self.render(_PROBES[0]),
+            "post_instruction_tokens": self.tokenizer.convert_ids_to_tokens(list(self.post_instruction_ids)),
+        }
+
+    @property
+    def _has_date(self) -> bool:
+        return "date_string" in self._kwargs or _DATE_CALL.search(self.tokenizer.get_chat_template()) is not None
+
+    @cached_property
+    def _template(self) -> str:
+        """The template with its calls for today's date replaced by `TEMPLATE_DATE`: functions cannot be passed in."""
+        template = self.tokenizer.get_chat_template()
+        fixed = _DATE_CALL.sub(lambda call: f"{call[1]}{TEMPLATE_DATE.strftime(call[2])}{call[1]}", template)
+        if "strftime_now(" in fixed:
+            raise UserError(
+                "the chat template inserts today's date in a form that cannot be fixed: "
+                "set tokenizer.chat_template to one with a written date"
+            )
+        return fixed
+
+    @cached_property
+    def _kwargs(self) -> dict[str, Any]:
+        template = str(self.tokenizer.chat_template)
+        fixed: dict[str, Any] = {}
+        if "enable_thinking" in template:
+            fixed["enable_thinking"] = False
+        if "date_string" in template:
+            fixed["date_string"] = TEMPLATE_DATE.strftime("%d %b %Y")
+        return {**fixed, **self.template_kwargs}
