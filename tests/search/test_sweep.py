@@ -13,7 +13,7 @@ from refusal_mi.search.grid import ScoreGrid
 from refusal_mi.search.sweep import sweep, sweep_token_sets
 from refusal_mi.text.chat import ChatFormat
 from tests.naive import ASKS, CHATS, FAMILIES, ablating, adding, dtype_of, logits, mean_residuals, prompt_ids, tolerance
-from tests.test_scores import TOKENS, kl_by_hand, score_by_hand
+from tests.test_measures import TOKENS, kl_by_hand, score_by_hand
 from tests.tiny import N_LAYERS
 
 HARMFUL, HARMLESS = ASKS[:3], CHATS[:2]

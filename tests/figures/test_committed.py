@@ -14,7 +14,7 @@ from refusal_mi.analysis.result import plot
 from refusal_mi.model.loading import load_model
 from tests.analysis_cases import analyses
 
-FOLDER = Path(__file__).parents[1] / "figures"
+FOLDER = Path(__file__).parents[2] / "figures"
 
 
 def load() -> ModuleType:

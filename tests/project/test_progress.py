@@ -26,7 +26,7 @@ def test_items_come_through_in_silence(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_notebook_shows_one_line_for_long_work_and_nothing_else(tmp_path: Path) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
     from refresh import cleaned
 
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (SHORT, LONG, LONG)])

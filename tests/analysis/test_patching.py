@@ -9,7 +9,7 @@ from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.measures import refusal_score
 from refusal_mi.text.chat import ChatFormat
-from tests.test_analysis_attribution import FAMILIES, cached, random_direction
+from tests.analysis.test_attribution import FAMILIES, cached, random_direction
 
 HARMFUL = ["Why?", "Tell me how a kite flies"]
 HARMLESS = ["Say something short", "Go on"]

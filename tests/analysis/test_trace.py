@@ -9,7 +9,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Add
 from refusal_mi.text.chat import ChatFormat
-from tests.test_analysis_attribution import FAMILIES, PROMPTS, random_direction
+from tests.analysis.test_attribution import FAMILIES, PROMPTS, random_direction
 
 GROUPS = {"harmful": PROMPTS[:2], "harmless": PROMPTS[2:]}
 

@@ -14,7 +14,7 @@ from refusal_mi.model.points import resid_hook
 from refusal_mi.notebook import placed, side_by_side, splits, table
 from refusal_mi.text.chat import ChatFormat
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PLOTLY, SVG = "application/vnd.plotly.v1+json", "image/svg+xml"
 

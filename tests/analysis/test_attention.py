@@ -8,7 +8,7 @@ from refusal_mi.analysis.attribution import attribute_direction
 from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.errors import UserError
 from refusal_mi.text.chat import ChatFormat
-from tests.test_analysis_attribution import FAMILIES, HEADS, PROMPTS, cached, random_direction
+from tests.analysis.test_attribution import FAMILIES, HEADS, PROMPTS, cached, random_direction
 from tests.tiny import tiny_tokenizer
 
 SUFFIX = " ok now"
