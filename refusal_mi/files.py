@@ -4,11 +4,16 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import UserError
+
+FORMAT = 1
+"""Of the records that this version writes (docs/run-folder.md)."""
+Record = TypeVar("Record")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -35,8 +40,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, indented as the published artifacts are; NaN and infinity are an error (write None)."""
-    write_text(path, json.dumps(value, indent=4, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write JSON, indented as the published artifacts are; NaN and infinity are an error (write None).
+
+    Records inside `value` are written as `as_json` says.
+    """
+    write_text(path, json.dumps(as_json(value), indent=4, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_tensors(path: Path, value: Any) -> None:
@@ -67,6 +75,44 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def as_json(value: Any) -> Any:
+    """JSON values of a record: what its `describe()` says, or the fields of a dataclass, all the way down."""
+    if callable(describe := getattr(value, "describe", None)):
+        return as_json(describe())
+    if is_dataclass(value):
+        return {each.name: as_json(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: as_json(entry) for key, entry in value.items()}
+    return [as_json(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Write a dataclass as JSON, with the format's number."""
+    write_json(path, {"format": FORMAT, **as_json(record)})
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """Read JSON into a dataclass, or into a list or dict of them; keys that the type does not name are passed over.
+
+    Raises:
+        UserError: the file does not exist, is not JSON, is of a newer format, or does not hold what it should.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    found = read_json(path)
+    number = found.get("format", FORMAT) if isinstance(found, dict) else FORMAT
+    if number != FORMAT:
+        raise UserError(f"{path} is of format {number!r}, and this version of refusal_mi reads format {FORMAT}")
+    try:
+        return TypeAdapter(kind).validate_json(Path(path).read_bytes(), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise UserError(
+            f"{path} is damaged, or of another version of refusal_mi: {where}: {first['msg']}; make it again"
+        ) from None
 
 
 def read_tensors(path: Path) -> Any:
@@ -100,5 +146,5 @@ def sha256_file(path: Path) -> str:
 
 def sha256_json(value: Any) -> str:
     """The SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(as_json(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

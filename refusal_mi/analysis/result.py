@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_json, read_tensors, sha256_json, write_json, write_tensors
+from ..files import as_json, read_json, read_tensors, sha256_json, write_json, write_tensors
 from ..model.loading import ORGANISM
 from ..model.points import HookedModel, model_source
 from ..model.provenance import describe_model, versions
@@ -82,8 +82,8 @@ def provenance_of(
     name = "embedded model" if source == str(ORGANISM) else Path(source).name if Path(source).is_dir() else source
     record = describe_model(model, source)
     return {
-        "model": {**record, "name": name, "source": "embedded" if source == str(ORGANISM) else source},
-        "chat": None if chat is None else chat.describe(),
+        "model": {**as_json(record), "name": name, "source": "embedded" if source == str(ORGANISM) else source},
+        "chat": None if chat is None else as_json(chat.record()),
         "prompts": {side: {"n": len(texts), "sha256": sha256_json(list(texts))} for side, texts in prompts.items()},
         "settings": dict(settings or {}),
         "versions": versions(),

@@ -158,8 +158,6 @@ def plot(
     from ..figures.save import save_figure
     from ..run.record import RunRecord
 
-    pass  # MOVER
-
     file = output if output is not None and output.suffix in (".html", *STATIC) else None
     if saved.suffix in (".json", ".pt"):
         if file is not None:

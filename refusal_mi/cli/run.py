@@ -383,6 +383,7 @@ def model_info(
 
     That is its template, post-instruction tokens, refusal tokens, layers, writers, dtype and memory.
     """
+    from .. import files
     from ..generation import discover_response_prefix
     from ..model.points import write_hooks
     from ..model.provenance import describe_model
@@ -397,10 +398,10 @@ def model_info(
     record = describe_model(loaded, source)
     parameters = list(loaded.original_model.parameters())  # type: ignore[attr-defined]
     facts: dict[str, Any] = {
-        **record,
+        **files.as_json(record),
         "n_parameters": sum(parameter.numel() for parameter in parameters),
         "weight_mib": round(sum(p.numel() * p.element_size() for p in parameters) / 2**20, 1),
-        **chat.describe(),
+        **files.as_json(chat.record()),
         "post_instruction_positions": list(chat.positions),
         "writers": write_hooks(loaded.cfg.n_layers),
         "refusal_tokens": _discover(loaded, chat, source) if discover else "not asked for",

@@ -2,9 +2,9 @@
 
 import hashlib
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from .loading import ORGANISM
 from .points import HookedModel, model_revision, model_type
@@ -25,20 +25,42 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe_model(model: HookedModel, source: str) -> dict[str, Any]:
-    """Which model this is: source, hub commit or fingerprint of the directory, shape, dtype, device."""
-    local = Path(source).is_dir()
-    return {
-        "source": source,
-        "revision": model_revision(model),
-        "fingerprint": fingerprint(Path(source)) if local else None,
-        "model_type": model_type(model),
-        "n_layers": model.cfg.n_layers,
-        "d_model": model.cfg.d_model,
-        "d_vocab": model.cfg.d_vocab,
-        "dtype": str(model.cfg.dtype).removeprefix("torch."),
-        "device": str(model.cfg.device),
-    }
+@dataclass(frozen=True)
+class ModelRecord:
+    """Which model something was computed from."""
+
+    source: str
+    """Directory or hub id."""
+    revision: str | None
+    """Hub commit."""
+    fingerprint: str | None
+    """Of a directory."""
+    model_type: str
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    dtype: str
+    device: str
+
+    @property
+    def name(self) -> str:
+        """The model as people call it."""
+        return display_name(self.source)
+
+
+def describe_model(model: HookedModel, source: str) -> ModelRecord:
+    """Source, hub commit or fingerprint of the directory, shape, dtype and device of a model."""
+    return ModelRecord(
+        source,
+        model_revision(model),
+        fingerprint(Path(source)) if Path(source).is_dir() else None,
+        model_type(model),
+        model.cfg.n_layers,
+        model.cfg.d_model,
+        model.cfg.d_vocab,
+        str(model.cfg.dtype).removeprefix("torch."),
+        str(model.cfg.device),
+    )
 
 
 def is_embedded(source: str) -> bool:

@@ -52,7 +52,7 @@ def sweep_pairs(
     questions = ABQuestions(chat, pairs.pairs)
     wanted = sorted(vectors) if layers is None else list(layers)
     model_record = describe_model(model, model_source(model))
-    base = {"model": model_record, "chat": chat.describe(), "versions": versions(), "pairs": pairs.sha256}
+    base = {"model": model_record, "chat": chat.record(), "versions": versions(), "pairs": pairs.sha256}
 
     def items(*steering: Add) -> list[dict[str, Any]]:
         return _published_items(pairs, questions.log_probabilities(model, steering, batch_size=batch_size))
@@ -297,7 +297,7 @@ def open_ended(
     place, judge = our_layer(layer, model.cfg.n_layers), judge or SubstringJudge()
     inputs = {
         "model": describe_model(model, model_source(model)),
-        "chat": chat.describe(),
+        "chat": chat.record(),
         "versions": versions(),
         "questions": list(questions),
         "vector": direction.vector.tolist(),

@@ -30,7 +30,7 @@ class RunContext:
         self.model, self.options, self.folder = model, options, folder
         self.path = folder.path
         self.model_record = describe_model(model, source)
-        _check_tokens(options.refusal_tokens, self.model_record["d_vocab"])
+        _check_tokens(options.refusal_tokens, self.model_record.d_vocab)
         self.hashes: dict[str, str] = {}
         self._seconds_each: dict[str, float] = {}
         prefix = options.response_prefix or ""
@@ -86,7 +86,7 @@ class RunContext:
             raise RuntimeError(f"a stage needs {missing[0]}, which no stage before it wrote")
         return {
             "model": self.model_record,
-            "chat": (self.chat if "prompts.json" in self.hashes else self._template).describe(),
+            "chat": (self.chat if "prompts.json" in self.hashes else self._template).record(),
             "versions": versions(),
             "quick": self.options.quick,
             "files": {file: self.hashes[file] for file in files},
@@ -154,7 +154,7 @@ class RunContext:
         record: dict[str, Any] = {
             "quick": o.quick,
             "response_prefix": chat.response_prefix,
-            "chat": chat.describe(),
+            "chat": chat.record(),
             "refusal_tokens": self._describe_tokens(tokens),
             "refusal_tokens_origin": "given" if o.refusal_tokens else "discovered on the training split",
             "published_refusal_tokens": self._describe_tokens(published or ()),

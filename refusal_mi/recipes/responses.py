@@ -125,7 +125,7 @@ def vector(
     chat = ChatFormat(model.tokenizer, options.system, options.template_kwargs, options.response_prefix or "")
     queries = query_pools(options.dataset, options.column)[0].sample(options.n_samples, options.seed)
     layers = _checked_layers(options.layers, model.cfg.n_layers)
-    base = {"model": record, "chat": chat.describe(), "versions": versions()}
+    base = {"model": record, "chat": chat.record(), "versions": versions()}
     prefix_only = {"response_prefix": options.response_prefix}
     sampled = {key: value for key, value in asdict(options).items() if key in _SAMPLED_OPTIONS}
     write_json(folder.path / "run.json", {**base, "options": asdict(options), "recipe": "response-averaged vector"})
@@ -306,7 +306,7 @@ def _metadata(
             "batch_size": options.batch_size,
             "max_new_tokens": options.max_new_tokens,
         },
-        "chat": chat.describe(),
+        "chat": chat.record(),
         "warnings": [note for note in notes if note],
     }
 

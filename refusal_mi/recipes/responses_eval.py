@@ -116,7 +116,7 @@ class Evaluation:
         self.vector_dir = vector_dir
         self.base = {
             "model": self.record,
-            "chat": self.chat.describe(),
+            "chat": self.chat.record(),
             "versions": versions(),
             "vector": sha256_file(vector_dir / VECTOR),
             "positions": options.positions,
@@ -285,7 +285,7 @@ def evaluate_vector(
 def _first_part(run: Evaluation, scores: Mapping[str, Any]) -> dict[str, Any]:
     o = run.options
     return {
-        "model_path": run.record["source"],
+        "model_path": run.record.source,
         "vector_dir": str(run.vector_dir),
         "validation_seed": o.validation_seed,
         "test_seed": o.test_seed,

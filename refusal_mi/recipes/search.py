@@ -7,9 +7,9 @@ from typing import Any
 from ..directions import DirectionGrid, difference_in_means
 from ..figures.save import PLOTLY_FILE, save_figures
 from ..figures.scores import Measure, plot_scores
-from ..files import write_json, write_tensors
+from ..files import as_json, write_json, write_tensors
 from ..model.points import resid_hook
-from ..model.provenance import display_name, versions
+from ..model.provenance import versions
 from ..reading import mean_activations
 from ..run.record import DIRECTION, EVALUATIONS, MEAN_DIFFS, PUBLISHED_TOKENS, SURVIVORS, load_grid, load_scores
 from ..search.grid import ScoreGrid, Selection, layer_limit, select
@@ -101,7 +101,7 @@ def choose_direction(run: RunContext, grid: DirectionGrid, scores: ScoreGrid) ->
         "model": run.model_record,
         "n_harmful": len(run.kept("harmful", "train")),
         "n_harmless": len(run.kept("harmless", "train")),
-        "template_sha256": run.chat.describe()["template_sha256"],
+        "template_sha256": run.chat.record().template_sha256,
         "refusal_tokens": run.prompts["refusal_tokens"],
         "seed": run.options.seed,
         "versions": versions(),
@@ -137,8 +137,8 @@ def draw_scores(run: RunContext, scores: ScoreGrid, chosen: Selection) -> None:
                 measure=measure,
                 chosen=chosen.survivors[0] if chosen.survivors else None,
                 thresholds=chosen.thresholds,
-                tokens=run.chat.describe()["post_instruction_tokens"],
-                model=display_name(run.model_record["source"]),
+                tokens=run.chat.record().post_instruction_tokens,
+                model=run.model_record.name,
             )
             for stem, measure in PLOTS.items()
         }
@@ -152,7 +152,8 @@ def draw_scores(run: RunContext, scores: ScoreGrid, chosen: Selection) -> None:
 def record_run(context: RunContext) -> dict[str, Any]:
     """Write `run.json`; return the head of the summary: model, refusal tokens, prompt counts."""
     record = context.prompts
-    summary: dict[str, Any] = {"model": context.model_record, "quick": context.options.quick, "status": "unfinished"}
+    summary: dict[str, Any] = {"model": as_json(context.model_record), "quick": context.options.quick}
+    summary["status"] = "unfinished"
     summary["refusal_tokens"] = record["refusal_tokens"]
     summary["n_prompts"] = {
         side: {

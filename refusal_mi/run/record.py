@@ -344,8 +344,6 @@ class RunInputs:
     @cached_property
     def scores(self) -> ScoreGrid:
         """The candidates' scores."""
-        pass  # MOVER
-
         return load_scores(self.path)
 
     @cached_property

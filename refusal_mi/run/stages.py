@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import read_json, sha256_file, sha256_json, write_json
+from ..model.provenance import ModelRecord
 
 
 @dataclass
@@ -32,7 +33,7 @@ class RunFolder:
             reason = "may not be written" if place.is_dir() else "is not a folder"
             raise UserError(f"cannot write to {self.path}: {place} {reason}; choose another --output-dir")
 
-    def claim(self, model: Mapping[str, Any]) -> None:
+    def claim(self, model: ModelRecord) -> None:
         """Make sure that this folder is new or about this model.
 
         Raises:
@@ -43,13 +44,13 @@ class RunFolder:
             return
         before = read_json(record).get("model", {})
         for key in ("source", "revision"):
-            if before.get(key) != model.get(key):
+            if before.get(key) != getattr(model, key):
                 raise UserError(
                     f"{self.path} holds a run of {before.get('source')} (revision {before.get('revision')}), not of "
-                    f"{model.get('source')} (revision {model.get('revision')}); choose another --output-dir"
+                    f"{model.source} (revision {model.revision}); choose another --output-dir"
                 )
 
-    def check_weights(self, model: Mapping[str, Any]) -> None:
+    def check_weights(self, model: ModelRecord) -> None:
         """Make sure that what lies in this folder was computed from these very weights, before it is used.
 
         Raises:
@@ -58,9 +59,9 @@ class RunFolder:
         self.claim(model)
         record = self.path / "run.json"
         before = read_json(record)["model"].get("fingerprint") if record.exists() else None
-        if before is not None and before != model.get("fingerprint"):
+        if before is not None and before != model.fingerprint:
             raise UserError(
-                f"{self.path} was computed from other weights: {model.get('source')} has changed since; make it again"
+                f"{self.path} was computed from other weights: {model.source} has changed since; make it again"
             )
 
     def stage(

@@ -42,6 +42,21 @@ _PROBES = ("Name a color", "Why do tides rise?", "Count to 10", "Say hello.")
 
 
 @dataclass(frozen=True)
+class ChatRecord:
+    """A chat template as it was used."""
+
+    template_sha256: str
+    system: str | None
+    template_kwargs: Mapping[str, Any]
+    template_date: str | None
+    """What the template is told that the date is, if it asks."""
+    response_prefix: str
+    rendered_example: str
+    post_instruction_tokens: tuple[str, ...]
+    """The last is position −1."""
+
+
+@dataclass(frozen=True)
 class ChatFormat:
     """How a conversation becomes the text that a chat model sees.
 
@@ -138,17 +153,17 @@ class ChatFormat:
         """The post-instruction positions, counted from the end of the prompt: −n .. −1."""
         return tuple(range(-len(self.post_instruction_ids), 0))
 
-    def describe(self) -> dict[str, Any]:
-        """What `run.json` records of the template."""
-        return {
-            "template_sha256": sha256_json(self.tokenizer.chat_template),
-            "system": self.system,
-            "template_kwargs": dict(self._kwargs),
-            "template_date": TEMPLATE_DATE.date().isoformat() if self._has_date else None,
-            "response_prefix": self.response_prefix,
-            "rendered_example": self.render(_PROBES[0]),
-            "post_instruction_tokens": self.tokenizer.convert_ids_to_tokens(list(self.post_instruction_ids)),
-        }
+    def record(self) -> ChatRecord:
+        """What files record of the template."""
+        return ChatRecord(
+            sha256_json(self.tokenizer.chat_template),
+            self.system,
+            dict(self._kwargs),
+            TEMPLATE_DATE.date().isoformat() if self._has_date else None,
+            self.response_prefix,
+            self.render(_PROBES[0]),
+            tuple(self.tokenizer.convert_ids_to_tokens(list(self.post_instruction_ids))),
+        )
 
     @property
     def _has_date(self) -> bool:

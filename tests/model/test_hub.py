@@ -24,6 +24,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.points import model_revision
 from refusal_mi.text.prompts import load_prompts
+from refusal_mi.files import as_json
 from refusal_mi.model.provenance import describe_model
 
 def message(function):
@@ -43,7 +44,7 @@ def rows(prompts):
 
 model = load_model("someone/tiny", revision="v1", device="cpu")
 found = {
-    "model": describe_model(model, "someone/tiny"),
+    "model": as_json(describe_model(model, "someone/tiny")),
     "revision": model_revision(model),
     "own set": rows(load_prompts("someone/asks")),
     "own set, column": rows(load_prompts("someone/asks", column="id")),

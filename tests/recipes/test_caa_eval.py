@@ -1,5 +1,7 @@
 """Which layer `caa ab` chooses: only where a vector moves the choice beyond its controls, and text stays text."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json
 from refusal_mi.model.points import resid_hook
+from refusal_mi.model.provenance import ModelRecord
 from refusal_mi.recipes import caa_eval as caa_choice
 from refusal_mi.recipes.caa import check_weights, load_controls, load_vectors, write_vectors
 from refusal_mi.recipes.caa_eval import ABTask, evaluate_choices, sweep_pairs
@@ -125,8 +128,8 @@ def test_controls_are_random_and_those_of_shuffled_labels_where_they_lie(tiny_mo
 
 def test_vectors_of_other_weights_are_refused_and_of_other_models_transferred():
     made = Direction(torch.ones(4), 1, "blocks.1.hook_resid_pre", None, {"model": "/m", "fingerprint": "a"})
-    now = {"source": "/m", "fingerprint": "a", "revision": None}
+    now = ModelRecord("/m", None, "a", "llama", 2, 4, 16, "float32", "cpu")
     check_weights({0: made}, now)
-    check_weights({0: made}, {"source": "/chat", "fingerprint": "b", "revision": None})
+    check_weights({0: made}, replace(now, source="/chat", fingerprint="b"))
     with pytest.raises(UserError, match="other weights"):
-        check_weights({0: made}, {**now, "fingerprint": "b"})
+        check_weights({0: made}, replace(now, fingerprint="b"))

@@ -1,10 +1,15 @@
 """Stages: written whole, remembered with what they came from, not done twice."""
 
+from dataclasses import replace
+
 import pytest
 
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, sha256_file, write_json
+from refusal_mi.model.provenance import ModelRecord
 from refusal_mi.run.stages import RunFolder
+
+MODEL = ModelRecord("a", None, None, "llama", 2, 8, 16, "float32", "cpu")
 
 
 @pytest.fixture
@@ -72,11 +77,11 @@ def test_a_stage_that_does_not_write_its_output_is_a_defect(tmp_path):
     assert not (tmp_path / ".stages" / "s.json").exists()
 
 
-@pytest.mark.parametrize("other", [{"source": "b", "revision": None}, {"source": "a", "revision": "1"}])
+@pytest.mark.parametrize("other", [{"source": "b"}, {"revision": "1"}])
 def test_a_folder_of_another_model_or_revision_is_refused(tmp_path, other):
     folder = RunFolder(tmp_path)
-    folder.claim(other)
+    folder.claim(replace(MODEL, **other))
     write_json(tmp_path / "run.json", {"model": {"source": "a", "revision": None, "dtype": "x"}})
-    folder.claim({"source": "a", "revision": None, "dtype": "y"})
+    folder.claim(replace(MODEL, dtype="y"))
     with pytest.raises(UserError, match="choose another --output-dir"):
-        folder.claim(other)
+        folder.claim(replace(MODEL, **other))

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from refusal_mi.errors import UserError
+from refusal_mi.files import as_json
 from refusal_mi.text.chat import TEMPLATE_DATE, ChatFormat
 from tests.naive import ASKS, prompt_ids
 from tests.tiny import TEMPLATE, tiny_tokenizer
@@ -91,8 +92,8 @@ def test_thinking_is_off_where_the_template_can():
     tokenizer = with_template(TEMPLATE + block)
     assert ChatFormat(tokenizer).render("Hi").endswith("assistant\n<think>\n\n</think>\n\n")
     assert ChatFormat(tokenizer, template_kwargs={"enable_thinking": True}).render("Hi").endswith("assistant\n")
-    assert ChatFormat(tokenizer).describe()["template_kwargs"] == {"enable_thinking": False}
-    assert ChatFormat(tiny_tokenizer()).describe()["template_kwargs"] == {}
+    assert ChatFormat(tokenizer).record().template_kwargs == {"enable_thinking": False}
+    assert ChatFormat(tiny_tokenizer()).record().template_kwargs == {}
 
 
 @pytest.mark.parametrize(
@@ -109,10 +110,10 @@ def test_thinking_is_off_where_the_template_can():
 def test_the_date_of_a_template_is_fixed_and_recorded(template, expected):
     chat = ChatFormat(with_template(template + TEMPLATE))
     assert chat.render("Hi").startswith(expected)
-    described = chat.describe()
-    assert described["template_date"] == TEMPLATE_DATE.date().isoformat() == "2024-07-26"
-    json.dumps(described)
-    assert ChatFormat(tiny_tokenizer()).describe()["template_date"] is None
+    described = chat.record()
+    assert described.template_date == TEMPLATE_DATE.date().isoformat() == "2024-07-26"
+    json.dumps(as_json(described))
+    assert ChatFormat(tiny_tokenizer()).record().template_date is None
 
 
 def test_a_date_that_cannot_be_fixed_is_refused():
@@ -123,7 +124,7 @@ def test_a_date_that_cannot_be_fixed_is_refused():
 def test_template_kwargs_win_and_are_recorded():
     chat = ChatFormat(with_template("{{ mood }}" + TEMPLATE), template_kwargs={"mood": "glad"})
     assert chat.render("Hi").startswith("glad<|im_start|>")
-    assert chat.describe()["template_kwargs"] == {"mood": "glad"}
+    assert chat.record().template_kwargs == {"mood": "glad"}
 
 
 def test_the_response_prefix_moves_the_positions():
