@@ -19,7 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_dir(family)`: the directory of a saved tiny model."""
-    from tests.tiny import save_tiny
+    from tests.helpers.models import save_tiny
 
     root, made = tmp_path_factory.mktemp("tiny"), {}
 

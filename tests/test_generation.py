@@ -10,9 +10,9 @@ from refusal_mi.interventions import Ablate, Add
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.points import write_hooks
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, ablating, prompt_ids
-from tests.test_interventions import random_direction
-from tests.tiny import N_LAYERS, tiny_tokenizer
+from tests.helpers.directions import random_direction
+from tests.helpers.models import N_LAYERS, tiny_tokenizer
+from tests.helpers.naive import ASKS, ablating, prompt_ids
 
 N_NEW = 8
 

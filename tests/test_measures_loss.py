@@ -9,8 +9,8 @@ from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate, Add
 from refusal_mi.measures import ScoredText, answers_to_score, ce_loss, texts_to_score
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, CHATS, FAMILIES, ablating, dtype_of, logits, prompt_ids, tolerance
-from tests.test_interventions import random_direction
+from tests.helpers.directions import random_direction
+from tests.helpers.naive import ASKS, CHATS, FAMILIES, ablating, dtype_of, logits, prompt_ids, tolerance
 
 PAIRS = [(ask, answer) for ask, answer in zip(ASKS, CHATS, strict=True)]
 

@@ -8,8 +8,8 @@ from refusal_mi.errors import UserError
 from refusal_mi.model.loading import load_model
 from refusal_mi.reading import mean_activations
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, CHATS, FAMILIES, dtype_of, mean_residuals, relative_error, tolerance
-from tests.tiny import D_MODEL, N_LAYERS
+from tests.helpers.models import D_MODEL, N_LAYERS
+from tests.helpers.naive import ASKS, CHATS, FAMILIES, dtype_of, mean_residuals, relative_error, tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,8 +8,9 @@ from refusal_mi.analysis.attribution import attribute_direction
 from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.errors import UserError
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis.test_attribution import FAMILIES, HEADS, PROMPTS, cached, random_direction
-from tests.tiny import tiny_tokenizer
+from tests.helpers.cases import FAMILIES, HEADS, PROMPTS, cached
+from tests.helpers.directions import random_direction
+from tests.helpers.models import tiny_tokenizer
 
 SUFFIX = " ok now"
 

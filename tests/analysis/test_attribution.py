@@ -6,23 +6,10 @@ import torch
 from refusal_mi.analysis.attribution import attribute_direction
 from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.analysis.sources import attribute_sources
-from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.text.chat import ChatFormat
-
-FAMILIES = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen3_moe")
-PROMPTS = ["Why?", "Describe how a kite flies in the wind", "Name three colors"]
-HEADS = [(0, 0), (0, 3), (2, 1), (4, 2)]
-
-
-def random_direction(layer: int = 2, seed: int = 0) -> Direction:
-    vector = torch.randn(32, generator=torch.Generator().manual_seed(seed))
-    return Direction(vector, layer, f"blocks.{layer}.hook_resid_pre", -1)
-
-
-def cached(model, chat: ChatFormat, prompt: str) -> dict[str, torch.Tensor]:
-    _, cache = model.run_with_cache(torch.tensor([chat.encode(prompt)]), return_cache_object=False)
-    return cache
+from tests.helpers.cases import FAMILIES, HEADS, PROMPTS, cached
+from tests.helpers.directions import random_direction
 
 
 @pytest.mark.parametrize("family", FAMILIES)

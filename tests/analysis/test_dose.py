@@ -15,7 +15,8 @@ from refusal_mi.judges.substring import is_degenerate, is_refusal
 from refusal_mi.measures import ce_loss, next_token_logits, refusal_score, texts_to_score
 from refusal_mi.stats import Rate
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis.test_attribution import FAMILIES, random_direction
+from tests.helpers.cases import FAMILIES
+from tests.helpers.directions import random_direction
 
 HARMFUL, HARMLESS, TOKENS = ["Why?", "Tell me how a kite flies"], ["Go on", "Say it", "Name a color"], [5, 6, 7]
 

@@ -9,7 +9,8 @@ from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate
 from refusal_mi.measures import next_token_logits, refusal_score
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis.test_attribution import FAMILIES, PROMPTS, cached, random_direction
+from tests.helpers.cases import FAMILIES, PROMPTS, cached
+from tests.helpers.directions import random_direction
 
 HARMFUL, HARMLESS = ["Burn", "Break this", "Take it all"], ["Sing a song", "Paint", "Walk far"]
 REFUSED = (True, False, True, False, False, True)

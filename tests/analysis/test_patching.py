@@ -9,7 +9,8 @@ from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.measures import refusal_score
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis.test_attribution import FAMILIES, cached, random_direction
+from tests.helpers.cases import FAMILIES, cached
+from tests.helpers.directions import random_direction
 
 HARMFUL = ["Why?", "Tell me how a kite flies"]
 HARMLESS = ["Say something short", "Go on"]

@@ -12,7 +12,7 @@ from refusal_mi.cli.analyze import redraw
 from refusal_mi.errors import UserError
 from refusal_mi.reading import template_residuals
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis_cases import FAMILIES, HARMFUL, HARMLESS, analyses
+from tests.helpers.cases import FAMILIES, HARMFUL, HARMLESS, analyses
 
 
 def tensors_of(result):

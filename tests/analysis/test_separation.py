@@ -11,7 +11,7 @@ from refusal_mi.analysis.probes import _fit, area_under_curve, linear_probes
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis_cases import FAMILIES, HARMFUL, HARMLESS, grid_of
+from tests.helpers.cases import FAMILIES, HARMFUL, HARMLESS, grid_of
 
 # The last letter tells the classes apart, which the template's first token reads; lengths do not.
 WORDS = ("aab", "aba", "baa", "bba", "bab", "abb", "aaa", "bbb")

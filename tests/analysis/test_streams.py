@@ -13,7 +13,7 @@ from refusal_mi.interventions import Ablate
 from refusal_mi.measures import next_token_logits, refusal_score
 from refusal_mi.reading import template_residuals
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis_cases import FAMILIES, HARMFUL, HARMLESS, TOKENS, grid_of
+from tests.helpers.cases import FAMILIES, HARMFUL, HARMLESS, TOKENS, grid_of
 
 GROUPS = {"harmful": HARMFUL, "harmless": HARMLESS}
 

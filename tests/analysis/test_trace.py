@@ -9,7 +9,8 @@ from refusal_mi.errors import UserError
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Add
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis.test_attribution import FAMILIES, PROMPTS, random_direction
+from tests.helpers.cases import FAMILIES, PROMPTS
+from tests.helpers.directions import random_direction
 
 GROUPS = {"harmful": PROMPTS[:2], "harmless": PROMPTS[2:]}
 

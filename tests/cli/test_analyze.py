@@ -10,7 +10,7 @@ from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
 from refusal_mi.files import write_json, write_tensors
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis_cases import HARMFUL, HARMLESS, TOKENS, grid_of
+from tests.helpers.cases import HARMFUL, HARMLESS, TOKENS, grid_of
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from refusal_mi.cli import exit_status
 from refusal_mi.files import read_json
 from refusal_mi.generation import Generated
 from refusal_mi.recipes import effects
-from tests.fake_judge import KEY, LONG, Fake, send, verdict
+from tests.helpers.judge import KEY, LONG, Fake, send, verdict
 
 SIZES = ["--n-train=6", "--n-val=3", "--n-test=4", "--n-ce=2", "--max-new-tokens=3", "--n-random=1"]
 RUN = ["--no-filter", "--no-thresholds", "--refusal-tokens=5,40", "--response-prefix=", "--device=cpu", *SIZES]

@@ -10,11 +10,12 @@ from refusal_mi.export.checkpoint import open_checkpoint
 from refusal_mi.export.export import export_adapter, export_checkpoint
 from refusal_mi.files import read_json, sha256_file
 from refusal_mi.interventions import Ablate, Add
-from tests.export_models import hooked_logits, make_direction, plain_logits, some_tokens
+from tests.helpers.directions import random_direction
+from tests.helpers.exports import hooked_logits, plain_logits, some_tokens
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
-R, OTHER = make_direction(1), make_direction(2)
+R, OTHER = random_direction(1), random_direction(2)
 CASES = [
     ("qwen2", [Ablate([R, OTHER])]),
     ("gemma", [Ablate(R, constants=[1.5])]),

@@ -11,9 +11,10 @@ from refusal_mi.export import export as export_module
 from refusal_mi.export.rewrite import rewrite
 from refusal_mi.files import write_json, write_tensors
 from refusal_mi.interventions import Ablate
-from tests.export_models import hooked_logits, make_direction, plain_logits
+from tests.helpers.directions import random_direction
+from tests.helpers.exports import hooked_logits, plain_logits
 
-R = make_direction()
+R = random_direction(1)
 
 
 @pytest.fixture

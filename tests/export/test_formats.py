@@ -7,9 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from refusal_mi.errors import UserError
 from refusal_mi.export.formats import read_gguf, write_gguf, write_lm_eval
 from refusal_mi.interventions import Ablate, Add
-from tests.export_models import hooked_logits, make_direction, plain_logits, some_tokens
+from tests.helpers.directions import random_direction
+from tests.helpers.exports import hooked_logits, plain_logits, some_tokens
 
-R = make_direction()
+R = random_direction(1)
 
 
 def test_a_control_vector_comes_back_at_its_layer(tmp_path, tiny_dir):
@@ -75,7 +76,7 @@ def test_a_steering_file_gives_the_hooked_logits(family, tmp_path, tiny_dir):
 def test_what_the_harness_has_no_form_for_is_refused(tmp_path, tiny_dir):
     config = AutoConfig.from_pretrained(tiny_dir("qwen2"))
     refused = {
-        "one direction": Ablate([R, make_direction(2)]),
+        "one direction": Ablate([R, random_direction(2)]),
         "whole": Ablate(R, strength=0.5),
         "layer 0": Add(R, layer=0),
         "all positions": Ablate(R, positions="prompt"),

@@ -15,9 +15,10 @@ from refusal_mi.export.rewrite import rewrite
 from refusal_mi.export.streaming import same_tokens, stream_answers
 from refusal_mi.interventions import Ablate
 from refusal_mi.text.batches import left_pad
-from tests.export_models import make_direction, save_model
+from tests.helpers.directions import random_direction
+from tests.helpers.exports import save_model
 
-R = make_direction()
+R = random_direction(1)
 PROMPTS = ["Count slowly and aloud to ten, then back again, past a sliding window", "Why?"]
 
 

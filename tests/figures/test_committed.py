@@ -12,7 +12,7 @@ import pytest
 
 from refusal_mi.analysis.result import plot
 from refusal_mi.model.loading import load_model
-from tests.analysis_cases import analyses
+from tests.helpers.cases import analyses
 
 FOLDER = Path(__file__).parents[2] / "figures"
 

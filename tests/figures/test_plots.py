@@ -15,8 +15,8 @@ from refusal_mi.measures import LossResult
 from refusal_mi.run.record import Effect, SideEffects
 from refusal_mi.search.grid import NO_THRESHOLDS, Thresholds, select
 from refusal_mi.stats import Rate, mean_interval
-from tests.browser import find_chromium
-from tests.fake_run import N_LAYERS, N_VAL, TOKENS, make_run, make_scores
+from tests.helpers.browser import find_chromium
+from tests.helpers.runs import N_LAYERS, N_VAL, TOKENS, make_run, make_scores
 
 NAMES = {"bypass": "bypass", "induce": "induce", "kl": "kl_nats"}
 

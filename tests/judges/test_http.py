@@ -20,7 +20,7 @@ from refusal_mi.judges.http import (
 from refusal_mi.judges.substring import SubstringJudge
 from refusal_mi.recipes.effects import evaluate
 from refusal_mi.recipes.options import RunOptions
-from tests.fake_judge import KEY, LONG, Fake, raw, send, verdict
+from tests.helpers.judge import KEY, LONG, Fake, raw, send, verdict
 
 
 @pytest.fixture(autouse=True)

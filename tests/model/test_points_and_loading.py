@@ -13,8 +13,8 @@ from refusal_mi.model.points import check_raw_basis, model_type, resid_hook, sto
 from refusal_mi.model.running import all_logits, last_logits
 from refusal_mi.model.running import residuals as read_residuals
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, logits, prompt_ids, relative_error, residuals
-from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, save_tiny
+from tests.helpers.models import D_MODEL, FAMILIES, N_LAYERS, save_tiny
+from tests.helpers.naive import ASKS, logits, prompt_ids, relative_error, residuals
 
 
 @pytest.mark.parametrize("family", FAMILIES)

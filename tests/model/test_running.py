@@ -27,9 +27,9 @@ from refusal_mi.model.running import (
 from refusal_mi.reading import mean_activations
 from refusal_mi.text.batches import TokenBatch
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS
-from tests.test_interventions import random_direction
-from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, save_tiny, tiny_tokenizer
+from tests.helpers.directions import random_direction
+from tests.helpers.models import D_MODEL, FAMILIES, N_LAYERS, save_tiny, tiny_tokenizer
+from tests.helpers.naive import ASKS
 
 WITHOUT_ATTENTION_WRAPPERS = {
     *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen3_moe"),

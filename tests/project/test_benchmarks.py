@@ -20,7 +20,7 @@ from refusal_mi.search.staged import staged_sweep
 from refusal_mi.search.sweep import sweep
 from refusal_mi.text.batches import Span
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, CHATS
+from tests.helpers.naive import ASKS, CHATS
 
 TOKENS = (5, 6)
 

@@ -15,7 +15,7 @@ from refusal_mi.recipes.context import RunContext
 from refusal_mi.recipes.options import RunOptions
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.search.grid import NO_THRESHOLDS, ScoreGrid, Thresholds, select
-from tests.tiny import D_MODEL, N_LAYERS
+from tests.helpers.models import D_MODEL, N_LAYERS
 
 SMALL = RunOptions(
     n_train=6,

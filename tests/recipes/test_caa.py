@@ -21,7 +21,7 @@ from refusal_mi.recipes.options import load_config
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.pairs import ABPair, PairSet, load_pairs, load_questions, locate_letter, with_flipped_half
-from tests.tiny import tiny_tokenizer
+from tests.helpers.models import tiny_tokenizer
 
 
 def _pairs(n: int = 8) -> PairSet:

@@ -11,7 +11,7 @@ from refusal_mi.cli.run import parse_ranks
 from refusal_mi.errors import UserError
 from refusal_mi.figures.effects import plot_combos, points
 from refusal_mi.recipes.combinations import CombosOptions, _difference, choose
-from tests.naive import ablating, logits, prompt_ids
+from tests.helpers.naive import ablating, logits, prompt_ids
 
 TOKENS = (40, 41, 42)
 SIZES = ["--n-train", "8", "--n-val", "8", "--n-test", "6", "--n-ce", "3", "--max-new-tokens", "4"]
@@ -74,7 +74,7 @@ def test_scores_of_a_combination_against_a_second_way(folder, tiny_dir, plain_mo
     grid = torch.load(folder / "generate_directions" / "mean_diffs.pt", weights_only=True)
     basis = torch.linalg.qr(torch.stack([grid[place["pos"], place["layer"]] for place in row["directions"]]).T)[0].T
     hf, prompts = plain_model("llama"), read(folder / "prompts.json")
-    from tests.tiny import tiny_tokenizer
+    from tests.helpers.models import tiny_tokenizer
 
     def probabilities(side, ablated):
         with contextlib.ExitStack() as stack:

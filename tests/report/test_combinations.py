@@ -6,7 +6,7 @@ from refusal_mi.cli import exit_status
 from refusal_mi.files import write_json
 from refusal_mi.report.page import write_report
 from refusal_mi.search.grid import select
-from tests.fake_run import make_run, make_scores
+from tests.helpers.runs import make_run, make_scores
 
 
 def links(page: str) -> list[tuple[str, str]]:

@@ -18,8 +18,8 @@ from refusal_mi.report.page import write_report
 from refusal_mi.report.verdict import bindings, judge_run
 from refusal_mi.run.record import RunRecord
 from refusal_mi.search.grid import NO_THRESHOLDS, Thresholds, select
-from tests.browser import find_chromium, open_browser
-from tests.fake_run import TOKENS, make_run, make_scores
+from tests.helpers.browser import find_chromium, open_browser
+from tests.helpers.runs import TOKENS, make_run, make_scores
 
 TEN_MB = 10_000_000
 UNFINISHED = {

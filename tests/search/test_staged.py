@@ -14,7 +14,8 @@ from refusal_mi.search.passes import PlainPasses, SharedPasses
 from refusal_mi.search.staged import Rounds, Screening, staged_sweep
 from refusal_mi.search.sweep import ITEM_ROWS, Scorer, ScoreTable, WorkItem, cut, exact_items, sweep
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, CHATS
+from tests.helpers.cases import grid_of
+from tests.helpers.naive import ASKS, CHATS
 
 TOKENS = (5, 6, 7)
 HARMFUL = [f"{text} {number}" for number in range(2) for text in ASKS[1:]]
@@ -25,7 +26,7 @@ HARMLESS = [f"{text} {number}" for number in range(2) for text in CHATS[1:]]
 def parts(tiny_model):
     model = tiny_model("gpt2")
     chat = ChatFormat(model.tokenizer)
-    return model, chat, difference_in_means(*(mean_activations(model, chat, texts) for texts in (ASKS, CHATS)))
+    return model, chat, grid_of(model, chat, ASKS, CHATS)
 
 
 @pytest.fixture(scope="module")

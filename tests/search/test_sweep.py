@@ -5,23 +5,33 @@ import json
 import pytest
 import torch
 
-from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.files import write_json
-from refusal_mi.reading import mean_activations
 from refusal_mi.search.grid import ScoreGrid
 from refusal_mi.search.sweep import sweep, sweep_token_sets
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, CHATS, FAMILIES, ablating, adding, dtype_of, logits, mean_residuals, prompt_ids, tolerance
-from tests.test_measures import TOKENS, kl_by_hand, score_by_hand
-from tests.tiny import N_LAYERS
+from tests.helpers.cases import grid_of
+from tests.helpers.models import N_LAYERS
+from tests.helpers.naive import (
+    ASKS,
+    CHATS,
+    FAMILIES,
+    ablating,
+    adding,
+    dtype_of,
+    logits,
+    mean_residuals,
+    prompt_ids,
+    tolerance,
+)
+from tests.helpers.scores import TOKENS, kl_by_hand, score_by_hand
 
 HARMFUL, HARMLESS = ASKS[:3], CHATS[:2]
 
 
 def candidates(model):
     chat = ChatFormat(model.tokenizer)
-    return chat, difference_in_means(*(mean_activations(model, chat, texts) for texts in (ASKS, CHATS)))
+    return chat, grid_of(model, chat, ASKS, CHATS)
 
 
 def naive_scores(hf, tokenizer, vector, layer) -> tuple[float, float, float]:
