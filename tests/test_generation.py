@@ -102,12 +102,15 @@ def test_the_end_token_ends_an_answer_and_what_follows_is_dropped(tiny_dir):
     assert answers[0].text == model.tokenizer.decode(expected[0]).strip()
 
 
-def test_a_multi_byte_character_that_was_cut_off_is_not_a_replacement_character():
-    chat = ChatFormat(tiny_tokenizer())
+def test_a_multi_byte_character_that_was_cut_off_is_not_a_replacement_character(tiny_dir, monkeypatch):
+    model = load_model(tiny_dir("gpt2"), device="cpu")
+    chat = ChatFormat(model.tokenizer)
     whole = chat.tokenizer("né", add_special_tokens=False)["input_ids"]
-    assert generation._read(chat, whole[:-1], ()).text == "n"
     eos = chat.tokenizer.eos_token_id
-    assert generation._read(chat, [*whole[:-1], eos], (eos,)).text == "n\ufffd"
+    for written, text in ((whole[:-1], "n"), (whole, "né"), ([*whole[:-1], eos], "n\ufffd")):
+        new = torch.tensor([written])
+        monkeypatch.setattr(model, "generate", lambda tokens, new=new, **_: torch.cat([tokens, new], dim=1))
+        assert generate(model, chat, ASKS[:1], use_kv_cache=False)[0].text == text
 
 
 def test_hooks_are_gone_after_an_exception(tiny_model, monkeypatch):

@@ -178,7 +178,10 @@ def test_only_together_gets_togethers_key(tmp_path, monkeypatch):
     with Fake(verdict) as fake:
         quick(fake, tmp_path).complied(["p"], [LONG])
     assert "Authorization" not in fake.headers[0]
-    assert HttpJudge(TOGETHER)._key == KEY
+    with Fake(verdict) as fake:  # at Together's own address
+        monkeypatch.setattr("refusal_mi.judges.http.TOGETHER", fake.url)
+        quick(fake, tmp_path / "own").complied(["p"], [LONG])
+    assert fake.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
 def test_verdicts_are_cached_by_model_endpoint_and_text(tmp_path):

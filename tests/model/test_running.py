@@ -292,6 +292,20 @@ def test_two_threads_do_not_see_each_others_interventions(tiny_model):
     assert results == {name: [answers] * 5 for name, answers in alone.items()}
 
 
+def test_a_pass_waits_until_another_threads_pass_has_ended(own_model):
+    batch, done = batch_of(own_model), threading.Event()
+    expected, found = logits(own_model, batch), []
+    hooks = all_hooks(own_model, [Ablate(random_direction(0))])
+    thread = threading.Thread(target=lambda: (found.append(logits(own_model, batch)), done.set()))
+    with running(own_model, hooks):
+        thread.start()
+        assert not done.wait(0.5)
+        assert not torch.equal(logits(own_model, batch), expected)  # this thread goes on, under its own hooks
+    assert done.wait(20)
+    thread.join()
+    assert torch.equal(found[0], expected)
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_hooks_and_modules_are_as_before_after_an_exception(own_model, error, monkeypatch):
     batch, before = batch_of(own_model), structure(own_model)
