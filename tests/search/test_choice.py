@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from refusal_mi.files import read_json
 from refusal_mi.search.grid import NO_THRESHOLDS, ScoreGrid, Thresholds, select
 from tests.helpers.scores import candidate
 
+FOLDER = Path(__file__).parents[1] / "data" / "published"
 PUBLISHED = [
     ("gemma-2b-it", 18, (-2, 10), 13),
     ("qwen-1_8b-chat", 24, (-2, 15), 12),
@@ -17,29 +19,36 @@ PUBLISHED = [
 ]
 
 
-def published(reference_data, run, n_layers):
-    folder = reference_data / "reference_runs" / run / "select_direction"
-    return folder, ScoreGrid.load(folder / "direction_evaluations.json", n_layers)
+def published(run, n_layers):
+    return ScoreGrid.load(FOLDER / run / "select_direction" / "direction_evaluations.json", n_layers)
 
 
 @pytest.mark.parametrize(("run", "n_layers", "winner", "n_survivors"), PUBLISHED)
-def test_published_grids_choose_the_published_winners(reference_data, run, n_layers, winner, n_survivors):
-    folder, grid = published(reference_data, run, n_layers)
+def test_published_grids_choose_the_published_winners(run, n_layers, winner, n_survivors):
+    grid = published(run, n_layers)
     chosen = select(grid)
     assert (chosen.best.position, chosen.best.layer) == winner
+    assert read_json(FOLDER / run / "direction_metadata.json") == {"pos": winner[0], "layer": winner[1]}
     assert len(chosen.survivors) == n_survivors
-    filtered = read_json(folder / "direction_evaluations_filtered.json")
+    filtered = read_json(FOLDER / run / "select_direction" / "direction_evaluations_filtered.json")
     assert [row.describe() for row in chosen.survivors] == filtered
     assert len(chosen.survivors) + len(chosen.rejected) == len(grid.rows)
 
 
 @pytest.mark.parametrize(("run", "n_layers", "winner", "n_survivors"), PUBLISHED)
-def test_without_thresholds_others_would_win_on_two_of_three(reference_data, run, n_layers, winner, n_survivors):
-    _, grid = published(reference_data, run, n_layers)
+def test_without_thresholds_others_would_win_on_two_of_three(run, n_layers, winner, n_survivors):
+    grid = published(run, n_layers)
     chosen = select(grid, NO_THRESHOLDS)
     assert len(chosen.survivors) == len(grid.rows)
     assert ((chosen.best.position, chosen.best.layer) == winner) == (run == "meta-llama-3-8b-instruct")
     assert chosen.best.bypass == min(row.bypass for row in grid.rows)
+
+
+def test_the_committed_files_are_the_published_ones(reference_data):
+    paths = [path.relative_to(FOLDER) for path in FOLDER.rglob("*.json")]
+    assert len(paths) == 3 * len(PUBLISHED)
+    for path in paths:
+        assert (FOLDER / path).read_bytes() == (reference_data / "reference_runs" / path).read_bytes()
 
 
 @pytest.mark.parametrize(
