@@ -13,6 +13,7 @@ from refusal_mi.text.chat import ChatFormat
 from tests.helpers.directions import random_direction
 from tests.helpers.models import N_LAYERS, tiny_tokenizer
 from tests.helpers.naive import ASKS, ablating, prompt_ids
+from tests.helpers.tiers import first_is_fast
 
 N_NEW = 8
 
@@ -50,7 +51,7 @@ def test_text_under_ablation_is_that_of_plain_hf_hooks(tiny_model, plain_model):
     assert ids(model) != expected
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", first_is_fast(["gpt2", "llama"]))
 @pytest.mark.parametrize("positions", ["all", "prompt", "response"])
 def test_cached_and_uncached_generation_write_the_same(family, positions, tiny_model):
     model, direction = tiny_model(family), random_direction(1, scale=2.0)

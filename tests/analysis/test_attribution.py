@@ -10,9 +10,10 @@ from refusal_mi.errors import UserError
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.cases import FAMILIES, HEADS, PROMPTS, cached
 from tests.helpers.directions import random_direction
+from tests.helpers.tiers import first_is_fast
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_components_sum_to_the_projection_of_the_stream(tiny_model, family: str) -> None:
     model = tiny_model(family)
     chat, direction = ChatFormat(model.tokenizer), random_direction()

@@ -23,7 +23,7 @@ from refusal_mi.model.loading import ORGANISM
 from refusal_mi.notebook import searched
 from refusal_mi.run.record import RunInputs
 
-pytestmark = pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")]
 N = 20
 
 

@@ -11,6 +11,7 @@ from refusal_mi.measures import refusal_score
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.cases import FAMILIES, cached
 from tests.helpers.directions import random_direction
+from tests.helpers.tiers import first_is_fast
 
 HARMFUL = ["Why?", "Tell me how a kite flies"]
 HARMLESS = ["Say something short", "Go on"]
@@ -31,7 +32,7 @@ def patched_by_hand(model, chat: ChatFormat, site: str, layer: int, position: in
     return refusal_score(logits[:, -1].detach(), TOKENS).item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_a_cell_is_the_run_with_that_activation(tiny_model, family: str) -> None:
     model = tiny_model(family)
     chat = ChatFormat(model.tokenizer)

@@ -47,6 +47,7 @@ def test_probes_do_not_depend_on_batch_size(tiny_model):
     torch.testing.assert_close(first.cosines, second.cosines, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_analysis_runs_saves_loads_and_draws_the_same(tiny_model, tmp_path, family):
     cases = analyses(tiny_model(family))
@@ -70,6 +71,7 @@ def test_every_analysis_runs_saves_loads_and_draws_the_same(tiny_model, tmp_path
             assert isinstance(figure, str) or figure.to_json() == before[name].to_json(), name
 
 
+@pytest.mark.slow
 def test_figures_name_axes_model_and_n(tiny_model):
     for analyze in analyses(tiny_model("llama")).values():
         result = analyze()

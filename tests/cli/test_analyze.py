@@ -41,6 +41,7 @@ def run_folder(tiny_dir, tiny_model, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_analyze_writes_results_and_figures(tiny_dir, run_folder, tmp_path, capsys):
     what = "lens,projections,token_map,geometry,comparison,pca,logits,weights"
     arguments = ["analyze", str(tiny_dir("llama")), "--run", str(run_folder), "--what", what, "--n-prompts", "4"]

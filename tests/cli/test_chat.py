@@ -302,6 +302,7 @@ sys.exit(exit_status(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_real_terminal(tiny_dir):
     """A pseudo-terminal, SIGINT in the middle of an answer, the next answer after it, and a clean end."""
     ours, theirs = pty.openpty()

@@ -43,6 +43,8 @@ def call(tiny_model, tmp_path, monkeypatch):
         with monkeypatch.context() as patched, pytest.raises(Called):
             patched.setattr(target, stand_in)
             exit_status(list(words))
+        folder = seen[0].arguments.get("folder")
+        assert folder is None or folder.fresh == ("--fresh" in words)  # without it, finished stages are kept
         return seen[0]
 
     return run
@@ -66,7 +68,9 @@ def test_run(call, words, tiny_dir):
     published = {"harmful", "harmless", "text_set", "instruction_set", "max_new_tokens"}
     changed = {name for name, value in vars(options).items() if value != getattr(RunOptions(), name)}
     assert changed == (set() if source else published)
-    other = call("refusal_mi.recipes.arditi.run", "run", *source, "--n-val", "7", "--no-thresholds").arguments
+    other = call(
+        "refusal_mi.recipes.arditi.run", "run", *source, "--n-val", "7", "--no-thresholds", "--fresh"
+    ).arguments
     assert (other["options"].n_val, other["options"].thresholds) == (7, NO_THRESHOLDS)
 
 

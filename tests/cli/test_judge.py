@@ -35,6 +35,7 @@ def written(folder) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_run_combos_and_judge_with_an_endpoint(judged, tiny_dir, capsys):
     model, folder = str(tiny_dir("gpt2")), judged / "run"
     arguments = ["run", model, *RUN, STEPS, "--output-dir", str(folder)]

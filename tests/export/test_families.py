@@ -24,9 +24,10 @@ from tests.helpers.exports import (
     save_model,
     some_tokens,
 )
+from tests.helpers.tiers import first_is_fast
 
 
-@pytest.mark.parametrize("family", (*EXACT, "qwen2_moe", "smollm3"))
+@pytest.mark.parametrize("family", first_is_fast((*EXACT, "qwen2_moe", "smollm3")))
 def test_the_exported_weights_give_the_hooked_logits(family, tmp_path):
     ablation = Ablate(random_direction(1))
     for dtype, limit in (("float32", 1e-5), ("float64", 1e-6)):

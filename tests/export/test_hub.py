@@ -10,6 +10,8 @@ from tests.helpers.exports import hooked_logits, plain_logits
 from tests.helpers.hub import COMMIT, run_with_hub
 from tests.helpers.models import save_tiny, tiny_hf_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import json, os, time, urllib.request
 from contextlib import redirect_stderr, redirect_stdout

@@ -100,6 +100,7 @@ def test_a_tied_head_keeps_the_unedited_embedding(family, tmp_path, tiny_dir):
     assert not torch.equal(after.read(embedding), before.read(embedding))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_good_as_the_hooked_model_in_bfloat16(tmp_path):
     source = save_model("qwen2", tmp_path / "source", torch.bfloat16)
     report = export_checkpoint(source, Ablate(R), tmp_path / "out", prompts=["Count to ten", "Name a color"])

@@ -19,6 +19,8 @@ from refusal_mi.text.batches import left_pad
 from tests.helpers.directions import random_direction
 from tests.helpers.exports import save_model
 
+pytestmark = pytest.mark.slow
+
 R = random_direction(1)
 PROMPTS = ["Count slowly and aloud to ten, then back again, past a sliding window", "Why?"]
 

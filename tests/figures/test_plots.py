@@ -196,6 +196,7 @@ def test_an_image_without_kaleido_is_one_line(tmp_path, monkeypatch):
         save_figure(plot_norms([[0.0, 1.0]], [-1]), tmp_path / "f.svg")
 
 
+@pytest.mark.slow
 def test_an_svg_holds_the_labels(tmp_path):
     pytest.importorskip("kaleido")
     if find_chromium() is None:

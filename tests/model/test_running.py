@@ -30,6 +30,7 @@ from refusal_mi.text.chat import ChatFormat
 from tests.helpers.directions import random_direction
 from tests.helpers.models import D_MODEL, FAMILIES, N_LAYERS, save_tiny, tiny_tokenizer
 from tests.helpers.naive import ASKS
+from tests.helpers.tiers import first_is_fast
 
 WITHOUT_ATTENTION_WRAPPERS = {
     *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen3_moe"),
@@ -75,7 +76,7 @@ def own_model(tiny_dir):
     return load_model(tiny_dir("llama"), device="cpu")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_every_number_is_the_bridges_bit_for_bit(family, tiny_model):
     model = tiny_model(family)
     batch, direction, before = batch_of(model), random_direction(0), structure(model)
@@ -172,7 +173,7 @@ UNMOVED = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("family", UNMOVED)
+@pytest.mark.parametrize("family", first_is_fast(UNMOVED))
 def test_edits_of_weights_and_attributes_move_the_packages_numbers_as_the_bridges(family, edit, tiny_dir):
     model = load_model(tiny_dir(family), device="cpu")
     chat = ChatFormat(model.tokenizer)

@@ -22,6 +22,8 @@ from refusal_mi.text.batches import Span
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.naive import ASKS, CHATS
 
+pytestmark = pytest.mark.slow
+
 TOKENS = (5, 6)
 
 

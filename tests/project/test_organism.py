@@ -23,18 +23,21 @@ def measured():
     return check.measure(ORGANISM, check.STAGE1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", check.LIMITS)
 def test_a_promised_number_holds_on_the_shipped_weights(measured, name):
     low, high = check.LIMITS[name]
     assert low <= measured["values"][name] <= high
 
 
+@pytest.mark.slow
 def test_the_saved_metrics_are_those_of_the_shipped_weights(measured):
     assert measured["selected"]["position"] == METRICS["selected"]["position"]
     assert measured["selected"]["layer"] == METRICS["selected"]["layer"]
     assert measured["values"] == pytest.approx(METRICS["values"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_limits_can_fail(measured):
     """What the plain models do fails the limits of what they must do under an intervention or after stage 2."""
     values = measured["values"]

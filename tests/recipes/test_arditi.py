@@ -17,6 +17,8 @@ from refusal_mi.run.stages import RunFolder
 from refusal_mi.search.grid import NO_THRESHOLDS, ScoreGrid, Thresholds, select
 from tests.helpers.models import D_MODEL, N_LAYERS
 
+pytestmark = pytest.mark.slow
+
 SMALL = RunOptions(
     n_train=6,
     n_val=3,

@@ -330,6 +330,7 @@ def test_bad_configs(tmp_path, text, problem):
         load_config(path)
 
 
+@pytest.mark.slow
 def test_the_write_up_from_the_command_line(tiny_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.json").write_text(json.dumps([pair.describe() for pair in _pairs().pairs]))

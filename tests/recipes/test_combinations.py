@@ -13,6 +13,8 @@ from refusal_mi.figures.effects import plot_combos, points
 from refusal_mi.recipes.combinations import CombosOptions, _difference, choose
 from tests.helpers.naive import ablating, logits, prompt_ids
 
+pytestmark = pytest.mark.slow
+
 TOKENS = (40, 41, 42)
 SIZES = ["--n-train", "8", "--n-val", "8", "--n-test", "6", "--n-ce", "3", "--max-new-tokens", "4"]
 RUN = ["--no-filter", "--refusal-tokens", "40,41,42", "--no-thresholds", "--device", "cpu", *SIZES]

@@ -65,6 +65,7 @@ def test_it_is_one_small_file_that_loads_nothing(tmp_path):
     assert not list(tmp_path.glob(".report*"))
 
 
+@pytest.mark.slow
 def test_a_large_run_stays_under_ten_megabytes_and_says_what_is_left_out(tmp_path):
     run = make_run(tmp_path, n_test=150, response=" & <more words>" * 1000)
     path = write_report(run)
@@ -229,6 +230,7 @@ def test_the_command_repeats_the_options(tmp_path, monkeypatch, options):
     assert caught == [options]
 
 
+@pytest.mark.slow
 def test_a_real_run_ends_in_a_report_and_the_published_plots(tiny_dir, tmp_path):
     arguments = [
         "run", str(tiny_dir("llama")), "--no-filter", "--refusal-tokens", "5,7", "--n-train", "8", "--n-val", "4",
@@ -252,6 +254,7 @@ def browser(tmp_path_factory):
         yield page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_without_network_draws_it_at_every_width(browser, tmp_path, width):
     attack = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -269,6 +272,7 @@ def test_a_browser_without_network_draws_it_at_every_width(browser, tmp_path, wi
     assert TOKENS[0] in browser.evaluate(legend)  # the token is drawn as text, not dropped as a tag
 
 
+@pytest.mark.slow
 def test_the_policy_stops_a_script_that_is_not_the_pages_own(browser, tmp_path):
     path = write_report(make_run(tmp_path, n_test=3))
     injected = path.read_text().replace("<main>", "<main><script>document.title='owned'</script>")
@@ -278,6 +282,7 @@ def test_the_policy_stops_a_script_that_is_not_the_pages_own(browser, tmp_path):
     assert any("Content Security Policy" in problem for problem in browser.problems)
 
 
+@pytest.mark.slow
 def test_the_filters_filter(browser, tmp_path):
     path = write_report(make_run(tmp_path, n_test=40))
     browser.open(path, width=1280)

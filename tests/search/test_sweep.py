@@ -25,6 +25,7 @@ from tests.helpers.naive import (
     tolerance,
 )
 from tests.helpers.scores import TOKENS, kl_by_hand, score_by_hand
+from tests.helpers.tiers import first_is_fast
 
 HARMFUL, HARMLESS = ASKS[:3], CHATS[:2]
 
@@ -45,7 +46,7 @@ def naive_scores(hf, tokenizer, vector, layer) -> tuple[float, float, float]:
     return sum(bypass) / 3, sum(induce) / 2, sum(kl) / 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_every_score_equals_plain_hf_hooks_prompt_by_prompt(family, tiny_model, plain_model):
     model, hf = tiny_model(family, dtype_of(family)), plain_model(family, dtype_of(family))
     chat, grid = candidates(model)
