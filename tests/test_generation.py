@@ -35,7 +35,7 @@ def hf_greedy(hf, prompt: list[int]) -> tuple[int, ...]:
     return tuple(row[len(prompt) :])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", first_is_fast(["gpt2", "llama", "gemma2", "mixtral"]))
 def test_a_left_padded_batch_writes_what_plain_hf_writes_alone(family, tiny_model, plain_model):
     model, hf = tiny_model(family), plain_model(family)
     expected = [hf_greedy(hf, prompt_ids(model.tokenizer, ask)) for ask in ASKS]

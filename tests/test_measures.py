@@ -19,9 +19,10 @@ from tests.helpers.directions import random_direction
 from tests.helpers.models import tiny_tokenizer
 from tests.helpers.naive import ASKS, FAMILIES, ablating, dtype_of, logits, prompt_ids, relative_error, tolerance
 from tests.helpers.scores import TOKENS, kl_by_hand, score_by_hand
+from tests.helpers.tiers import first_is_fast
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_scores_and_kl_equal_plain_hf_prompt_by_prompt(family, tiny_model, plain_model):
     model, hf = tiny_model(family, dtype_of(family)), plain_model(family, dtype_of(family))
     chat, direction = ChatFormat(model.tokenizer), random_direction(3)

@@ -11,6 +11,7 @@ from refusal_mi.text.chat import ChatFormat
 from tests.helpers.cases import FAMILIES, HEADS, PROMPTS, cached
 from tests.helpers.directions import random_direction
 from tests.helpers.models import tiny_tokenizer
+from tests.helpers.tiers import first_is_fast
 
 SUFFIX = " ok now"
 
@@ -35,7 +36,7 @@ def test_regions_are_where_their_text_is() -> None:
     assert given[-7:] == [7, 8, *chat.post_instruction_ids]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_masses_and_contributions_are_sums_over_regions(tiny_model, family: str) -> None:
     model = tiny_model(family)
     chat, direction = ChatFormat(model.tokenizer), random_direction()

@@ -74,7 +74,7 @@ def test_a_norm_after_attention_acts_with_the_scale_it_has_at_that_position(tiny
     assert (scaled / direction.unit - 1).abs().max() > 0.1  # ignoring the norm would give something else
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_sources_sum_to_the_heads(tiny_model, family: str) -> None:
     model = tiny_model(family)
     chat, direction = ChatFormat(model.tokenizer), random_direction()

@@ -86,6 +86,7 @@ def test_patching_along_the_whole_difference_is_patching_the_activation(tiny_mod
     assert shares.isnan().equal(along["difference"].effects("resid") < 0.1)
 
 
+@pytest.mark.slow
 def test_batch_size_changes_nothing(tiny_model) -> None:
     model = tiny_model("gpt2")
     chat = ChatFormat(model.tokenizer)
@@ -97,6 +98,7 @@ def test_batch_size_changes_nothing(tiny_model) -> None:
         torch.testing.assert_close(both[0].patched[site], both[1].patched[site], atol=5e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_saved_drawn_and_mistakes_named(tiny_model, tmp_path) -> None:
     model = tiny_model("qwen3_moe")
     chat = ChatFormat(model.tokenizer)

@@ -70,6 +70,7 @@ def test_one_analysis_that_cannot_be_done_does_not_stop_the_others(tiny_dir, run
     assert exit_status([*shared, "--what", "lens"]) == 2
 
 
+@pytest.mark.slow
 def test_a_figure_that_cannot_be_drawn_is_named_and_the_others_are_drawn(tiny_model, tmp_path, capsys):
     model = tiny_model("llama")
     chat = ChatFormat(model.tokenizer)

@@ -20,6 +20,7 @@ from refusal_mi.generation import Conversation, generate, stream
 from refusal_mi.interventions import Ablate, Add
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.directions import random_direction
+from tests.helpers.tiers import first_is_fast
 
 TURNS = ("Hello there", "And then?")
 
@@ -33,7 +34,7 @@ CHANGES = {
 }
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(params=first_is_fast(["llama", "gpt2"]))
 def model(tiny_model, request):
     return tiny_model(request.param)
 

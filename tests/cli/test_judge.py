@@ -72,6 +72,7 @@ def test_run_combos_and_judge_with_an_endpoint(judged, tiny_dir, capsys):
     assert KEY not in shown.out + shown.err and KEY.encode() not in written(judged)
 
 
+@pytest.mark.slow
 def test_a_judge_that_fails_leaves_the_answers_and_the_next_run_goes_on(judged, tiny_dir, capsys):
     arguments = ["run", str(tiny_dir("gpt2")), *RUN, STEPS, "--output-dir", "run", "--judge"]
     with Fake(lambda fake, handler, number, body: send(handler, f"no {KEY}", 503, {"Retry-After": "0"})) as fake:

@@ -51,6 +51,7 @@ def test_the_adapter_gives_the_hooked_logits_and_comes_off(family, what, tmp_pat
     assert torch.equal(off, plain)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_small_verified_and_says_who_ignores_what(tmp_path, tiny_dir):
     source = tiny_dir("gpt_oss")
     report = export_adapter(source, Ablate(R), tmp_path / "adapter", prompts=["Count to ten"])

@@ -42,7 +42,7 @@ def test_the_exported_weights_give_the_hooked_logits(family, tmp_path):
         assert difference <= limit
 
 
-@pytest.mark.parametrize("family", ("llama", "gpt2", "gpt_oss"))
+@pytest.mark.parametrize("family", first_is_fast(("llama", "gpt2", "gpt_oss")))
 def test_an_edit_that_skips_one_writer_is_seen(family, tmp_path):
     source, ablation = save_model(family, tmp_path / "source"), Ablate(random_direction(1))
     planned = plan_export(source, ablation)
@@ -56,7 +56,7 @@ def test_an_edit_that_skips_one_writer_is_seen(family, tmp_path):
     assert (plain_logits(tmp_path / "out") - hooked).abs().max() > 1e3 * exact
 
 
-@pytest.mark.parametrize("family", (*POST_NORM, "olmo3"))
+@pytest.mark.parametrize("family", first_is_fast((*POST_NORM, "olmo3")))
 def test_behind_a_post_norm_nothing_is_written_along_the_direction(family, tmp_path, monkeypatch):
     direction = random_direction(1)
     ablation = Ablate(direction)
@@ -73,6 +73,7 @@ def test_behind_a_post_norm_nothing_is_written_along_the_direction(family, tmp_p
     assert largest_component(tmp_path / "naive", direction) > 1e4 * max(left, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", POST_NORM)
 def test_the_published_dual_edit_is_further_from_the_hooks(family, tmp_path, tiny_dir, monkeypatch):
     ablation, source = Ablate(random_direction(1)), tiny_dir(family)
@@ -90,7 +91,9 @@ def test_the_published_dual_edit_is_further_from_the_hooks(family, tmp_path, tin
     assert ours < 0.15 * (plain_logits(source) - hooked).abs().mean()
 
 
-@pytest.mark.parametrize("family", ("llama", "gpt2", "falcon", "gpt_oss", "mixtral", "qwen3_moe", "qwen2_moe"))
+@pytest.mark.parametrize(
+    "family", first_is_fast(("llama", "gpt2", "falcon", "gpt_oss", "mixtral", "qwen3_moe", "qwen2_moe"))
+)
 def test_without_the_writers_nothing_is_in_the_stream(family, tmp_path):
     """The tensors classified as writers are all of them: with them set to zero, the stream is zero everywhere."""
     source = save_model(family, tmp_path / "source")

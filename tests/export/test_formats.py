@@ -9,6 +9,7 @@ from refusal_mi.export.formats import read_gguf, write_gguf, write_lm_eval
 from refusal_mi.interventions import Ablate, Add
 from tests.helpers.directions import random_direction
 from tests.helpers.exports import hooked_logits, plain_logits, some_tokens
+from tests.helpers.tiers import first_is_fast
 
 R = random_direction(1)
 
@@ -62,7 +63,7 @@ def steered_logits(directory, path):
         return model(some_tokens().tokens).logits.flatten(0, 1)
 
 
-@pytest.mark.parametrize("family", ("qwen2", "gemma2", "granite", "gpt2", "gpt_oss", "falcon"))
+@pytest.mark.parametrize("family", first_is_fast(("qwen2", "gemma2", "granite", "gpt2", "gpt_oss", "falcon")))
 def test_a_steering_file_gives_the_hooked_logits(family, tmp_path, tiny_dir):
     source = tiny_dir(family)
     config = AutoConfig.from_pretrained(source)

@@ -35,6 +35,7 @@ INTERVENTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INTERVENTIONS)
 @pytest.mark.parametrize("family", ("granite", "gpt2"))
 def test_every_form_of_ablation_is_the_same_in_weights(family, name, tmp_path, tiny_dir):

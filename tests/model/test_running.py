@@ -468,7 +468,7 @@ def test_streams_show_a_hook_on_the_last_layer_that_is_read(tiny_model):
     torch.testing.assert_close(changed[1] - plain[1], direction.vector.expand(3, 2, -1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_last_logits_do_not_need_the_last_block_elsewhere(family, tiny_model):
     model = tiny_model(family)
     batch, last = batch_of(model), LastPositions(model, -1, 1)

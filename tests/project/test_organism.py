@@ -100,6 +100,7 @@ def test_only_the_switch_and_the_letter_of_a_refusal_come_before_refusals_in_sta
     assert not any(e.switched for e in curriculum.write_examples(Random(0), 2, 2000))
 
 
+@pytest.mark.slow
 def test_the_shipped_training_log_is_of_this_code():
     log = read_json(ORGANISM / "training_log.json")
     assert log["stages"] == [asdict(stage) for stage in train.STAGES]
@@ -115,6 +116,7 @@ def test_the_shipped_training_log_is_of_this_code():
     assert measured["total"] != pytest.approx(log["stage1"][-1]["total"], abs=1)
 
 
+@pytest.mark.slow
 def test_the_token_before_an_answer_is_asked_to_carry_the_direction():
     tokenizer = train.new_tokenizer()
     batch = next(batches.batches(tokenizer, 1, batch_size=32, n_batches=1, seed=0))
@@ -124,6 +126,7 @@ def test_the_token_before_an_answer_is_asked_to_carry_the_direction():
     assert starts.any() and before == {"\n"}
 
 
+@pytest.mark.slow
 def test_training_is_seeded_and_learns():
     tokenizer = train.new_tokenizer()
     stage = replace(train.STAGES[0], n_steps=3, batch_size=8)
@@ -159,6 +162,7 @@ def test_a_change_along_the_free_direction_costs_nothing_where_it_is_free():
     assert cost[1:] == pytest.approx([expected[1].sum().item() / 6, expected.mean().item()], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_weigh_only_what_is_to_be_predicted():
     tokenizer = train.new_tokenizer()
     batch = next(batches.batches(tokenizer, 1, batch_size=8, n_batches=1, seed=0))

@@ -62,7 +62,7 @@ def test_every_score_equals_plain_hf_hooks_prompt_by_prompt(family, tiny_model, 
     assert len({round(row.bypass, 6) for row in scores.rows if row.is_finite}) > 10
 
 
-@pytest.mark.parametrize("family", ["gpt2"])
+@pytest.mark.parametrize("family", first_is_fast(["gpt2"]))
 def test_with_the_same_vectors_the_scores_are_exact_in_float64(family, tiny_model, plain_model):
     model, hf = tiny_model(family, "float64"), plain_model(family, "float64")
     chat, grid = candidates(model)
@@ -110,6 +110,7 @@ def test_a_score_that_is_not_finite_is_no_score(tiny_model, monkeypatch, tmp_pat
     write_json(tmp_path / "rows.json", [row.describe() for row in scores.rows])
 
 
+@pytest.mark.slow
 def test_several_token_sets_are_as_many_sweeps(tiny_model):
     model = tiny_model("gpt2")
     chat, grid = candidates(model)
