@@ -17,9 +17,9 @@ test: $(READY)
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# Runs every notebook from top to bottom; the committed ones are left as they are.
+# Runs every notebook from top to bottom, and fails where it says something else than the committed one.
 notebooks: $(READY)
-	OMP_NUM_THREADS=2 $(BIN)/jupyter nbconvert --to notebook --execute --output-dir build/notebooks notebooks/*.ipynb
+	OMP_NUM_THREADS=2 $(BIN)/python notebooks/refresh.py --check
 
 # Draws every picture in figures/ again, with its numbers; interactive pages go to build/figures/html.
 figures: $(READY)

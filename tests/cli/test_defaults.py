@@ -13,7 +13,7 @@ from refusal_mi.files import write_json, write_tensors
 from refusal_mi.interventions import Ablate, Add
 from refusal_mi.judges.substring import SubstringJudge
 from refusal_mi.recipes.caa_eval import ABTask
-from refusal_mi.recipes.combinations import CombosOptions
+from refusal_mi.recipes.combinations import CombosOptions, combine
 from refusal_mi.recipes.options import RunOptions, default_folder, default_options, default_queries
 from refusal_mi.recipes.responses import VectorOptions
 from refusal_mi.recipes.responses_eval import EvalOptions
@@ -143,6 +143,8 @@ def test_chat(call, tiny_dir, tmp_path):
         "refusal_mi.generation.Conversation", "chat", model, "--steer", "v.pt", "--coefficient", "-1"
     ).arguments
     assert settings(minus["interventions"][0]) == settings(Add(direction, -1.0))
+    (multi,) = call("refusal_mi.recipes.combinations.check_multi", "chat", model).args
+    assert multi == inspect.signature(combine).parameters["multi"].default
     shorter = call("refusal_mi.generation.Conversation", "chat", model, "--max-new-tokens", "9")
     assert differing(shorter) == {"max_new_tokens"}
 

@@ -1,9 +1,16 @@
-"""The notebooks as committed: run, short, clean, with a picture that code hosts show beside every figure."""
+"""The notebooks as committed: run, short, clean, with a picture that code hosts show beside every figure.
+
+The first is run here; `make notebooks` runs all of them and compares them in the same way.
+"""
 
 import ast
+import copy
+import importlib.util
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +24,18 @@ from refusal_mi.text.chat import ChatFormat
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PLOTLY, SVG = "application/vnd.plotly.v1+json", "image/svg+xml"
+
+
+def load() -> ModuleType:
+    pytest.importorskip("nbclient")
+    spec = importlib.util.spec_from_file_location("refresh", FOLDER / "refresh.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+refresh = load()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -70,6 +89,68 @@ class TestNotebook:
     def test_nothing_of_the_machine_is_left(self, path: Path) -> None:
         text = path.read_text("utf-8")
         assert not re.search(r"/(home|root|tmp|work|Users|usr)/|C:\\\\|\\u001b|Warning|it/s", text)
+
+
+@pytest.mark.slow
+def test_the_first_says_what_is_committed() -> None:
+    import nbformat
+
+    committed, notebook = (nbformat.read(NOTEBOOKS[0], as_version=4) for _ in range(2))
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    first.source = f"import sys; sys.modules['kaleido'] = None  # draw no static pictures\n{first.source}"
+    refresh.execute(notebook)
+    assert refresh.differences(notebook, committed) == []
+
+
+def number(cells: list[Any]) -> None:
+    texts = [output["data"]["text/markdown"] for cell in cells for output in cell.get("outputs", []) if is_text(output)]
+    place = next(index for index, text in enumerate(texts) if re.search(r"\d\.\d", text))
+    change(cells, place, lambda text: re.sub(r"(\d)(\.\d)", lambda m: f"{int(m[1]) + 1}{m[2]}", text, count=1))
+
+
+def word(cells: list[Any]) -> None:
+    change(cells, 0, lambda text: f"{text} x")
+
+
+def change(cells: list[Any], place: int, edit: Callable[[str], str]) -> None:
+    outputs = [output for cell in cells for output in cell.get("outputs", []) if is_text(output)]
+    outputs[place]["data"]["text/markdown"] = edit(outputs[place]["data"]["text/markdown"])
+
+
+def is_text(output: Any) -> bool:
+    return "text/markdown" in output.get("data", {})
+
+
+def figure(cells: list[Any]) -> Any:
+    return next(o["data"][PLOTLY] for cell in cells for o in cell.get("outputs", []) if PLOTLY in o.get("data", {}))
+
+
+def value(cells: list[Any]) -> None:
+    trace = figure(cells)["data"][0]
+    trace["y"] = [*range(100)]
+
+
+def trace(cells: list[Any]) -> None:
+    figure(cells)["data"].pop()
+
+
+def title(cells: list[Any]) -> None:
+    figure(cells)["layout"]["title"]["text"] += "!"
+
+
+def missing(cells: list[Any]) -> None:
+    next(cell for cell in cells if cell.get("outputs"))["outputs"].pop()
+
+
+@pytest.mark.parametrize("edit", [number, word, value, trace, title, missing])
+def test_an_output_that_says_something_else_is_seen(edit: Callable[[list[Any]], None]) -> None:
+    import nbformat
+
+    committed = nbformat.read(NOTEBOOKS[0], as_version=4)
+    stale = copy.deepcopy(committed)
+    assert refresh.differences(stale, committed) == []
+    edit(stale.cells)
+    assert len(refresh.differences(stale, committed)) == 1
 
 
 def test_a_long_function_would_be_found() -> None:
