@@ -20,7 +20,7 @@ from ..model.points import HookedModel
 from ..model.running import batches
 from ..precision import as_double
 from ..reading import captured
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..stats import mean_interval
 from ..text.chat import ChatFormat
 from .attribution import attribute_direction

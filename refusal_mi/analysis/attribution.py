@@ -18,7 +18,7 @@ from ..model.running import batches
 from ..model.writers import ModelWeights
 from ..precision import as_double
 from ..reading import captured
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..stats import mean_interval
 from ..text.batches import TokenBatch
 from ..text.chat import ChatFormat

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..directions import Direction
 from ..errors import UserError
 from ..figures.style import finish, heatmap, plain, subtitle, with_room_below
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from .result import AnalysisResult, provenance_of
 
 

@@ -18,7 +18,7 @@ from ..interventions import Ablate, Add, Intervention
 from ..judges.substring import Judge, SubstringJudge
 from ..measures import ScoredText, texts_to_score
 from ..model.points import HookedModel
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..stats import Rate, mean_interval
 from ..text.chat import ChatFormat
 from ..text.prompts import load_prompts

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..figures.style import CONTROL, WIDTH, band, finish, heatmap, line, position_label, series_styles, signed, subtitle
 from ..model.points import HookedModel
 from ..reading import template_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from .result import AnalysisResult, provenance_of
 

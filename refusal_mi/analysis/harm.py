@@ -16,7 +16,7 @@ from ..interventions import Ablate, Intervention
 from ..measures import next_token_logits, refusal_score
 from ..model.points import HookedModel
 from ..reading import template_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from .result import AnalysisResult, provenance_of
 

@@ -16,7 +16,7 @@ from ..model.points import HookedModel
 from ..model.running import read_out
 from ..precision import as_double
 from ..reading import stream_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from .result import AnalysisResult, provenance_of
 

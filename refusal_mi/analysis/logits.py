@@ -28,7 +28,7 @@ from ..figures.style import (
 )
 from ..model.points import HookedModel
 from ..model.writers import ModelWeights, NormMap, final_norm
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from .result import AnalysisResult, provenance_of
 
 _CHUNK = 8192

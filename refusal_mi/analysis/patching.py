@@ -25,7 +25,7 @@ from ..figures.style import (
     zero_line,
 )
 from ..model.points import HookedModel, check_raw_basis
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..stats import mean_interval
 from ..text.chat import ChatFormat
 from .patched_runs import PatchedRuns, Site, check_sites

@@ -17,7 +17,7 @@ from ..files import read_json
 from ..judges.substring import is_refusal
 from ..model.points import HookedModel
 from ..reading import template_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from .result import AnalysisResult, provenance_of
 

@@ -16,7 +16,7 @@ from ..figures.style import CONTROL, WIDTH, band, finish, line, position_label, 
 from ..model.points import HookedModel
 from ..progress import track
 from ..reading import template_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from .result import AnalysisResult, provenance_of
 

@@ -29,7 +29,7 @@ from ..interventions import Intervention
 from ..model.points import HookedModel
 from ..precision import as_double
 from ..reading import stream_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from .result import AnalysisResult, provenance_of
 

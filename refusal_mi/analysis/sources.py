@@ -31,7 +31,7 @@ from ..model.running import batches
 from ..model.writers import ModelWeights
 from ..precision import as_double
 from ..reading import captured
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.batches import TokenBatch
 from ..text.chat import ChatFormat
 from .attribution import attribute_direction, head_contributions

@@ -15,7 +15,7 @@ from ..figures.style import WIDTH, finish, heatmap, plain, shortened, subtitle, 
 from ..model.points import HookedModel
 from ..precision import as_double
 from ..reading import stream_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from .result import AnalysisResult, provenance_of
 

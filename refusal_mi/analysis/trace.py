@@ -34,7 +34,7 @@ from ..model.points import HookedModel, resid_hook
 from ..model.running import batches
 from ..precision import as_double
 from ..reading import captured
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from .result import AnalysisResult, provenance_of
 

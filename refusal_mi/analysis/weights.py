@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..figures.style import WIDTH, finish, heatmap, signed, subtitle
 from ..model.points import HookedModel
 from ..model.writers import ModelWeights, NormMap, norm_before, norms_along, readers
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from .result import AnalysisResult, provenance_of
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..analysis.result import AnalysisResult
     from ..directions import Comparison, LabelledVectors
-    from ..run.record import RunInputs, RunRecord
+    from ..run.folder import RunInputs, RunRecord
 
 FOLDER = "analysis"
 SCIENCE_FAILED = 1
@@ -53,7 +53,7 @@ def analyze(
     An analysis that this run cannot have is named, the others are done, and the exit status is 1.
     """
     from ..model.loading import model_alias
-    from ..run.record import RunInputs, check_model_of_run
+    from ..run.folder import RunInputs, check_model_of_run
     from .tables import print_facts, print_json
 
     kinds = _kinds(what)
@@ -156,7 +156,7 @@ def plot(
 ) -> int:
     """Draw a saved run or analysis again, without a model."""
     from ..figures.save import save_figure
-    from ..run.record import RunRecord
+    from ..run.folder import RunRecord
 
     file = output if output is not None and output.suffix in (".html", *STATIC) else None
     if saved.suffix in (".json", ".pt"):

@@ -144,7 +144,7 @@ def _intervention(
 ) -> "Ablate | Add":
     from ..interventions import Ablate, Add
     from ..model.loading import model_alias
-    from ..run.record import harmless_components, read_directions
+    from ..run.folder import harmless_components, read_directions
 
     place = Path("runs") / model_alias(source) if direction is None else direction.expanduser()
     if not place.exists():

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from ..search.thresholds import most as limit
 from .options import (
     AsJson,
     JudgeOptions,
     ModelOptions,
     TemplateOptions,
     flat,
-    limit,
     one_model,
     parse_layers,
     parse_numbers,
@@ -326,7 +326,7 @@ def make(
         layers=parse_layers(layers),
         normalize=normalize,
         system=template.system,
-        template_kwargs=template.kwargs,
+        template_kwargs=template.template_kwargs,
         response_prefix=response_prefix,
     )
     verdict = judge.found("refusal")
@@ -414,7 +414,7 @@ def evaluate(
         positions=parse_positions(positions),
         n_random=n_random,
         system=template.system,
-        template_kwargs=template.kwargs,
+        template_kwargs=template.template_kwargs,
     )
     verdict = judge.found("refusal")
     folder = _vector_folder(output_dir or directory, fresh)

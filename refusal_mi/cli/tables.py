@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ..files import as_json
+
 if TYPE_CHECKING:
     from ..export.export import ExportReport
+    from ..measures import LossResult
+    from ..run.answers import Effect
+    from ..run.record import CombinationRecord, DirectionRecord, RunSummary
     from ..search.grid import Selection
 
 
 def print_json(value: Any) -> None:
     """JSON on stdout, for machines."""
-    Console().out(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False), highlight=False)
+    Console().out(json.dumps(as_json(value), indent=2, ensure_ascii=False, allow_nan=False), highlight=False)
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
@@ -37,72 +42,63 @@ def print_survivors(chosen: "Selection", top: int) -> None:
     Console().print(chosen.explain(), highlight=False)
 
 
-def print_summary(summary: Mapping[str, Any], report: Path) -> None:
+def print_summary(summary: "RunSummary", report: Path) -> None:
     """The headline numbers of a run, and where its report lies."""
     console = Console()
-    selection = summary.get("selection")
-    if selection is not None:
-        console.print(selection["explanation"], highlight=False)
-    if "direction" in summary:
-        _print_direction(console, summary)
-    if "combination" in summary:
-        _print_combination(console, summary["combination"])
-    for side, rates in summary.get("completions", {}).items():
-        _print_rates(console, side, rates)
-    if "ce_loss" in summary:
-        _print_losses(console, summary["ce_loss"])
-    if summary["quick"]:
+    if summary.selection is not None:
+        console.print(summary.selection.explanation, highlight=False)
+    if summary.direction is not None:
+        _print_direction(console, summary, summary.direction)
+    if summary.combination is not None:
+        _print_combination(console, summary.combination)
+    for side, effects in summary.completions.items():
+        named = {effect.label: effect for effect in effects.effects}
+        console.print(rates_table(f"{effects.set_name} ({side}), n = {effects.n}", named))
+    if summary.ce_loss:
+        _print_losses(console, summary.ce_loss)
+    if summary.quick:
         console.print("a quick run: small samples, for a look only")
     console.print(f"{'report' if report.suffix == '.html' else 'summary'}: {report}", highlight=False, soft_wrap=True)
 
 
-def _print_direction(console: Console, summary: Mapping[str, Any]) -> None:
-    direction, best = summary["direction"], summary["selection"]["best"]
-    baseline = summary["baseline_scores_nats"]
+def _print_direction(console: Console, summary: "RunSummary", direction: "DirectionRecord") -> None:
+    assert summary.selection is not None and summary.baseline_scores_nats is not None
+    best, plain = summary.selection.best, summary.baseline_scores_nats
+    assert best is not None
     table = Table("refusal direction", "value", title=None)
-    table.add_row("position, layer", f"{direction['pos']}, {direction['layer']} ({direction['hook_name']})")
-    table.add_row("norm", f"{direction['norm']:.2f}")
-    table.add_row(
-        "harmful: refusal score, plain -> ablated", f"{baseline['harmful']:.2f} -> {best['refusal_score']:.2f}"
-    )
-    table.add_row(
-        "harmless: refusal score, plain -> added", f"{baseline['harmless']:.2f} -> {best['steering_score']:.2f}"
-    )
-    table.add_row("harmless: KL under ablation (nats)", f"{best['kl_div_score']:.4f}")
+    table.add_row("position, layer", f"{direction.pos}, {direction.layer} ({direction.hook_name})")
+    table.add_row("norm", f"{direction.norm:.2f}")
+    table.add_row("harmful: refusal score, plain -> ablated", f"{plain['harmful']:.2f} -> {best.bypass:.2f}")
+    table.add_row("harmless: refusal score, plain -> added", f"{plain['harmless']:.2f} -> {best.induce:.2f}")
+    table.add_row("harmless: KL under ablation (nats)", f"{best.kl_nats:.4f}")
     console.print(table)
 
 
-def _print_combination(console: Console, combination: Mapping[str, Any]) -> None:
-    table = Table(f"ablated together ({combination['multi']})", "position, layer", "hook point", "norm")
-    places, hooks = combination["directions"], combination["hook_names"]
-    for rank, place, hook, norm in zip(combination["ranks"], places, hooks, combination["norms"], strict=True):
-        table.add_row(f"rank {rank}", f"{place['pos']}, {place['layer']}", hook, f"{norm:.2f}")
+def _print_combination(console: Console, combination: "CombinationRecord") -> None:
+    table = Table(f"ablated together ({combination.multi})", "position, layer", "hook point", "norm")
+    columns = combination.ranks, combination.directions, combination.hook_names, combination.norms
+    for rank, place, hook, norm in zip(*columns, strict=True):
+        table.add_row(f"rank {rank}", f"{place.pos}, {place.layer}", hook, f"{norm:.2f}")
     console.print(table)
-    lowest = min(combination["relative_singular_values"])
-    console.print(
-        f"effective rank {combination['effective_rank']}, relative singular value {lowest:.3f}", highlight=False
-    )
+    lowest = min(combination.relative_singular_values)
+    console.print(f"effective rank {combination.effective_rank}, relative singular value {lowest:.3f}", highlight=False)
 
 
-def _print_rates(console: Console, side: str, rates: Mapping[str, Any]) -> None:
-    named = {label: found for label, found in rates.items() if isinstance(found, Mapping)}
-    console.print(rates_table(f"{rates['set']} ({side}), n = {rates['n']}", named))
-
-
-def rates_table(title: str, named: Mapping[str, Mapping[str, Any]]) -> Table:
+def rates_table(title: str, named: "Mapping[str, Effect]") -> Table:
     """Rates of refusal, of degenerate text and of what another judge calls unsafe, one row per name."""
-    others = [key for key in next(iter(named.values())) if key not in ("refusal", "degenerate")]
-    table = Table(title, "refused [95%]", "degenerate [95%]", *(f"unsafe, {judge} [95%]" for judge in others))
-    for name, found in named.items():
-        table.add_row(name, *(_rate(found[key]) for key in ("refusal", "degenerate", *others)))
+    judges = list(next(iter(named.values())).unsafe)
+    table = Table(title, "refused [95%]", "degenerate [95%]", *(f"unsafe, {judge} [95%]" for judge in judges))
+    for name, effect in named.items():
+        rates = [effect.refusal, effect.degenerate, *(effect.unsafe[judge] for judge in judges)]
+        table.add_row(name, *map(str, rates))
     return table
 
 
-def _print_losses(console: Console, losses: Mapping[str, Any]) -> None:
-    sets = [name for name, found in losses["baseline"].items() if isinstance(found, Mapping)]
+def _print_losses(console: Console, losses: "Mapping[str, Mapping[str, LossResult]]") -> None:
+    sets = list(losses["baseline"])
     table = Table("CE loss (nats per token)", *sets)
-    for label, found in losses.items():
-        table.add_row(label, *(f"{found[name]['ce_loss']:.4f}" for name in sets))
+    for label, by_set in losses.items():
+        table.add_row(label, *(f"{by_set[name].ce_loss:.4f}" for name in sets))
     console.print(table)
 
 

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..search.grid import NO_THRESHOLDS, CandidateScore, ScoreGrid, Thresholds
+from ..search.grid import CandidateScore, ScoreGrid
+from ..search.thresholds import NO_THRESHOLDS, Thresholds
 from ..stats import mean_interval
 from .style import ACCENT, INK, MUTED, SHADE, SeriesStyle, finish, plain, series_styles, token_text
 

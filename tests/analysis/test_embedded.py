@@ -21,7 +21,7 @@ from refusal_mi.analysis.weights import weight_alignment
 from refusal_mi.interventions import Ablate
 from refusal_mi.model.loading import ORGANISM
 from refusal_mi.notebook import searched
-from refusal_mi.run.record import RunInputs
+from refusal_mi.run.folder import RunInputs
 
 pytestmark = pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")
 N = 20

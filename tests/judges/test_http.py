@@ -19,7 +19,7 @@ from refusal_mi.judges.http import (
 )
 from refusal_mi.judges.substring import SubstringJudge
 from refusal_mi.recipes.effects import evaluate
-from refusal_mi.recipes.options import RunOptions
+from refusal_mi.run.options import RunOptions
 from tests.fake_judge import KEY, LONG, Fake, raw, send, verdict
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json
-from refusal_mi.search.grid import NO_THRESHOLDS, CandidateScore, ScoreGrid, Thresholds, select
+from refusal_mi.search.grid import CandidateScore, ScoreGrid, select
+from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
 
 PUBLISHED = [
     ("gemma-2b-it", 18, (-2, 10), 13),
