@@ -103,11 +103,11 @@ class Ablate:
             return x - self.strength * ((x @ rows.T) @ rows)
 
         names = write_hooks(model.cfg.n_layers, layers=self.layers, components=self.components)
-        found = [(name, hook_of(project_out, self.positions, prompt_width)) for name in names]
+        hooks = [(name, hook_of(project_out, self.positions, prompt_width)) for name in names]
         if self.offset is not None:
             offset = Constant(self.offset)
-            found.insert(1, (names[0], hook_of(lambda x: x + offset.beside(x), self.positions, prompt_width)))
-        return found
+            hooks.insert(1, (names[0], hook_of(lambda x: x + offset.beside(x), self.positions, prompt_width)))
+        return hooks
 
 
 @dataclass(frozen=True)

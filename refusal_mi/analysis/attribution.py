@@ -14,8 +14,8 @@ from ..directions import Direction
 from ..errors import UserError
 from ..figures.style import WIDTH, bars, finish, heatmap, signed, subtitle
 from ..model.points import HookedModel, resid_hook
+from ..model.readers import ModelWeights
 from ..model.running import batches
-from ..model.writers import ModelWeights
 from ..precision import as_double
 from ..reading import captured
 from ..run.record import RunInputs

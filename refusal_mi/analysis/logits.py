@@ -27,7 +27,7 @@ from ..figures.style import (
     zero_line,
 )
 from ..model.points import HookedModel
-from ..model.writers import ModelWeights, NormMap, final_norm
+from ..model.readers import ModelWeights, NormMap, final_norm
 from ..run.record import RunInputs
 from .result import AnalysisResult, provenance_of
 

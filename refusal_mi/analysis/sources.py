@@ -27,8 +27,8 @@ from ..figures.style import (
     with_room_below,
 )
 from ..model.points import HookedModel
+from ..model.readers import ModelWeights
 from ..model.running import batches
-from ..model.writers import ModelWeights
 from ..precision import as_double
 from ..reading import captured
 from ..run.record import RunInputs

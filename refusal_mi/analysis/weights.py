@@ -14,7 +14,7 @@ from ..directions import Direction
 from ..errors import UserError
 from ..figures.style import WIDTH, finish, heatmap, signed, subtitle
 from ..model.points import HookedModel
-from ..model.writers import ModelWeights, NormMap, norm_before, norms_along, readers
+from ..model.readers import ModelWeights, Norm, NormMap, norm_before, norms_along, readers
 from ..run.record import RunInputs
 from .result import AnalysisResult, provenance_of
 
@@ -127,7 +127,7 @@ def _reads(
     return found
 
 
-def _normed(norm: object, model: HookedModel, vectors: Float[Tensor, "vector d_model"]) -> Tensor:
+def _normed(norm: Norm | None, model: HookedModel, vectors: Float[Tensor, "vector d_model"]) -> Tensor:
     return vectors if norm is None else NormMap.of(norm, model).apply(vectors)
 
 

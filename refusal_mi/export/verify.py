@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..files import read_json
 from ..interventions import Intervention, all_hooks
 from ..model.loading import ORGANISM, load_model
-from ..model.running import all_logits, running
+from ..model.running import all_logits, continued, running
 from ..text.batches import TokenBatch, left_pad
 from ..text.chat import ChatFormat
 from ..text.prompts import load_prompts
@@ -270,16 +270,7 @@ def run_hooked(
         with running(model, all_hooks(model, interventions, width)):
             hooked = compared(all_logits(model, batch), batch, n_last)
             if n_new:
-                new_ids = model.generate(
-                    batch.tokens,
-                    attention_mask=batch.mask,
-                    max_new_tokens=n_new,
-                    do_sample=False,
-                    return_type="tokens",
-                    verbose=False,
-                    stop_at_eos=bool(stops),
-                    **({"eos_token_id": list(stops)} if stops else {}),
-                )[:, width:]
+                new_ids = continued(model, batch, n_new, stops)
     return Answers(hooked, new_ids), Answers(plain, no_ids(batch))
 
 
