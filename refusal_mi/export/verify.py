@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_json
+from ..files import read_record
 from ..interventions import Intervention, all_hooks
 from ..model.loading import ORGANISM, load_model
+from ..model.points import all_stops
 from ..model.running import all_logits, continued, running
 from ..text.batches import TokenBatch, left_pad
 from ..text.chat import ChatFormat
@@ -213,10 +214,15 @@ def _batch(plan: Planned, prompts: Sequence[str] | None) -> TokenBatch:
 def _stop_ids(directory: Path) -> tuple[int, ...]:
     """Every token id that ends an answer: the generation config's and the tokenizer's."""
     path = directory / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
-    ids = set(found if isinstance(found, list) else [] if found is None else [found])
-    own = _tokenizer(directory).eos_token_id
-    return tuple(sorted(ids | ({own} if own is not None else set())))
+    settings = read_record(path, _GenerationSettings) if path.is_file() else _GenerationSettings()
+    return all_stops(settings.eos_token_id, _tokenizer(directory))
+
+
+@dataclass(frozen=True)
+class _GenerationSettings:
+    """What is needed of `generation_config.json`."""
+
+    eos_token_id: int | list[int] | None = None
 
 
 def _tokenizer(directory: Path) -> Any:

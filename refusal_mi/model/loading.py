@@ -70,13 +70,18 @@ def quiet_load(
     dtype: DtypeName = "auto",
 ) -> HookedModel:
     """`load_model` without the libraries' own chatter."""
+    silence_libraries()
+    return load_model(source, revision=revision, device=device, dtype=dtype)
+
+
+def silence_libraries() -> None:
+    """No advice and no bars from huggingface_hub and transformers."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return load_model(source, revision=revision, device=device, dtype=dtype)
 
 
 def resolve_source(source: str | Path | None) -> str:

@@ -191,6 +191,11 @@ class Writer:
     post_norm: str | None
     """Name of the gain of the norm between this writer and the stream."""
 
+    @property
+    def point(self) -> str:
+        """The hook point at which the write reaches the stream."""
+        return write_hook(self.component, self.layer or 0)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -255,8 +260,8 @@ def classify(config: Any, shapes: Mapping[str, tuple[int, ...]], *, skeleton: An
         raise UserError(f"the checkpoint has no {missing[0]}, the norm that follows a writer")
     known = set(write_hooks(config.num_hidden_layers))
     for writer in writers:
-        if (point := write_hook(writer.component, writer.layer or 0)) not in known:
-            raise UserError(f"{writer.name} writes into the stream at {point}, which no hook covers")
+        if writer.point not in known:
+            raise UserError(f"{writer.name} writes into the stream at {writer.point}, which no hook covers")
     embedding = next(writer.name for writer in writers if writer.is_token_embedding)
     return Layout(family, config, tuple(writers), embedding, f"{head_module}.weight", is_tied)
 
