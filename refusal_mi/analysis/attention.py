@@ -194,7 +194,6 @@ def plot_attention(result: AttentionResult) -> go.Figure:
     for index, variant in enumerate(result.variants):
         for column, table in enumerate(tables, start=1):
             trace = _bars(result, variant, table[index], index, "%{y:.3f}" if column == 1 else "%{y:.4f}")
-            trace.showlegend = column == 1
             figure.add_trace(trace, row=1, col=column)
     figure.update_yaxes(title="attention (fraction)", range=[0, 1], row=1, col=1)
     figure.update_yaxes(title="⟨write, r̂⟩ (residual stream units)", row=1, col=2)
@@ -204,7 +203,7 @@ def plot_attention(result: AttentionResult) -> go.Figure:
     heads = ", ".join(draw.head_names(result.heads))
     about = draw.subtitle(result.model_name, f"n = {result.n_prompts} prompts, 95% intervals", f"heads {heads}")
     title = "Where the heads that write the direction look from the last position"
-    return draw.finish(figure, title=title, about=about, height=340, legend_names=result.variants, top=104)
+    return draw.finish(figure, title=title, about=about, height=340, top=104)
 
 
 def plot_attention_heads(result: AttentionResult) -> go.Figure:

@@ -279,11 +279,10 @@ def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
     means = {name: [by_group[group][name].mean().item() for group in shown] for name in by_group[shown[0]]}
     order = sorted(means, key=lambda name: -abs(means[name][0] - (means[name][1] if len(shown) > 1 else 0.0)))
     names = order[:_N_RANKED]
-    figure, legend = go.Figure(), []
+    figure = go.Figure()
     for index, group in enumerate(shown):
         intervals = [mean_interval(by_group[group][name].tolist()) for name in names]
         label = f"{group} (n = {len(result.projections[group])})"
-        legend.append(label)
         figure.add_trace(
             go.Bar(
                 y=names,
@@ -302,7 +301,7 @@ def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
     figure.update_yaxes(title="component", autorange="reversed", automargin=True)
     about = draw.subtitle(result.model_name, "mean and 95% interval over prompts", _sum_note(result))
     height = 30 * len(names) + 20
-    return draw.finish(figure, title=_title(result), about=about, height=height, legend_names=legend)
+    return draw.finish(figure, title=_title(result), about=about, height=height)
 
 
 def _contrast(result: AttributionResult) -> tuple[Float[Tensor, "layer component"], str]:

@@ -287,7 +287,6 @@ def plot_dose(result: DoseResult) -> go.Figure:
     figure.update_xaxes(title="coefficient (raw direction lengths)", row=last, col=1)
     figure.update_xaxes(title="strength (fraction removed)", row=last, col=2)
     figure.update_annotations(font_size=13)
-    names = [_name(result, side) for side in _SIDES] + [_RANDOM] * (result.n_random > 0)
     about = draw.subtitle(
         result.model_name,
         f"‖r‖ = {result.norm:.3g}",
@@ -296,7 +295,7 @@ def plot_dose(result: DoseResult) -> go.Figure:
         _z_note(result),
     )
     title = "Dose and response"
-    return draw.finish(figure, title=title, about=about, height=175 * last, legend_names=names, top=104)
+    return draw.finish(figure, title=title, about=about, height=175 * last, top=104)
 
 
 def _draw(
@@ -306,8 +305,7 @@ def _draw(
     control = [point for point in result.control_band(measure, curve) if point is not None]
     if control:
         hover = f"random directions, {side} prompts, %{{x}}<br>mean %{{y:.3f}}<extra></extra>"
-        is_named = side == "harmful" and place == {"row": 1, "col": 1}
-        _draw_control(figure, x, control, hover, place, is_named=is_named)
+        _draw_control(figure, x, control, hover, place)
     index, name = _SIDES.index(side), _name(result, side)
     points = [point for point in result.band(measure, curve) if point is not None]
     if len(points) < len(x):
@@ -316,11 +314,10 @@ def _draw(
     figure.add_trace(draw.band(x, [low for _, low, _ in points], [high for _, _, high in points], name, style), **place)
     hover = f"<b>{side} prompts</b>, %{{x}}<br>%{{y:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]"
     z = result.z(curve) if measure == "score" and result.n_random >= 3 else None
-    hover += "<br>z against random directions %{customdata[2]}<extra></extra>" if z is not None else "<extra></extra>"
+    hover += "<br>z against random directions %{customdata[2]}" if z is not None else ""
     zs = ["" if value is None else draw.number(value, 1) for value in z] if z is not None else [""] * len(points)
     custom = [[low, high, each] for (_, low, high), each in zip(points, zs, strict=True)]
-    shown = {"customdata": custom, "hovertemplate": hover, "showlegend": place == {"row": 1, "col": 1}}
-    figure.add_trace(draw.line(x, [mean for mean, _, _ in points], name, style, **shown), **place)
+    draw.add_line(figure, x, [mean for mean, _, _ in points], name, style, hover, custom, **place)
 
 
 def _draw_loss(figure: go.Figure, result: DoseResult, row: int) -> None:
@@ -332,7 +329,7 @@ def _draw_loss(figure: go.Figure, result: DoseResult, row: int) -> None:
         if len(control):
             columns = (control.mean(0), control.amin(0), control.amax(0))
             points = list(zip(*(values.tolist() for values in columns), strict=True))
-            _draw_control(figure, x, points, hover, {"row": row, "col": column}, is_named=False)
+            _draw_control(figure, x, points, hover, {"row": row, "col": column})
         trace = draw.line(x, losses[0].tolist(), _CE, style, hovertemplate=hover, showlegend=False)
         figure.add_trace(trace, row=row, col=column)
     values = torch.cat([losses.flatten() for losses in result.ce_loss.values()])
@@ -363,16 +360,13 @@ def _draw_control(
     points: list[tuple[float, float, float]],
     hover: str,
     place: dict[str, int],
-    *,
-    is_named: bool,
 ) -> None:
     """Mean and range over random directions."""
     figure.add_trace(
         draw.band(x, [low for _, low, _ in points], [high for _, _, high in points], _RANDOM, draw.CONTROL), **place
     )
     trace = draw.line(x, [mean for mean, _, _ in points], _RANDOM, draw.CONTROL, hovertemplate=hover)
-    trace.update(mode="lines", line_width=1.2, showlegend=is_named)
-    figure.add_trace(trace, **place)
+    figure.add_trace(trace.update(mode="lines", line_width=1.2), **place)
 
 
 def _z_note(result: DoseResult) -> str:

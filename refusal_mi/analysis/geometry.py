@@ -205,45 +205,42 @@ def plot_geometry(result: GeometryResult) -> go.Figure:
 
 def plot_stability(result: GeometryResult) -> go.Figure:
     """Cosine of bootstrap directions with the full one, and of shuffled-label directions as their control."""
-    figure, names = go.Figure(), []
+    figure = go.Figure()
     layers = _layers(result)
     for row, (name, style) in enumerate(draw.position_styles(result.positions, result.position_tokens)):
-        names.append(name)
-        hover = f"position {name}, layer %{{x}}<br>mean %{{y:.3f}}, 5th percentile %{{customdata:.3f}}<extra></extra>"
+        hover = f"position {name}, layer %{{x}}<br>mean %{{y:.3f}}, 5th percentile %{{customdata:.3f}}"
         values, low = result.stability[row].tolist(), result.stability_p05[row].tolist()
-        figure.add_trace(draw.line(layers, values, name, style, customdata=low, hovertemplate=hover))
+        draw.add_line(figure, layers, values, name, style, hover, low)
     name = "shuffled labels, 95th percentile (range over positions)"
-    names.append(name)
     null = torch.where(result.shuffled_p95.isnan(), 0.0, result.shuffled_p95)
     figure.add_trace(draw.band(layers, [0.0] * len(layers), null.amax(0).tolist(), name, draw.CONTROL))
-    figure.add_trace(draw.line(layers, null.amax(0).tolist(), name, draw.CONTROL))
+    draw.add_line(figure, layers, null.amax(0).tolist(), name, draw.CONTROL)
     draw.layer_axis(figure, len(layers))
     figure.update_yaxes(title="cosine with the direction of all prompts", range=[-0.05, 1.05])
     about = draw.subtitle(result.model_name, _counts(result), f"mean over {result.n_resamples} bootstrap samples")
     title = "How far resampled prompts give the same direction"
-    return draw.finish(figure, title=title, about=about, height=380, legend_names=names)
+    return draw.finish(figure, title=title, about=about, height=380)
 
 
 def plot_lengths(result: GeometryResult) -> go.Figure:
     """Length of the candidates over that of shuffled-label directions."""
-    figure, names = go.Figure(), []
+    figure = go.Figure()
     layers = _layers(result)
     for row, (name, style) in enumerate(draw.position_styles(result.positions, result.position_tokens)):
-        names.append(name)
         null = result.norms_null_p95[row]
         values = draw.gaps(torch.where(null > 0, result.norms[row] / null, torch.nan))
         custom = torch.stack([result.norms[row], null], dim=-1).tolist()
         hover = (
             f"position {name}, layer %{{x}}<br>%{{customdata[0]:.4g}} against %{{customdata[1]:.4g}} shuffled"
-            "<br>ratio %{y:.2f}<extra></extra>"
+            "<br>ratio %{y:.2f}"
         )
-        figure.add_trace(draw.line(layers, values, name, style, customdata=custom, hovertemplate=hover))
+        draw.add_line(figure, layers, values, name, style, hover, custom)
     figure.add_hline(1, line={"color": "#1a1a1a", "dash": "dash", "width": 1.4}, annotation={"text": "chance"})
     draw.layer_axis(figure, len(layers))
     figure.update_yaxes(title="length / 95th percentile of shuffled labels", rangemode="tozero")
     about = draw.subtitle(result.model_name, _counts(result), f"{result.n_resamples} shuffles")
     title = "Length of the candidate directions against chance"
-    return draw.finish(figure, title=title, about=about, height=360, legend_names=names)
+    return draw.finish(figure, title=title, about=about, height=360)
 
 
 def _layers(result: GeometryResult) -> list[int]:

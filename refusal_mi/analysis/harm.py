@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import plotly.graph_objects as go
 import torch
@@ -197,11 +197,9 @@ def plot_harm(result: HarmResult) -> go.Figure:
     """Δharm × Δrefuse of every prompt; beside it the cosine of the two directions by layer."""
     titles = ["every prompt", "cosine of the two directions"]
     figure = draw.panels(titles, gap=0.1, shares_y=False, widths=[0.62, 0.38])
-    names = []
     for index, group in enumerate(result.groups):
         delta, scores = result.deltas[group], result.scores[group]
         name = f"{group} (n = {len(scores)})"
-        names.append(name)
         hover = (
             f"<b>{group}</b>, prompt %{{customdata[0]}}<br>Δharm %{{x:.3f}}, Δrefuse %{{y:.3f}}"
             "<br>refusal score %{customdata[1]:.2f} nats<extra></extra>"
@@ -228,10 +226,8 @@ def plot_harm(result: HarmResult) -> go.Figure:
     draw.zero_line(figure, row=1, col=1)
     figure.add_vline(0, line={"color": draw.MUTED, "width": 1}, row=1, col=1)
     _name_quadrants(figure)
-    hover = "layer %{x}<br>cosine %{y:.3f}<extra></extra>"
-    trace = draw.line(
-        result.layers, result.cosines.tolist(), "cosine", draw.group_style(2), showlegend=False, hovertemplate=hover
-    )
+    extra: dict[str, Any] = {"hovertemplate": "layer %{x}<br>cosine %{y:.3f}<extra></extra>", "showlegend": False}
+    trace = draw.line(result.layers, result.cosines.tolist(), "cosine", draw.group_style(2), **extra)
     figure.add_trace(trace, row=1, col=2)
     draw.zero_line(figure, row=1, col=2)
     figure.update_xaxes(title="Δharm, last instruction token (difference of cosines)", row=1, col=1)
@@ -241,7 +237,7 @@ def plot_harm(result: HarmResult) -> go.Figure:
     clusters = f"clusters from {result.n_refused} refused and {result.n_answered} answered training prompts"
     about = draw.subtitle(result.model_name, f"mean over layers {result.layers[0]}–{result.layers[-1]}", clusters)
     title = "Harm and refusal apart"
-    return draw.finish(figure, title=title, about=about, height=400, legend_names=names, top=104)
+    return draw.finish(figure, title=title, about=about, height=400, top=104)
 
 
 def _name_quadrants(figure: go.Figure) -> None:

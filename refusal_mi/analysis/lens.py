@@ -128,18 +128,17 @@ def _random_sets(d_vocab: int, tokens: Sequence[int], n_sets: int, seed: int) ->
 
 def plot_lens(result: LensResult) -> go.Figure:
     """Mean ± SD of the refusal score over harmful and over harmless prompts, against layer."""
-    figure, names = go.Figure(), []
+    figure = go.Figure()
     for index, group in enumerate(("harmful", "harmless")):
         scores = result.of(group)
-        names.append(f"{group} (n = {len(scores)})")
-        hover = f"<b>{group}</b>, layer %{{x}}<br>%{{y:.3f}} ± %{{customdata:.3f}} nats<extra></extra>"
-        draw.add_spread(figure, scores, names[-1], draw.group_style(index), hover=hover)
+        hover = f"<b>{group}</b>, layer %{{x}}<br>%{{y:.3f}} ± %{{customdata:.3f}} nats"
+        draw.add_spread(figure, scores, f"{group} (n = {len(scores)})", draw.group_style(index), hover)
     draw.zero_line(figure)
     title = "layer (stream entering the block; the last is the model's own score)"
     draw.layer_axis(figure, result.scores.shape[1], title)
     figure.update_yaxes(title="refusal score, log-odds (nats)")
     about = draw.subtitle(result.model_name, f"position {draw.signed(result.position)}", "bands: ± 1 SD over prompts")
-    return draw.finish(figure, title="Refusal score read at each layer", about=about, height=380, legend_names=names)
+    return draw.finish(figure, title="Refusal score read at each layer", about=about, height=380)
 
 
 def plot_lens_gap(result: LensResult) -> go.Figure:
@@ -153,17 +152,17 @@ def plot_lens_gap(result: LensResult) -> go.Figure:
         low, high = result.control_gaps.amin(0).tolist(), result.control_gaps.amax(0).tolist()
         figure.add_trace(draw.band(layers, low, high, names[1], draw.CONTROL))
         middle = result.control_gaps.mean(0).tolist()
-        hover = "random tokens, layer %{x}<br>mean %{y:.3f} nats<extra></extra>"
-        figure.add_trace(draw.line(layers, middle, names[1], draw.CONTROL, hovertemplate=hover))
-    hover = "<b>refusal tokens</b>, layer %{x}<br>%{y:.3f} nats<extra></extra>"
-    figure.add_trace(draw.line(layers, result.gap.tolist(), names[0], draw.group_style(0), hovertemplate=hover))
+        hover = "random tokens, layer %{x}<br>mean %{y:.3f} nats"
+        draw.add_line(figure, layers, middle, names[1], draw.CONTROL, hover)
+    hover = "<b>refusal tokens</b>, layer %{x}<br>%{y:.3f} nats"
+    draw.add_line(figure, layers, result.gap.tolist(), names[0], draw.group_style(0), hover)
     draw.zero_line(figure)
     draw.layer_axis(figure, len(layers))
     figure.update_yaxes(title="score, harmful − harmless (nats)")
     counts = draw.counted({group: len(result.of(group)) for group in ("harmful", "harmless")})
     about = draw.subtitle(result.model_name, f"position {draw.signed(result.position)}", counts)
     title = "Where harmful and harmless prompts part"
-    return draw.finish(figure, title=title, about=about, height=340, legend_names=names)
+    return draw.finish(figure, title=title, about=about, height=340)
 
 
 FIGURES = {"lens": plot_lens, "lens_gap": plot_lens_gap}

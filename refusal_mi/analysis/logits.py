@@ -172,15 +172,14 @@ def plot_logits(result: LogitsResult) -> go.Figure:
 
 def plot_logits_by_layer(result: LogitsResult) -> go.Figure:
     """Mean z-score of the refusal tokens for the candidate of every layer, over the 95% range of random directions."""
-    layers, names = list(range(len(result.layer_z))), []
+    layers = range(len(result.layer_z))
     low, middle, high = (result.control_z.quantile(q).item() for q in (0.025, 0.5, 0.975))
     figure = go.Figure()
-    names.append(f"{len(result.control_z)} random directions (95% range)")
-    figure.add_trace(draw.band(layers, [low] * len(layers), [high] * len(layers), names[-1], draw.CONTROL))
-    figure.add_trace(draw.line(layers, [middle] * len(layers), names[-1], draw.CONTROL))
-    names.append("candidate of the layer")
-    hover = "layer %{x}<br>%{y:.2f} standard deviations<extra></extra>"
-    figure.add_trace(draw.line(layers, draw.gaps(result.layer_z), names[-1], draw.group_style(0), hovertemplate=hover))
+    name = f"{len(result.control_z)} random directions (95% range)"
+    figure.add_trace(draw.band(layers, [low] * len(layers), [high] * len(layers), name, draw.CONTROL))
+    draw.add_line(figure, layers, [middle] * len(layers), name, draw.CONTROL)
+    name, hover = "candidate of the layer", "layer %{x}<br>%{y:.2f} standard deviations"
+    draw.add_line(figure, layers, draw.gaps(result.layer_z), name, draw.group_style(0), hover)
     draw.zero_line(figure)
     draw.layer_axis(figure, len(layers), "layer of the candidate (stream entering the block)")
     figure.update_yaxes(title="mean over refusal tokens (SD)")
@@ -188,7 +187,7 @@ def plot_logits_by_layer(result: LogitsResult) -> go.Figure:
     where = f"position {draw.signed(result.direction_position)}"
     about = draw.subtitle(result.model_name, where, f"n = {len(result.refusal_tokens)} refusal tokens: {tokens}")
     title = "Direct effect of each layer's candidate on the refusal tokens"
-    return draw.finish(figure, title=title, about=about, height=340, legend_names=names)
+    return draw.finish(figure, title=title, about=about, height=340)
 
 
 def _bars(z: list[float], texts: tuple[str, ...], ids: list[int], refusal: list[bool]) -> go.Bar:

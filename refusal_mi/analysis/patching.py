@@ -249,24 +249,20 @@ def plot_directional(result: PatchingResult) -> go.Figure:
         rows, layers = range(len(whole)), list(result.layers)
         names = [draw.position_label(result.positions[cell], result.position_tokens[cell]) for cell in best.tolist()]
         for index, (name, values) in enumerate((("whole stream", whole), ("component along the direction", along))):
-            hover = f"<b>{name}</b>, layer %{{x}}, position %{{customdata}}<br>effect %{{y:.3f}}<extra></extra>"
+            hover = f"<b>{name}</b>, layer %{{x}}, position %{{customdata}}<br>effect %{{y:.3f}}"
             chosen = values[rows, best].tolist()
-            shown = {"customdata": names, "hovertemplate": hover, "showlegend": column == 1}
-            figure.add_trace(draw.line(layers, chosen, name, draw.group_style(index), **shown), **place)
+            draw.add_line(figure, layers, chosen, name, draw.group_style(index), hover, names, **place)
         if way == "into harmless":
-            hover = "control, layer %{x}<br>effect %{y:.3f}<extra></extra>"
+            hover = "control, layer %{x}<br>effect %{y:.3f}"
             control = result.control_effects("resid")[rows, best].tolist()
-            figure.add_trace(
-                draw.line(layers, control, "another harmless prompt", draw.CONTROL, hovertemplate=hover), **place
-            )
+            draw.add_line(figure, layers, control, "another harmless prompt", draw.CONTROL, hover, **place)
         draw.zero_line(figure, **place)
         draw.zero_line(figure, 1.0, **place)
     draw.layer_axis(figure, len(whole), n_ticks=10)
     figure.update_yaxes(title=_UNIT, row=1, col=1)
-    names = ["whole stream", "component along the direction", "another harmless prompt"]
     about = _about(result, "position with the largest effect at each layer")
     title = "Directional patching: what of the effect goes through the direction"
-    return draw.finish(figure, title=title, about=about, height=340, legend_names=names, top=104)
+    return draw.finish(figure, title=title, about=about, height=340, top=104)
 
 
 def _map(

@@ -37,6 +37,7 @@ class PcaResult(AnalysisResult):
     }
 
     coordinates: Float[Tensor, "layer prompt component"]
+    """float64, as all of these."""
     explained: Float[Tensor, "layer component"]
     direction_cosines: Float[Tensor, "layer component"]
     separation: Float[Tensor, " layer"]
@@ -208,7 +209,6 @@ def plot_pca(result: PcaResult) -> go.Figure:
         raise UserError("a picture needs 2 components; call residual_pca with n_components=2")
     n = len(result.layers)
     figure = draw.panels([_panel(result, row) for row in range(n)], gap=0.09, shares_y=False)
-    names: list[str] = []
     for row in range(n):
         for index, group in enumerate(dict.fromkeys(result.groups)):
             for outcome in dict.fromkeys(result.outcomes):
@@ -216,9 +216,7 @@ def plot_pca(result: PcaResult) -> go.Figure:
                 rows = [prompt for prompt, kind in enumerate(kinds) if kind == (group, outcome)]
                 if rows:
                     name = f"{group}{f', {outcome}' if outcome else ''} (n = {len(rows)})"
-                    names.append(name)
                     trace = _points(result, row, rows, name, index, is_filled=_FILLED[outcome])
-                    trace.showlegend = row == 0
                     figure.add_trace(trace, row=1, col=row + 1)
         first, second = (100 * float(value) for value in result.explained[row, :2])
         cosine = float(result.direction_cosines[row, 0])
@@ -232,7 +230,7 @@ def plot_pca(result: PcaResult) -> go.Figure:
         "percent: share of variance",
     )
     title = "Principal components of the stream"
-    return draw.finish(figure, title=title, about=about, height=360, legend_names=names, top=122)
+    return draw.finish(figure, title=title, about=about, height=360, top=122)
 
 
 def _points(result: PcaResult, row: int, rows: list[int], name: str, index: int, *, is_filled: bool) -> go.Scatter:

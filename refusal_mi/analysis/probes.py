@@ -194,51 +194,47 @@ def _cosine(weight: Float[Tensor, " d_model"], unit: Float[Tensor, " d_model"]) 
 
 def plot_probes(result: ProbesResult) -> go.Figure:
     """Cross-validated AUC of both probes at every position, over the range that shuffled labels reach."""
-    layers, names = list(range(result.auc.shape[2])), []
+    layers = range(result.auc.shape[2])
     figure = draw.panels(result.methods)
     for column, method in enumerate(result.methods, start=1):
         place, row = {"row": 1, "col": column}, column - 1
         null = "shuffled labels (range over positions)"
-        names.append(null)
         low, high = result.null_low[row].amin(0).tolist(), result.null_high[row].amax(0).tolist()
         figure.add_trace(draw.band(layers, low, high, null, draw.CONTROL), **place)
-        chance = {"hovertemplate": "chance<extra></extra>", "showlegend": column == 1}
-        figure.add_trace(draw.line(layers, [0.5] * len(layers), null, draw.CONTROL, mode="lines", **chance), **place)
+        chance = "chance<extra></extra>"
+        trace = draw.line(layers, [0.5] * len(layers), null, draw.CONTROL, mode="lines", hovertemplate=chance)
+        figure.add_trace(trace, **place)
         for index, (name, style) in enumerate(draw.position_styles(result.positions, result.position_tokens)):
-            names.append(name)
             hover = (
                 f"<b>{method}</b><br>position {name}, layer %{{x}}<br>AUC %{{y:.3f}} ± %{{customdata[0]:.3f}}"
-                "<br>shuffled %{customdata[1]:.3f} to %{customdata[2]:.3f}<extra></extra>"
+                "<br>shuffled %{customdata[1]:.3f} to %{customdata[2]:.3f}"
             )
             columns = (result.auc_sd, result.null_low, result.null_high)
             custom = list(zip(*(table[row, index].tolist() for table in columns), strict=True))
-            shown = {"customdata": custom, "hovertemplate": hover, "showlegend": column == 1}
-            figure.add_trace(draw.line(layers, result.auc[row, index].tolist(), name, style, **shown), **place)
+            draw.add_line(figure, layers, result.auc[row, index].tolist(), name, style, hover, custom, **place)
     draw.layer_axis(figure, len(layers), n_ticks=10)
     figure.update_yaxes(range=[-0.03, 1.05], dtick=0.25)
     figure.update_yaxes(title=f"AUC, {result.n_folds}-fold cross-validation", col=1)
     title = "Linear probes: harmful against harmless"
     about = draw.subtitle(result.model_name, _counts(result), f"{result.n_shuffles} shuffles")
-    return draw.finish(figure, title=title, about=about, height=380, legend_names=names, top=104)
+    return draw.finish(figure, title=title, about=about, height=380, top=104)
 
 
 def plot_probe_cosines(result: ProbesResult) -> go.Figure:
     """Cosine of each probe, fitted on all prompts, with the direction."""
-    layers, names = list(range(result.auc.shape[2])), []
+    layers = range(result.auc.shape[2])
     figure = draw.panels(result.methods)
     for column, method in enumerate(result.methods, start=1):
         for index, (name, style) in enumerate(draw.position_styles(result.positions, result.position_tokens)):
-            names.append(name)
-            hover = f"<b>{method}</b><br>position {name}, layer %{{x}}<br>cosine %{{y:.3f}}<extra></extra>"
-            shown = {"hovertemplate": hover, "showlegend": column == 1}
+            hover = f"<b>{method}</b><br>position {name}, layer %{{x}}<br>cosine %{{y:.3f}}"
             values = draw.gaps(result.cosines[column - 1, index])
-            figure.add_trace(draw.line(layers, values, name, style, **shown), row=1, col=column)
+            draw.add_line(figure, layers, values, name, style, hover, row=1, col=column)
         draw.zero_line(figure, row=1, col=column)
     draw.layer_axis(figure, len(layers), n_ticks=10)
     figure.update_yaxes(title="cosine with the direction", col=1)
     about = draw.subtitle(result.model_name, _counts(result))
     title = "Cosine of the probes with the direction"
-    return draw.finish(figure, title=title, about=about, height=340, legend_names=names, top=104)
+    return draw.finish(figure, title=title, about=about, height=340, top=104)
 
 
 def _counts(result: ProbesResult) -> str:

@@ -170,20 +170,16 @@ def _lines(result: ProjectionsResult, measure: Measure, unit: str, title: str) -
     wanted = sorted({result.positions[0], result.direction_position or -1, -1})
     labels = dict(zip(result.positions, _labels(result), strict=True))
     figure = draw.panels([f"position {labels[position]}" for position in wanted], gap=0.03)
-    layers, names = range(values.shape[2]), []
+    layers = range(values.shape[2])
     for column, position in enumerate(wanted, start=1):
         place, slot = {"row": 1, "col": column}, result.positions.index(position)
         for index, group in enumerate(result.group_names):
             rows = result.rows(group)
-            names.append(f"{group} (n = {len(rows)})")
-            hover = f"<b>{group}</b>, layer %{{x}}<br>%{{y:.4f}} ± %{{customdata:.4f}}<extra></extra>"
-            style, is_named = draw.group_style(index), column == 1
-            draw.add_spread(figure, values[rows, slot], names[-1], style, hover=hover, is_named=is_named, **place)
-        names.append("random direction, all prompts")
-        shown = {"hovertemplate": "random direction, layer %{x}<br>%{y:.4f}<extra></extra>", "showlegend": column == 1}
-        figure.add_trace(
-            draw.line(layers, control[:, slot].mean(0).tolist(), names[-1], draw.CONTROL, **shown), **place
-        )
+            name, style = f"{group} (n = {len(rows)})", draw.group_style(index)
+            hover = f"<b>{group}</b>, layer %{{x}}<br>%{{y:.4f}} ± %{{customdata:.4f}}"
+            draw.add_spread(figure, values[rows, slot], name, style, hover, **place)
+        mean, hover = control[:, slot].mean(0).tolist(), "random direction, layer %{x}<br>%{y:.4f}"
+        draw.add_line(figure, layers, mean, "random direction, all prompts", draw.CONTROL, hover, None, **place)
         draw.zero_line(figure, **place)
         if position == result.direction_position:
             draw.cut_line(figure, result.direction_layer, **place)
@@ -191,7 +187,7 @@ def _lines(result: ProjectionsResult, measure: Measure, unit: str, title: str) -
     figure.update_yaxes(title=unit, col=1)
     where = f"{draw.read_at(result.direction_position, result.direction_layer)} (dotted line)"
     about = draw.subtitle(result.model_name, where, "bands: ± 1 SD over prompts")
-    return draw.finish(figure, title=title, about=about, height=360, legend_names=names, top=104)
+    return draw.finish(figure, title=title, about=about, height=360, top=104)
 
 
 def _labels(result: ProjectionsResult) -> list[str]:

@@ -175,8 +175,9 @@ def plot_trace(result: TraceResult) -> go.Figure:
             figure.add_trace(draw.band(x[:shown], low, high, condition, draw.group_style(index)), **place)
             hover = f"<b>{condition}</b>, token %{{x}}<br>%{{y:.3f}}, %{{customdata:.0f}} answers<extra></extra>"
             means, counts = mean[:shown].tolist(), count[:shown].tolist()
-            extra = {"customdata": counts, "hovertemplate": hover, "showlegend": column == 1}
-            trace = draw.line(x[:shown], means, condition, draw.group_style(index), **extra)
+            trace = draw.line(
+                x[:shown], means, condition, draw.group_style(index), customdata=counts, hovertemplate=hover
+            )
             trace.marker.size = 5
             figure.add_trace(trace, **place)
         _mark_start(figure, **place)
@@ -185,7 +186,7 @@ def plot_trace(result: TraceResult) -> go.Figure:
         result.model_name, f"stream entering layer {result.layer}", "bands: ± 1 SD over the answers that long"
     )
     title = "The direction through the answer"
-    return draw.finish(figure, title=title, about=about, height=360, legend_names=result.conditions, top=104)
+    return draw.finish(figure, title=title, about=about, height=360, top=104)
 
 
 def trace_page(result: TraceResult) -> str:
@@ -214,8 +215,8 @@ def plot_trace_single(result: TraceResult) -> go.Figure:
         x = [place - result.n_template + 1 for place in range(len(tokens))]
         y = result.values[index, 0, : len(tokens)].tolist()
         labels = [draw.shortened(token) for token in draw.shown_tokens(tokens)]
-        hover = f"<b>{condition}</b>, token %{{x}} '%{{customdata}}'<br>%{{y:.3f}}<extra></extra>"
-        figure.add_trace(draw.line(x, y, condition, draw.group_style(index), customdata=labels, hovertemplate=hover))
+        hover = f"<b>{condition}</b>, token %{{x}} '%{{customdata}}'<br>%{{y:.3f}}"
+        draw.add_line(figure, x, y, condition, draw.group_style(index), hover, labels)
     _mark_start(figure)
     figure.update_yaxes(title=_UNIT)
     about = (
@@ -223,7 +224,7 @@ def plot_trace_single(result: TraceResult) -> go.Figure:
         + f": “{draw.shortened(result.prompts[0])}” ({draw.plain(result.groups[0])})"
     )
     title = "The direction through one answer"
-    return draw.finish(figure, title=title, about=about, height=340, legend_names=result.conditions)
+    return draw.finish(figure, title=title, about=about, height=340)
 
 
 def _mark_start(figure: go.Figure, **place: int) -> None:

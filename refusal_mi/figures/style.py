@@ -62,7 +62,7 @@ def finish(
     title: str,
     about: str,
     height: int,
-    legend_names: Sequence[str] = (),
+    legend_names: Sequence[str] | None = None,
     width: int = WIDTH,
     top: int = 76,
     label_lines: int = 1,
@@ -72,12 +72,12 @@ def finish(
     Args:
         about: model and n, under the title.
         height: of the plotting area (px).
-        legend_names: of all lines; each name counts once.
+        legend_names: by default of all lines and bars, the first of each name.
         width: the width (px) that the legend is laid out for; the figure itself stays as wide as its container.
         top: room for the title (px).
         label_lines: lines of the longest tick label on the x axis.
     """
-    names = set(legend_names)
+    names = _name_once(figure) if legend_names is None else list(legend_names)
     longest = max((len(html.unescape(name)) for name in names), default=0) * _CHARACTER + 60
     rows = math.ceil(len(names) / max(1, int((width - 80) // longest)))
     bottom = 64 + _LINE * (label_lines - 1) + _LEGEND_ROW * rows
@@ -142,6 +142,16 @@ def bars(index: int) -> dict[str, Any]:
     shape = ("", "/", ".", "x", "\\")[index % 5]
     pattern = {"shape": shape, "fillmode": "overlay", "fgcolor": color, "size": 7, "solidity": 0.3}
     return {"color": _tint(color), "line": {"color": color, "width": 1.2}, "pattern": pattern}
+
+
+def _name_once(figure: go.Figure) -> list[str]:
+    """Leave each name in the legend once, and return them."""
+    names: list[str] = []
+    for trace in figure.data:
+        if trace.type in ("scatter", "bar") and trace.showlegend is not False:
+            trace.showlegend = trace.name not in names
+            names += [trace.name] * trace.showlegend
+    return names
 
 
 def panels(
@@ -264,6 +274,21 @@ def line(x: Sequence[Any], y: Sequence[float | None], name: str, style: SeriesSt
     )
 
 
+def add_line(
+    figure: go.Figure,
+    x: Sequence[Any],
+    y: Sequence[float | None],
+    name: str,
+    style: SeriesStyle,
+    hover: str = "",
+    custom: Sequence[Any] | None = None,
+    **place: int,
+) -> None:
+    """A line with markers in one panel; `hover` may name `custom`."""
+    template = f"{hover}<extra></extra>" if hover else None
+    figure.add_trace(line(x, y, name, style, customdata=custom, hovertemplate=template), **place)
+
+
 def band(x: Sequence[Any], low: Sequence[float], high: Sequence[float], name: str, style: SeriesStyle) -> go.Scatter:
     """A shaded band that belongs to the line `name`."""
     return go.Scatter(
@@ -285,16 +310,13 @@ def add_spread(
     values: Float[Tensor, "prompt x"],
     name: str,
     style: SeriesStyle,
-    *,
     hover: str,
-    is_named: bool = True,
     **place: int,
 ) -> None:
     """Mean over prompts with a band of ± 1 SD."""
     x, mean, sd = range(values.shape[1]), values.mean(0), values.std(0, correction=0)
     figure.add_trace(band(x, (mean - sd).tolist(), (mean + sd).tolist(), name, style), **place)
-    shown = {"customdata": sd.tolist(), "hovertemplate": hover, "showlegend": is_named}
-    figure.add_trace(line(x, mean.tolist(), name, style, **shown), **place)
+    add_line(figure, x, mean.tolist(), name, style, hover, sd.tolist(), **place)
 
 
 def heatmap(
