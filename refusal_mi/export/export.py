@@ -99,13 +99,8 @@ def _finite(value: Any) -> Any:
 _TITLES = {"checkpoint": "Edited weights", "adapter": "LoRA adapter"}
 
 
-def write_card(report: ExportReport, path: Path) -> None:
-    """Write `README.md`; the source's own card lies beside it as `README.source.md`."""
-    write_text(path, card(report))
-
-
 def card(report: ExportReport) -> str:
-    """The text of the card."""
+    """The text of `README.md`; the source's own card lies beside it as `README.source.md`."""
     removed = [figure.removed for figure in report.figures.values()]
     lines = [
         "---",
@@ -275,7 +270,7 @@ def publish(
             verification=verification,
         )
         write_record(report, temporary)
-        write_card(report, temporary / "README.md")
+        write_text(temporary / "README.md", card(report))
     return report
 
 

@@ -77,7 +77,7 @@ def finish(
         top: room for the title (px).
         label_lines: lines of the longest tick label on the x axis.
     """
-    names = _name_once(figure) if legend_names is None else list(legend_names)
+    names = _name_once_(figure) if legend_names is None else list(legend_names)
     longest = max((len(html.unescape(name)) for name in names), default=0) * _CHARACTER + 60
     rows = math.ceil(len(names) / max(1, int((width - 80) // longest)))
     bottom = 64 + _LINE * (label_lines - 1) + _LEGEND_ROW * rows
@@ -144,13 +144,14 @@ def bars(index: int) -> dict[str, Any]:
     return {"color": _tint(color), "line": {"color": color, "width": 1.2}, "pattern": pattern}
 
 
-def _name_once(figure: go.Figure) -> list[str]:
+def _name_once_(figure: go.Figure) -> list[str]:
     """Leave each name in the legend once, and return them."""
     names: list[str] = []
     for trace in figure.data:
         if trace.type in ("scatter", "bar") and trace.showlegend is not False:
             trace.showlegend = trace.name not in names
-            names += [trace.name] * trace.showlegend
+            if trace.showlegend:
+                names.append(trace.name)
     return names
 
 
