@@ -243,27 +243,29 @@ def compare(
         for name, stack in zip(names, stacks, strict=True):
             rows = stack.rows.float()
             write_tensors(output_dir / name, rows[0] if len(rows) == 1 else rows)
-    found = compare(stacks)
-    print_json(found.describe()) if as_json else _print(found, stacks)
+    comparison = compare(stacks)
+    print_json(comparison.describe()) if as_json else _print(comparison, stacks)
     return 0
 
 
-def _print(found: "Comparison", stacks: "list[LabelledVectors]") -> None:
+def _print(comparison: "Comparison", stacks: "list[LabelledVectors]") -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    if len(found.labels) <= MAX_COLUMNS:
-        table = Table("cosine", *found.labels, "norm")
-        for label, row, norm in zip(found.labels, found.cosines.tolist(), found.norms.tolist(), strict=True):
+    if len(comparison.labels) <= MAX_COLUMNS:
+        table = Table("cosine", *comparison.labels, "norm")
+        for label, row, norm in zip(
+            comparison.labels, comparison.cosines.tolist(), comparison.norms.tolist(), strict=True
+        ):
             table.add_row(label, *(_number(value) for value in row), f"{norm:.4g}")
     else:
         table = Table("row", *(f"{stack.name} with {stacks[0].name}" for stack in stacks[1:]))
         starts = [sum(len(stack.rows) for stack in stacks[:index]) for index in range(len(stacks))]
         for row in range(max(len(stack.rows) for stack in stacks)):
             places = [start + min(row, len(stack.rows) - 1) for start, stack in zip(starts, stacks, strict=True)]
-            table.add_row(str(row), *(_number(found.cosines[places[0], place].item()) for place in places[1:]))
-        console.print(f"{len(found.labels)} vectors, row by row; the whole matrix: --json", highlight=False)
+            table.add_row(str(row), *(_number(comparison.cosines[places[0], place].item()) for place in places[1:]))
+        console.print(f"{len(comparison.labels)} vectors, row by row; the whole matrix: --json", highlight=False)
     console.print(table)
 
 

@@ -290,7 +290,7 @@ def model_info(
     """
     from .. import files
     from ..generation import discover_response_prefix
-    from ..model.points import write_hooks
+    from ..model.points import parameters_of, write_hooks
     from ..model.provenance import describe_model
     from ..recipes.context import N_PREFIX_PROMPTS
     from .tables import print_facts, print_json
@@ -301,7 +301,7 @@ def model_info(
         mixed = [text for prompts in _sets(source) for text in prompts.instructions[: N_PREFIX_PROMPTS // 2]]
         chat = chat.with_response_prefix(discover_response_prefix(loaded, chat, mixed))
     record = describe_model(loaded, source)
-    parameters = list(loaded.original_model.parameters())  # type: ignore[attr-defined]
+    parameters = parameters_of(loaded)
     facts: dict[str, Any] = {
         **files.as_json(record),
         "n_parameters": sum(parameter.numel() for parameter in parameters),

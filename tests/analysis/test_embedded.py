@@ -103,7 +103,8 @@ def test_the_direction_steers_and_random_ones_of_its_length_only_disturb(run, gr
             rates = found.refused[curve].mean(-1)
             assert (rates[1] - rates[1, 0]).abs().max() <= 0.2
     assert found.z("add/harmless")[-1] > 4 and found.z("add/harmful")[0] < -4 and found.z("ablate/harmful")[-1] < -4
-    swings = [found.swing("ablate/harmful", index) for index in range(7)]
+    means = found.scores["ablate/harmful"][:7].mean(-1)
+    swings = (means.amax(1) - means.amin(1)).tolist()
     assert max(swings[1:]) < 0.15 * swings[0]
     assert found.refused["add/harmless"][0].mean(-1).diff().max() >= 0.8
     assert found.refused["ablate/harmful"][0].mean(-1).diff().min() <= -0.8

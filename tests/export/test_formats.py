@@ -5,9 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from refusal_mi.errors import UserError
-from refusal_mi.export.formats import read_gguf, write_gguf, write_lm_eval
+from refusal_mi.export.formats import write_gguf, write_lm_eval
 from refusal_mi.interventions import Ablate, Add
-from tests.export_models import hooked_logits, make_direction, plain_logits, some_tokens
+from tests.export_models import hooked_logits, make_direction, plain_logits, read_gguf, some_tokens
 
 R = make_direction()
 
