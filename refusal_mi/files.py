@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from .errors import UserError
 
@@ -93,7 +93,11 @@ def write_record(path: Path, record: Any) -> None:
     write_json(path, {"format": FORMAT, **as_json(record)})
 
 
-def read_record(path: Path, kind: type[Record]) -> Record:
+@overload
+def read_record(path: Path, kind: type[Record]) -> Record: ...
+@overload
+def read_record(path: Path, kind: Any) -> Any: ...
+def read_record(path: Path, kind: Any) -> Any:
     """Read JSON into a dataclass, or into a list or dict of them; keys that the type does not name are passed over.
 
     Raises:
