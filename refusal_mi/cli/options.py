@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..search.grid import Thresholds
     from ..text.chat import ChatFormat
 
+SCIENCE_FAILED = 1
+"""Exit status where a command did its work and the answer is no."""
 LISTS = frozenset({"--coefficients", "--layers", "--multipliers"})
 """Options that take several values, with commas or with spaces between them."""
 _VALUE = re.compile(r"[-+]?[\d.][\d.,eE+-]*|all")
