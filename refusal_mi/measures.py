@@ -312,6 +312,10 @@ class ABPoint:
     """95% interval of the mean change, pair by pair."""
     n_pairs: int
 
+    def describe(self) -> dict[str, Any]:
+        """JSON values: the fields, and the layer in words."""
+        return {**vars(self), "layer_means": explain_layer(self.layer)}
+
 
 @dataclass(frozen=True)
 class ABSweep:
@@ -345,8 +349,3 @@ class ABSweep:
     def largest_change(self) -> float:
         """The largest change of p in either direction, at any layer and multiplier."""
         return max((abs(point.delta) for point in self.points), default=0.0)
-
-    def describe(self) -> dict[str, Any]:
-        """JSON values."""
-        rows = [{**vars(point), "layer_means": explain_layer(point.layer)} for point in self.points]
-        return {"pairs": self.pairs, "p_plain": self.plain, "n_pairs_by_letter": self.n_by_letter, "rows": rows}

@@ -16,7 +16,7 @@ from ..files import as_json, read_json, read_tensors, sha256_json, write_json, w
 from ..model.loading import ORGANISM
 from ..model.points import HookedModel, model_source
 from ..model.provenance import describe_model, versions
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 
 FORMAT = 1

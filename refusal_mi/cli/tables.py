@@ -1,25 +1,28 @@
 """How results look in a terminal."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..files import as_json
 
 if TYPE_CHECKING:
     from ..export.export import ExportReport
     from ..measures import LossResult
+    from ..recipes.caa_eval import ABResults, Changes, OpenAnswers, TextRates
+    from ..recipes.responses_eval import EvalSummary
     from ..run.answers import Effect
     from ..run.record import CombinationRecord, DirectionRecord, RunSummary
     from ..search.grid import Selection
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout, for machines."""
+    """JSON on stdout, for machines; records as `as_json` says."""
     Console().out(json.dumps(as_json(value), indent=2, ensure_ascii=False, allow_nan=False), highlight=False)
 
 
@@ -27,8 +30,10 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     """A two-column table."""
     table = Table("", "", show_header=False)
     for key, value in facts.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else repr(value) if "\n" in str(value) else value
-        table.add_row(key.replace("_", " "), str(shown))
+        shown = repr(value) if "\n" in str(value) else str(value)
+        if isinstance(value, (list, tuple)):
+            shown = ", ".join(map(str, value))
+        table.add_row(key.replace("_", " "), shown)
     Console().print(table, markup=False)
 
 
@@ -125,69 +130,80 @@ def print_export(report: "ExportReport") -> None:
 
 def print_lines(*lines: str) -> None:
     """Lines as they are, however long."""
-    from rich.console import Console
-
     for line in lines:
         Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_answers(summary: dict[str, Any]) -> None:
+def print_answers(answers: "OpenAnswers") -> None:
     """Rates of every multiplier, and the first question's answers."""
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console()
-    plain = summary["baseline"]
-    rates = Table(f"n = {summary['n_questions']}", "refusal-like", "degenerate")
-    rates.add_row("plain", *_two_rates(plain))
-    for multiplier, found in summary["by_multiplier"].items():
-        for way in ("add", "subtract"):
-            rates.add_row(f"{way} x{multiplier}", *_two_rates(found[way]))
+    rates = Table(f"n = {answers.n_questions}", "refusal-like", "degenerate")
+    rates.add_row("plain", *_two_rates(answers.baseline))
+    for multiplier, steered in answers.by_multiplier.items():
+        rates.add_row(f"add x{multiplier}", *_two_rates(steered.add))
+        rates.add_row(f"subtract x{multiplier}", *_two_rates(steered.subtract))
     console.print(rates)
-    first = [found["first_question"] for found in summary["by_multiplier"].values()]
-    console.print(first[0]["question"], markup=False, highlight=False)
+    first = {multiplier: steered.first_question for multiplier, steered in answers.by_multiplier.items()}
+    console.print(next(iter(first.values())).question, markup=False, highlight=False)
     table = Table("alpha", "add steering", "subtract steering")
-    for multiplier, row in zip(summary["by_multiplier"], first, strict=True):
-        table.add_row(multiplier, *(_cell(row[f"answer_with_{way}_steering"]) for way in ("add", "substract")))
+    for multiplier, row in first.items():
+        table.add_row(multiplier, _cell(row.answer_with_add_steering), _cell(row.answer_with_substract_steering))
     console.print(table)
 
 
-def print_sweep(record: dict[str, Any]) -> None:
+def print_sweep(results: "ABResults") -> None:
     """p(matching) by layer and multiplier, and the layer that was chosen, or why none was."""
-    from rich.console import Console
-    from rich.table import Table
+    from ..model.points import explain_layer, stream_after
 
     table = Table("layer", "our", "multiplier", "p(matching) [95%]", "change [95%]")
-    for row in record["rows"]:
-        p = f"{row['p']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        change = f"{row['delta']:+.3f} [{row['delta_low']:+.3f}, {row['delta_high']:+.3f}]"
-        table.add_row(str(row["layer"]), str(row["layer"] + 1), f"{row['multiplier']:g}", p, change)
+    for row in results.rows:
+        p = f"{row.p:.3f} [{row.low:.3f}, {row.high:.3f}]"
+        change = f"{row.delta:+.3f} [{row.delta_low:+.3f}, {row.delta_high:+.3f}]"
+        table.add_row(str(row.layer), str(stream_after(row.layer)), f"{row.multiplier:g}", p, change)
+    first = results.rows[0]
     print_lines(
-        f"{record['pairs']}, n = {record['rows'][0]['n_pairs']} pairs, plain p(matching) = {record['p_plain']:.3f}",
-        record["rows"][0]["layer_means"],
+        f"{results.pairs}, n = {first.n_pairs} pairs, plain p(matching) = {results.p_plain:.3f}",
+        explain_layer(first.layer),
     )
     Console().print(table)
-    chosen = record["chosen"]
+    chosen = results.chosen
     if chosen is None:
-        print_lines(f"no layer was chosen: {record['why_none']}")
+        print_lines(f"no layer was chosen: {results.why_none}")
         return
+    broken = f"{chosen.degenerate_added.value:.2f} and {chosen.degenerate_subtracted.value:.2f}"
     print_lines(
-        f"chosen on {chosen['chosen_on']}: {chosen['layer_means']}, multiplier {chosen['multiplier']:g}",
-        f"on {record['pairs']}: {_changes(chosen)}; degenerate text {chosen['degenerate_added']['rate']:.2f} and "
-        f"{chosen['degenerate_subtracted']['rate']:.2f}",
-        *(f"{kind}: {_changes(changes)}" for kind, changes in chosen["controls"].items()),
+        f"chosen on {chosen.chosen_on}: {explain_layer(chosen.layer)}, multiplier {chosen.multiplier:g}",
+        f"on {results.pairs}: {_changes(chosen)}; degenerate text {broken}",
+        *(f"{kind}: {_changes(changes)}" for kind, changes in chosen.controls.items()),
     )
 
 
-def _changes(found: dict[str, Any]) -> str:
-    return f"adding changes p by {found['change_added']:+.3f}, subtracting by {found['change_subtracted']:+.3f}"
+def print_coefficients(summary: "EvalSummary") -> None:
+    """Refusals by coefficient, beside those under random vectors."""
+    console = Console()
+    console.print(
+        f"layer {summary.selected_layer} ({summary.hook_name}): refusal score "
+        f"{summary.baseline_refusal_score:.2f} -> {summary.selected_layer_steering_score:.2f}",
+        highlight=False,
+    )
+    controls = summary.random_controls
+    title = f"coefficient (n = {summary.n_test_samples})"
+    table = Table(title, "refused [95%]", "degenerate", *(f"random {seed}" for seed in controls))
+    for key, rates in summary.results_by_coefficient.items():
+        low, high = rates.interval
+        random = [f"{runs[key].refusal_rate:.2f}" if key in runs else "" for runs in controls.values()]
+        refused = f"{rates.refusal_rate:.2f} [{low:.2f}, {high:.2f}]"
+        table.add_row(key, refused, f"{rates.degenerate_rate.value:.2f}", *random)
+    console.print(table)
 
 
-def _two_rates(found: dict[str, Any]) -> Sequence[str]:
-    return [f"{found[f'{kind}_rate']['rate']:.2f}" for kind in ("refusal_like", "degenerate")]
+def _changes(changes: "Changes") -> str:
+    return f"adding changes p by {changes.change_added:+.3f}, subtracting by {changes.change_subtracted:+.3f}"
 
 
-def _cell(text: str) -> Any:
-    from rich.text import Text
+def _two_rates(rates: "TextRates") -> tuple[str, str]:
+    return f"{rates.refusal_like_rate.value:.2f}", f"{rates.degenerate_rate.value:.2f}"
 
+
+def _cell(text: str) -> Text:
     return Text("".join(character if character.isprintable() else " " for character in text))

@@ -184,7 +184,12 @@ def our_layer(caa_layer: int, n_layers: int) -> int:
     """
     if not 0 <= caa_layer < n_layers:
         raise UserError(f"no block {caa_layer}: CAA's layers of this model are 0..{n_layers - 1} (outputs of blocks)")
-    return caa_layer + 1
+    return stream_after(caa_layer)
+
+
+def stream_after(block: int) -> int:
+    """Our layer of what a block puts out, of a model of any depth: what tables show beside CAA's number."""
+    return block + 1
 
 
 def caa_layer(our: int) -> int:
@@ -198,9 +203,14 @@ def caa_layer(our: int) -> int:
     return our - 1
 
 
+def caa_hook(layer: int) -> str:
+    """The hook point by CAA's name: the output of a block."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
 def explain_layer(layer: int) -> str:
     """The translation that every command prints."""
-    return f"layer {layer} = output of block {layer} = {output_hook(layer + 1)} = our {layer + 1}"
+    return f"layer {layer} = output of block {layer} = {caa_hook(layer)} = our {stream_after(layer)}"
 
 
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
