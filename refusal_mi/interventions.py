@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,12 +14,10 @@ from torch import Tensor
 from .directions import Direction
 from .errors import UserError
 from .model.points import Component, Hook, HookedModel, HookFn, check_raw_basis, resid_hook, write_hooks
+from .options import Positions as Positions
 
 NEAR_DUPLICATE, NEARLY_DEPENDENT = 1e-3, 0.1
 """Relative singular values of the unit directions below which a span is refused, or warned about."""
-Positions = Literal["all", "prompt", "response"]
-"""Where an intervention acts: everywhere; on the prompt; or from the last prompt token on (it writes the first
-answer token) and on every generated token."""
 Change = Callable[[Tensor], Tensor]
 PromptWidth = int | Int[Tensor, " batch"] | None
 """Columns of a left-padded batch that are prompt, for all rows or each; None: all of them."""

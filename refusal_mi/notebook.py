@@ -183,8 +183,8 @@ def other_vectors(
     """
     from .model.points import model_source
     from .recipes.caa import write_vectors
-    from .recipes.options import default_pairs, default_sets
-    from .recipes.responses import VECTOR, VectorOptions, load_vectors, row_direction, vector
+    from .recipes.options import VectorOptions, default_pairs, default_sets
+    from .recipes.responses import VECTOR, load_vectors, row_direction, vector
     from .run.stages import RunFolder
     from .text.pairs import PairSet, load_pairs
 

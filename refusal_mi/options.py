@@ -1,11 +1,17 @@
 """An option is said once: a dataclass field with its help. The command line and the line that repeats a run follow."""
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, fields, is_dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import UserError
+
+Positions = Literal["all", "prompt", "response"]
+"""Where an intervention acts: everywhere; on the prompt; or from the last prompt token on (it writes the first
+answer token) and on every generated token."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,46 @@ def words(options: Any) -> list[str]:
     return found
 
 
+def numbers(option: str) -> Callable[[str], tuple[float, ...]]:
+    """Reads finite numbers separated by commas or spaces."""
+
+    def read(text: str) -> tuple[float, ...]:
+        try:
+            found = tuple(float(part) for part in text.replace(",", " ").split())
+        except ValueError:
+            found = ()
+        if not found or not all(map(math.isfinite, found)):
+            raise UserError(f"{option} takes numbers such as 0 0.5 1, not {text!r}")
+        return found
+
+    return read
+
+
+def layer_numbers(text: str | None) -> tuple[int, ...] | None:
+    """Layers such as 3,5-7; None or "all" is all of them."""
+    if text is None or text == "all":
+        return None
+    found: list[int] = []
+    for part in text.replace(",", " ").split():
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise UserError(f"--layers takes all, or numbers and ranges such as 3,5-7, not {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise UserError(f"--layers {part!r} counts down; write {last}-{first}")
+        found += range(first, last + 1)
+    if not found:
+        raise UserError(f"--layers {text!r} names no layer")
+    return tuple(sorted(set(found)))
+
+
+def position_scope(text: str) -> Positions:
+    """all, prompt or response."""
+    if text not in get_args(Positions):
+        raise UserError(f"--positions takes one of {', '.join(get_args(Positions))}, not {text!r}")
+    return text  # type: ignore[return-value]
+
+
 def number_or_auto(text: str) -> int | None:
     """A positive number, or None for auto."""
     if text == "auto":
@@ -120,6 +166,20 @@ def token_ids(text: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, parts))
 
 
+Layers = Annotated[
+    tuple[int, ...] | None,
+    Option("Layers to use, such as 3,5-7; default all.", takes=str | None, read=layer_numbers),
+]
+RefusalTokens = Annotated[
+    tuple[int, ...] | None,
+    Option(
+        "Token ids of the refusal score; default: discovered on training prompts.",
+        takes=str | None,
+        read=token_ids,
+        write=lambda tokens: ",".join(map(str, tokens)),
+    ),
+]
+ResponsePrefix = Annotated[str | None, Option("Text that every answer begins with; default: found by generating.")]
 System = Annotated[str | None, Option("System message; default: what the template does without one.")]
 TemplateKwargs = Annotated[
     Mapping[str, Any],

@@ -8,6 +8,7 @@ import typer
 
 from ..analysis import KINDS
 from ..errors import UserError
+from ..options import number_or_auto
 from .options import (
     AsJson,
     BatchSize,
@@ -17,7 +18,6 @@ from .options import (
     ModelPath,
     Revision,
     one_model,
-    parse_batch_size,
     quiet_load,
 )
 
@@ -63,7 +63,7 @@ def analyze(
     if n_prompts < 2:
         raise UserError(f"--n-prompts must be at least 2, not {n_prompts}")
     inputs = RunInputs(quiet_load(source, revision, device, dtype), path, n_prompts, 32, seed)
-    written, size, n_failed = {}, parse_batch_size(batch_size), 0
+    written, size, n_failed = {}, number_or_auto(batch_size), 0
     for kind in kinds:
         typer.echo(kind, err=True)
         try:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from .options import ModelOptions, OutputDir, TemplateOptions, flat, parse_positions
+from ..options import position_scope
+from .options import ModelOptions, OutputDir, TemplateOptions, flat
 
 if TYPE_CHECKING:
     from ..directions import Direction
@@ -310,7 +311,7 @@ def chat(
 
     if sum(option is not None for option in (ablate, direction, steer)) > 1:
         raise UserError("give one of --ablate, --direction and --steer")
-    where = parse_positions(positions or "all")
+    where = position_scope(positions or "all")
     about_steering = {"--coefficient": coefficient, "--layer": layer, "--positions": positions}
     lost = [name for name, value in about_steering.items() if value is not None]
     if steer is None and lost:

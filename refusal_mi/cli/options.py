@@ -1,7 +1,6 @@
 """Options that commands share: how they are spelled, read and checked."""
 
 import inspect
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -13,17 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, get
 import typer
 
 from ..errors import UserError
-from ..options import JudgeModel, Option, System, TemplateKwargs, number_or_auto, said, token_ids
+from ..options import JudgeModel, Option, System, TemplateKwargs, said
 from ..search.thresholds import PUBLISHED, Rule
 
 if TYPE_CHECKING:
-    from ..interventions import Positions
     from ..judges.substring import Judge
     from ..model.points import HookedModel
     from ..text.chat import ChatFormat
 
 Options = TypeVar("Options")
-parse_batch_size, parse_tokens = number_or_auto, token_ids
 SCIENCE_FAILED = 1
 """Exit status: the science or the verification failed, artifacts are kept."""
 LISTS = frozenset({"--coefficients", "--layers", "--multipliers"})
@@ -94,49 +91,6 @@ def quiet_load(source: str, revision: str | None, device: str, dtype: str) -> "H
         if value not in known:
             raise UserError(f"{option} takes one of {', '.join(known)}, not {value!r}")
     return load(source, revision=revision, device=device, dtype=dtype)  # type: ignore[arg-type]
-
-
-def parse_numbers(text: str, option: str) -> tuple[float, ...]:
-    """Numbers separated by commas or spaces."""
-
-    try:
-        found = tuple(float(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        found = ()
-    if not found or not all(map(math.isfinite, found)):
-        raise UserError(f"{option} takes numbers such as 0 0.5 1, not {text!r}")
-    return found
-
-
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """Layers such as 3,5-7; None or "all" is all of them."""
-    import re
-
-    if text is None or text == "all":
-        return None
-    found: list[int] = []
-    for part in text.replace(",", " ").split():
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if match is None:
-            raise UserError(f"--layers takes all, or numbers and ranges such as 3,5-7, not {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last:
-            raise UserError(f"--layers {part!r} counts down; write {last}-{first}")
-        found += range(first, last + 1)
-    if not found:
-        raise UserError(f"--layers {text!r} names no layer")
-    return tuple(sorted(set(found)))
-
-
-def parse_positions(text: str) -> "Positions":
-    """all, prompt or response."""
-    from typing import get_args
-
-    from ..interventions import Positions
-
-    if text not in get_args(Positions):
-        raise UserError(f"--positions takes one of {', '.join(get_args(Positions))}, not {text!r}")
-    return text  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from ..search.thresholds import most as limit
+from ..options import layer_numbers, numbers, position_scope
+from ..recipes.options import EvalOptions, VectorOptions
 from .options import (
     SCIENCE_FAILED,
     AsJson,
+    Fresh,
+    Given,
     JudgeOptions,
     ModelOptions,
     TemplateOptions,
     flat,
     one_model,
-    parse_layers,
-    parse_numbers,
-    parse_positions,
-    parse_tokens,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ PositionsOption = Annotated[
     str, typer.Option("--positions", help="response: from the last prompt token on; prompt; or all.")
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Texts per forward pass.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")]
 OutputDirOption = Annotated[Path | None, typer.Option("--output-dir", help="Default runs/{alias}/caa.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of every answer.")]
 
@@ -66,7 +64,7 @@ def vectors(
     settings, model = _start(config, model)
     pair_set = load_pairs(pairs or settings.generation or default_pairs(model.source)[0])
     folder = _folder(output_dir or settings.save_vector_path or _default(model, _CAA))
-    wanted, target = parse_layers(layers), settings.target_layer
+    wanted, target = layer_numbers(layers), settings.target_layer
     loaded = model.load()
     if target is not None:
         our_layer(target, loaded.cfg.n_layers)
@@ -119,7 +117,7 @@ def test(
     from .tables import print_answers, print_json, print_lines
 
     settings, model = _start(config, model)
-    times, where = parse_numbers(multipliers, "--multipliers"), parse_positions(positions)
+    times, where = numbers("--multipliers")(multipliers), position_scope(positions)
     asked = load_questions(questions or settings.test or default_pairs(model.source)[2])[:n_questions]
     by_layer = load_vectors(_vector_path(vector, settings, model), model.source, hook=hook)
     folder = _folder(output_dir or _default(model, _CAA), fresh)
@@ -189,13 +187,13 @@ def ab(
     from .tables import print_json, print_sweep
 
     settings, model = _start(config, model)
-    times, where = parse_numbers(multipliers, "--multipliers"), parse_positions(positions)
+    times, where = numbers("--multipliers")(multipliers), position_scope(positions)
     path = _vector_path(vector, settings, model)
     by_layer = load_vectors(path, model.source, hook=hook)
     default_train, default_test, default_questions = default_pairs(model.source)
     reported, other = load_pairs(pairs or default_test), load_pairs(choose_on or default_train)
     asked = load_questions(questions or settings.test or default_questions)[:n_questions] if n_questions else []
-    folder, wanted = _folder(output_dir or _default(model, _CAA), fresh), parse_layers(layers)
+    folder, wanted = _folder(output_dir or _default(model, _CAA), fresh), layer_numbers(layers)
     loaded = model.load()
     check_weights(by_layer, describe_model(loaded, model.source))
     if layers == "all" and len(by_layer) == 1:
@@ -264,41 +262,14 @@ _SHOWN = (
     "judge",
 )
 
-Dataset = Annotated[
-    str | None,
-    typer.Option(help="Queries: a set, or TRAIN,VAL,TEST; default alpaca, for the embedded model its own harmless."),
-]
-
-Column = Annotated[str | None, typer.Option(help="Column that holds the query.")]
-Layers = Annotated[str | None, typer.Option(help="Layers to use, such as 3,5-7; default all.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Of every answer.")]
-
 
 @flat
 def make(
     *,
     model: ModelOptions,
-    dataset: Dataset = None,
-    column: Column = None,
-    n_samples: Annotated[int, typer.Option(help="Queries.")] = 20,
-    n_completions: Annotated[int, typer.Option(help="Sampled answers to each query, in each mode.")] = 10,
-    max_new_tokens: MaxNewTokens = 64,
-    generation_batch_size: Annotated[int, typer.Option(help="Prompts per batch; sampled text depends on it.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the queries and the sampling.")] = 42,
-    refusal_instruction: Annotated[
-        list[str] | None, typer.Option(help="Put in front of the query; repeatable, their means are averaged.")
-    ] = None,
-    token_weights: Annotated[str, typer.Option(help="mean over a response's tokens, or its first.")] = "mean",
-    layers: Layers = None,
-    normalize: Annotated[
-        bool, typer.Option("--normalize", help="Give every response the same norm, per layer, before averaging.")
-    ] = False,
+    given: Given[VectorOptions],
     judge: JudgeOptions,
-    template: TemplateOptions,
-    response_prefix: Annotated[
-        str | None, typer.Option(help="Text that every answer begins with; default: found by generating.")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")] = False,
+    fresh: Fresh = False,
     output_dir: Annotated[Path | None, typer.Option(help="Default runs/{alias}/harmless_refusal_vectors.")] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -307,26 +278,10 @@ def make(
     Both answer the same harmless queries, the instructed ones with an instruction to refuse in front.
     """
     from ..recipes.options import default_queries
-    from ..recipes.responses import REFUSAL_INSTRUCTION, NothingSurvives, VectorOptions, vector
+    from ..recipes.responses import NothingSurvives, vector
     from .tables import print_facts, print_json
 
-    given = tuple(text if text[-1:].isspace() else f"{text}\n" for text in refusal_instruction or ())
-    options = VectorOptions(
-        dataset=dataset or default_queries(model.source),
-        column=column,
-        n_samples=n_samples,
-        n_completions=n_completions,
-        max_new_tokens=max_new_tokens,
-        batch_size=generation_batch_size,
-        seed=seed,
-        refusal_instructions=given or (REFUSAL_INSTRUCTION,),
-        token_weights=token_weights,  # type: ignore[arg-type]
-        layers=parse_layers(layers),
-        normalize=normalize,
-        system=template.system,
-        template_kwargs=template.template_kwargs,
-        response_prefix=response_prefix,
-    )
+    options = given.over(VectorOptions(dataset=default_queries(model.source)))
     verdict = judge.found("refusal")
     folder = _folder(output_dir or _default(model, _RESPONSES), fresh)
     try:
@@ -348,32 +303,9 @@ def evaluate(
     vector_dir: Annotated[
         Path | None, typer.Option(help="What `vector` wrote; default runs/{alias}/harmless_refusal_vectors.")
     ] = None,
-    dataset: Dataset = None,
-    column: Column = None,
-    n_validation_samples: Annotated[int, typer.Option(help="Queries that choose the layer.")] = 32,
-    n_test_samples: Annotated[int, typer.Option(help="Queries that are reported on.")] = 20,
-    coefficients: Annotated[str, typer.Option(help="How often the vector is added, such as 0.0 0.5 1.0.")] = (
-        "0.0,0.5,1.0,2.0,5.0"
-    ),
-    max_new_tokens: MaxNewTokens = 64,
-    batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.")] = 8,
-    validation_seed: Annotated[int, typer.Option(help="Of the validation sample.")] = 200,
-    test_seed: Annotated[int, typer.Option(help="Of the test sample.")] = 100,
-    layer: Annotated[
-        str, typer.Option(help="auto (highest steering score), sound (best that is neither late nor degenerate), or N.")
-    ] = "auto",
-    layers: Layers = None,
-    kl_max: Annotated[
-        float | None, typer.Option(help="Largest KL of ablating the row on validation queries, in nats; default: any.")
-    ] = None,
-    refusal_tokens: Annotated[
-        str | None, typer.Option(help="Token ids of the refusal score; default: found from the responses.")
-    ] = None,
-    positions: Annotated[str, typer.Option(help="Where the vector is added: all, prompt or response.")] = "all",
-    n_random: Annotated[int, typer.Option(help="Random vectors of equal norm, as controls.")] = 1,
+    given: Given[EvalOptions],
     judge: JudgeOptions,
-    template: TemplateOptions,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")] = False,
+    fresh: Fresh = False,
     output_dir: Annotated[Path | None, typer.Option(help="Default: the vector's folder.")] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -383,36 +315,16 @@ def evaluate(
     """
     from ..recipes.options import default_queries
     from ..recipes.responses import VECTOR, recorded_dataset
-    from ..recipes.responses_eval import EvalOptions, evaluate_vector
+    from ..recipes.responses_eval import evaluate_vector
     from .tables import print_coefficients, print_json, print_lines
 
-    if layer not in ("auto", "sound") and not layer.isdigit():
-        raise UserError(f"--layer takes auto, sound or a number, not {layer!r}")
     directory = vector_dir or _default(model, _RESPONSES)
     if not (directory / VECTOR).is_file():
         raise UserError(
             f"{directory} holds no {VECTOR}: make it with refusal-mi vector, or name its folder --vector-dir"
         )
-    options = EvalOptions(
-        dataset=dataset or recorded_dataset(directory) or default_queries(model.source),
-        column=column,
-        n_validation_samples=n_validation_samples,
-        n_test_samples=n_test_samples,
-        coefficients=parse_numbers(coefficients, "--coefficients"),
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        validation_seed=validation_seed,
-        test_seed=test_seed,
-        layer=int(layer) if layer.isdigit() else None,
-        sound_layer=layer == "sound",
-        layers=parse_layers(layers),
-        kl_max=limit(kl_max),
-        refusal_tokens=parse_tokens(refusal_tokens),
-        positions=parse_positions(positions),
-        n_random=n_random,
-        system=template.system,
-        template_kwargs=template.template_kwargs,
-    )
+    dataset = recorded_dataset(directory) or default_queries(model.source)
+    options = given.over(EvalOptions(dataset=dataset))
     verdict = judge.found("refusal")
     folder = _folder(output_dir or directory, fresh)
     summary = evaluate_vector(model.load(), model.source, directory, options, folder, verdict)

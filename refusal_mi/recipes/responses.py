@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -22,10 +22,10 @@ from ..run.stages import RunFolder
 from ..text.batches import Span
 from ..text.chat import ChatFormat, ChatRecord
 from ..text.prompts import PromptSet, load_prompts
+from .options import VectorOptions
 
 MIN_KEPT = 0.5
 """Below this fraction of one side, the filter's result carries a warning."""
-REFUSAL_INSTRUCTION = "You must refuse to answer this question.\n"
 VECTOR = "refusal_vector.pt"
 RESPONSES = ("compliant_responses.json", "refusal_responses.json")
 KEPT = ("filtered_compliant_responses.json", "filtered_refusal_responses.json")
@@ -151,44 +151,6 @@ def _warn_of_few(side: _Side, max_new_tokens: int) -> str | None:
     raise NothingSurvives(
         f"no {side.name} response passes the filter, so there is no vector; the responses are kept: {message}"
     )
-
-
-@dataclass(frozen=True)
-class VectorOptions:
-    """Options of `vector`, with the published defaults."""
-
-    dataset: str = "alpaca"
-    """One prompt set, or TRAIN,VAL,TEST of which TRAIN is used here."""
-    column: str | None = None
-    n_samples: int = 20
-    """Queries."""
-    n_completions: int = 10
-    """Sampled answers to each query, free and under each refusal instruction."""
-    max_new_tokens: int = 64
-    batch_size: int = 8
-    """Sampled text depends on it."""
-    seed: int = 42
-    refusal_instructions: tuple[str, ...] = (REFUSAL_INSTRUCTION,)
-    """Put in front of the query; the means under several are averaged."""
-    token_weights: Literal["mean", "first"] = "mean"
-    """Average over all tokens of a response, or read its first."""
-    layers: tuple[int, ...] | None = None
-    """Rows to keep, the others are zero; None is all of 0..n_layers."""
-    normalize: bool = False
-    """Give every response the same norm, per layer, before averaging."""
-    system: str | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    response_prefix: str | None = None
-    """None: found by generating."""
-
-    def __post_init__(self) -> None:
-        for name in ("n_samples", "n_completions", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.refusal_instructions:
-            raise UserError("a refusal vector needs at least one refusal instruction")
-        if self.token_weights not in ("mean", "first"):
-            raise UserError(f"token weights are mean or first, not {self.token_weights!r}")
 
 
 def vector(

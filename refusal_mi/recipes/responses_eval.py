@@ -1,10 +1,9 @@
 """What a response-averaged vector does: its rows' scores, the choice among layers, answers with a row added."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +12,7 @@ from ..directions import Direction
 from ..errors import UserError
 from ..files import read_record, sha256_file, write_json
 from ..generation import generate
-from ..interventions import Ablate, Add, Positions
+from ..interventions import Ablate, Add
 from ..judges.substring import MAX_DEGENERATE, Judge, SubstringJudge, is_degenerate
 from ..measures import discover_refusal_tokens, kl_nats, next_token_logits, published_refusal_tokens, refusal_score
 from ..model.points import HookedModel, model_type
@@ -22,54 +21,11 @@ from ..run.stages import RunFolder
 from ..stats import Rate
 from ..text.chat import ChatFormat
 from ..text.prompts import Prompt, PromptSet
+from .options import EvalOptions
 from .responses import KEPT, RESPONSES, TOKENS, VECTOR, Response, SavedTokens, load_vectors, query_pools, row_direction
 
 SCORES = "layer_selection_scores.json"
 SUMMARY = "eval_summary.json"
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """Options of `evaluate_vector`, with the published defaults."""
-
-    dataset: str = "alpaca"
-    """One prompt set, or TRAIN,VAL,TEST of which VAL and TEST are used here."""
-    column: str | None = None
-    n_validation_samples: int = 32
-    n_test_samples: int = 20
-    coefficients: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 5.0)
-    max_new_tokens: int = 64
-    batch_size: int = 8
-    validation_seed: int = 200
-    test_seed: int = 100
-    layer: int | None = None
-    """Test this row in place of the one with the highest steering score."""
-    sound_layer: bool = False
-    """Test the best layer that is neither late nor degenerate, in place of the documented argmax."""
-    layers: tuple[int, ...] | None = None
-    """Rows to choose from; None is all that are not zero."""
-    kl_max: float | None = None
-    """Largest mean KL (nats) of ablating the row on the validation queries; None is no limit."""
-    refusal_tokens: tuple[int, ...] | None = None
-    """None: found from the saved responses."""
-    positions: Positions = "all"
-    n_random: int = 1
-    """Random vectors of the same norm, as controls."""
-    system: str | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("n_validation_samples", "n_test_samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.coefficients:
-            raise UserError("at least one coefficient is needed")
-        if len(set(self.coefficients)) < len(self.coefficients):
-            raise UserError(f"a coefficient was given twice: {self.coefficients}")
-        if self.n_random < 0:
-            raise UserError(f"n_random must not be negative, not {self.n_random}")
-        if self.kl_max is not None and not 0 <= self.kl_max < math.inf:
-            raise UserError(f"kl_max must be a number from 0 on, not {self.kl_max}")
 
 
 @dataclass(frozen=True)
@@ -370,7 +326,7 @@ def _setting(run: Evaluation, scores: LayerScores) -> EvalSetting:
         test_seed=options.test_seed,
         n_validation_samples=options.n_validation_samples,
         n_test_samples=options.n_test_samples,
-        layer_selection_method="steering_based" if options.layer is None else "given",
+        layer_selection_method="given" if isinstance(options.layer, int) else "steering_based",
         baseline_refusal_score=scores.baseline_refusal_score,
         refusal_tokens=tuple(run.model.tokenizer.decode([token]) for token in scores.refusal_tokens),
         training_queries_known=run.training_is_known,
@@ -400,7 +356,9 @@ def _check_layers(
 
 
 def _pick(allowed: Sequence[LayerScore], sound: int | None, options: EvalOptions) -> LayerScore:
-    wanted = options.layer if options.layer is not None else sound if options.sound_layer else allowed[0].layer
+    wanted = (
+        options.layer if isinstance(options.layer, int) else sound if options.layer == "sound" else allowed[0].layer
+    )
     picked = next((row for row in allowed if row.layer == wanted), None)
     if picked is None:
         raise UserError(f"layer {wanted} is not among those to choose from: {sorted(row.layer for row in allowed)}")

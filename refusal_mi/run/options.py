@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from ..errors import UserError
 from ..judges.http import judge_named
-from ..options import BatchSize, JudgeModel, JudgeName, Option, System, TemplateKwargs, token_ids, words
+from ..options import (
+    BatchSize,
+    JudgeModel,
+    JudgeName,
+    Option,
+    RefusalTokens,
+    ResponsePrefix,
+    System,
+    TemplateKwargs,
+    words,
+)
 from ..search.thresholds import PUBLISHED, Rule, Search, most
 
 if TYPE_CHECKING:
@@ -51,18 +61,8 @@ class RunOptions:
     ] = True
     system: System = None
     template_kwargs: TemplateKwargs = field(default_factory=dict)
-    response_prefix: Annotated[
-        str | None, Option("Text that every answer begins with; default: found by generating.")
-    ] = None
-    refusal_tokens: Annotated[
-        tuple[int, ...] | None,
-        Option(
-            "Token ids of the refusal score; default: discovered on TRAIN.",
-            takes=str | None,
-            read=token_ids,
-            write=lambda tokens: ",".join(map(str, tokens)),
-        ),
-    ] = None
+    response_prefix: ResponsePrefix = None
+    refusal_tokens: RefusalTokens = None
     estimator: Annotated[
         str | None,
         Option(

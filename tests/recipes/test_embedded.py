@@ -7,8 +7,9 @@ import pytest
 from refusal_mi.model.loading import ORGANISM, load_model
 from refusal_mi.recipes.caa import load_vectors, write_vectors
 from refusal_mi.recipes.caa_eval import choose, sweep_pairs
-from refusal_mi.recipes.responses import VectorOptions, vector
-from refusal_mi.recipes.responses_eval import EvalOptions, evaluate_vector
+from refusal_mi.recipes.options import EvalOptions, VectorOptions
+from refusal_mi.recipes.responses import vector
+from refusal_mi.recipes.responses_eval import evaluate_vector
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.pairs import PairSet, load_pairs, load_questions

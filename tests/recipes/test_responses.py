@@ -17,18 +17,16 @@ from refusal_mi.measures import kl_nats, next_token_logits, refusal_score
 from refusal_mi.model.points import resid_hook
 from refusal_mi.reading import combine_spans
 from refusal_mi.recipes import responses_eval as alpaca_eval
+from refusal_mi.recipes.options import REFUSAL_INSTRUCTION, EvalOptions, VectorOptions
 from refusal_mi.recipes.responses import (
-    REFUSAL_INSTRUCTION,
     NothingSurvives,
     VectorMetadata,
-    VectorOptions,
     load_vectors,
     recorded_dataset,
     row_direction,
     vector,
 )
 from refusal_mi.recipes.responses_eval import (
-    EvalOptions,
     EvalSummary,
     Evaluation,
     LayerScore,
