@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check notebooks figures bench bench-long clean
+.PHONY: demo test test-fast check notebooks figures bench bench-long clean
 
 demo: $(READY)
 	$(BIN)/refusal-mi run
 
+# Everything (under 4 minutes on 2 cores).
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What is not marked slow, for use while working (under a minute on 2 cores).
+test-fast: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # Runs every notebook from top to bottom; the committed ones are left as they are.
 notebooks: $(READY)

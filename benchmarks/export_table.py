@@ -14,17 +14,17 @@ from refusal_mi.export.export import export_checkpoint
 from refusal_mi.files import write_json, write_text
 from refusal_mi.interventions import Ablate
 from refusal_mi.weights import Projection
-from tests.export_models import (
+from tests.helpers.directions import random_direction
+from tests.helpers.exports import (
     EXACT,
     FUSED_EXPERTS,
     POST_NORM,
     hooked_logits,
     largest_component,
-    make_direction,
     plain_logits,
     save_model,
 )
-from tests.tiny import FAMILIES, tiny_tokenizer
+from tests.helpers.models import FAMILIES, tiny_tokenizer
 
 PAGE = Path(__file__).parent.parent / "docs" / "export.md"
 WIDTHS = (32, 128, 512)
@@ -36,7 +36,7 @@ HEADER = (
 
 def measure(family: str, scratch: Path) -> dict[str, float | None]:
     """One row: an export of each dtype, reloaded from disk."""
-    direction = make_direction()
+    direction = random_direction(1)
     ablation = Ablate(direction)
     row: dict[str, float | None] = {"float64": None}
     for dtype in ("float32",) if family in FUSED_EXPERTS else ("float32", "float64"):
@@ -87,7 +87,7 @@ def write_wide_model(family: str, width: int, directory: Path, dtype: torch.dtyp
 def post_norm_share(family: str, width: int, dtype: str, scratch: Path) -> float:
     """Largest logit difference to the hooked model, as a fraction of what the edit changes."""
     source, out = scratch / f"{family}-{width}-{dtype}", scratch / f"{family}-{width}-{dtype}-out"
-    ablation = Ablate(make_direction(width=width))
+    ablation = Ablate(random_direction(1, width=width))
     write_wide_model(family, width, source, getattr(torch, dtype))
     export_checkpoint(source, ablation, out, verify="none")
     hooked = hooked_logits(source, [ablation], dtype)

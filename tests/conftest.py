@@ -19,7 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_dir(family)`: the directory of a saved tiny model."""
-    from tests.tiny import save_tiny
+    from tests.helpers.models import save_tiny
 
     root, made = tmp_path_factory.mktemp("tiny"), {}
 
@@ -66,8 +66,11 @@ def plain_model(tiny_dir):
 
 @pytest.fixture(scope="session")
 def reference_data() -> Path:
-    """The folder of published artifacts; tests that need it skip where it is absent."""
+    """The folder of published files that are not part of the repository; tests that need it skip where it is absent.
+
+    The published score grids are: tests/data/published.
+    """
     folder = os.environ.get("REFUSAL_MI_REFERENCE_DATA")
     if not folder or not Path(folder).is_dir():
-        pytest.skip("set REFUSAL_MI_REFERENCE_DATA to the folder of published runs")
+        pytest.skip("needs published files: REFUSAL_MI_REFERENCE_DATA names no folder")
     return Path(folder)

@@ -10,9 +10,10 @@ from refusal_mi.interventions import Ablate, Add
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.points import write_hooks
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, ablating, prompt_ids
-from tests.test_interventions import random_direction
-from tests.tiny import N_LAYERS, tiny_tokenizer
+from tests.helpers.directions import random_direction
+from tests.helpers.models import N_LAYERS, tiny_tokenizer
+from tests.helpers.naive import ASKS, ablating, prompt_ids
+from tests.helpers.tiers import first_is_fast
 
 N_NEW = 8
 
@@ -34,7 +35,7 @@ def hf_greedy(hf, prompt: list[int]) -> tuple[int, ...]:
     return tuple(row[len(prompt) :])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", first_is_fast(["gpt2", "llama", "gemma2", "mixtral"]))
 def test_a_left_padded_batch_writes_what_plain_hf_writes_alone(family, tiny_model, plain_model):
     model, hf = tiny_model(family), plain_model(family)
     expected = [hf_greedy(hf, prompt_ids(model.tokenizer, ask)) for ask in ASKS]
@@ -50,7 +51,7 @@ def test_text_under_ablation_is_that_of_plain_hf_hooks(tiny_model, plain_model):
     assert ids(model) != expected
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", first_is_fast(["gpt2", "llama"]))
 @pytest.mark.parametrize("positions", ["all", "prompt", "response"])
 def test_cached_and_uncached_generation_write_the_same(family, positions, tiny_model):
     model, direction = tiny_model(family), random_direction(1, scale=2.0)
@@ -102,12 +103,15 @@ def test_the_end_token_ends_an_answer_and_what_follows_is_dropped(tiny_dir):
     assert answers[0].text == model.tokenizer.decode(expected[0]).strip()
 
 
-def test_a_multi_byte_character_that_was_cut_off_is_not_a_replacement_character():
-    chat = ChatFormat(tiny_tokenizer())
+def test_a_multi_byte_character_that_was_cut_off_is_not_a_replacement_character(tiny_dir, monkeypatch):
+    model = load_model(tiny_dir("gpt2"), device="cpu")
+    chat = ChatFormat(model.tokenizer)
     whole = chat.tokenizer("né", add_special_tokens=False)["input_ids"]
-    assert generation._read(chat, whole[:-1], ()).text == "n"
     eos = chat.tokenizer.eos_token_id
-    assert generation._read(chat, [*whole[:-1], eos], (eos,)).text == "n\ufffd"
+    for written, text in ((whole[:-1], "n"), (whole, "né"), ([*whole[:-1], eos], "n\ufffd")):
+        new = torch.tensor([written])
+        monkeypatch.setattr(model, "generate", lambda tokens, new=new, **_: torch.cat([tokens, new], dim=1))
+        assert generate(model, chat, ASKS[:1], use_kv_cache=False)[0].text == text
 
 
 def test_hooks_are_gone_after_an_exception(tiny_model, monkeypatch):

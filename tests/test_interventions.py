@@ -9,17 +9,13 @@ from refusal_mi.interventions import Ablate, Add, all_hooks
 from refusal_mi.model.points import resid_hook, write_hooks
 from refusal_mi.model.running import all_logits
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS
-from tests.tiny import D_MODEL, N_LAYERS
+from tests.helpers.directions import direction_of, random_direction
+from tests.helpers.models import D_MODEL, N_LAYERS
+from tests.helpers.naive import ASKS
 
 FAMILIES = ["llama", "gemma2", "gpt2", "mixtral"]
 STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 WRITES = ("hook_attn_out", "hook_mlp_out")
-
-
-def random_direction(seed: int, layer: int = 2, scale: float = 3.0) -> Direction:
-    vector = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(seed)) * scale
-    return Direction(vector, layer, resid_hook(layer, N_LAYERS), -1)
 
 
 def run(model, interventions=(), names=None):
@@ -141,7 +137,7 @@ def test_subsets_of_layers_and_components_act_only_there(layers, components, tin
 def correlated(cosine: float) -> list[Direction]:
     a, b = torch.zeros(D_MODEL), torch.zeros(D_MODEL)
     a[0], b[0], b[1] = 2.0, cosine, (1 - cosine**2) ** 0.5
-    return [Direction(vector, 2, resid_hook(2, N_LAYERS)) for vector in (a, b)]
+    return [direction_of(a), direction_of(b)]
 
 
 def test_a_span_is_removed_whole_and_a_sequence_is_not(tiny_model):
@@ -158,7 +154,7 @@ def test_three_directions_and_their_span_are_the_same_ablation(tiny_model):
     """Any other basis of the span gives the same logits."""
     model = tiny_model("gpt2", "float64")
     a, b, c = (random_direction(seed) for seed in range(3))
-    mixed = [Direction(x.vector + 0.5 * y.vector, 2, x.hook_name) for x, y in ((a, b), (b, c), (c, a))]
+    mixed = [direction_of(x.vector + 0.5 * y.vector) for x, y in ((a, b), (b, c), (c, a))]
     assert torch.allclose(run(model, [Ablate([a, b, c])])[0], run(model, [Ablate(mixed)])[0], atol=1e-6)
     assert not torch.allclose(run(model, [Ablate([a, b, c])])[0], run(model, [Ablate([a, b])])[0], atol=1e-3)
 
@@ -202,7 +198,7 @@ def test_no_directions_a_wrong_width_and_a_bad_layer_are_refused(tiny_model):
     model = tiny_model("llama")
     with pytest.raises(UserError, match="at least one direction"):
         _ = Ablate([]).basis
-    wide = Direction(torch.ones(D_MODEL + 1), 2, "x")
+    wide = direction_of(torch.ones(D_MODEL + 1))
     for intervention in (Ablate(wide), Add(wide)):
         with pytest.raises(UserError, match=f"width {D_MODEL + 1} does not fit a model of width {D_MODEL}"):
             intervention.hooks(model)
@@ -237,7 +233,7 @@ def test_bfloat16_activations_are_projected_in_float32():
     """The exact projection rounded once; in bfloat16 alone a hundred times as much of the direction stays."""
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(D_MODEL, generator=generator)
-    direction = Direction(vector, 0, "blocks.0.hook_resid_pre")
+    direction = direction_of(vector, 0)
     unit = direction.unit
     x = (torch.randn(1, 64, D_MODEL, generator=generator) + 500 * unit.float()).bfloat16()
     found = hook_function(Ablate(direction))(x, None)

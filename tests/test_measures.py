@@ -15,25 +15,14 @@ from refusal_mi.measures import (
     refusal_score,
 )
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, FAMILIES, ablating, dtype_of, logits, prompt_ids, relative_error, tolerance
-from tests.test_interventions import random_direction
-from tests.tiny import tiny_tokenizer
-
-TOKENS = (5, 40, 7)
-
-
-def score_by_hand(row: torch.Tensor, tokens) -> float:
-    weights = [math.exp(value) for value in (row.double() - row.double().max()).tolist()]
-    p = sum(weights[token] for token in tokens) / math.fsum(weights)
-    return math.log(p + 1e-8) - math.log(1 - p + 1e-8)
+from tests.helpers.directions import random_direction
+from tests.helpers.models import tiny_tokenizer
+from tests.helpers.naive import ASKS, FAMILIES, ablating, dtype_of, logits, prompt_ids, relative_error, tolerance
+from tests.helpers.scores import TOKENS, kl_by_hand, score_by_hand
+from tests.helpers.tiers import first_is_fast
 
 
-def kl_by_hand(base: torch.Tensor, changed: torch.Tensor) -> float:
-    p, q = (torch.exp(row.double() - torch.logsumexp(row.double(), 0)).tolist() for row in (base, changed))
-    return math.fsum(a * (math.log(a + 1e-6) - math.log(b + 1e-6)) for a, b in zip(p, q, strict=True))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_scores_and_kl_equal_plain_hf_prompt_by_prompt(family, tiny_model, plain_model):
     model, hf = tiny_model(family, dtype_of(family)), plain_model(family, dtype_of(family))
     chat, direction = ChatFormat(model.tokenizer), random_direction(3)

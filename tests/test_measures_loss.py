@@ -9,8 +9,9 @@ from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate, Add
 from refusal_mi.measures import ScoredText, answers_to_score, ce_loss, texts_to_score
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, CHATS, FAMILIES, ablating, dtype_of, logits, prompt_ids, tolerance
-from tests.test_interventions import random_direction
+from tests.helpers.directions import random_direction
+from tests.helpers.naive import ASKS, CHATS, FAMILIES, ablating, dtype_of, logits, prompt_ids, tolerance
+from tests.helpers.tiers import first_is_fast
 
 PAIRS = [(ask, answer) for ask, answer in zip(ASKS, CHATS, strict=True)]
 
@@ -26,7 +27,7 @@ def naive_loss(hf, rows) -> tuple[float, int]:
     return total / count, count
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_loss_of_answers_and_of_plain_text_equals_text_by_text(family, tiny_model, plain_model):
     model, hf = tiny_model(family, dtype_of(family)), plain_model(family, dtype_of(family))
     chat = ChatFormat(model.tokenizer)

@@ -8,8 +8,9 @@ from refusal_mi.errors import UserError
 from refusal_mi.model.loading import load_model
 from refusal_mi.reading import mean_activations
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, CHATS, FAMILIES, dtype_of, mean_residuals, relative_error, tolerance
-from tests.tiny import D_MODEL, N_LAYERS
+from tests.helpers.models import D_MODEL, N_LAYERS
+from tests.helpers.naive import ASKS, CHATS, FAMILIES, dtype_of, mean_residuals, relative_error, tolerance
+from tests.helpers.tiers import first_is_fast
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -35,7 +36,7 @@ def test_the_batch_size_does_not_matter(family, tiny_model):
     assert relative_error(together, alone) < tolerance(family)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", first_is_fast(["llama", "qwen2", "gemma2"]))
 def test_without_padding_float64_is_exact_on_rmsnorm_families_too(family, tiny_model, plain_model):
     model, hf = tiny_model(family, "float64"), plain_model(family, "float64")
     found = mean_activations(model, ChatFormat(model.tokenizer), ASKS, batch_size=1).means

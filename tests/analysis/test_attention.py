@@ -8,8 +8,10 @@ from refusal_mi.analysis.attribution import attribute_direction
 from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.errors import UserError
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis.test_attribution import FAMILIES, HEADS, PROMPTS, cached, random_direction
-from tests.tiny import tiny_tokenizer
+from tests.helpers.cases import FAMILIES, HEADS, PROMPTS, cached
+from tests.helpers.directions import random_direction
+from tests.helpers.models import tiny_tokenizer
+from tests.helpers.tiers import first_is_fast
 
 SUFFIX = " ok now"
 
@@ -34,7 +36,7 @@ def test_regions_are_where_their_text_is() -> None:
     assert given[-7:] == [7, 8, *chat.post_instruction_ids]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_masses_and_contributions_are_sums_over_regions(tiny_model, family: str) -> None:
     model = tiny_model(family)
     chat, direction = ChatFormat(model.tokenizer), random_direction()

@@ -6,26 +6,14 @@ import torch
 from refusal_mi.analysis.attribution import attribute_direction
 from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.analysis.sources import attribute_sources
-from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.text.chat import ChatFormat
-
-FAMILIES = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen3_moe")
-PROMPTS = ["Why?", "Describe how a kite flies in the wind", "Name three colors"]
-HEADS = [(0, 0), (0, 3), (2, 1), (4, 2)]
-
-
-def random_direction(layer: int = 2, seed: int = 0) -> Direction:
-    vector = torch.randn(32, generator=torch.Generator().manual_seed(seed))
-    return Direction(vector, layer, f"blocks.{layer}.hook_resid_pre", -1)
+from tests.helpers.cases import FAMILIES, HEADS, PROMPTS, cached
+from tests.helpers.directions import random_direction
+from tests.helpers.tiers import first_is_fast
 
 
-def cached(model, chat: ChatFormat, prompt: str) -> dict[str, torch.Tensor]:
-    _, cache = model.run_with_cache(torch.tensor([chat.encode(prompt)]), return_cache_object=False)
-    return cache
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_components_sum_to_the_projection_of_the_stream(tiny_model, family: str) -> None:
     model = tiny_model(family)
     chat, direction = ChatFormat(model.tokenizer), random_direction()
@@ -86,7 +74,7 @@ def test_a_norm_after_attention_acts_with_the_scale_it_has_at_that_position(tiny
     assert (scaled / direction.unit - 1).abs().max() > 0.1  # ignoring the norm would give something else
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_sources_sum_to_the_heads(tiny_model, family: str) -> None:
     model = tiny_model(family)
     chat, direction = ChatFormat(model.tokenizer), random_direction()

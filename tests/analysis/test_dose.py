@@ -15,7 +15,9 @@ from refusal_mi.judges.substring import is_degenerate, is_refusal
 from refusal_mi.measures import ce_loss, next_token_logits, refusal_score, texts_to_score
 from refusal_mi.stats import Rate
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis.test_attribution import FAMILIES, random_direction
+from tests.helpers.cases import FAMILIES
+from tests.helpers.directions import random_direction
+from tests.helpers.tiers import first_is_fast
 
 HARMFUL, HARMLESS, TOKENS = ["Why?", "Tell me how a kite flies"], ["Go on", "Say it", "Name a color"], [5, 6, 7]
 
@@ -26,7 +28,7 @@ def score_by_hand(model, chat: ChatFormat, intervention, prompt: str) -> float:
     return refusal_score(logits, TOKENS).item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_points_are_the_model_under_that_amount(tiny_model, family: str) -> None:
     model = tiny_model(family)
     chat, direction = ChatFormat(model.tokenizer), random_direction()
@@ -64,6 +66,7 @@ def test_points_are_the_model_under_that_amount(tiny_model, family: str) -> None
         assert abs(result.scores[curve][index, 1, prompt].item() - expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_rates_losses_and_bands(tiny_model, tmp_path) -> None:
     model = tiny_model("llama")
     chat, direction = ChatFormat(model.tokenizer), random_direction()
@@ -108,6 +111,7 @@ def test_rates_losses_and_bands(tiny_model, tmp_path) -> None:
     assert {trace.name for trace in figure.data if trace.showlegend} >= {"harmful prompts (n = 2)"}
 
 
+@pytest.mark.slow
 def test_the_control_is_a_band_over_random_directions(tiny_model) -> None:
     model = tiny_model("llama")
     chat, direction = ChatFormat(model.tokenizer), random_direction()

@@ -23,7 +23,7 @@ from refusal_mi.model.loading import ORGANISM
 from refusal_mi.notebook import searched
 from refusal_mi.run.folder import RunInputs
 
-pytestmark = pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")]
 N = 20
 
 
@@ -97,7 +97,9 @@ def test_the_direction_steers_and_random_ones_of_its_length_only_disturb(run, gr
     )
     for side in ("harmful", "harmless"):
         random = torch.tensor([found.steering(side, index) for index in range(1, 7)])
-        assert found.steering(side) > 2 and random.abs().max() < 0.3 * found.steering(side)
+        assert found.steering(side) > max(
+            2, 4 * random.square().mean().sqrt()
+        ) and random.abs().max() < 0.5 * found.steering(side)
         assert abs(random.mean()) < 0.15 * found.steering(side)
         for curve in (f"add/{side}", f"ablate/{side}"):
             rates = found.refused[curve].mean(-1)

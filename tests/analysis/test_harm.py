@@ -9,7 +9,9 @@ from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate
 from refusal_mi.measures import next_token_logits, refusal_score
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis.test_attribution import FAMILIES, PROMPTS, cached, random_direction
+from tests.helpers.cases import FAMILIES, PROMPTS, cached
+from tests.helpers.directions import random_direction
+from tests.helpers.tiers import first_is_fast
 
 HARMFUL, HARMLESS = ["Burn", "Break this", "Take it all"], ["Sing a song", "Paint", "Walk far"]
 REFUSED = (True, False, True, False, False, True)
@@ -26,7 +28,7 @@ def streams(model, chat: ChatFormat, prompt: str, position: int) -> list[torch.T
     return [cache[name][0, position].double() for name in names]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_belief_scores_follow_the_formula(tiny_model, family: str) -> None:
     model = tiny_model(family)
     chat = ChatFormat(model.tokenizer)

@@ -9,7 +9,9 @@ from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.measures import refusal_score
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis.test_attribution import FAMILIES, cached, random_direction
+from tests.helpers.cases import FAMILIES, cached
+from tests.helpers.directions import random_direction
+from tests.helpers.tiers import first_is_fast
 
 HARMFUL = ["Why?", "Tell me how a kite flies"]
 HARMLESS = ["Say something short", "Go on"]
@@ -30,7 +32,7 @@ def patched_by_hand(model, chat: ChatFormat, site: str, layer: int, position: in
     return refusal_score(logits[:, -1].detach(), TOKENS).item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_a_cell_is_the_run_with_that_activation(tiny_model, family: str) -> None:
     model = tiny_model(family)
     chat = ChatFormat(model.tokenizer)
@@ -84,6 +86,7 @@ def test_patching_along_the_whole_difference_is_patching_the_activation(tiny_mod
     assert shares.isnan().equal(along["difference"].effects("resid") < 0.1)
 
 
+@pytest.mark.slow
 def test_batch_size_changes_nothing(tiny_model) -> None:
     model = tiny_model("gpt2")
     chat = ChatFormat(model.tokenizer)
@@ -95,6 +98,7 @@ def test_batch_size_changes_nothing(tiny_model) -> None:
         torch.testing.assert_close(both[0].patched[site], both[1].patched[site], atol=5e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_saved_drawn_and_mistakes_named(tiny_model, tmp_path) -> None:
     model = tiny_model("qwen3_moe")
     chat = ChatFormat(model.tokenizer)

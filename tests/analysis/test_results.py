@@ -12,7 +12,8 @@ from refusal_mi.cli.analyze import redraw
 from refusal_mi.errors import UserError
 from refusal_mi.reading import template_residuals
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis_cases import FAMILIES, HARMFUL, HARMLESS, analyses
+from tests.helpers.cases import FAMILIES, HARMFUL, HARMLESS, analyses
+from tests.helpers.tiers import first_is_fast
 
 
 def tensors_of(result):
@@ -21,7 +22,7 @@ def tensors_of(result):
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_residuals_do_not_depend_on_batch_size(tiny_model, family):
     model = tiny_model(family)
     chat, prompts = ChatFormat(model.tokenizer), [*HARMFUL, *HARMLESS]
@@ -30,6 +31,7 @@ def test_residuals_do_not_depend_on_batch_size(tiny_model, family):
     assert (alone - alone.roll(1, 0)).abs().max() > 0.1, "prompts in the wrong order would be seen"
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_batch_size(tiny_model):
     model = tiny_model("gpt2")  # learned positions: padding shows if it can
     alone, together = analyses(model, 1), analyses(model, 16)
@@ -40,6 +42,7 @@ def test_results_do_not_depend_on_batch_size(tiny_model):
             torch.testing.assert_close(value, second[name], rtol=0, atol=allowed, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_probes_do_not_depend_on_batch_size(tiny_model):
     model = tiny_model("gpt2")
     first, second = analyses(model, 1)["probes"](), analyses(model, 16)["probes"]()
@@ -47,6 +50,7 @@ def test_probes_do_not_depend_on_batch_size(tiny_model):
     torch.testing.assert_close(first.cosines, second.cosines, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_analysis_runs_saves_loads_and_draws_the_same(tiny_model, tmp_path, family):
     cases = analyses(tiny_model(family))
@@ -70,6 +74,7 @@ def test_every_analysis_runs_saves_loads_and_draws_the_same(tiny_model, tmp_path
             assert isinstance(figure, str) or figure.to_json() == before[name].to_json(), name
 
 
+@pytest.mark.slow
 def test_figures_name_axes_model_and_n(tiny_model):
     for analyze in analyses(tiny_model("llama")).values():
         result = analyze()

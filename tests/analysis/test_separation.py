@@ -6,12 +6,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from refusal_mi.analysis.comparison import compare_directions
-from refusal_mi.analysis.geometry import _weights, direction_geometry
-from refusal_mi.analysis.probes import _fit, area_under_curve, linear_probes
-from refusal_mi.directions import Direction
+from refusal_mi.analysis.geometry import direction_geometry
+from refusal_mi.analysis.probes import area_under_curve, linear_probes
 from refusal_mi.errors import UserError
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis_cases import FAMILIES, HARMFUL, HARMLESS, grid_of
+from tests.helpers.cases import FAMILIES, HARMFUL, HARMLESS, grid_of
+from tests.helpers.directions import direction_of, random_direction
 
 # The last letter tells the classes apart, which the template's first token reads; lengths do not.
 WORDS = ("aab", "aba", "baa", "bba", "bab", "abb", "aaa", "bbb")
@@ -48,20 +48,30 @@ def test_a_planted_difference_is_stable_and_a_shuffled_one_is_not(llama):
 
 
 @pytest.mark.parametrize(("n_harmful", "n_harmless"), [(6, 6), (7, 4)])
-def test_resamples_weigh_prompts_as_they_should(n_harmful, n_harmless):
-    n = 5
-    drawn = _weights(n_harmful, n_harmless, n, seed=0)
-    torch.testing.assert_close(drawn.sum(1), torch.zeros(1 + 2 * n, dtype=torch.float64), rtol=0, atol=1e-6)
-    label = torch.tensor([1.0] * n_harmful + [0.0] * n_harmless).double()
-    torch.testing.assert_close(drawn[: 1 + n] @ label, torch.ones(1 + n).double(), rtol=0, atol=1e-6)
-    assert bool((drawn[1 + n :] @ label == 0).all()), "a shuffle keeps nothing of the classes"
-    assert len(torch.unique(drawn, dim=0)) == len(drawn)
+def test_resamples_weigh_prompts_as_they_should(llama, n_harmful, n_harmless, monkeypatch):
+    """Two classes that are one point each: every sample of them gives their difference, and every shuffle nothing."""
+    model, chat = llama
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(chat.positions), model.cfg.n_layers, 16)
+    both, difference = (torch.randn(shape, generator=generator) for _ in range(2))
+    streams = torch.stack([both + difference] * n_harmful + [both] * n_harmless)
+    noise = torch.randn(streams.shape, generator=generator)
+    results = []
+    for table in (streams, streams + 0.5 * noise):
+        monkeypatch.setattr("refusal_mi.analysis.geometry.template_residuals", lambda *_, table=table, **__: table)
+        results.append(direction_geometry(model, chat, HARMFUL[:1] * n_harmful, HARMLESS[:1] * n_harmless))
+    exact, noisy = results
+    torch.testing.assert_close(exact.norms, difference.double().norm(dim=-1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(exact.stability_p05, torch.ones_like(exact.norms), rtol=0, atol=1e-6)
+    assert exact.norms_null_p95.max() < 1e-5 * exact.norms.min(), "a shuffle keeps nothing of the classes"
+    assert noisy.norms_null_p95.min() > 0.1
+    assert (noisy.stability - noisy.stability_p05).min() > 1e-3, "the samples differ"
 
 
 def test_comparison_of_known_directions():
     vector = torch.randn(400, generator=torch.Generator().manual_seed(0))
-    base = Direction(vector, 2, "blocks.2.hook_resid_pre")
-    turned = Direction(-3 * vector, 2, "blocks.2.hook_resid_pre")
+    base = direction_of(vector)
+    turned = direction_of(-3 * vector)
     result = compare_directions({"r": base, "-3r": turned, "random": base.random_like(1)})
     assert result.cosines[0, 1].item() == pytest.approx(-1)
     assert result.norms[1].item() == pytest.approx(3 * base.norm, rel=1e-6)
@@ -99,18 +109,28 @@ def test_area_under_curve_is_scikit_learns_with_ties():
     assert area_under_curve(torch.zeros(3), torch.zeros(2)) == 0.5
 
 
-def test_fitting_in_the_span_of_the_rows_is_fitting_everywhere():
+def test_fitting_in_the_span_of_the_rows_is_fitting_everywhere(llama, monkeypatch):
+    """Read off the cosines with directions, of which the last is the coordinate that is the same everywhere."""
+    model, chat = llama
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(30, 80, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 5, 80)
     features[:, 3] = 7.0  # the same for every prompt
-    labels = torch.arange(30) % 2 == 0
-    _, ours = _fit(features, labels)
+    table = features[:, None, None].expand(-1, len(chat.positions), -1, -1)
+    monkeypatch.setattr("refusal_mi.analysis.probes.template_residuals", lambda *_, **__: table)
+    labels = torch.arange(30) < 15
     spread = features.std(0, correction=0)
     spread[3] = 1
     standardized = (features - features.mean(0)) / spread
     direct = torch.from_numpy(LogisticRegression(tol=1e-8).fit(standardized.numpy(), labels.numpy()).coef_[0]) / spread
-    assert torch.nn.functional.cosine_similarity(ours, direct, dim=0).item() > 1 - 1e-5
-    assert ours[3] == 0
+    constant = torch.zeros(80)
+    constant[3] = 1.0
+    size = {"positions": (-1,), "n_folds": 2, "n_shuffles": 0}
+    for direction in (*(random_direction(seed, width=80) for seed in range(3)), direction_of(constant)):
+        found = linear_probes(model, chat, HARMFUL[:1] * 15, HARMLESS[:1] * 15, direction, **size)
+        cosine = torch.nn.functional.cosine_similarity(direction.unit, direct, dim=0).item()
+        assert direction.unit[3] == 1 or abs(cosine) > 0.02
+        assert found.cosines[1].item() == pytest.approx(cosine, abs=1e-3)
+    assert found.cosines[1].item() == 0
 
 
 def test_too_few_prompts_for_the_folds(llama):

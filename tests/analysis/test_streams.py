@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import silhouette_score
 
 from refusal_mi.analysis.lens import refusal_lens
-from refusal_mi.analysis.pca import _silhouette, residual_pca
+from refusal_mi.analysis.pca import residual_pca
 from refusal_mi.analysis.projections import project_residuals
 from refusal_mi.analysis.token_map import map_tokens
 from refusal_mi.errors import UserError
@@ -13,7 +13,7 @@ from refusal_mi.interventions import Ablate
 from refusal_mi.measures import next_token_logits, refusal_score
 from refusal_mi.reading import template_residuals
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis_cases import FAMILIES, HARMFUL, HARMLESS, TOKENS, grid_of
+from tests.helpers.cases import FAMILIES, HARMFUL, HARMLESS, TOKENS, grid_of
 
 GROUPS = {"harmful": HARMFUL, "harmless": HARMLESS}
 
@@ -125,14 +125,13 @@ def test_all_components_keep_every_distance(llama):
     assert bool((result.direction_cosines >= 0).all())
 
 
-def test_silhouette_is_scikit_learns():
-    generator = torch.Generator().manual_seed(0)
-    points = torch.randn(20, 2, generator=generator, dtype=torch.float64)
-    labels = torch.tensor([0] * 9 + [1] * 8 + [2] * 3)
-    points[labels == 1] += 2
-    ours = _silhouette(torch.cdist(points, points), labels)
-    assert ours == pytest.approx(silhouette_score(points.numpy(), labels.numpy()), rel=1e-6)
-    assert ours > 0.1
+def test_silhouette_is_scikit_learns(llama):
+    model, chat, direction = llama
+    groups = {"harmful": HARMFUL, "harmless": HARMLESS[:4], "others": ("12", "345 6", "7")}
+    result = residual_pca(model, chat, direction, groups, layers=(3, 5))
+    for points, ours in zip(result.coordinates, result.separation, strict=True):
+        assert ours.item() == pytest.approx(silhouette_score(points.numpy(), list(result.groups)), rel=1e-6)
+    assert result.separation.abs().min() > 0.01
 
 
 def test_what_cannot_be_asked(llama):

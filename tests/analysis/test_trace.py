@@ -9,12 +9,14 @@ from refusal_mi.errors import UserError
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Add
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis.test_attribution import FAMILIES, PROMPTS, random_direction
+from tests.helpers.cases import FAMILIES, PROMPTS
+from tests.helpers.directions import random_direction
+from tests.helpers.tiers import first_is_fast
 
 GROUPS = {"harmful": PROMPTS[:2], "harmless": PROMPTS[2:]}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_values_are_projections_at_the_tokens_of_the_answer(tiny_model, family: str) -> None:
     model = tiny_model(family)
     chat, direction = ChatFormat(model.tokenizer), random_direction()

@@ -5,20 +5,15 @@ import torch
 
 from refusal_mi.analysis.logits import direction_logits
 from refusal_mi.analysis.weights import weight_alignment
-from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.model.readers import ModelWeights, NormMap, named_weights, norm_before, readers
 from refusal_mi.model.running import read_out
 from refusal_mi.model.writers import FAMILIES
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis_cases import HARMFUL
+from tests.helpers.cases import HARMFUL
+from tests.helpers.directions import direction_of, random_direction
 
 LAYER = 2
-
-
-def direction_of(model, seed=0):
-    vector = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(seed))
-    return Direction(vector, LAYER, f"blocks.{LAYER}.hook_resid_pre", -1)
 
 
 def cached(model, names):
@@ -61,7 +56,7 @@ def test_with_a_post_norm_they_sum_up_to_its_scale(tiny_model, family):
 
 def test_writes_are_the_norms_of_products_with_raw_weights(tiny_model):
     model = tiny_model("llama")
-    direction = direction_of(model)
+    direction = random_direction()
     result = weight_alignment(model, direction, n_random=3)
     named = named_weights(model)
     output = named[f"model.layers.{LAYER}.self_attn.o_proj.weight"].detach().double()
@@ -78,7 +73,7 @@ def test_writes_are_the_norms_of_products_with_raw_weights(tiny_model):
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_experts_are_taken_together(tiny_model, family):
     model = tiny_model(family)
-    direction = direction_of(model)
+    direction = random_direction()
     result = weight_alignment(model, direction, n_random=3)
     named, prefix = named_weights(model), f"model.layers.{LAYER}.mlp.experts"
     down, inward = (named[f"{prefix}.{name}"].detach().double() for name in ("down_proj", "gate_up_proj"))
@@ -116,7 +111,7 @@ def test_a_planted_writer_stands_out_and_random_directions_do_not(tiny_model):
     model = tiny_model("llama")
     rows = ModelWeights(model).head_rows(3)[2].double()
     strongest = torch.linalg.svd(rows).Vh[0]
-    planted = Direction(strongest.float(), 3, "blocks.3.hook_resid_pre", -1)
+    planted = direction_of(strongest.float(), 3)
     result = weight_alignment(model, planted, n_random=50)
     ratio = result.ratio("writes")
     assert ratio.argmax().item() == 3 * ratio.shape[1] + 2
@@ -129,7 +124,7 @@ def test_a_planted_writer_stands_out_and_random_directions_do_not(tiny_model):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3_moe", "olmo2", "gemma"])
 def test_logits_are_those_of_a_stream_that_is_the_direction(tiny_model, family):
     model = tiny_model(family)
-    direction = direction_of(model, seed=1)
+    direction = random_direction(1)
     everything = tuple(range(model.cfg.d_vocab))
     result = direction_logits(model, direction, everything, n_top=4, n_controls=2)
     with torch.no_grad():
@@ -147,4 +142,4 @@ def test_an_unknown_type_of_model_is_sent_to_analyses_that_read_no_weights(tiny_
     model = tiny_model("gpt2")
     monkeypatch.delitem(FAMILIES, "gpt2")
     with pytest.raises(UserError, match="'gpt2'; project_residuals, linear_probes and patch_activations"):
-        weight_alignment(model, direction_of(model))
+        weight_alignment(model, random_direction())

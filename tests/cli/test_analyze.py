@@ -8,9 +8,10 @@ from refusal_mi.analysis.patching import patch_activations
 from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
-from refusal_mi.files import write_json, write_tensors
+from refusal_mi.files import as_json, write_json, write_tensors
+from refusal_mi.model.provenance import describe_model
 from refusal_mi.text.chat import ChatFormat
-from tests.analysis_cases import HARMFUL, HARMLESS, TOKENS, grid_of
+from tests.helpers.cases import HARMFUL, HARMLESS, TOKENS, grid_of
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,8 @@ def run_folder(tiny_dir, tiny_model, tmp_path_factory):
     record = {"positions": list(grid.positions), "is_degenerate": degenerate, "method": "difference in means"}
     write_json(folder / "generate_directions/mean_diffs.json", record)
     options = {"system": None, "template_kwargs": {}}
-    write_json(folder / "run.json", {"model": {"source": str(tiny_dir("llama").resolve())}, "options": options})
+    described = as_json(describe_model(model, str(tiny_dir("llama").resolve())))
+    write_json(folder / "run.json", {"model": described, "options": options})
     sides = {
         side: {
             part: [
@@ -41,6 +43,7 @@ def run_folder(tiny_dir, tiny_model, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_analyze_writes_results_and_figures(tiny_dir, run_folder, tmp_path, capsys):
     what = "lens,projections,token_map,geometry,comparison,pca,logits,weights"
     arguments = ["analyze", str(tiny_dir("llama")), "--run", str(run_folder), "--what", what, "--n-prompts", "4"]
@@ -69,6 +72,7 @@ def test_one_analysis_that_cannot_be_done_does_not_stop_the_others(tiny_dir, run
     assert exit_status([*shared, "--what", "lens"]) == 2
 
 
+@pytest.mark.slow
 def test_a_figure_that_cannot_be_drawn_is_named_and_the_others_are_drawn(tiny_model, tmp_path, capsys):
     model = tiny_model("llama")
     chat = ChatFormat(model.tokenizer)

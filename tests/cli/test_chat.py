@@ -15,30 +15,26 @@ import torch
 
 from refusal_mi.cli import exit_status
 from refusal_mi.cli.chat import Change, Session, interact, printable
-from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.generation import Conversation, generate, stream
 from refusal_mi.interventions import Ablate, Add
 from refusal_mi.text.chat import ChatFormat
+from tests.helpers.directions import random_direction
+from tests.helpers.tiers import first_is_fast
 
 TURNS = ("Hello there", "And then?")
 
 
-def direction(seed: int, scale: float = 3.0) -> Direction:
-    vector = torch.randn(32, generator=torch.Generator().manual_seed(seed))
-    return Direction(vector * (scale / vector.norm()), 2, "blocks.2.hook_resid_pre")
-
-
 CHANGES = {
     "plain": (),
-    "span": (Ablate([direction(0), direction(1)]),),
-    "sequential": (Ablate(direction(0)), Ablate(direction(1))),
-    "added": (Add(direction(2)),),
-    "added to the response": (Add(direction(3, 15.0), positions="response"),),
+    "span": (Ablate([random_direction(0), random_direction(1)]),),
+    "sequential": (Ablate(random_direction(0)), Ablate(random_direction(1))),
+    "added": (Add(random_direction(2, scale=0.5)),),
+    "added to the response": (Add(random_direction(3), positions="response"),),
 }
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(params=first_is_fast(["llama", "gpt2"]))
 def model(tiny_model, request):
     return tiny_model(request.param)
 
@@ -168,7 +164,9 @@ def session(model, *, compare: bool = False) -> Session:
         name="tiny",
         change=None,
         by_ranks=by_ranks,
-        steered_by=lambda coefficient: Change(f"{coefficient:+g} added", (Add(direction(2, 40.0), coefficient),)),
+        steered_by=lambda coefficient: Change(
+            f"{coefficient:+g} added", (Add(random_direction(2, scale=7.0), coefficient),)
+        ),
     )
 
 
@@ -255,7 +253,7 @@ def test_prompts_from_a_pipe(tiny_dir, monkeypatch, capsys):
 
 def test_prompts_as_options_and_the_published_spelling(tiny_dir, tmp_path, capsys):
     model = str(tiny_dir("llama"))
-    direction(2, 40.0).save(tmp_path / "v.pt")
+    random_direction(2, scale=7.0).save(tmp_path / "v.pt")
     outs = []
     for extra in ([], ["--steer", str(tmp_path / "v.pt"), "--coefficient", "0"], ["--steer", str(tmp_path / "v.pt")]):
         status = exit_status(["chat", "--model_path", model, "--prompt", "/reset", "--max_new_tokens", "8", *extra])
@@ -305,6 +303,7 @@ sys.exit(exit_status(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_real_terminal(tiny_dir):
     """A pseudo-terminal, SIGINT in the middle of an answer, the next answer after it, and a clean end."""
     ours, theirs = pty.openpty()

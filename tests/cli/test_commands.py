@@ -9,7 +9,7 @@ from importlib.metadata import version
 import pytest
 
 from refusal_mi.cli import exit_status
-from tests.tiny import save_tiny
+from tests.helpers.models import save_tiny
 
 SIZES = ["--n-train=10", "--n-val=8", "--n-test=2", "--no-filter", "--refusal-tokens=5,40", "--response-prefix="]
 

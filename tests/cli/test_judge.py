@@ -8,7 +8,7 @@ from refusal_mi.cli import exit_status
 from refusal_mi.files import read_json
 from refusal_mi.generation import Generated
 from refusal_mi.recipes import effects
-from tests.fake_judge import KEY, LONG, Fake, send, verdict
+from tests.helpers.judge import KEY, LONG, Fake, send, verdict
 
 SIZES = ["--n-train=6", "--n-val=3", "--n-test=4", "--n-ce=2", "--max-new-tokens=3", "--n-random=1"]
 RUN = ["--no-filter", "--no-thresholds", "--refusal-tokens=5,40", "--response-prefix=", "--device=cpu", *SIZES]
@@ -35,6 +35,7 @@ def written(folder) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_run_combos_and_judge_with_an_endpoint(judged, tiny_dir, capsys):
     model, folder = str(tiny_dir("gpt2")), judged / "run"
     arguments = ["run", model, *RUN, STEPS, "--output-dir", str(folder)]
@@ -71,6 +72,7 @@ def test_run_combos_and_judge_with_an_endpoint(judged, tiny_dir, capsys):
     assert KEY not in shown.out + shown.err and KEY.encode() not in written(judged)
 
 
+@pytest.mark.slow
 def test_a_judge_that_fails_leaves_the_answers_and_the_next_run_goes_on(judged, tiny_dir, capsys):
     arguments = ["run", str(tiny_dir("gpt2")), *RUN, STEPS, "--output-dir", "run", "--judge"]
     with Fake(lambda fake, handler, number, body: send(handler, f"no {KEY}", 503, {"Retry-After": "0"})) as fake:

@@ -10,11 +10,12 @@ from refusal_mi.export.checkpoint import open_checkpoint
 from refusal_mi.export.export import export_adapter, export_checkpoint
 from refusal_mi.files import read_json, sha256_file
 from refusal_mi.interventions import Ablate, Add
-from tests.export_models import hooked_logits, make_direction, plain_logits, some_tokens
+from tests.helpers.directions import random_direction
+from tests.helpers.exports import hooked_logits, plain_logits, some_tokens
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
-R, OTHER = make_direction(1), make_direction(2)
+R, OTHER = random_direction(1), random_direction(2)
 CASES = [
     ("qwen2", [Ablate([R, OTHER])]),
     ("gemma", [Ablate(R, constants=[1.5])]),
@@ -50,6 +51,7 @@ def test_the_adapter_gives_the_hooked_logits_and_comes_off(family, what, tmp_pat
     assert torch.equal(off, plain)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_small_verified_and_says_who_ignores_what(tmp_path, tiny_dir):
     source = tiny_dir("gpt_oss")
     report = export_adapter(source, Ablate(R), tmp_path / "adapter", prompts=["Count to ten"])

@@ -11,9 +11,10 @@ from refusal_mi.export import export as export_module
 from refusal_mi.export.rewrite import rewrite
 from refusal_mi.files import write_json, write_tensors
 from refusal_mi.interventions import Ablate
-from tests.export_models import hooked_logits, make_direction, plain_logits
+from tests.helpers.directions import random_direction
+from tests.helpers.exports import hooked_logits, plain_logits
 
-R = make_direction()
+R = random_direction(1)
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_export_vector_writes_both_formats(tmp_path, tiny_dir, run_folder, capsy
     assert {entry["action"] for entry in entries.values()} == {"clamp"}
     assert exit_status([*base, "--format", "onnx", "--output", str(tmp_path / "x")]) == 2
     pytest.importorskip("gguf")
-    from tests.export_models import read_gguf
+    from tests.helpers.exports import read_gguf
 
     assert exit_status([*base, "--output", str(tmp_path / "r.gguf")]) == 0
     torch.testing.assert_close(read_gguf(tmp_path / "r.gguf")[2], R.vector)

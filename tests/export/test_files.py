@@ -15,10 +15,11 @@ from refusal_mi.export.plan import plan_export
 from refusal_mi.export.rewrite import rewrite
 from refusal_mi.interventions import Ablate
 from refusal_mi.weights import TensorEdit, edit_, factors, writer_projection
-from tests.export_models import hooked_logits, make_direction, plain_logits, save_model
-from tests.tiny import tiny_hf_model
+from tests.helpers.directions import random_direction
+from tests.helpers.exports import hooked_logits, plain_logits, save_model
+from tests.helpers.models import tiny_hf_model
 
-R = make_direction()
+R = random_direction(1)
 
 
 def _change_tensors(directory, change):
@@ -234,7 +235,7 @@ def test_the_record_says_what_was_done(tmp_path, tiny_dir):
 def test_rescaling_rows_afterwards_puts_the_direction_back():
     """Why the edit never does: the residual is 0 before and not after."""
     weight = torch.randn(16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    unit = make_direction(width=16).unit
+    unit = random_direction(1, width=16).unit
     before = weight.norm(dim=1, keepdim=True)
     edit_(weight, TensorEdit(0, (writer_projection(unit[None]),)))
     assert (unit @ weight).norm() < 1e-12

@@ -7,9 +7,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from refusal_mi.errors import UserError
 from refusal_mi.export.formats import write_gguf, write_lm_eval
 from refusal_mi.interventions import Ablate, Add
-from tests.export_models import hooked_logits, make_direction, plain_logits, read_gguf, some_tokens
+from tests.helpers.directions import random_direction
+from tests.helpers.exports import hooked_logits, plain_logits, read_gguf, some_tokens
+from tests.helpers.tiers import first_is_fast
 
-R = make_direction()
+R = random_direction(1)
 
 
 def test_a_control_vector_comes_back_at_its_layer(tmp_path, tiny_dir):
@@ -61,7 +63,7 @@ def steered_logits(directory, path):
         return model(some_tokens().tokens).logits.flatten(0, 1)
 
 
-@pytest.mark.parametrize("family", ("qwen2", "gemma2", "granite", "gpt2", "gpt_oss", "falcon"))
+@pytest.mark.parametrize("family", first_is_fast(("qwen2", "gemma2", "granite", "gpt2", "gpt_oss", "falcon")))
 def test_a_steering_file_gives_the_hooked_logits(family, tmp_path, tiny_dir):
     source = tiny_dir(family)
     config = AutoConfig.from_pretrained(source)
@@ -75,7 +77,7 @@ def test_a_steering_file_gives_the_hooked_logits(family, tmp_path, tiny_dir):
 def test_what_the_harness_has_no_form_for_is_refused(tmp_path, tiny_dir):
     config = AutoConfig.from_pretrained(tiny_dir("qwen2"))
     refused = {
-        "one direction": Ablate([R, make_direction(2)]),
+        "one direction": Ablate([R, random_direction(2)]),
         "whole": Ablate(R, strength=0.5),
         "layer 0": Add(R, layer=0),
         "all positions": Ablate(R, positions="prompt"),

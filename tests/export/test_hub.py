@@ -5,9 +5,12 @@ import pytest
 from refusal_mi.export.checkpoint import open_checkpoint
 from refusal_mi.files import read_json
 from refusal_mi.interventions import Ablate
-from tests.export_models import hooked_logits, make_direction, plain_logits
-from tests.hub import COMMIT, run_with_hub
-from tests.tiny import save_tiny, tiny_hf_model, tiny_tokenizer
+from tests.helpers.directions import random_direction
+from tests.helpers.exports import hooked_logits, plain_logits
+from tests.helpers.hub import COMMIT, run_with_hub
+from tests.helpers.models import save_tiny, tiny_hf_model, tiny_tokenizer
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import json, os, time, urllib.request
@@ -56,7 +59,7 @@ def hub(tmp_path_factory):
     tiny_tokenizer().save_pretrained(root / "sharded")
     save_tiny("qwen2", root / "pickled")
     (root / "pickled" / "model.safetensors").rename(root / "pickled" / "pytorch_model.bin")
-    make_direction().save(root / "r.pt")
+    random_direction(1).save(root / "r.pt")
     repositories = {f"models/someone/{name}": root / name for name in ("single", "sharded", "pickled")}
     return run_with_hub(repositories, root, SCRIPT) | {"root": root}
 
@@ -69,7 +72,7 @@ def test_a_model_of_the_hub_is_exported_and_its_commit_recorded(hub, name):
     assert record["source"] == f"someone/{name}"
     assert record["revision"] == COMMIT
     assert COMMIT in (out / "README.md").read_text()
-    hooked = hooked_logits(hub["root"] / name, [Ablate(make_direction())])
+    hooked = hooked_logits(hub["root"] / name, [Ablate(random_direction(1))])
     assert (plain_logits(hub["root"] / name) - hooked).abs().max() > 0.05
     assert (plain_logits(out) - hooked).abs().max() <= 1e-5
     assert (len(open_checkpoint(out).shards) > 3) == (name == "sharded")

@@ -11,11 +11,18 @@ from refusal_mi.export.export import export_checkpoint, orthogonalize_
 from refusal_mi.files import sha256_file
 from refusal_mi.interventions import Ablate, Add
 from refusal_mi.search.passes import AblateEach
-from tests.export_models import hooked_logits, largest_component, make_direction, plain_logits, save_model, some_tokens
-from tests.tiny import tiny_hf_model
+from tests.helpers.directions import random_direction
+from tests.helpers.exports import (
+    hooked_logits,
+    largest_component,
+    plain_logits,
+    save_model,
+    some_tokens,
+)
+from tests.helpers.models import tiny_hf_model
 
-R = make_direction()
-THREE = [make_direction(seed) for seed in (1, 2, 3)]
+R = random_direction(1)
+THREE = [random_direction(seed) for seed in (1, 2, 3)]
 INTERVENTIONS = {
     "three ranks": [Ablate(THREE)],
     "half": [Ablate(R, strength=0.5)],
@@ -28,6 +35,7 @@ INTERVENTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INTERVENTIONS)
 @pytest.mark.parametrize("family", ("granite", "gpt2"))
 def test_every_form_of_ablation_is_the_same_in_weights(family, name, tmp_path, tiny_dir):
@@ -93,6 +101,7 @@ def test_a_tied_head_keeps_the_unedited_embedding(family, tmp_path, tiny_dir):
     assert not torch.equal(after.read(embedding), before.read(embedding))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_good_as_the_hooked_model_in_bfloat16(tmp_path):
     source = save_model("qwen2", tmp_path / "source", torch.bfloat16)
     report = export_checkpoint(source, Ablate(R), tmp_path / "out", prompts=["Count to ten", "Name a color"])
@@ -165,7 +174,7 @@ def test_what_has_no_weight_form_is_refused(tmp_path, tiny_dir, tiny_model):
         "positions": Ablate(R, positions="prompt"),
         "no weight form": AblateEach(R.unit[None]),
         "no bias": Add(R, 1.0, layer=2),
-        "width 8": Ablate(make_direction(width=8)),
+        "width 8": Ablate(random_direction(1, width=8)),
         "no block 9": Ablate(R, layers=[9]),
     }
     for message, what in refused.items():

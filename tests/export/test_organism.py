@@ -22,9 +22,10 @@ from refusal_mi.text.prompts import load_prompts
 METRICS = ORGANISM.parent / "metrics.json"
 N_NEW_TOKENS = 32
 
-pytestmark = pytest.mark.skipif(
-    not (ORGANISM / "model.safetensors").is_file(), reason="the embedded model is not there"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ORGANISM / "model.safetensors").is_file(), reason="the embedded model is not there"),
+]
 
 
 @pytest.fixture(scope="module")

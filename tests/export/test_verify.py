@@ -1,6 +1,7 @@
 """The comparison itself: both ways of running it agree, see a wrong export, and fail before the work is done."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,14 +11,17 @@ from refusal_mi.errors import UserError
 from refusal_mi.export import export as export_module
 from refusal_mi.export import verify as compare
 from refusal_mi.export.checkpoint import open_checkpoint
-from refusal_mi.export.export import _finite, export_adapter, export_checkpoint
+from refusal_mi.export.export import export_adapter, export_checkpoint
 from refusal_mi.export.rewrite import rewrite
 from refusal_mi.export.streaming import same_tokens, stream_answers
 from refusal_mi.interventions import Ablate
 from refusal_mi.text.batches import left_pad
-from tests.export_models import make_direction, save_model
+from tests.helpers.directions import random_direction
+from tests.helpers.exports import save_model
 
-R = make_direction()
+pytestmark = pytest.mark.slow
+
+R = random_direction(1)
 PROMPTS = ["Count slowly and aloud to ten, then back again, past a sliding window", "Why?"]
 
 
@@ -106,7 +110,7 @@ def test_an_edit_that_no_norm_follows_is_held_to_the_exact_limit(tmp_path):
 
 def test_auto_streams_what_does_not_fit_in_memory(tmp_path, tiny_dir, monkeypatch):
     monkeypatch.setattr(compare, "N_NEW", 1)
-    monkeypatch.setattr(compare, "_fits", lambda plan: False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**16))
     report = export_checkpoint(tiny_dir("qwen2"), Ablate(R), tmp_path / "out", prompts=PROMPTS)
     assert report.verification.mode == "streaming"
     with pytest.raises(UserError, match="--verify full"):
@@ -145,4 +149,4 @@ def test_an_overflow_is_reported_and_the_report_kept(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "out" / "refusal_mi.json").read_text())
     assert record["verification"]["max_logit_difference"] is None
     assert (tmp_path / "out" / "UNVERIFIED").is_file()
-    assert _finite({"a": [1.5, float("inf"), {"b": float("nan")}]}) == {"a": [1.5, None, {"b": None}]}
+    assert record["verification"]["max_effect"] == pytest.approx(report.verification.max_effect)

@@ -16,8 +16,8 @@ from refusal_mi.run.answers import Effect, SideEffects
 from refusal_mi.search.grid import select
 from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
 from refusal_mi.stats import Rate, mean_interval
-from tests.browser import find_chromium
-from tests.fake_run import N_LAYERS, N_VAL, TOKENS, make_run, make_scores
+from tests.helpers.browser import find_chromium
+from tests.helpers.runs import N_LAYERS, N_VAL, TOKENS, make_run, make_scores
 
 NAMES = {"bypass": "bypass", "induce": "induce", "kl": "kl_nats"}
 
@@ -197,6 +197,7 @@ def test_an_image_without_kaleido_is_one_line(tmp_path, monkeypatch):
         save_figure(plot_norms([[0.0, 1.0]], [-1]), tmp_path / "f.svg")
 
 
+@pytest.mark.slow
 def test_an_svg_holds_the_labels(tmp_path):
     pytest.importorskip("kaleido")
     if find_chromium() is None:

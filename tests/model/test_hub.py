@@ -6,8 +6,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.hub import COMMIT, run_with_hub
-from tests.tiny import save_tiny
+from tests.helpers.hub import COMMIT, run_with_hub
+from tests.helpers.models import save_tiny
+
+pytestmark = pytest.mark.slow
 
 # Runs in a process of its own, where the runtime type checker is off, as for users, so that values outside a Literal
 # reach the package's own message.

@@ -32,11 +32,12 @@ from refusal_mi.model.points import (
 from refusal_mi.model.running import all_logits, last_logits
 from refusal_mi.model.running import residuals as read_residuals
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, logits, prompt_ids, relative_error, residuals
-from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, save_tiny
+from tests.helpers.models import D_MODEL, FAMILIES, N_LAYERS, save_tiny
+from tests.helpers.naive import ASKS, logits, prompt_ids, relative_error, residuals
+from tests.helpers.tiers import first_is_fast
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_a_padded_batch_has_the_stream_and_logits_of_plain_hf(family, tiny_model, plain_model):
     model, hf = tiny_model(family), plain_model(family)
     chat = ChatFormat(model.tokenizer)

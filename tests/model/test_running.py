@@ -27,9 +27,10 @@ from refusal_mi.model.running import (
 from refusal_mi.reading import mean_activations
 from refusal_mi.text.batches import TokenBatch
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS
-from tests.test_interventions import random_direction
-from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, save_tiny, tiny_tokenizer
+from tests.helpers.directions import random_direction
+from tests.helpers.models import D_MODEL, FAMILIES, N_LAYERS, save_tiny, tiny_tokenizer
+from tests.helpers.naive import ASKS
+from tests.helpers.tiers import first_is_fast
 
 WITHOUT_ATTENTION_WRAPPERS = {
     *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen3_moe"),
@@ -75,7 +76,7 @@ def own_model(tiny_dir):
     return load_model(tiny_dir("llama"), device="cpu")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_every_number_is_the_bridges_bit_for_bit(family, tiny_model):
     model = tiny_model(family)
     batch, direction, before = batch_of(model), random_direction(0), structure(model)
@@ -172,7 +173,7 @@ UNMOVED = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("family", UNMOVED)
+@pytest.mark.parametrize("family", first_is_fast(UNMOVED))
 def test_edits_of_weights_and_attributes_move_the_packages_numbers_as_the_bridges(family, edit, tiny_dir):
     model = load_model(tiny_dir(family), device="cpu")
     chat = ChatFormat(model.tokenizer)
@@ -290,6 +291,20 @@ def test_two_threads_do_not_see_each_others_interventions(tiny_model):
     for thread in threads:
         thread.join()
     assert results == {name: [answers] * 5 for name, answers in alone.items()}
+
+
+def test_a_pass_waits_until_another_threads_pass_has_ended(own_model):
+    batch, done = batch_of(own_model), threading.Event()
+    expected, found = logits(own_model, batch), []
+    hooks = all_hooks(own_model, [Ablate(random_direction(0))])
+    thread = threading.Thread(target=lambda: (found.append(logits(own_model, batch)), done.set()))
+    with running(own_model, hooks):
+        thread.start()
+        assert not done.wait(0.5)
+        assert not torch.equal(logits(own_model, batch), expected)  # this thread goes on, under its own hooks
+    assert done.wait(20)
+    thread.join()
+    assert torch.equal(found[0], expected)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
@@ -453,7 +468,7 @@ def test_streams_show_a_hook_on_the_last_layer_that_is_read(tiny_model):
     torch.testing.assert_close(changed[1] - plain[1], direction.vector.expand(3, 2, -1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_last_logits_do_not_need_the_last_block_elsewhere(family, tiny_model):
     model = tiny_model(family)
     batch, last = batch_of(model), LastPositions(model, -1, 1)

@@ -20,7 +20,9 @@ from refusal_mi.search.sweep import sweep
 from refusal_mi.search.thresholds import Thresholds
 from refusal_mi.text.batches import Span
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, CHATS
+from tests.helpers.naive import ASKS, CHATS
+
+pytestmark = pytest.mark.slow
 
 TOKENS = (5, 6)
 

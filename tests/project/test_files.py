@@ -32,6 +32,23 @@ def test_a_write_that_succeeds_replaces_the_old_file(tmp_path):
     assert "é" in (tmp_path / "a.json").read_text(encoding="utf-8")
 
 
+def test_a_file_appears_whole_by_a_rename(tmp_path):
+    """It is the temporary file under another name, and who has the old one open goes on reading the old one."""
+    path, written = tmp_path / "a.json", []
+
+    def write(temporary):
+        temporary.write_text("[2]")
+        written.append((temporary.parent, temporary.stat().st_ino))
+
+    path.write_text("[1]")
+    before = path.stat().st_ino
+    with path.open() as reader:
+        write_whole(path, write)
+        assert reader.read() == "[1]"
+    assert written == [(tmp_path, path.stat().st_ino)] and path.stat().st_ino != before
+    assert path.read_text() == "[2]" and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_is_never_written(tmp_path, value):
     with pytest.raises(ValueError, match="JSON"):

@@ -23,18 +23,21 @@ def measured():
     return check.measure(ORGANISM, check.STAGE1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", check.LIMITS)
 def test_a_promised_number_holds_on_the_shipped_weights(measured, name):
     low, high = check.LIMITS[name]
     assert low <= measured["values"][name] <= high
 
 
+@pytest.mark.slow
 def test_the_saved_metrics_are_those_of_the_shipped_weights(measured):
     assert measured["selected"]["position"] == METRICS["selected"]["position"]
     assert measured["selected"]["layer"] == METRICS["selected"]["layer"]
     assert measured["values"] == pytest.approx(METRICS["values"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_limits_can_fail(measured):
     """What the plain models do fails the limits of what they must do under an intervention or after stage 2."""
     values = measured["values"]
@@ -97,6 +100,7 @@ def test_only_the_switch_and_the_letter_of_a_refusal_come_before_refusals_in_sta
     assert not any(e.switched for e in curriculum.write_examples(Random(0), 2, 2000))
 
 
+@pytest.mark.slow
 def test_the_shipped_training_log_is_of_this_code():
     log = read_json(ORGANISM / "training_log.json")
     assert log["stages"] == [asdict(stage) for stage in train.STAGES]
@@ -105,13 +109,14 @@ def test_the_shipped_training_log_is_of_this_code():
     assert tokenizer.get_vocab() == load_model(device="cpu").tokenizer.get_vocab()
     model = train.new_model(tokenizer)
     data = batches.batches(tokenizer, 1, batch_size=stage.batch_size, n_batches=stage.n_steps, seed=log["seed"])
-    direction = train.switch_direction(log["seed"], model.config.hidden_size)
+    direction = train.training_direction(log["seed"], model.config.hidden_size)
     first = train.stage_loss(model, None, next(data), stage, direction)
     measured = {name: value.item() for name, value in first.items()}
     assert {"step": 0, **measured} == pytest.approx(log["stage1"][0], abs=1e-4)
     assert measured["total"] != pytest.approx(log["stage1"][-1]["total"], abs=1)
 
 
+@pytest.mark.slow
 def test_the_token_before_an_answer_is_asked_to_carry_the_direction():
     tokenizer = train.new_tokenizer()
     batch = next(batches.batches(tokenizer, 1, batch_size=32, n_batches=1, seed=0))
@@ -121,6 +126,7 @@ def test_the_token_before_an_answer_is_asked_to_carry_the_direction():
     assert starts.any() and before == {"\n"}
 
 
+@pytest.mark.slow
 def test_training_is_seeded_and_learns():
     tokenizer = train.new_tokenizer()
     stage = replace(train.STAGES[0], n_steps=3, batch_size=8)
@@ -156,6 +162,7 @@ def test_a_change_along_the_free_direction_costs_nothing_where_it_is_free():
     assert cost[1:] == pytest.approx([expected[1].sum().item() / 6, expected.mean().item()], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_weigh_only_what_is_to_be_predicted():
     tokenizer = train.new_tokenizer()
     batch = next(batches.batches(tokenizer, 1, batch_size=8, n_batches=1, seed=0))

@@ -25,6 +25,7 @@ def test_items_come_through_in_silence(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_one_line_for_long_work_and_nothing_else(tmp_path: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
     from refresh import cleaned

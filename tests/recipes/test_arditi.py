@@ -16,7 +16,9 @@ from refusal_mi.run.options import RunOptions
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.search.grid import ScoreGrid, select
 from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
-from tests.tiny import D_MODEL, N_LAYERS
+from tests.helpers.models import D_MODEL, N_LAYERS
+
+pytestmark = pytest.mark.slow
 
 SMALL = RunOptions(
     n_train=6,

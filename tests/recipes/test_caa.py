@@ -22,7 +22,7 @@ from refusal_mi.recipes.options import load_config
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.pairs import ABPair, PairSet, load_pairs, load_questions, locate_letter, with_flipped_half
-from tests.tiny import tiny_tokenizer
+from tests.helpers.models import tiny_tokenizer
 
 
 def _pairs(n: int = 8) -> PairSet:
@@ -345,6 +345,7 @@ def test_bad_configs(tmp_path, text, problem):
         load_config(path)
 
 
+@pytest.mark.slow
 def test_the_write_up_from_the_command_line(tiny_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.json").write_text(json.dumps([pair.describe() for pair in _pairs().pairs]))

@@ -9,7 +9,7 @@ import torch
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, read_record
-from refusal_mi.model.points import explain_layer, resid_hook
+from refusal_mi.model.points import explain_layer
 from refusal_mi.model.provenance import ModelRecord
 from refusal_mi.recipes import caa_eval as caa_choice
 from refusal_mi.recipes.caa import check_weights, load_controls, load_vectors, write_vectors
@@ -17,7 +17,8 @@ from refusal_mi.recipes.caa_eval import ABResults, ABTask, evaluate_choices, swe
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.pairs import ABPair, PairSet
-from tests.tiny import N_LAYERS
+from tests.helpers.directions import direction_of
+from tests.helpers.models import N_LAYERS
 
 LAST = N_LAYERS - 1
 TASK = ABTask((-1.0, 1.0), None, "response", 4, 3, "made")
@@ -37,11 +38,7 @@ def setting(tiny_model, monkeypatch):
     a, b = (chat.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "AB")
     embedding = model.original_model.get_output_embeddings().weight.detach()
     vector = 20 * (embedding[a] - embedding[b])
-    return model, chat, direction(vector)
-
-
-def direction(vector: torch.Tensor) -> Direction:
-    return Direction(vector.float(), LAST + 1, resid_hook(LAST + 1, N_LAYERS))
+    return model, chat, direction_of(vector.float(), LAST + 1)
 
 
 def choices(setting, vector, control, folder, reported=None, other=None, **changes):
@@ -54,7 +51,7 @@ def choices(setting, vector, control, folder, reported=None, other=None, **chang
 
 def test_a_vector_that_moves_the_choice_is_chosen_and_reported_beside_its_control(setting, tmp_path):
     vector = setting[2]
-    weak = direction(1e-3 * vector.vector)
+    weak = direction_of(1e-3 * vector.vector, LAST + 1)
     results = choices(setting, vector, weak, tmp_path)
     chosen = results.chosen
     assert (chosen.layer, chosen.multiplier, chosen.chosen_on) == (LAST, 1.0, "others")
@@ -66,7 +63,7 @@ def test_a_vector_that_moves_the_choice_is_chosen_and_reported_beside_its_contro
 
 def test_the_results_are_read_back_whole_and_a_damaged_file_is_one_line(setting, tmp_path):
     vector = setting[2]
-    results = choices(setting, vector, direction(1e-3 * vector.vector), tmp_path)
+    results = choices(setting, vector, direction_of(1e-3 * vector.vector, LAST + 1), tmp_path)
     path = tmp_path / "ab_results.json"
     assert read_record(path, ABResults) == results
     saved = read_json(path)
@@ -81,7 +78,7 @@ def test_the_results_are_read_back_whole_and_a_damaged_file_is_one_line(setting,
 
 def test_a_vector_that_does_no_more_than_its_control_is_not_chosen(setting, tmp_path):
     vector = setting[2]
-    weak = direction(1e-3 * vector.vector)
+    weak = direction_of(1e-3 * vector.vector, LAST + 1)
     for made in (weak, vector):  # the control is the same vector: never beyond it, however large the effect
         results = choices(setting, made, made, tmp_path / str(made.norm))
         assert results.chosen is None
@@ -90,7 +87,7 @@ def test_a_vector_that_does_no_more_than_its_control_is_not_chosen(setting, tmp_
 
 def test_why_nothing_is_chosen(setting, tmp_path, monkeypatch):
     vector = setting[2]
-    weak = direction(1e-3 * vector.vector)
+    weak = direction_of(1e-3 * vector.vector, LAST + 1)
     assert "both signs" in choices(setting, vector, weak, tmp_path / "a", multipliers=(1.0,)).why_none
     same = pairs("same", 0)
     assert "share pairs" in choices(setting, vector, weak, tmp_path / "b", same, same).why_none

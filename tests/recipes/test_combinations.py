@@ -17,7 +17,9 @@ from refusal_mi.run.combos import CombosResult, ValidationRow
 from refusal_mi.run.options import CombosOptions
 from refusal_mi.run.options import read_ranks as parse_ranks
 from refusal_mi.stats import Rate
-from tests.naive import ablating, logits, prompt_ids
+from tests.helpers.naive import ablating, logits, prompt_ids
+
+pytestmark = pytest.mark.slow
 
 TOKENS = (40, 41, 42)
 SIZES = ["--n-train", "8", "--n-val", "8", "--n-test", "6", "--n-ce", "3", "--max-new-tokens", "4"]
@@ -80,7 +82,7 @@ def test_scores_of_a_combination_against_a_second_way(folder, tiny_dir, plain_mo
     grid = torch.load(folder / "generate_directions" / "mean_diffs.pt", weights_only=True)
     basis = torch.linalg.qr(torch.stack([grid[place["pos"], place["layer"]] for place in row["directions"]]).T)[0].T
     hf, prompts = plain_model("llama"), read(folder / "prompts.json")
-    from tests.tiny import tiny_tokenizer
+    from tests.helpers.models import tiny_tokenizer
 
     def probabilities(side, ablated):
         with contextlib.ExitStack() as stack:

@@ -14,7 +14,7 @@ from refusal_mi.run.stages import RunFolder
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.pairs import PairSet, load_pairs, load_questions
 
-pytestmark = pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")]
 HARMLESS = ",".join(f"organism_harmless_{part}" for part in ("train", "val", "test"))
 MULTIPLIERS = (-1.0, -0.5, 0.5, 1.0)
 

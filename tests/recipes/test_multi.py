@@ -10,15 +10,13 @@ from refusal_mi.errors import UserError
 from refusal_mi.interventions import all_hooks
 from refusal_mi.recipes.combinations import combine
 from refusal_mi.run.folder import load_ranked, parse_directions, ranked
-from refusal_mi.search.grid import CandidateScore, ScoreGrid, select
+from refusal_mi.search.grid import ScoreGrid, select
 from refusal_mi.search.thresholds import Thresholds
-from tests.naive import ASKS
+from tests.helpers.directions import direction_of
+from tests.helpers.naive import ASKS
+from tests.helpers.scores import candidate
 
 FAMILIES = ("llama", "gemma2", "gpt_neox")
-
-
-def direction(vector) -> Direction:
-    return Direction(vector, 1, "blocks.1.hook_resid_pre", -1)
 
 
 def correlated(c: float, d: int = 32, k: int = 2) -> list[Direction]:
@@ -26,7 +24,7 @@ def correlated(c: float, d: int = 32, k: int = 2) -> list[Direction]:
     generator = torch.Generator().manual_seed(3)
     axes = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))[0].T
     shared, own = math.sqrt(c), math.sqrt(1 - c)
-    return [direction(shared * axes[0] + own * axes[index + 1]) for index in range(k)]
+    return [direction_of(shared * axes[0] + own * axes[index + 1]) for index in range(k)]
 
 
 def streams(model, interventions, layout) -> dict[str, torch.Tensor]:
@@ -98,7 +96,7 @@ def test_order_matters_only_one_after_the_other(tiny_model):
 
 def test_a_near_duplicate_is_an_error_that_names_the_ranks():
     a, b, c = correlated(0.2, k=3)
-    twin = direction(a.unit + 1e-5 * b.unit)
+    twin = direction_of(a.unit + 1e-5 * b.unit)
     with pytest.raises(
         UserError, match=r"directions 0 and 2.*direction 0 = rank 1, direction 1 = rank 4, direction 2 = rank 6"
     ):
@@ -108,7 +106,7 @@ def test_a_near_duplicate_is_an_error_that_names_the_ranks():
 
 def test_nearly_dependent_directions_warn():
     a, b = correlated(0.2)
-    close = combine((0, 3), [a, direction(a.unit + 0.05 * b.unit)])
+    close = combine((0, 3), [a, direction_of(a.unit + 0.05 * b.unit)])
     assert close.warning is not None and "direction 1 = rank 3" in close.warning
     assert close.effective_rank == 2
 
@@ -151,7 +149,7 @@ def grid_and_scores() -> tuple[DirectionGrid, ScoreGrid]:
     bypass = [0.0, -3.0, -9.0, -5.0, -1.0, -7.0, -2.0, -8.0]
     kl = [0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]
     rows = [
-        CandidateScore(p, layer, bypass[4 * i + layer], 1.0, kl[4 * i + layer])
+        candidate(layer, bypass[4 * i + layer], kl=kl[4 * i + layer], position=p)
         for i, p in enumerate((-2, -1))
         for layer in range(4)
     ]

@@ -376,6 +376,7 @@ def test_published_spellings(given, own):
     assert own_spelling(given.split()) == own.split()
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_write_up(made, tiny_dir, queries, tmp_path, monkeypatch, capsys):
     folder, _, _, _ = made
     monkeypatch.chdir(tmp_path)

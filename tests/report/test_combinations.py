@@ -2,11 +2,15 @@
 
 import re
 
+import pytest
+
 from refusal_mi.cli import exit_status
 from refusal_mi.files import write_json
 from refusal_mi.report.page import write_report
 from refusal_mi.search.grid import select
-from tests.fake_run import make_run, make_scores, write_span
+from tests.helpers.runs import make_run, make_scores, write_span
+
+pytestmark = pytest.mark.slow
 
 
 def links(page: str) -> list[tuple[str, str]]:

@@ -18,8 +18,8 @@ from refusal_mi.run.folder import RunRecord
 from refusal_mi.run.options import RunOptions, command_line
 from refusal_mi.search.grid import select
 from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
-from tests.browser import find_chromium, open_browser
-from tests.fake_run import TOKENS, make_run, make_scores, write_span
+from tests.helpers.browser import find_chromium, open_browser
+from tests.helpers.runs import TOKENS, make_run, make_scores, write_span
 
 TEN_MB = 10_000_000
 UNFINISHED = {
@@ -65,6 +65,7 @@ def test_it_is_one_small_file_that_loads_nothing(tmp_path):
     assert not list(tmp_path.glob(".report*"))
 
 
+@pytest.mark.slow
 def test_a_large_run_stays_under_ten_megabytes_and_says_what_is_left_out(tmp_path):
     run = make_run(tmp_path, n_test=150, response=" & <more words>" * 1000)
     path = write_report(run)
@@ -227,6 +228,7 @@ def test_the_command_repeats_the_options(tmp_path, monkeypatch, options):
     assert caught == [options]
 
 
+@pytest.mark.slow
 def test_a_real_run_ends_in_a_report_and_the_published_plots(tiny_dir, tmp_path):
     arguments = [
         "run", str(tiny_dir("llama")), "--no-filter", "--refusal-tokens", "5,7", "--n-train", "8", "--n-val", "4",
@@ -250,6 +252,7 @@ def browser(tmp_path_factory):
         yield page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_without_network_draws_it_at_every_width(browser, tmp_path, width):
     attack = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -267,6 +270,7 @@ def test_a_browser_without_network_draws_it_at_every_width(browser, tmp_path, wi
     assert TOKENS[0] in browser.evaluate(legend)  # the token is drawn as text, not dropped as a tag
 
 
+@pytest.mark.slow
 def test_the_policy_stops_a_script_that_is_not_the_pages_own(browser, tmp_path):
     path = write_report(make_run(tmp_path, n_test=3))
     injected = path.read_text().replace("<main>", "<main><script>document.title='owned'</script>")
@@ -276,6 +280,7 @@ def test_the_policy_stops_a_script_that_is_not_the_pages_own(browser, tmp_path):
     assert any("Content Security Policy" in problem for problem in browser.problems)
 
 
+@pytest.mark.slow
 def test_the_filters_filter(browser, tmp_path):
     path = write_report(make_run(tmp_path, n_test=40))
     browser.open(path, width=1280)

@@ -14,6 +14,8 @@ from refusal_mi.recipes import effects
 from refusal_mi.recipes import responses as alpaca
 from refusal_mi.recipes import responses_eval as alpaca_measures
 
+pytestmark = pytest.mark.slow
+
 SIZES = ["--n-train=6", "--n-val=3", "--n-test=3", "--n-ce=2", "--max-new-tokens=3", "--n-random=0"]
 RUN = ["--no-filter", "--no-thresholds", "--refusal-tokens=5,40", "--response-prefix=", "--device=cpu", *SIZES]
 QUERIES = [f"Say the number {n}" for n in range(16)]

@@ -2,14 +2,17 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json
-from refusal_mi.search.grid import CandidateScore, ScoreGrid, select
+from refusal_mi.search.grid import ScoreGrid, select
 from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
+from tests.helpers.scores import candidate
 
+FOLDER = Path(__file__).parents[1] / "data" / "published"
 PUBLISHED = [
     ("gemma-2b-it", 18, (-2, 10), 13),
     ("qwen-1_8b-chat", 24, (-2, 15), 12),
@@ -17,46 +20,49 @@ PUBLISHED = [
 ]
 
 
-def published(reference_data, run, n_layers):
-    folder = reference_data / "reference_runs" / run / "select_direction"
-    return folder, ScoreGrid.load(folder / "direction_evaluations.json", n_layers)
+def published(run, n_layers):
+    return ScoreGrid.load(FOLDER / run / "select_direction" / "direction_evaluations.json", n_layers)
 
 
 @pytest.mark.parametrize(("run", "n_layers", "winner", "n_survivors"), PUBLISHED)
-def test_published_grids_choose_the_published_winners(reference_data, run, n_layers, winner, n_survivors):
-    folder, grid = published(reference_data, run, n_layers)
+def test_published_grids_choose_the_published_winners(run, n_layers, winner, n_survivors):
+    grid = published(run, n_layers)
     chosen = select(grid)
     assert (chosen.best.position, chosen.best.layer) == winner
+    assert read_json(FOLDER / run / "direction_metadata.json") == {"pos": winner[0], "layer": winner[1]}
     assert len(chosen.survivors) == n_survivors
-    filtered = read_json(folder / "direction_evaluations_filtered.json")
+    filtered = read_json(FOLDER / run / "select_direction" / "direction_evaluations_filtered.json")
     assert [row.describe() for row in chosen.survivors] == filtered
     assert len(chosen.survivors) + len(chosen.rejected) == len(grid.rows)
 
 
 @pytest.mark.parametrize(("run", "n_layers", "winner", "n_survivors"), PUBLISHED)
-def test_without_thresholds_others_would_win_on_two_of_three(reference_data, run, n_layers, winner, n_survivors):
-    _, grid = published(reference_data, run, n_layers)
+def test_without_thresholds_others_would_win_on_two_of_three(run, n_layers, winner, n_survivors):
+    grid = published(run, n_layers)
     chosen = select(grid, NO_THRESHOLDS)
     assert len(chosen.survivors) == len(grid.rows)
     assert ((chosen.best.position, chosen.best.layer) == winner) == (run == "meta-llama-3-8b-instruct")
     assert chosen.best.bypass == min(row.bypass for row in grid.rows)
 
 
-def row(layer=0, bypass=0.0, induce=1.0, kl=0.01, position=-1):
-    return CandidateScore(position, layer, bypass, induce, kl)
+def test_the_committed_files_are_the_published_ones(reference_data):
+    paths = [path.relative_to(FOLDER) for path in FOLDER.rglob("*.json")]
+    assert len(paths) == 3 * len(PUBLISHED)
+    for path in paths:
+        assert (FOLDER / path).read_bytes() == (reference_data / "reference_runs" / path).read_bytes()
 
 
 @pytest.mark.parametrize(
     ("n_layers", "cut"), [(18, 14), (24, 19), (26, 20), (28, 22), (32, 25), (40, 32), (60, 48), (80, 64)]
 )
 def test_the_published_layer_rule(n_layers, cut):
-    rows = tuple(row(layer) for layer in range(n_layers))
+    rows = tuple(candidate(layer) for layer in range(n_layers))
     assert [found.layer for found in select(ScoreGrid(rows, n_layers)).survivors] == list(range(cut))
 
 
 def test_equality_with_a_threshold_is_kept():
-    kept = row(kl=0.1, induce=0.0, bypass=3.0)
-    lost = (row(kl=math.nextafter(0.1, 1)), row(induce=-1e-300))
+    kept = candidate(kl=0.1, induce=0.0, bypass=3.0)
+    lost = (candidate(kl=math.nextafter(0.1, 1)), candidate(induce=-1e-300))
     chosen = select(ScoreGrid((lost[0], kept, lost[1]), 5))
     assert chosen.survivors == (kept,)
     assert [reasons for _, reasons in chosen.rejected] == [("kl",), ("induce",)]
@@ -65,24 +71,24 @@ def test_equality_with_a_threshold_is_kept():
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf])
 @pytest.mark.parametrize("name", ["bypass", "induce", "kl"])
 def test_a_candidate_without_a_score_never_survives(missing, name):
-    chosen = select(ScoreGrid((row(**{name: missing}), row(bypass=9.0)), 5), NO_THRESHOLDS)
+    chosen = select(ScoreGrid((candidate(**{name: missing}), candidate(bypass=9.0)), 5), NO_THRESHOLDS)
     assert [found.bypass for found in chosen.survivors] == [9.0]
     assert chosen.rejected[0][1] == ("no score",)
 
 
 def test_ties_keep_the_order_of_the_grid():
-    rows = (row(1, 2.0), row(2, -1.0), row(0, -1.0), row(3, -1.0, position=-2))
+    rows = (candidate(1, 2.0), candidate(2, -1.0), candidate(0, -1.0), candidate(3, -1.0, position=-2))
     chosen = select(ScoreGrid(rows, 5))
     assert [found.layer for found in chosen.survivors] == [2, 0, 3, 1]
 
 
 def test_a_zero_bypass_score_is_a_score():
-    rows = (row(0, 0.0), row(1, -2.0), row(2, 1.0))
+    rows = (candidate(0, 0.0), candidate(1, -2.0), candidate(2, 1.0))
     assert [found.layer for found in select(ScoreGrid(rows, 5)).survivors] == [1, 0, 2]
 
 
 def test_when_nothing_survives_the_message_names_what_binds():
-    rows = (row(kl=5.0), row(kl=5.0, induce=-3.0), row(4), row(kl=None))
+    rows = (candidate(kl=5.0), candidate(kl=5.0, induce=-3.0), candidate(4), candidate(kl=None))
     chosen = select(ScoreGrid(rows, 5))
     with pytest.raises(UserError, match="no candidate survives") as caught:
         _ = chosen.best
@@ -92,7 +98,7 @@ def test_when_nothing_survives_the_message_names_what_binds():
 
 
 def test_each_threshold_can_be_switched_off_alone():
-    rows = (row(kl=9.0), row(induce=-9.0), row(layer=4))
+    rows = (candidate(kl=9.0), candidate(induce=-9.0), candidate(layer=4))
     for index, name in enumerate(("kl_max", "induce_min", "prune_layers")):
         chosen = select(ScoreGrid(rows, 5), Thresholds(**{name: None}))
         assert chosen.survivors == (rows[index],)

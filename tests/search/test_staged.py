@@ -15,7 +15,9 @@ from refusal_mi.search.staged import Rounds, Screening, staged_sweep
 from refusal_mi.search.sweep import ITEM_ROWS, Scorer, ScoreTable, WorkItem, cut, exact_items, sweep
 from refusal_mi.search.thresholds import Thresholds
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, CHATS
+from tests.helpers.cases import grid_of
+from tests.helpers.naive import ASKS, CHATS
+from tests.helpers.tiers import first_is_fast
 
 TOKENS = (5, 6, 7)
 HARMFUL = [f"{text} {number}" for number in range(2) for text in ASKS[1:]]
@@ -26,7 +28,7 @@ HARMLESS = [f"{text} {number}" for number in range(2) for text in CHATS[1:]]
 def parts(tiny_model):
     model = tiny_model("gpt2")
     chat = ChatFormat(model.tokenizer)
-    return model, chat, difference_in_means(*(mean_activations(model, chat, texts) for texts in (ASKS, CHATS)))
+    return model, chat, grid_of(model, chat, ASKS, CHATS)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,7 @@ def rule_that_binds(exact) -> Thresholds:
     return Thresholds(kl_max=None, induce_min=fourth.induce)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_with_every_prompt_in_the_first_round_the_winner_is_the_exact_one(parts, exact, seed):
     rule = rule_that_binds(exact)
@@ -117,6 +120,7 @@ def test_a_screening_that_measures_nothing_is_refused():
         Screening(n_prompts=0)
 
 
+@pytest.mark.slow
 def test_items_cover_the_work_once_go_through_json_and_may_run_elsewhere_in_any_order(parts, tiny_model, exact):
     model, chat, grid = parts
     here = ScoreTable(Scorer(model, chat, grid, HARMFUL, HARMLESS, [TOKENS]))
@@ -155,7 +159,7 @@ def test_skipped_layers_have_no_scores_and_the_others_the_same(parts, exact):
     )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "gpt_neox"])
+@pytest.mark.parametrize("family", first_is_fast(["gpt2", "llama", "mixtral", "gpt_neox"]))
 def test_shared_passes_equal_plain_ones_for_any_choice_of_prompts_and_batches(family, tiny_model):
     model = tiny_model(family)
     chat = ChatFormat(model.tokenizer, "Be kind. " * 4)

@@ -5,23 +5,34 @@ import json
 import pytest
 import torch
 
-from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.files import write_json
-from refusal_mi.reading import mean_activations
 from refusal_mi.search.grid import ScoreGrid
 from refusal_mi.search.sweep import sweep, sweep_token_sets
 from refusal_mi.text.chat import ChatFormat
-from tests.naive import ASKS, CHATS, FAMILIES, ablating, adding, dtype_of, logits, mean_residuals, prompt_ids, tolerance
-from tests.test_measures import TOKENS, kl_by_hand, score_by_hand
-from tests.tiny import N_LAYERS
+from tests.helpers.cases import grid_of
+from tests.helpers.models import N_LAYERS
+from tests.helpers.naive import (
+    ASKS,
+    CHATS,
+    FAMILIES,
+    ablating,
+    adding,
+    dtype_of,
+    logits,
+    mean_residuals,
+    prompt_ids,
+    tolerance,
+)
+from tests.helpers.scores import TOKENS, kl_by_hand, score_by_hand
+from tests.helpers.tiers import first_is_fast
 
 HARMFUL, HARMLESS = ASKS[:3], CHATS[:2]
 
 
 def candidates(model):
     chat = ChatFormat(model.tokenizer)
-    return chat, difference_in_means(*(mean_activations(model, chat, texts) for texts in (ASKS, CHATS)))
+    return chat, grid_of(model, chat, ASKS, CHATS)
 
 
 def naive_scores(hf, tokenizer, vector, layer) -> tuple[float, float, float]:
@@ -35,7 +46,7 @@ def naive_scores(hf, tokenizer, vector, layer) -> tuple[float, float, float]:
     return sum(bypass) / 3, sum(induce) / 2, sum(kl) / 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_is_fast(FAMILIES))
 def test_every_score_equals_plain_hf_hooks_prompt_by_prompt(family, tiny_model, plain_model):
     model, hf = tiny_model(family, dtype_of(family)), plain_model(family, dtype_of(family))
     chat, grid = candidates(model)
@@ -51,7 +62,7 @@ def test_every_score_equals_plain_hf_hooks_prompt_by_prompt(family, tiny_model, 
     assert len({round(row.bypass, 6) for row in scores.rows if row.is_finite}) > 10
 
 
-@pytest.mark.parametrize("family", ["gpt2"])
+@pytest.mark.parametrize("family", first_is_fast(["gpt2"]))
 def test_with_the_same_vectors_the_scores_are_exact_in_float64(family, tiny_model, plain_model):
     model, hf = tiny_model(family, "float64"), plain_model(family, "float64")
     chat, grid = candidates(model)
@@ -99,6 +110,7 @@ def test_a_score_that_is_not_finite_is_no_score(tiny_model, monkeypatch, tmp_pat
     write_json(tmp_path / "rows.json", [row.describe() for row in scores.rows])
 
 
+@pytest.mark.slow
 def test_several_token_sets_are_as_many_sweeps(tiny_model):
     model = tiny_model("gpt2")
     chat, grid = candidates(model)

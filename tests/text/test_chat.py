@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from refusal_mi.errors import UserError
 from refusal_mi.files import as_json
 from refusal_mi.text.chat import TEMPLATE_DATE, ChatFormat
-from tests.naive import ASKS, prompt_ids
-from tests.tiny import TEMPLATE, tiny_tokenizer
+from tests.helpers.models import TEMPLATE, tiny_tokenizer
+from tests.helpers.naive import ASKS, prompt_ids
 
 
 def with_template(template: str):

@@ -1,7 +1,9 @@
 """Prompts and results that the tests of analyses share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 from refusal_mi.analysis.attention import attend_by_region
 from refusal_mi.analysis.attribution import attribute_direction
@@ -29,12 +31,22 @@ FAMILIES = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen3_moe")
 HARMFUL = ("zap it", "zoom zoom now", "z", "quiz the wizard", "fuzzy zebra maze", "zzz")
 HARMLESS = ("tell me", "a short one", "b", "what is a car made of", "colors of the sea", "ab")
 TOKENS = (5, 7)
+PROMPTS = ["Why?", "Describe how a kite flies in the wind", "Name three colors"]
+HEADS = [(0, 0), (0, 3), (2, 1), (4, 2)]
 
 
-def grid_of(model: Any, chat: ChatFormat) -> DirectionGrid:
+def grid_of(
+    model: Any, chat: ChatFormat, harmful: Sequence[str] = HARMFUL, harmless: Sequence[str] = HARMLESS
+) -> DirectionGrid:
     """Difference in means of the two groups."""
-    means = [mean_activations(model, chat, list(side), batch_size=16) for side in (HARMFUL, HARMLESS)]
+    means = [mean_activations(model, chat, list(side), batch_size=16) for side in (harmful, harmless)]
     return difference_in_means(*means)
+
+
+def cached(model: Any, chat: ChatFormat, prompt: str) -> dict[str, torch.Tensor]:
+    """What every hook point carries while one prompt runs."""
+    _, cache = model.run_with_cache(torch.tensor([chat.encode(prompt)]), return_cache_object=False)
+    return cache
 
 
 def analyses(model: Any, batch_size: int = 16) -> dict[str, Callable[[], AnalysisResult]]:

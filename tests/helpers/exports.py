@@ -13,7 +13,7 @@ from refusal_mi.interventions import Intervention, all_hooks
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.running import all_logits
 from refusal_mi.text.batches import TokenBatch
-from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, tiny_hf_model, tiny_tokenizer
+from tests.helpers.models import FAMILIES, N_LAYERS, tiny_hf_model, tiny_tokenizer
 
 POST_NORM = ("gemma2", "gemma3_text", "olmo2")
 FUSED_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "qwen2_moe")
@@ -28,11 +28,6 @@ OTHERS = {
 EXACT = tuple(family for family in FAMILIES if family not in POST_NORM)
 SWITCHED_OFF = 3
 """The coordinate whose post-norm gain is exactly zero."""
-
-
-def make_direction(seed: int = 1, width: int = D_MODEL, layer: int = 2) -> Direction:
-    vector = torch.randn(width, generator=torch.Generator().manual_seed(seed))
-    return Direction(vector, layer, f"blocks.{layer}.hook_resid_pre", -1)
 
 
 def save_model(family: str, directory: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
