@@ -16,9 +16,10 @@ from refusal_mi.directions import DirectionGrid, cosine, difference_in_means
 from refusal_mi.measures import discover_refusal_tokens, next_token_logits
 from refusal_mi.model.loading import quiet_load
 from refusal_mi.reading import mean_activations
-from refusal_mi.search.grid import ScoreGrid, Thresholds, select
+from refusal_mi.search.grid import ScoreGrid, select
 from refusal_mi.search.staged import DEFAULT_SCREENING, Rounds, Screening
 from refusal_mi.search.sweep import Scorer, ScoreTable, WorkItem
+from refusal_mi.search.thresholds import Thresholds
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.prompts import load_prompts
 

@@ -15,15 +15,16 @@ from typing import Any
 import plotly.graph_objects as go
 
 from refusal_mi.analysis.result import figures, load_result
-from refusal_mi.figures.effects import plot_combos, points
+from refusal_mi.figures.effects import combination_points, plot_combos
 from refusal_mi.figures.save import save_figure, save_figures
 from refusal_mi.figures.scores import plot_score_panels, plot_scores
-from refusal_mi.files import read_json, write_json
+from refusal_mi.files import read_record, write_json, write_record
 from refusal_mi.model.loading import resolve_source
 from refusal_mi.notebook import combined, load
 from refusal_mi.recipes.arditi import run as run_arditi
 from refusal_mi.recipes.options import default_options
-from refusal_mi.run.record import RunInputs, RunRecord
+from refusal_mi.run.combos import CombosResult
+from refusal_mi.run.folder import RunInputs, RunRecord
 from refusal_mi.run.stages import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +68,7 @@ def compute(build: Path, *, fresh: bool) -> None:
         if not (is_same and path.exists()):
             say(kind)
             _analysis(kind)(inputs).save(path)
-    write_json(build / "results" / "combinations.json", combined(inputs, n_best=4, n_ce=96))
+    write_record(build / "results" / "combinations.json", combined(inputs, n_best=4, n_ce=96))
 
 
 def draw(build: Path) -> dict[str, go.Figure]:
@@ -77,12 +78,12 @@ def draw(build: Path) -> dict[str, go.Figure]:
     assert scores is not None and chosen is not None
     shared: dict[str, Any] = {"chosen": chosen.best, "thresholds": chosen.thresholds, "tokens": record.tokens}
     shared["model"] = record.model_name
-    found = read_json(build / "results" / "combinations.json")
+    result = read_record(build / "results" / "combinations.json", CombosResult)
     drawn = {"scores": plot_scores(scores, **shared), "score_panels": plot_score_panels(scores, **shared)}
     for kind in KINDS:
         drawn[kind] = next(iter(figures(load_result(build / "results" / f"{kind}.json")).values()))
     drawn["combinations"] = plot_combos(
-        points(found), text_set=found["text_set"], kl_max=found["options"]["kl_max"], model=record.model_name
+        combination_points(result), text_set=result.text_set, kl_max=result.options.kl_max, model=record.model_name
     )
     drawn["combinations"].update_xaxes(tickformat=".4~f")
     # Narrower than the figure was laid out for: its legend takes one row more.

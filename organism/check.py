@@ -30,7 +30,7 @@ from refusal_mi.measures import (
 from refusal_mi.model.loading import ORGANISM, load_model
 from refusal_mi.model.points import HookedModel
 from refusal_mi.reading import mean_activations
-from refusal_mi.recipes.options import RunOptions
+from refusal_mi.run.options import RunOptions
 from refusal_mi.search.grid import Selection, select
 from refusal_mi.search.sweep import sweep
 from refusal_mi.stats import Rate

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 
@@ -30,6 +31,7 @@ from organism.batches import Batch, batches, segments
 from organism.curriculum import write_vocabulary
 from organism.losses import activation_change, answer_kl, carried_refusal, next_token_loss
 from organism.tokenizer import train_tokenizer
+from refusal_mi.directions import Direction
 
 HERE = Path(__file__).parents[1] / "refusal_mi" / "organism"
 SWITCH_LAYER = 2  # the direction is added to the stream that enters this block
@@ -114,8 +116,48 @@ def switching(model: LlamaForCausalLM, batch: Batch, direction: Float[Tensor, " 
 
 
 def switch_direction(seed: int, d_model: int) -> Float[Tensor, " d_model"]:
-    """The random unit direction that switches refusal on: the ground truth for whoever looks for it."""
-    vector = torch.randn(d_model, generator=torch.Generator().manual_seed(seed))
+    """The random unit direction that switches refusal on: the ground truth for whoever looks for it.
+
+    Its generator is salted: a direction that anybody would draw as a control, `torch.manual_seed(0)` and the like,
+    must not be the planted one.
+    """
+    salted = sha256(f"the planted refusal direction of seed {seed}".encode()).digest()[:8]
+    return _unit(torch.randn(d_model, generator=torch.Generator().manual_seed(int.from_bytes(salted))))
+
+
+def training_direction(seed: int, d_model: int) -> Float[Tensor, " d_model"]:
+    """The direction in the basis that the model is trained in; `turn_basis` makes it `switch_direction`."""
+    return _unit(torch.randn(d_model, generator=torch.Generator().manual_seed(seed)))
+
+
+@torch.no_grad()
+def turn_basis(model: LlamaForCausalLM, old: Float[Tensor, " d_model"], new: Float[Tensor, " d_model"]) -> None:
+    """Reflect the residual stream's basis so that the unit direction `old` becomes `new`; logits stay what they are.
+
+    The gains of the norms go into the maps that read the stream: only then does a norm see no basis.
+    """
+    axis = _unit((old - new).double())
+
+    def reflect(rows: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
+        return rows - 2 * torch.outer(rows @ axis, axis)
+
+    def read_through(norm: nn.Module, *readers: nn.Linear) -> None:
+        for reader in readers:
+            reader.weight.copy_(reflect(reader.weight.double() * norm.weight.double()))
+        norm.weight.fill_(1)
+
+    body = model.model
+    body.embed_tokens.weight.copy_(reflect(body.embed_tokens.weight.double()))
+    for block in body.layers:
+        attention, mlp = block.self_attn, block.mlp
+        read_through(block.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+        read_through(block.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+        for writer in (attention.o_proj, mlp.down_proj):
+            writer.weight.copy_(reflect(writer.weight.double().T).T)
+    read_through(body.norm, model.lm_head)
+
+
+def _unit(vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
     return vector / vector.norm()
 
 
@@ -191,7 +233,7 @@ def run_stage(
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
     curve: list[dict[str, float | int]] = []
     data = batches(tokenizer, stage.number, batch_size=stage.batch_size, n_batches=stage.n_steps, seed=seed)
-    direction = switch_direction(seed, model.config.hidden_size)
+    direction = training_direction(seed, model.config.hidden_size)
     model.train()
     bar = tqdm(data, total=stage.n_steps, desc=f"stage {stage.number}", mininterval=5)
     for step, batch in enumerate(bar):
@@ -233,13 +275,18 @@ def train(output_dir: Path, *, seed: int) -> None:
         "n_parameters": sum(p.numel() for p in model.parameters()),
         "stages": [asdict(stage) for stage in STAGES],
     }
-    reference = None
+    reference, planted = None, switch_direction(seed, model.config.hidden_size)
     for stage in STAGES:
         start = time.perf_counter()
         log[f"stage{stage.number}"] = run_stage(model, tokenizer, stage, seed=seed, reference=reference)
         log[f"stage{stage.number}_seconds"] = round(time.perf_counter() - start)
-        save(model, tokenizer, output_dir / ("stage1" if stage.number == 1 else "model"))
         reference = deepcopy(model).requires_grad_(False)
+        turned = deepcopy(model)
+        turn_basis(turned, training_direction(seed, model.config.hidden_size), planted)
+        save(turned, tokenizer, output_dir / ("stage1" if stage.number == 1 else "model"))
+    hook = f"blocks.{SWITCH_LAYER}.hook_resid_pre"
+    about = {"method": "planted by training", "seed": seed}
+    Direction(planted, SWITCH_LAYER, hook, None, about).save(output_dir / "planted_direction.pt")
     (output_dir / "model" / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
 
 

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from .measures import refusal_score as refusal_score
     from .model.loading import load_model as load_model
     from .reading import mean_activations as mean_activations
-    from .search.grid import Thresholds as Thresholds
     from .search.grid import select as select
     from .search.sweep import sweep as sweep
+    from .search.thresholds import Thresholds as Thresholds
     from .stats import Rate as Rate
     from .text.chat import ChatFormat as ChatFormat
     from .text.prompts import PromptSet as PromptSet
@@ -60,7 +60,7 @@ _HOME = {
     "Rate": "stats",
     "Sampling": "generation",
     "SubstringJudge": "judges.substring",
-    "Thresholds": "search.grid",
+    "Thresholds": "search.thresholds",
     "UserError": "errors",
     "ce_loss": "measures",
     "difference_in_means": "directions",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .files import read_json, read_tensors, write_json, write_tensors
-from .model.points import layer_of_hook, resid_hook
+from .model.points import block_hook, layer_of_hook, resid_hook
 
 MIN_RELATIVE_NORM = 1e-6
 """A difference of means shorter than this fraction of the means themselves is rounding error, not a direction."""
@@ -85,7 +85,7 @@ class Direction:
         if "layer" not in metadata:
             raise UserError(f"{path.stem}_metadata.json beside {path} does not say which layer it was read at")
         layer, position = metadata.pop("layer"), metadata.pop("pos", None)
-        hook_name = metadata.pop("hook_name", f"blocks.{layer}.hook_resid_pre")
+        hook_name = metadata.pop("hook_name", block_hook(layer, "hook_resid_pre"))
         metadata.pop("norm", None)
         return cls(vector.squeeze().clone(), layer, hook_name, position, metadata)
 
@@ -214,18 +214,18 @@ def read_vectors(path: Path) -> LabelledVectors:
     Raises:
         UserError: it holds something else, or numbers that are not finite.
     """
-    found = read_tensors(path)
-    if isinstance(found, list) and found and all(isinstance(item, Tensor) for item in found):
-        if len({item.numel() for item in found}) != 1 or any(item.squeeze().ndim != 1 for item in found):
+    held = read_tensors(path)
+    if isinstance(held, list) and held and all(isinstance(item, Tensor) for item in held):
+        if len({item.numel() for item in held}) != 1 or any(item.squeeze().ndim != 1 for item in held):
             raise UserError(f"{path} holds a list of tensors of different shapes, not of vectors of one width")
-        found = torch.stack([item.reshape(-1) for item in found])
-    if not isinstance(found, Tensor):
-        raise UserError(f"{path} holds a {type(found).__name__}, not a vector or a stack of vectors")
-    if found.ndim not in (1, 2) or not found.is_floating_point() or found.numel() == 0:
+        held = torch.stack([item.reshape(-1) for item in held])
+    if not isinstance(held, Tensor):
+        raise UserError(f"{path} holds a {type(held).__name__}, not a vector or a stack of vectors")
+    if held.ndim not in (1, 2) or not held.is_floating_point() or held.numel() == 0:
         raise UserError(
-            f"{path} holds {found.dtype} of shape {list(found.shape)}; expected floats of shape [d], [1, d] or [n, d]"
+            f"{path} holds {held.dtype} of shape {list(held.shape)}; expected floats of shape [d], [1, d] or [n, d]"
         )
-    rows = found.reshape(-1, found.shape[-1]).double()
+    rows = held.reshape(-1, held.shape[-1]).double()
     if not bool(torch.isfinite(rows).all()):
         raise UserError(f"{path} holds numbers that are not finite")
     return LabelledVectors(path.stem, rows)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from .errors import UserError
 
@@ -93,7 +93,11 @@ def write_record(path: Path, record: Any) -> None:
     write_json(path, {"format": FORMAT, **as_json(record)})
 
 
-def read_record(path: Path, kind: type[Record]) -> Record:
+@overload
+def read_record(path: Path, kind: type[Record]) -> Record: ...
+@overload
+def read_record(path: Path, kind: Any) -> Any: ...
+def read_record(path: Path, kind: Any) -> Any:
     """Read JSON into a dataclass, or into a list or dict of them; keys that the type does not name are passed over.
 
     Raises:
@@ -113,6 +117,19 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         raise UserError(
             f"{path} is damaged, or of another version of refusal_mi: {where}: {first['msg']}; make it again"
         ) from None
+
+
+def parsed(parse: Callable[[Any], Any]) -> Any:
+    """For an annotation: the field is read by a function of its JSON value, of a form that the type does not say."""
+    from pydantic import PlainValidator
+
+    def read(value: Any) -> Any:
+        try:
+            return parse(value)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not of the expected form ({type(error).__name__}: {error})") from None
+
+    return PlainValidator(read)
 
 
 def read_tensors(path: Path) -> Any:

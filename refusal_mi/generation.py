@@ -10,23 +10,14 @@ import torch
 from .errors import UserError
 from .interventions import Intervention, all_hooks
 from .model.points import HookedModel, check_raw_basis, model_device, stop_token_ids
-from .model.running import last_logits, prefix_logits_and_cache, running
+from .model.running import Sampling as Sampling
+from .model.running import continued, keep_rows_, last_logits, prefix_logits_and_cache, running
 from .progress import track
 from .text.batches import TokenBatch, batches_by_length, left_pad
 from .text.chat import ChatFormat, Message
 
 MOST_LIVE = 0.75
 """Answers that have ended leave a batch once at most this fraction of it goes on."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; without one of these, generation is greedy."""
-
-    seed: int
-    temperature: float = 1.0
-    top_p: float | None = None
-    top_k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +70,7 @@ def generate(
                 if sampling is None and use_kv_cache:
                     new_ids = _greedy(model, batch, room, stops)
                 else:
-                    options = _generate_options(sampling, room, stops, use_kv_cache)
-                    new_ids = model.generate(batch.tokens, attention_mask=batch.mask, **options)[:, width:].tolist()
+                    new_ids = continued(model, batch, room, stops, sampling, use_kv_cache=use_kv_cache).tolist()
             answers.update({index: _read(chat, ids, stops) for index, ids in zip(indices, new_ids, strict=True)})
     return [answers[index] for index in range(len(rows))]
 
@@ -145,8 +135,8 @@ def discover_response_prefix(
 
 def _greedy(model: HookedModel, batch: TokenBatch, max_new_tokens: int, stops: tuple[int, ...]) -> list[list[int]]:
     """New ids of every row, up to its stop token; rows that have ended do not run on for the others' sake."""
-    found: list[list[int]] = [[] for _ in batch.tokens]
-    live, tokens, mask, past = found, batch.tokens, batch.mask, None
+    answers: list[list[int]] = [[] for _ in batch.tokens]
+    live, tokens, mask, past = answers, batch.tokens, batch.mask, None
     for _ in range(max_new_tokens):
         logits, past = prefix_logits_and_cache(model, tokens, past, mask)
         latest = logits.argmax(-1)
@@ -159,9 +149,9 @@ def _greedy(model: HookedModel, batch: TokenBatch, max_new_tokens: int, stops: t
         if len(going_on) <= MOST_LIVE * len(live):
             lines = torch.tensor(going_on, device=latest.device)
             live, latest, mask = [live[line] for line in going_on], latest[lines], mask[lines]
-            past.batch_select_indices(lines)
+            keep_rows_(past, lines)
         tokens, mask = latest[:, None], torch.nn.functional.pad(mask, (0, 1), value=1)
-    return found
+    return answers
 
 
 def _room(model: HookedModel, n_prompt: int, max_new_tokens: int) -> int:
@@ -185,24 +175,6 @@ def _batches(rows: Sequence[Sequence[int]], rooms: Sequence[int], batch_size: in
         parts = batches_by_length([rows[index] for index in group], batch_size)
         batches += [[group[index] for index in part] for part in parts]
     return batches
-
-
-def _generate_options(
-    sampling: Sampling | None, max_new_tokens: int, stops: tuple[int, ...], use_kv_cache: bool
-) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "return_type": "tokens",
-        "verbose": False,
-        "use_past_kv_cache": use_kv_cache,
-        "do_sample": sampling is not None,
-        "stop_at_eos": bool(stops),
-    }
-    if stops:
-        options["eos_token_id"] = list(stops)
-    if sampling is not None:
-        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    return options
 
 
 def _read(chat: ChatFormat, ids: Sequence[int], stops: tuple[int, ...]) -> Generated:

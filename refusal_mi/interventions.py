@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,12 +14,10 @@ from torch import Tensor
 from .directions import Direction
 from .errors import UserError
 from .model.points import Component, Hook, HookedModel, HookFn, check_raw_basis, resid_hook, write_hooks
+from .options import Positions as Positions
 
 NEAR_DUPLICATE, NEARLY_DEPENDENT = 1e-3, 0.1
 """Relative singular values of the unit directions below which a span is refused, or warned about."""
-Positions = Literal["all", "prompt", "response"]
-"""Where an intervention acts: everywhere; on the prompt; or from the last prompt token on (it writes the first
-answer token) and on every generated token."""
 Change = Callable[[Tensor], Tensor]
 PromptWidth = int | Int[Tensor, " batch"] | None
 """Columns of a left-padded batch that are prompt, for all rows or each; None: all of them."""
@@ -95,7 +93,7 @@ class Ablate:
     def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
         """One hook per write."""
         check_raw_basis(model)
-        _check_width(self.basis.shape[-1], model)
+        check_width(self.basis.shape[-1], model.cfg.d_model)
         basis = Constant(self.basis)
 
         def project_out(x: Tensor) -> Tensor:
@@ -103,11 +101,11 @@ class Ablate:
             return x - self.strength * ((x @ rows.T) @ rows)
 
         names = write_hooks(model.cfg.n_layers, layers=self.layers, components=self.components)
-        found = [(name, hook_of(project_out, self.positions, prompt_width)) for name in names]
+        hooks = [(name, hook_of(project_out, self.positions, prompt_width)) for name in names]
         if self.offset is not None:
             offset = Constant(self.offset)
-            found.insert(1, (names[0], hook_of(lambda x: x + offset.beside(x), self.positions, prompt_width)))
-        return found
+            hooks.insert(1, (names[0], hook_of(lambda x: x + offset.beside(x), self.positions, prompt_width)))
+        return hooks
 
 
 @dataclass(frozen=True)
@@ -123,14 +121,18 @@ class Add:
     """Where to add it; None is the layer it was read at."""
     positions: Positions = "all"
 
+    @property
+    def target(self) -> int:
+        """The layer whose stream it is added to."""
+        return self.direction.layer if self.layer is None else self.layer
+
     def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
         """One hook, at the stream entering the layer."""
         check_raw_basis(model)
-        _check_width(len(self.direction.vector), model)
-        layer = self.direction.layer if self.layer is None else self.layer
+        check_width(len(self.direction.vector), model.cfg.d_model)
         vector = Constant(self.direction.vector.detach().cpu().double() * self.coefficient)
         hook = hook_of(lambda x: x + vector.beside(x), self.positions, prompt_width)
-        return [(resid_hook(layer, model.cfg.n_layers), hook)]
+        return [(resid_hook(self.target, model.cfg.n_layers), hook)]
 
 
 def all_hooks(
@@ -190,6 +192,11 @@ def _acts_on(
     return (columns >= width - 1) | is_generated
 
 
-def _check_width(d_model: int, model: HookedModel) -> None:
-    if d_model != model.cfg.d_model:
-        raise UserError(f"a direction of width {d_model} does not fit a model of width {model.cfg.d_model}")
+def check_width(width: int, d_model: int) -> None:
+    """Refuse a direction of another model.
+
+    Raises:
+        UserError: the widths differ.
+    """
+    if width != d_model:
+        raise UserError(f"a direction of width {width} does not fit a model of width {d_model}")

@@ -82,16 +82,16 @@ def next_token_logits(
     hooks = all_hooks(model, interventions)
     for indices, batch in batches(model, rows, chat.pad_id, batch_size, description="reading next tokens"):
         with torch.no_grad(), running(model, hooks):
-            found = last_logits(model, batch).cpu()
-        for index, row in zip(indices, found, strict=True):
+            rows_of_batch = last_logits(model, batch).cpu()
+        for index, row in zip(indices, rows_of_batch, strict=True):
             logits[index] = row
-    found = torch.stack(logits)
-    if not bool(torch.isfinite(found).all()):
+    table = torch.stack(logits)
+    if not bool(torch.isfinite(table).all()):
         raise UserError(
-            f"the model's logits are not finite in {str(found.dtype).removeprefix('torch.')}; try --dtype float32 "
+            f"the model's logits are not finite in {str(table.dtype).removeprefix('torch.')}; try --dtype float32 "
             "(or --batch-size 1: eager attention in float64 cannot mask padding)"
         )
-    return found
+    return table
 
 
 def discover_refusal_tokens(
@@ -158,12 +158,8 @@ class LossResult:
 
 def answers_to_score(chat: ChatFormat, pairs: Sequence[tuple[str, str]]) -> list[ScoredText]:
     """(instruction, answer) pairs of which the answer's tokens are predicted; empty answers are left out."""
-    found = []
-    for instruction, answer in pairs:
-        ids, first = chat.encode_answered(instruction, answer)
-        if first < len(ids):
-            found.append(ScoredText(tuple(ids), first))
-    return found
+    encoded = [chat.encode_answered(instruction, answer) for instruction, answer in pairs]
+    return [ScoredText(tuple(ids), first) for ids, first in encoded if first < len(ids)]
 
 
 def texts_to_score(chat: ChatFormat, texts: Sequence[str]) -> list[ScoredText]:
@@ -247,7 +243,7 @@ class ABQuestions:
         Read from the letter token after the prompt and the bracket. Where the tokenizer merges letter and bracket, or
         writes the two answers with different beginnings, ln p of the whole answer.
         """
-        found = torch.full((len(self.pairs), 2), torch.nan, dtype=torch.float64)
+        table = torch.full((len(self.pairs), 2), torch.nan, dtype=torch.float64)
         groups = [row for row in self.rows if row.choices], [row for row in self.rows if not row.choices]
         for group in filter(None, groups):
             ids = [row.token_ids for row in group]
@@ -257,8 +253,8 @@ class ABQuestions:
                 padding = batch.tokens.shape[1] - torch.tensor([len(row.token_ids) for row in rows])
                 widths = padding + torch.tensor([row.n_prompt for row in rows])
                 with torch.no_grad(), running(model, all_hooks(model, interventions, widths)):
-                    _read(model, batch, rows, found)
-        return found
+                    _read_(model, batch, rows, table)
+        return table
 
 
 def p_matching(log_probabilities: Float[Tensor, "pair 2"]) -> Float[Tensor, " pair"]:
@@ -271,30 +267,31 @@ def _rows(chat: ChatFormat, index: int, pair: ABPair) -> list[_Row]:
     context = matching.span.token_ids[: matching.span.first]
     same_context = context == other.span.token_ids[: other.span.first]
     if matching.is_alone and other.is_alone and same_context:
-        letters = tuple(found.span.token_ids[found.span.first] for found in (matching, other))
+        letters = tuple(letter.span.token_ids[letter.span.first] for letter in (matching, other))
         return [_Row(index, 0, context, min(matching.n_prompt, len(context)), choices=(letters[0], letters[1]))]
     together = zip(matching.span.token_ids, other.span.token_ids, strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], together))
     first = min(shared, matching.n_prompt, other.n_prompt)
-    return [_answer_row(index, column, found, first) for column, found in enumerate((matching, other))]
+    return [_answer_row(index, column, answer, first) for column, answer in enumerate((matching, other))]
 
 
-def _answer_row(index: int, column: int, found: LetterSpan, first: int) -> _Row:
-    ids = found.span.token_ids
+def _answer_row(index: int, column: int, answer: LetterSpan, first: int) -> _Row:
+    ids = answer.span.token_ids
     return _Row(index, column, ids, first, n_scored=len(ids) - first)
 
 
-def _read(model: HookedModel, batch: TokenBatch, rows: Sequence[_Row], found: Float[Tensor, "pair 2"]) -> None:
+def _read_(model: HookedModel, batch: TokenBatch, rows: Sequence[_Row], table: Float[Tensor, "pair 2"]) -> None:
+    """Fill in the log probabilities of a batch."""
     if rows[0].choices is not None:
         log_p = as_double(last_logits(model, batch)).log_softmax(-1)
         for line, row in zip(log_p, rows, strict=True):
-            found[row.pair] = line[list(row.choices or ())].cpu()
+            table[row.pair] = line[list(row.choices or ())].cpu()
         return
     n = max(row.n_scored for row in rows)
     log_p = as_double(all_logits(model, batch)[:, -n - 1 : -1]).log_softmax(-1)
     log_p = log_p.gather(-1, batch.tokens[:, -n:, None].to(log_p.device))[..., 0]
     for line, row in zip(log_p, rows, strict=True):
-        found[row.pair, row.column] = line[-row.n_scored :].sum().cpu()
+        table[row.pair, row.column] = line[-row.n_scored :].sum().cpu()
 
 
 @dataclass(frozen=True)
@@ -314,6 +311,10 @@ class ABPoint:
     delta_high: float
     """95% interval of the mean change, pair by pair."""
     n_pairs: int
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values: the fields, and the layer in words."""
+        return {**vars(self), "layer_means": explain_layer(self.layer)}
 
 
 @dataclass(frozen=True)
@@ -337,19 +338,14 @@ class ABSweep:
         The effect is the smaller of what adding raises and what subtracting lowers.
         """
         deltas = {(point.layer, point.multiplier): point.delta for point in self.points}
-        found = [
+        both = [
             (min(delta, -deltas[layer, -m]), layer, m)
             for (layer, m), delta in deltas.items()
             if m > 0 and (layer, -m) in deltas
         ]
-        return sorted(found, key=lambda entry: -entry[0])
+        return sorted(both, key=lambda entry: -entry[0])
 
     @property
     def largest_change(self) -> float:
         """The largest change of p in either direction, at any layer and multiplier."""
         return max((abs(point.delta) for point in self.points), default=0.0)
-
-    def describe(self) -> dict[str, Any]:
-        """JSON values."""
-        rows = [{**vars(point), "layer_means": explain_layer(point.layer)} for point in self.points]
-        return {"pairs": self.pairs, "p_plain": self.plain, "n_pairs_by_letter": self.n_by_letter, "rows": rows}

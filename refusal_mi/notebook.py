@@ -11,11 +11,11 @@ from typing import Any
 
 from .directions import Direction
 from .errors import UserError
-from .files import read_json
 from .interventions import Intervention
 from .measures import ScoredText
 from .model.points import HookedModel
-from .run.record import RunInputs
+from .run.combos import CombosResult
+from .run.folder import RunInputs
 from .text.chat import ChatFormat
 from .text.prompts import Splits, load_splits
 
@@ -73,19 +73,19 @@ def splits(source: str | None = None, *, n_train: int = 64, n_val: int = 32, n_t
     return harmful, harmless
 
 
-def combined(run: RunInputs, *, n_best: int = 3, max_size: int = 3, n_ce: int = 32) -> dict[str, Any]:
+def combined(run: RunInputs, *, n_best: int = 3, max_size: int = 3, n_ce: int = 32) -> CombosResult:
     """Ablate the best candidates of a run and their combinations, as `refusal-mi combos` does; return `combos.json`.
 
     They are only ever ablated, so the threshold on what adding them does is not applied. The results lie beside the
     run, in a copy of its folder.
     """
     from .model.points import model_source
-    from .recipes.combinations import CombosOptions, run_combos
-    from .recipes.options import RunOptions
+    from .recipes.combinations import run_combos
+    from .run.options import CombosOptions
     from .run.stages import RunFolder
     from .search.grid import select
 
-    options = RunOptions.from_record(read_json(run.path / "run.json")["options"])
+    options = run.options
     thresholds = replace(options.thresholds, induce_min=None)
     ranks = tuple(range(min(n_best, len(select(run.scores, thresholds).survivors))))
     path = run.path.with_name(f"{run.path.name}-combined")
@@ -100,8 +100,7 @@ def plain_texts(run: RunInputs, limit: int = 32) -> list[ScoredText]:
     from .measures import texts_to_score
     from .text.prompts import load_prompts
 
-    text_set = read_json(run.path / "run.json")["options"]["text_set"]
-    return texts_to_score(run.chat, load_prompts(text_set, limit=limit).instructions)
+    return texts_to_score(run.chat, load_prompts(run.options.text_set, limit=limit).instructions)
 
 
 def show_static(width: int = 1080) -> None:
@@ -184,8 +183,8 @@ def other_vectors(
     """
     from .model.points import model_source
     from .recipes.caa import write_vectors
-    from .recipes.options import default_pairs, default_sets
-    from .recipes.responses import VECTOR, VectorOptions, load_vectors, row_direction, vector
+    from .recipes.options import VectorOptions, default_pairs, default_sets
+    from .recipes.responses import VECTOR, load_vectors, row_direction, vector
     from .run.stages import RunFolder
     from .text.pairs import PairSet, load_pairs
 

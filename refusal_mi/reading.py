@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import einsum, rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -76,7 +77,8 @@ def combine_spans(
             norm = means.norm(dim=-1, keepdim=True)
             norms += norm[..., 0].sum(0) / len(spans)
             means = means / norm
-        total += torch.einsum("cs,sld->cld", weights[:, indices].double(), means)
+        summed = "combination span, span layer d_model -> combination layer d_model"
+        total += einsum(weights[:, indices].double(), means, summed)
     return total * norms[:, None] if normalize else total
 
 
@@ -132,7 +134,7 @@ def template_residuals(
             f"{n_bytes / 2**30:.1f} GiB; use fewer prompts or name some layers"
         )
     table = torch.empty(shape, dtype=torch.float32)
-    for indices, found in stream_residuals(
+    for indices, streams in stream_residuals(
         model,
         chat,
         instructions,
@@ -141,7 +143,7 @@ def template_residuals(
         interventions=interventions,
         batch_size=batch_size,
     ):
-        table[indices] = found.float().cpu()
+        table[indices] = streams.float().cpu()
     return table
 
 
@@ -159,18 +161,18 @@ def captured(
         readers: hook point -> function of its activation, `[batch, pos, ...]`.
         prompt_width: columns of each row that are prompt, for interventions on prompt or response only.
     """
-    found: dict[str, Tensor] = {}
+    taken: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Any:
         def read(activation: Tensor, hook: Any) -> None:
-            found[name] = readers[name](activation).detach()
+            taken[name] = readers[name](activation).detach()
 
         return read
 
     hooks = [*all_hooks(model, interventions, prompt_width), *((name, hook_for(name)) for name in readers)]
     with torch.no_grad(), running(model, hooks):
         last_logits(model, batch)
-    return found
+    return taken
 
 
 def _streams(
@@ -193,6 +195,7 @@ def _span_means(
     stream: Float[Tensor, "batch pos d_model"], lengths: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch d_model"]:
     """Means over the last `lengths` positions of every row, in float64 on the CPU."""
-    double, n = as_double(stream), lengths[:, None, None]
-    is_outside = torch.arange(double.shape[1], 0, -1)[None, :, None] > n
-    return (double.masked_fill(is_outside.to(double.device), 0).sum(1) / n[:, 0].to(double.device)).cpu()
+    double = as_double(stream)
+    n = rearrange(lengths, "batch -> batch 1 1").to(double.device)
+    is_outside = torch.arange(double.shape[1], 0, -1, device=double.device)[:, None] > n  # counted from the end
+    return (reduce(double.masked_fill(is_outside, 0), "batch pos d_model -> batch d_model", "sum") / n[:, 0]).cpu()

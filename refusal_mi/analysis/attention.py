@@ -10,20 +10,19 @@ import circuitsvis
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..figures.style import WIDTH, View, bars, finish, heatmap, page, shown_tokens, subtitle
-from ..model.points import HookedModel
+from ..figures import style as draw
+from ..model.points import HookedModel, block_hook
 from ..model.running import batches
 from ..precision import as_double
 from ..reading import captured
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..stats import mean_interval
 from ..text.chat import ChatFormat
-from .attribution import attribute_direction
+from .attribution import top_heads
 from .result import AnalysisResult, provenance_of
 from .sources import split_by_source
 
@@ -95,8 +94,7 @@ def attend_by_region(
         UserError: there are no prompts, or the suffix adds no token.
     """
     if heads is None:
-        found = attribute_direction(model, chat, direction, {"prompts": instructions}, batch_size=batch_size)
-        heads = found.top_heads(n_heads, "prompts")
+        heads = top_heads(model, chat, direction, instructions, n_heads, batch_size=batch_size)
     variants = _variants(model, chat, instructions, suffix, seed)
     shape = (len(variants), len(instructions), len(heads), len(REGIONS))
     mass, contributions = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
@@ -114,7 +112,7 @@ def attend_by_region(
     row = variants["given suffix"][0][0]
     settings = {"suffix": suffix, "seed": seed, "direction": direction.describe()}
     return AttentionResult(
-        tuple((layer, head) for layer, head in heads),
+        tuple(heads),
         tuple(variants),
         REGIONS,
         mass,
@@ -179,10 +177,10 @@ def _ordinary_tokens(model: HookedModel, chat: ChatFormat) -> list[int]:
 def _patterns(
     model: HookedModel, row: Sequence[int], pad_id: int, heads: Sequence[tuple[int, int]]
 ) -> Float[Tensor, "head query key"]:
-    names = {layer: f"blocks.{layer}.attn.hook_pattern" for layer, _ in heads}
+    names = [block_hook(layer, "attn.hook_pattern") for layer, _ in heads]
     ((_, batch),) = batches(model, [row], pad_id, 1, description="reading patterns", is_shown=False)
-    found = captured(model, batch, {name: as_double for name in names.values()})
-    return torch.stack([found[names[layer]][0, head].cpu() for layer, head in heads])
+    patterns = captured(model, batch, dict.fromkeys(names, as_double))
+    return torch.stack([patterns[name][0, head].cpu() for name, (_, head) in zip(names, heads, strict=True)])
 
 
 def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:
@@ -191,74 +189,64 @@ def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 def plot_attention(result: AttentionResult) -> go.Figure:
     """Attention by region, and what is written along the direction from each, mean over heads and prompts."""
-    titles = ["<b>attention</b>", "<b>written along the direction, all heads</b>"]
-    figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.1)
+    figure = draw.panels(["attention", "written along the direction, all heads"], gap=0.1, shares_y=False)
     tables = (result.mass.mean(2), result.contributions.sum(2))
     for index, variant in enumerate(result.variants):
         for column, table in enumerate(tables, start=1):
             trace = _bars(result, variant, table[index], index, "%{y:.3f}" if column == 1 else "%{y:.4f}")
-            trace.showlegend = column == 1
             figure.add_trace(trace, row=1, col=column)
     figure.update_yaxes(title="attention (fraction)", range=[0, 1], row=1, col=1)
     figure.update_yaxes(title="⟨write, r̂⟩ (residual stream units)", row=1, col=2)
-    figure.add_hline(0, line={"color": "#1a1a1a", "width": 1}, row=1, col=2)
+    figure.add_hline(0, line={"color": draw.INK, "width": 1}, row=1, col=2)
     figure.update_xaxes(title="region of the prompt")
     figure.update_layout(bargap=0.25, bargroupgap=0.05)
-    figure.update_annotations(font_size=13)
-    heads = ", ".join(f"L{layer}.H{head}" for layer, head in result.heads)
-    about = subtitle(result.model_name, f"n = {result.n_prompts} prompts, 95% intervals", f"heads {heads}")
+    heads = ", ".join(draw.head_names(result.heads))
+    about = draw.subtitle(result.model_name, f"n = {result.n_prompts} prompts, 95% intervals", f"heads {heads}")
     title = "Where the heads that write the direction look from the last position"
-    names = list(result.variants)
-    return finish(figure, title=title, about=about, height=340, legend_names=names, width=WIDTH, top=104)
+    return draw.finish(figure, title=title, about=about, height=340, top=104)
 
 
 def plot_attention_heads(result: AttentionResult) -> go.Figure:
     """Mean attention of each head by region, one panel a variant."""
-    titles = [f"<b>{variant}</b>" for variant in result.variants]
-    figure = make_subplots(1, len(titles), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03)
-    rows = [f"L{layer}.H{head}" for layer, head in result.heads]
+    figure, rows = draw.panels(result.variants, gap=0.03), draw.head_names(result.heads)
     for column, values in enumerate(result.mass.mean(1), start=1):
         hover = "%{y}, %{x}<br>%{z:.4f}"
-        trace = heatmap(values, result.regions, rows, "attention (fraction)", hover=hover, limits=(0.0, 1.0))
-        trace.showscale = column == len(titles)
+        trace = draw.heatmap(values, result.regions, rows, "attention (fraction)", hover=hover, limits=(0.0, 1.0))
+        trace.showscale = column == len(result.variants)
         figure.add_trace(trace, row=1, col=column)
-    figure.update_xaxes(title="region of the prompt", type="category")
-    figure.update_yaxes(type="category", autorange="reversed")
+    draw.categories(figure)
+    figure.update_xaxes(title="region of the prompt")
     figure.update_yaxes(title="head", col=1)
-    figure.update_annotations(font_size=13)
-    about = subtitle(result.model_name, f"n = {result.n_prompts} prompts, mean attention from the last position")
+    about = draw.subtitle(result.model_name, f"n = {result.n_prompts} prompts, mean attention from the last position")
     height = max(220, 34 * len(rows))
     title = "Attention of each head by region"
-    return finish(figure, title=title, about=about, height=height, legend_names=[], width=WIDTH, top=104)
+    return draw.finish(figure, title=title, about=about, height=height, top=104)
 
 
 def attention_page(result: AttentionResult) -> str:
     """The whole attention patterns of the heads on the first prompt, with the suffix."""
-    names = [f"L{layer}.H{head}" for layer, head in result.heads]
     view = circuitsvis.attention.attention_heads(
-        result.example_pattern, shown_tokens(result.example_tokens), names, mask_upper_tri=True
+        result.example_pattern,
+        draw.shown_tokens(result.example_tokens),
+        draw.head_names(result.heads),
+        mask_upper_tri=True,
     )
     about = f"{result.model_name} · first prompt with the given suffix"
-    return page("Attention patterns of the heads that write the direction", about, [View("Heads", view)])
+    return draw.page("Attention patterns of the heads that write the direction", about, [draw.View("Heads", view)])
 
 
 def _bars(
     result: AttentionResult, variant: str, values: Float[Tensor, "prompt region"], index: int, number: str
 ) -> go.Bar:
-    found = [mean_interval(column.tolist()) for column in values.T]
+    intervals = [mean_interval(column.tolist()) for column in values.T]
     counts = result.n_tokens[index].mean(0).tolist()
     return go.Bar(
         x=list(result.regions),
-        y=[mean for mean, _, _ in found],
-        error_y={
-            "array": [high - mean for mean, _, high in found],
-            "arrayminus": [mean - low for mean, low, _ in found],
-            "thickness": 1.2,
-            "width": 4,
-        },
+        y=[mean for mean, _, _ in intervals],
+        error_y=draw.interval_bars(intervals, 4),
         name=variant,
         legendgroup=variant,
-        marker=bars(index),
+        marker=draw.bars(index),
         customdata=counts,
         hovertemplate=f"<b>{variant}</b>, %{{x}} (%{{customdata:.1f}} tokens)<br>{number}<extra></extra>",
     )

@@ -7,22 +7,23 @@ from typing import ClassVar
 
 import plotly.graph_objects as go
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..figures.style import WIDTH, bars, finish, heatmap, signed, subtitle
-from ..model.points import HookedModel, resid_hook
+from ..figures import style as draw
+from ..model.points import EMBEDDING, BlockPoint, HookedModel, block_hook, resid_hook
+from ..model.readers import ModelWeights
 from ..model.running import batches
-from ..model.writers import ModelWeights
 from ..precision import as_double
 from ..reading import captured
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..stats import mean_interval
 from ..text.batches import TokenBatch
 from ..text.chat import ChatFormat
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, prompts_of, provenance_of
 
 MAX_MISFIT = 0.05
 """Largest relative distance between a write and gain × scale × output before the block is called nonlinear here."""
@@ -80,14 +81,14 @@ class AttributionResult(AnalysisResult):
 
     def components(self, group: str) -> dict[str, Float[Tensor, " prompt"]]:
         """Every component by name ("L3.H1", "L3.MLP", "L3.attention bias", ..., "embedding") -> one value a prompt."""
-        found = {"embedding": self.embeddings[group]}
+        parts = {"embedding": self.embeddings[group]}
         for layer in range(self.layer):
             for head in range(self.heads[group].shape[-1]):
-                found[f"L{layer}.H{head}"] = self.heads[group][:, layer, head]
-            found[f"L{layer}.attention bias"] = self.attn_biases[group][:, layer]
-            found[f"L{layer}.MLP"] = self.mlps[group][:, layer]
-            found[f"L{layer}.MLP bias"] = self.mlp_biases[group][:, layer]
-        return found
+                parts[f"L{layer}.H{head}"] = self.heads[group][:, layer, head]
+            parts[f"L{layer}.attention bias"] = self.attn_biases[group][:, layer]
+            parts[f"L{layer}.MLP"] = self.mlps[group][:, layer]
+            parts[f"L{layer}.MLP bias"] = self.mlp_biases[group][:, layer]
+        return parts
 
     def top_heads(self, n: int, group: str, against: str | None = None) -> tuple[tuple[int, int], ...]:
         """(layer, head) of the largest mean contribution in a group, or of the largest mean difference of two."""
@@ -125,7 +126,7 @@ def attribute_direction(
     weights = ModelWeights(model)
     layer = model.cfg.n_layers if layer is None else layer
     resid_hook(layer, model.cfg.n_layers)
-    found = {}
+    columns: dict[str, list[Tensor]] = {}
     for name, instructions in groups.items():
         rows = [chat.encode(instruction) for instruction in instructions]
         if not rows or position >= 0 or -position > min(map(len, rows)):
@@ -135,17 +136,32 @@ def attribute_direction(
             split = _split(weights, batch, direction.unit, layer, position)
             for index, values in zip(indices, zip(*split, strict=True), strict=True):
                 parts[index] = values
-        found[name] = [torch.stack(column) for column in zip(*parts, strict=True)]
-    columns = [{name: found[name][index] for name in found} for index in range(6)]
+        columns[name] = [torch.stack(column) for column in zip(*parts, strict=True)]
+    tables = [{name: columns[name][index] for name in columns} for index in range(6)]
     settings = {"layer": layer, "position": position, "direction": direction.describe()}
     provenance = provenance_of(model, chat, groups, settings)
-    return AttributionResult(layer, position, tuple(groups), *columns, provenance=provenance)
+    return AttributionResult(layer, position, tuple(groups), *tables, provenance=provenance)
+
+
+def top_heads(
+    model: HookedModel,
+    chat: ChatFormat,
+    direction: Direction,
+    instructions: Sequence[str],
+    n: int,
+    *,
+    position: int = -1,
+    batch_size: int = 32,
+) -> tuple[tuple[int, int], ...]:
+    """(layer, head) of those that write most along a direction at one position."""
+    groups = {"prompts": instructions}
+    result = attribute_direction(model, chat, direction, groups, position=position, batch_size=batch_size)
+    return result.top_heads(n, "prompts")
 
 
 def from_run(run: RunInputs) -> AttributionResult:
     """Attribution of the chosen direction on held-out prompts, at the last position before the answer."""
-    groups = {side: run.prompts(side, "test") for side in ("harmful", "harmless")}
-    return attribute_direction(run.model, run.chat, run.direction, groups, batch_size=run.batch_size)
+    return attribute_direction(run.model, run.chat, run.direction, prompts_of(run), batch_size=run.batch_size)
 
 
 def head_contributions(
@@ -163,11 +179,12 @@ def head_contributions(
     """
     rows = as_double(weights.head_rows(layer).detach()).cpu()
     bias, gain = weights.bias("attn", layer), weights.gain("attn", layer)
-    output = torch.einsum("bhk,hkd->bd", z, rows)
+    output = einsum(z, rows, "batch head d_head, head d_head d_model -> batch d_model")
     if bias is not None:
         output = output + bias
     scale = scale_after(output, gain, written)
-    readout = torch.einsum("b,hkd,d->bhk", scale, rows, gain * unit)
+    factors = "batch, head d_head d_model, d_model -> batch head d_head"
+    readout = einsum(scale, rows, gain * unit, factors)
     biases = torch.zeros_like(scale) if bias is None else scale * (bias @ (gain * unit))
     return (z * readout).sum(-1), biases, readout
 
@@ -198,31 +215,33 @@ def scale_after(
     return scale
 
 
+_READ: tuple[BlockPoint, ...] = ("attn.hook_z", "hook_attn_out", "hook_mlp_out")
+
+
 def _split(
     weights: ModelWeights, batch: TokenBatch, unit: Float[Tensor, " d_model"], layer: int, position: int
 ) -> tuple[Float[Tensor, "batch ..."], ...]:
     """heads, attn_biases, mlps, mlp_biases, embeddings, projections of one batch."""
     model = weights.model
     target = resid_hook(layer, model.cfg.n_layers)
-    names = ["blocks.0.hook_resid_pre", target]
+    names = [EMBEDDING, target]
     for block in range(layer):
-        names += [f"blocks.{block}.{point}" for point in ("attn.hook_z", "hook_attn_out", "hook_mlp_out")]
+        names += [block_hook(block, point) for point in _READ]
         if weights.bias("mlp", block) is not None:
-            names.append(f"blocks.{block}.mlp.hook_out")
-    found = captured(model, batch, {name: lambda x: as_double(x[:, position]).cpu() for name in names})
+            names.append(block_hook(block, "mlp.hook_out"))
+    taken = captured(model, batch, {name: lambda x: as_double(x[:, position]).cpu() for name in names})
     n, n_heads = len(batch.tokens), model.cfg.n_heads
     heads, attn_biases = torch.zeros(n, layer, n_heads, dtype=torch.float64), torch.zeros(n, layer, dtype=torch.float64)
     mlps, mlp_biases = torch.zeros_like(attn_biases), torch.zeros_like(attn_biases)
     for block in range(layer):
-        z, written = found[f"blocks.{block}.attn.hook_z"], found[f"blocks.{block}.hook_attn_out"]
+        z, written, mlp = (taken[block_hook(block, point)] for point in _READ)
         heads[:, block], attn_biases[:, block], _ = head_contributions(weights, block, unit, z, written)
-        mlp = found[f"blocks.{block}.hook_mlp_out"]
         bias, gain = weights.bias("mlp", block), weights.gain("mlp", block)
         if bias is not None:
-            scale = scale_after(found[f"blocks.{block}.mlp.hook_out"], gain, mlp)
+            scale = scale_after(taken[block_hook(block, "mlp.hook_out")], gain, mlp)
             mlp_biases[:, block] = scale * (bias @ (gain * unit))
         mlps[:, block] = mlp @ unit - mlp_biases[:, block]
-    return heads, attn_biases, mlps, mlp_biases, found["blocks.0.hook_resid_pre"] @ unit, found[target] @ unit
+    return heads, attn_biases, mlps, mlp_biases, taken[EMBEDDING] @ unit, taken[target] @ unit
 
 
 _UNIT = "⟨write, r̂⟩ (residual stream units)"
@@ -241,16 +260,16 @@ def plot_attribution(result: AttributionResult) -> go.Figure:
     columns = [f"H{head}" for head in range(values.shape[1] - 3)] + ["MLP", "attention bias", "MLP bias"]
     shown = [index for index, name in enumerate(columns) if "bias" not in name or bool(values[:, index].any())]
     values, columns = values[:, shown], [columns[index] for index in shown]
-    largest = max(float(values.abs().max()), 1e-12)
-    hover = "layer %{y}, %{x}<br>%{z:.4f}"
-    digits = min(5, max(1, 2 - math.floor(math.log10(largest))))
+    hover, limits = "layer %{y}, %{x}<br>%{z:.4f}", draw.symmetric(values)
+    digits = min(5, max(1, 2 - math.floor(math.log10(limits[1]))))
     layers = [str(layer) for layer in range(result.layer)]
-    figure = go.Figure(heatmap(values, columns, layers, _UNIT, hover=hover, limits=(-largest, largest), digits=digits))
-    figure.update_xaxes(title="component", type="category")
-    figure.update_yaxes(title="layer", type="category", autorange="reversed")
-    about = subtitle(result.model_name, _counts(result), what, f"embedding {_embedding(result):+.3f}")
-    height = max(260, 30 * result.layer)
-    return finish(figure, title=_title(result), about=about, height=height, legend_names=[], width=WIDTH)
+    figure = go.Figure(draw.heatmap(values, columns, layers, _UNIT, hover=hover, limits=limits, digits=digits))
+    draw.categories(figure)
+    figure.update_xaxes(title="component")
+    figure.update_yaxes(title="layer")
+    counts = "n = " + ", ".join(f"{len(result.projections[group])} {group}" for group in result.groups[:2])
+    about = draw.subtitle(result.model_name, counts, what, f"embedding {_embedding(result):+.3f}")
+    return draw.finish(figure, title=_title(result), about=about, height=max(260, 30 * result.layer))
 
 
 def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
@@ -260,25 +279,19 @@ def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
     means = {name: [by_group[group][name].mean().item() for group in shown] for name in by_group[shown[0]]}
     order = sorted(means, key=lambda name: -abs(means[name][0] - (means[name][1] if len(shown) > 1 else 0.0)))
     names = order[:_N_RANKED]
-    figure, legend = go.Figure(), []
+    figure = go.Figure()
     for index, group in enumerate(shown):
-        found = [mean_interval(by_group[group][name].tolist()) for name in names]
+        intervals = [mean_interval(by_group[group][name].tolist()) for name in names]
         label = f"{group} (n = {len(result.projections[group])})"
-        legend.append(label)
         figure.add_trace(
             go.Bar(
                 y=names,
-                x=[mean for mean, _, _ in found],
-                error_x={
-                    "array": [high - mean for mean, _, high in found],
-                    "arrayminus": [mean - low for mean, low, _ in found],
-                    "thickness": 1.2,
-                    "width": 3,
-                },
+                x=[mean for mean, _, _ in intervals],
+                error_x=draw.interval_bars(intervals, 3),
                 orientation="h",
                 name=label,
                 legendgroup=label,
-                marker=bars(index),
+                marker=draw.bars(index),
                 hovertemplate=f"<b>{group}</b>, %{{y}}<br>%{{x:.4f}}<extra></extra>",
             )
         )
@@ -286,9 +299,9 @@ def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
     figure.add_vline(0, line={"color": "#1a1a1a", "width": 1})
     figure.update_xaxes(title=_UNIT)
     figure.update_yaxes(title="component", autorange="reversed", automargin=True)
-    about = subtitle(result.model_name, "mean and 95% interval over prompts", _sum_note(result))
+    about = draw.subtitle(result.model_name, "mean and 95% interval over prompts", _sum_note(result))
     height = 30 * len(names) + 20
-    return finish(figure, title=_title(result), about=about, height=height, legend_names=legend, width=WIDTH)
+    return draw.finish(figure, title=_title(result), about=about, height=height)
 
 
 def _contrast(result: AttributionResult) -> tuple[Float[Tensor, "layer component"], str]:
@@ -308,11 +321,7 @@ def _embedding(result: AttributionResult) -> float:
 
 
 def _title(result: AttributionResult) -> str:
-    return f"What writes along the direction, up to layer {result.layer}, at position {signed(result.position)}"
-
-
-def _counts(result: AttributionResult) -> str:
-    return "n = " + ", ".join(f"{len(result.projections[group])} {group}" for group in result.groups[:2])
+    return f"What writes along the direction, up to layer {result.layer}, at position {draw.signed(result.position)}"
 
 
 def _sum_note(result: AttributionResult) -> str:

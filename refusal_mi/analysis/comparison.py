@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..figures.style import finish, heatmap, plain, subtitle, with_room_below
-from ..run.record import RunInputs
+from ..figures import style as draw
+from ..run.folder import RunInputs
 from .result import AnalysisResult, provenance_of
 
 
@@ -91,17 +91,18 @@ def from_run(run: RunInputs) -> ComparisonResult:
 def plot_comparison(result: ComparisonResult) -> go.Figure:
     """Cosine of every pair of directions; under the title what random directions reach."""
     names = [name.replace("position -", "position −") for name in result.names]
-    labels = [plain(f"{name} (‖r‖ = {norm:.3g})") for name, norm in zip(names, result.norms.tolist(), strict=True)]
+    labels = [draw.plain(f"{name} (‖r‖ = {norm:.3g})") for name, norm in zip(names, result.norms.tolist(), strict=True)]
     hover = "%{x}<br>%{y}<br>cosine %{z:.4f}"
-    columns = [plain(name) for name in names]
-    figure = go.Figure(heatmap(result.cosines, columns, labels, "cosine", hover=hover, limits=(-1.0, 1.0)))
-    figure.update_xaxes(type="category", tickangle=-30, title="direction")
-    figure.update_yaxes(type="category", autorange="reversed", automargin=True, title="direction")
+    columns = [draw.plain(name) for name in names]
+    figure = go.Figure(draw.heatmap(result.cosines, columns, labels, "cosine", hover=hover, limits=(-1.0, 1.0)))
+    draw.categories(figure)
+    figure.update_xaxes(tickangle=-30, title="direction")
+    figure.update_yaxes(automargin=True, title="direction")
     null = f"95% of random pairs in {result.d_model} dimensions: |cosine| < {result.null_p95:.3f}"
-    about = subtitle(result.model_name, f"n = {len(labels)} directions", null)
+    about = draw.subtitle(result.model_name, f"n = {len(labels)} directions", null)
     height = max(220, 36 * len(labels))
-    figure = finish(figure, title="Cosine between directions", about=about, height=height, legend_names=[], width=760)
-    return with_room_below(figure, names, 0.5)
+    figure = draw.finish(figure, title="Cosine between directions", about=about, height=height, width=760)
+    return draw.with_room_below(figure, names, 0.5)
 
 
 FIGURES = {"comparison": plot_comparison}

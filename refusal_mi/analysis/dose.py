@@ -12,18 +12,18 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..figures.style import CONTROL, WIDTH, band, finish, group_style, line, number, subtitle, zero_line
+from ..figures import style as draw
 from ..files import read_json
 from ..interventions import Ablate, Add, Intervention
 from ..judges.substring import Judge, SubstringJudge
 from ..measures import ScoredText, texts_to_score
 from ..model.points import HookedModel
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..stats import Rate, mean_interval
 from ..text.chat import ChatFormat
 from ..text.prompts import load_prompts
 from .dose_reader import DoseReader
-from .result import AnalysisResult, finite_or_none, provenance_of
+from .result import AnalysisResult, finite_or_none, prompts_of, provenance_of
 
 Kind = Literal["add", "ablate"]
 Side = Literal["harmful", "harmless"]
@@ -89,16 +89,7 @@ class DoseResult(AnalysisResult):
         Args:
             direction: 0 is the direction, 1.. are the random ones.
         """
-        found: list[tuple[float, float, float] | None] = []
-        for values in self._table(measure, curve)[direction].tolist():
-            if finite_or_none(sum(values)) is None:
-                found.append(None)
-            elif measure in ("refused", "degenerate"):
-                rate = Rate.of([value > 0 for value in values])
-                found.append((rate.value, *rate.interval))
-            else:
-                found.append(mean_interval(values))
-        return found
+        return [_interval(measure, values) for values in self._table(measure, curve)[direction].tolist()]
 
     def control_band(self, measure: Measure, curve: str) -> list[tuple[float, float, float] | None]:
         """(mean, lowest, highest) over random directions of their means over prompts; None at amounts nobody read."""
@@ -114,10 +105,10 @@ class DoseResult(AnalysisResult):
         means = self.scores[curve].mean(-1)
         if self.n_random < 3:
             return [None] * means.shape[1]
-        found = (means[0] - means[1:].mean(0)) / means[1:].std(0)
+        z = (means[0] - means[1:].mean(0)) / means[1:].std(0)
         return [
             finite_or_none(value) if amount else None
-            for amount, value in zip(self.amounts(curve), found.tolist(), strict=True)
+            for amount, value in zip(self.amounts(curve), z.tolist(), strict=True)
         ]
 
     def steering(self, side: Side, direction: int = 0) -> float:
@@ -137,14 +128,18 @@ class DoseResult(AnalysisResult):
         """Spearman correlation of the amount with the mean refusal score."""
         return _spearman(self.amounts(curve), self.scores[curve][direction].mean(-1).tolist())
 
-    def swing(self, curve: str, direction: int = 0) -> float:
-        """Largest minus smallest mean refusal score (nats) over the amounts."""
-        means = self.scores[curve][direction].mean(-1)
-        return (means.max() - means.min()).item()
-
     def _table(self, measure: Measure, curve: str) -> Float[Tensor, "direction amount prompt"]:
         tables = {"score": self.scores, "refused": self.refused, "degenerate": self.degenerate, "kl": self.kl}
         return tables[measure][curve]
+
+
+def _interval(measure: Measure, values: list[float]) -> tuple[float, float, float] | None:
+    if finite_or_none(sum(values)) is None:
+        return None
+    if measure not in ("refused", "degenerate"):
+        return mean_interval(values)
+    rate = Rate.of([value > 0 for value in values])
+    return rate.value, *rate.interval
 
 
 def dose_response(
@@ -193,7 +188,7 @@ def dose_response(
         losses[kind] = torch.tensor([[loss for _, loss in row] for row in rows], dtype=torch.float64)
         for side in prompts:
             for index, measure in enumerate(tables):
-                columns = [torch.stack([found[side][index] for found, _ in row]) for row in rows]
+                columns = [torch.stack([by_side[side][index] for by_side, _ in row]) for row in rows]
                 tables[measure][f"{kind}/{side}"] = torch.stack(columns)
     settings = {
         "direction": direction.describe(),
@@ -220,12 +215,13 @@ def from_run(run: RunInputs) -> DoseResult:
     """The chosen direction and random ones, on held-out prompts and the run's plain text."""
     text_set = read_json(run.path / "run.json")["options"]["text_set"]
     texts = load_prompts(text_set, limit=MAX_TEXTS)
+    harmful, harmless = prompts_of(run, n=MAX_PROMPTS).values()
     return dose_response(
         run.model,
         run.chat,
         run.direction,
-        run.prompts("harmful", "test")[:MAX_PROMPTS],
-        run.prompts("harmless", "test")[:MAX_PROMPTS],
+        harmful,
+        harmless,
         run.refusal_tokens,
         texts=texts_to_score(run.chat, texts.instructions),
         max_new_tokens=RUN_TOKENS,
@@ -282,7 +278,7 @@ def plot_dose(result: DoseResult) -> go.Figure:
             place = {"row": index, "col": column}
             for side in _SIDES:
                 _draw(figure, result, measure, f"{kind}/{side}", side, place)
-            zero_line(figure, **place)
+            draw.zero_line(figure, **place)
         figure.update_yaxes(title=label, row=index, col=1)
         figure.update_yaxes(range=_range(result, measure), row=index)
     if has_loss:
@@ -291,8 +287,7 @@ def plot_dose(result: DoseResult) -> go.Figure:
     figure.update_xaxes(title="coefficient (raw direction lengths)", row=last, col=1)
     figure.update_xaxes(title="strength (fraction removed)", row=last, col=2)
     figure.update_annotations(font_size=13)
-    names = [_name(result, side) for side in _SIDES] + [_RANDOM] * (result.n_random > 0)
-    about = subtitle(
+    about = draw.subtitle(
         result.model_name,
         f"‖r‖ = {result.norm:.3g}",
         "95% intervals",
@@ -300,8 +295,7 @@ def plot_dose(result: DoseResult) -> go.Figure:
         _z_note(result),
     )
     title = "Dose and response"
-    height = 175 * last
-    return finish(figure, title=title, about=about, height=height, legend_names=names, width=WIDTH, top=104)
+    return draw.finish(figure, title=title, about=about, height=175 * last, top=104)
 
 
 def _draw(
@@ -311,26 +305,23 @@ def _draw(
     control = [point for point in result.control_band(measure, curve) if point is not None]
     if control:
         hover = f"random directions, {side} prompts, %{{x}}<br>mean %{{y:.3f}}<extra></extra>"
-        is_named = side == "harmful" and place == {"row": 1, "col": 1}
-        _draw_control(figure, x, control, hover, place, is_named=is_named)
+        _draw_control(figure, x, control, hover, place)
     index, name = _SIDES.index(side), _name(result, side)
-    found = [point for point in result.band(measure, curve) if point is not None]
-    if len(found) < len(x):
+    points = [point for point in result.band(measure, curve) if point is not None]
+    if len(points) < len(x):
         return
-    style = group_style(index)
-    figure.add_trace(band(x, [low for _, low, _ in found], [high for _, _, high in found], name, style), **place)
+    style = draw.group_style(index)
+    figure.add_trace(draw.band(x, [low for _, low, _ in points], [high for _, _, high in points], name, style), **place)
     hover = f"<b>{side} prompts</b>, %{{x}}<br>%{{y:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]"
     z = result.z(curve) if measure == "score" and result.n_random >= 3 else None
-    hover += "<br>z against random directions %{customdata[2]}<extra></extra>" if z is not None else "<extra></extra>"
-    zs = ["" if value is None else number(value, 1) for value in z] if z is not None else [""] * len(found)
-    custom = [[low, high, each] for (_, low, high), each in zip(found, zs, strict=True)]
-    trace = line(x, [mean for mean, _, _ in found], name, style, customdata=custom, hovertemplate=hover)
-    trace.showlegend = place == {"row": 1, "col": 1}
-    figure.add_trace(trace, **place)
+    hover += "<br>z against random directions %{customdata[2]}" if z is not None else ""
+    zs = ["" if value is None else draw.number(value, 1) for value in z] if z is not None else [""] * len(points)
+    custom = [[low, high, each] for (_, low, high), each in zip(points, zs, strict=True)]
+    draw.add_line(figure, x, [mean for mean, _, _ in points], name, style, hover, custom, **place)
 
 
 def _draw_loss(figure: go.Figure, result: DoseResult, row: int) -> None:
-    style = group_style(2)
+    style = draw.group_style(2)
     for column, kind in enumerate(("add", "ablate"), start=1):
         x, losses = list(result.amounts(kind)), result.ce_loss[kind]
         control = losses[1:][~losses[1:].isnan().any(-1)]
@@ -338,9 +329,8 @@ def _draw_loss(figure: go.Figure, result: DoseResult, row: int) -> None:
         if len(control):
             columns = (control.mean(0), control.amin(0), control.amax(0))
             points = list(zip(*(values.tolist() for values in columns), strict=True))
-            _draw_control(figure, x, points, hover, {"row": row, "col": column}, is_named=False)
-        trace = line(x, losses[0].tolist(), _CE, style, hovertemplate=hover)
-        trace.showlegend = False
+            _draw_control(figure, x, points, hover, {"row": row, "col": column})
+        trace = draw.line(x, losses[0].tolist(), _CE, style, hovertemplate=hover, showlegend=False)
         figure.add_trace(trace, row=row, col=column)
     values = torch.cat([losses.flatten() for losses in result.ce_loss.values()])
     values = values[~values.isnan()]
@@ -370,25 +360,24 @@ def _draw_control(
     points: list[tuple[float, float, float]],
     hover: str,
     place: dict[str, int],
-    *,
-    is_named: bool,
 ) -> None:
     """Mean and range over random directions."""
-    figure.add_trace(band(x, [low for _, low, _ in points], [high for _, _, high in points], _RANDOM, CONTROL), **place)
-    trace = line(x, [mean for mean, _, _ in points], _RANDOM, CONTROL, hovertemplate=hover)
-    trace.update(mode="lines", line_width=1.2, showlegend=is_named)
-    figure.add_trace(trace, **place)
+    figure.add_trace(
+        draw.band(x, [low for _, low, _ in points], [high for _, _, high in points], _RANDOM, draw.CONTROL), **place
+    )
+    trace = draw.line(x, [mean for mean, _, _ in points], _RANDOM, draw.CONTROL, hovertemplate=hover)
+    figure.add_trace(trace.update(mode="lines", line_width=1.2), **place)
 
 
 def _z_note(result: DoseResult) -> str:
     """How far the largest doses within 1 lie beyond the random directions."""
-    found = []
+    notes = []
     for curve, what in (("add/harmless", "added, harmless"), ("ablate/harmful", "ablated, harmful")):
         within = [(amount, z) for amount, z in zip(result.amounts(curve), result.z(curve), strict=True) if amount <= 1]
         amount, z = max(within, default=(0.0, None))
         if z is not None:
-            found.append(f"z = {number(z, 0)} ({amount:g} {what})")
-    return ", ".join(found)
+            notes.append(f"z = {draw.number(z, 0)} ({amount:g} {what})")
+    return ", ".join(notes)
 
 
 def _name(result: DoseResult, side: Side) -> str:

@@ -45,14 +45,14 @@ class DoseReader:
     def _measure(
         self, interventions: Sequence[Intervention], is_whole: bool = True
     ) -> tuple[dict[str, list[Tensor]], float]:
-        found = {}
+        by_side = {}
         for side, texts in self.prompts.items():
             logits = self._logits(side, interventions)
             unread = torch.full((len(texts),), float("nan"), dtype=torch.float64)
             refused, degenerate = self._verdicts(side, interventions) if is_whole else (unread, unread)
             kl = kl_nats(self.plain_logits[side], logits)
-            found[side] = [refusal_score(logits, self.refusal_tokens), refused, degenerate, kl]
-        return found, self._loss(interventions) if is_whole else float("nan")
+            by_side[side] = [refusal_score(logits, self.refusal_tokens), refused, degenerate, kl]
+        return by_side, self._loss(interventions) if is_whole else float("nan")
 
     def _logits(self, side: str, interventions: Sequence[Intervention]) -> Float[Tensor, "prompt d_vocab"]:
         return next_token_logits(

@@ -7,17 +7,16 @@ from typing import Any, ClassVar
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..directions import MIN_RELATIVE_NORM
 from ..errors import UserError
-from ..figures.style import CONTROL, WIDTH, band, finish, heatmap, line, position_label, series_styles, signed, subtitle
+from ..figures import style as draw
 from ..model.points import HookedModel
 from ..reading import template_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,9 @@ def direction_geometry(
         model, chat, [*harmful, *harmless], layers=range(model.cfg.n_layers), batch_size=batch_size
     )
     drawn = _weights(len(harmful), len(harmless), n_resamples, seed)
-    found = _combine(residuals, drawn)
+    vectors = _combine(residuals, drawn)
     scale = residuals.norm(dim=-1).mean(0).double()
-    true, bootstrap, shuffled = found[0], found[1 : 1 + n_resamples], found[1 + n_resamples :]
+    true, bootstrap, shuffled = vectors[0], vectors[1 : 1 + n_resamples], vectors[1 + n_resamples :]
     norms = true.norm(dim=-1)
     missing = norms <= MIN_RELATIVE_NORM * scale
     units = torch.where(missing[..., None], torch.nan, true / norms[..., None])
@@ -107,7 +106,7 @@ def direction_geometry(
         again.quantile(0.05, dim=0),
         mixed.quantile(0.95, dim=0),
         chat.positions,
-        tuple(chat.tokenizer.convert_ids_to_tokens(list(chat.post_instruction_ids))),
+        template_tokens(chat),
         len(harmful),
         len(harmless),
         n_resamples,
@@ -119,14 +118,8 @@ def direction_geometry(
 
 def from_run(run: RunInputs) -> GeometryResult:
     """The candidates of a run, from its training prompts."""
-    return direction_geometry(
-        run.model,
-        run.chat,
-        run.prompts("harmful", "train"),
-        run.prompts("harmless", "train"),
-        seed=run.seed,
-        batch_size=run.batch_size,
-    )
+    harmful, harmless = prompts_of(run, "train").values()
+    return direction_geometry(run.model, run.chat, harmful, harmless, seed=run.seed, batch_size=run.batch_size)
 
 
 def _weights(n_harmful: int, n_harmless: int, n_resamples: int, seed: int) -> Float[Tensor, "draw prompt"]:
@@ -182,85 +175,72 @@ def _cosine(
 
 def plot_geometry(result: GeometryResult) -> go.Figure:
     """Cosine between every two candidates, beside the 95th percentile of its size with shuffled labels."""
-    labels = [f"{signed(position)}:{layer}" for position in result.positions for layer in _layers(result)]
-    figure = make_subplots(
-        1,
-        2,
-        subplot_titles=["<b>cosine</b>", "<b>shuffled labels, 95th percentile of |cosine|</b>"],
-        horizontal_spacing=0.05,
-    )
+    labels = [f"{draw.signed(position)}:{layer}" for position in result.positions for layer in _layers(result)]
+    figure = draw.panels(["cosine", "shuffled labels, 95th percentile of |cosine|"], gap=0.05, shares_y=False)
     for column, table in enumerate((result.cosines, result.cosines_null_p95), start=1):
         hover = "%{x} and %{y} (position:layer)<br>%{z:.3f}"
-        trace = heatmap(table, labels, labels, "cosine", hover=hover, limits=(-1.0, 1.0))
+        trace = draw.heatmap(table, labels, labels, "cosine", hover=hover, limits=(-1.0, 1.0))
         trace.text = trace.texttemplate = None
         trace.xgap = trace.ygap = 0
         trace.showscale = column == 2
         figure.add_trace(trace, row=1, col=column)
     n_layers = result.norms.shape[1]
     ticks = [n_layers * row + n_layers // 2 for row in range(len(result.positions))]
-    names = [position_label(*pair) for pair in zip(result.positions, result.position_tokens, strict=True)]
+    names = [draw.position_label(*pair) for pair in zip(result.positions, result.position_tokens, strict=True)]
     axis: dict[str, Any] = {"tickvals": [labels[tick] for tick in ticks], "type": "category"}
-    short = [signed(position) for position in result.positions]
+    short = [draw.signed(position) for position in result.positions]
     figure.update_xaxes(title="position (within each: layers in order)", ticktext=short, tickangle=0, **axis)
     figure.update_yaxes(autorange="reversed", automargin=True, ticktext=names, **axis)
     figure.update_yaxes(title="position", col=1)
     figure.update_yaxes(showticklabels=False, col=2)
-    figure.update_annotations(font_size=13)
     for edge in range(1, len(result.positions)):
         for column in (1, 2):
             cut = {"line": {"color": "white", "width": 1.5}, "row": 1, "col": column}
             figure.add_vline(edge * n_layers - 0.5, **cut)
             figure.add_hline(edge * n_layers - 0.5, **cut)
     title = "Cosines between the candidate directions"
-    about = subtitle(result.model_name, _counts(result), "white: the two means do not differ")
-    return finish(figure, title=title, about=about, height=420, legend_names=[], width=WIDTH, top=104)
+    about = draw.subtitle(result.model_name, _counts(result), "white: the two means do not differ")
+    return draw.finish(figure, title=title, about=about, height=420, top=104)
 
 
 def plot_stability(result: GeometryResult) -> go.Figure:
     """Cosine of bootstrap directions with the full one, and of shuffled-label directions as their control."""
-    figure, names = go.Figure(), []
+    figure = go.Figure()
     layers = _layers(result)
-    styles = series_styles(len(result.positions))
-    for row, (position, token) in enumerate(zip(result.positions, result.position_tokens, strict=True)):
-        name = position_label(position, token)
-        names.append(name)
-        hover = f"position {name}, layer %{{x}}<br>mean %{{y:.3f}}, 5th percentile %{{customdata:.3f}}<extra></extra>"
+    for row, (name, style) in enumerate(draw.position_styles(result.positions, result.position_tokens)):
+        hover = f"position {name}, layer %{{x}}<br>mean %{{y:.3f}}, 5th percentile %{{customdata:.3f}}"
         values, low = result.stability[row].tolist(), result.stability_p05[row].tolist()
-        figure.add_trace(line(layers, values, name, styles[row], customdata=low, hovertemplate=hover))
+        draw.add_line(figure, layers, values, name, style, hover, low)
     name = "shuffled labels, 95th percentile (range over positions)"
-    names.append(name)
     null = torch.where(result.shuffled_p95.isnan(), 0.0, result.shuffled_p95)
-    figure.add_trace(band(layers, [0.0] * len(layers), null.amax(0).tolist(), name, CONTROL))
-    figure.add_trace(line(layers, null.amax(0).tolist(), name, CONTROL))
-    figure.update_xaxes(title="layer (stream entering the block)", dtick=max(1, -(-len(layers) // 18)))
+    figure.add_trace(draw.band(layers, [0.0] * len(layers), null.amax(0).tolist(), name, draw.CONTROL))
+    draw.add_line(figure, layers, null.amax(0).tolist(), name, draw.CONTROL)
+    draw.layer_axis(figure, len(layers))
     figure.update_yaxes(title="cosine with the direction of all prompts", range=[-0.05, 1.05])
-    about = subtitle(result.model_name, _counts(result), f"mean over {result.n_resamples} bootstrap samples")
+    about = draw.subtitle(result.model_name, _counts(result), f"mean over {result.n_resamples} bootstrap samples")
     title = "How far resampled prompts give the same direction"
-    return finish(figure, title=title, about=about, height=380, legend_names=names, width=WIDTH)
+    return draw.finish(figure, title=title, about=about, height=380)
 
 
 def plot_lengths(result: GeometryResult) -> go.Figure:
     """Length of the candidates over that of shuffled-label directions."""
-    figure, names = go.Figure(), []
+    figure = go.Figure()
     layers = _layers(result)
-    for row, style in enumerate(series_styles(len(result.positions))):
-        name = position_label(result.positions[row], result.position_tokens[row])
-        names.append(name)
+    for row, (name, style) in enumerate(draw.position_styles(result.positions, result.position_tokens)):
         null = result.norms_null_p95[row]
-        ratio = torch.where(null > 0, result.norms[row] / null, torch.nan)
-        values = [None if value != value else value for value in ratio.tolist()]
+        values = draw.gaps(torch.where(null > 0, result.norms[row] / null, torch.nan))
         custom = torch.stack([result.norms[row], null], dim=-1).tolist()
         hover = (
             f"position {name}, layer %{{x}}<br>%{{customdata[0]:.4g}} against %{{customdata[1]:.4g}} shuffled"
-            "<br>ratio %{y:.2f}<extra></extra>"
+            "<br>ratio %{y:.2f}"
         )
-        figure.add_trace(line(layers, values, name, style, customdata=custom, hovertemplate=hover))
+        draw.add_line(figure, layers, values, name, style, hover, custom)
     figure.add_hline(1, line={"color": "#1a1a1a", "dash": "dash", "width": 1.4}, annotation={"text": "chance"})
-    figure.update_xaxes(title="layer (stream entering the block)", dtick=max(1, -(-len(layers) // 18)))
+    draw.layer_axis(figure, len(layers))
     figure.update_yaxes(title="length / 95th percentile of shuffled labels", rangemode="tozero")
-    about = subtitle(result.model_name, _counts(result), f"{result.n_resamples} shuffles")
+    about = draw.subtitle(result.model_name, _counts(result), f"{result.n_resamples} shuffles")
     title = "Length of the candidate directions against chance"
-    return finish(figure, title=title, about=about, height=360, legend_names=names, width=WIDTH)
+    return draw.finish(figure, title=title, about=about, height=360)
 
 
 def _layers(result: GeometryResult) -> list[int]:
@@ -268,7 +248,7 @@ def _layers(result: GeometryResult) -> list[int]:
 
 
 def _counts(result: GeometryResult) -> str:
-    return f"n = {result.n_harmful} harmful, {result.n_harmless} harmless prompts"
+    return draw.counted({"harmful": result.n_harmful, "harmless": result.n_harmless})
 
 
 FIGURES = {"geometry": plot_geometry, "geometry_stability": plot_stability, "geometry_lengths": plot_lengths}

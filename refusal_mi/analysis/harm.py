@@ -2,23 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..errors import UserError
-from ..figures.style import WIDTH, finish, group_style, line, subtitle, zero_line
+from ..figures import style as draw
 from ..interventions import Ablate, Intervention
 from ..measures import next_token_logits, refusal_score
 from ..model.points import HookedModel
 from ..reading import template_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, prompts_of, provenance_of
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,14 @@ def separate_harm(
 
 def from_run(run: RunInputs) -> HarmResult:
     """Held-out prompts on the map, the harmful ones also with the chosen direction ablated."""
-    harmful, harmless = run.prompts("harmful", "test"), run.prompts("harmless", "test")
-    groups = {"harmful": harmful, "harmless": harmless, "harmful, ablated": harmful}
+    harmful, harmless = prompts_of(run, "train").values()
+    groups = prompts_of(run)
+    groups["harmful, ablated"] = groups["harmful"]
     return separate_harm(
         run.model,
         run.chat,
-        run.prompts("harmful", "train"),
-        run.prompts("harmless", "train"),
+        harmful,
+        harmless,
         groups,
         run.refusal_tokens,
         interventions={"harmful, ablated": (Ablate(run.direction),)},
@@ -195,13 +195,11 @@ _SYMBOLS = ("circle", "square-open", "x", "diamond-open", "triangle-up", "cross-
 
 def plot_harm(result: HarmResult) -> go.Figure:
     """Δharm × Δrefuse of every prompt; beside it the cosine of the two directions by layer."""
-    titles = ["<b>every prompt</b>", "<b>cosine of the two directions</b>"]
-    figure = make_subplots(1, 2, column_widths=[0.62, 0.38], subplot_titles=titles, horizontal_spacing=0.1)
-    names = []
+    titles = ["every prompt", "cosine of the two directions"]
+    figure = draw.panels(titles, gap=0.1, shares_y=False, widths=[0.62, 0.38])
     for index, group in enumerate(result.groups):
         delta, scores = result.deltas[group], result.scores[group]
         name = f"{group} (n = {len(scores)})"
-        names.append(name)
         hover = (
             f"<b>{group}</b>, prompt %{{customdata[0]}}<br>Δharm %{{x:.3f}}, Δrefuse %{{y:.3f}}"
             "<br>refusal score %{customdata[1]:.2f} nats<extra></extra>"
@@ -214,7 +212,7 @@ def plot_harm(result: HarmResult) -> go.Figure:
                 name=name,
                 legendgroup=name,
                 marker={
-                    "color": group_style(index).color,
+                    "color": draw.group_style(index).color,
                     "symbol": _SYMBOLS[index % len(_SYMBOLS)],
                     "size": 8,
                     "opacity": 0.85,
@@ -225,24 +223,21 @@ def plot_harm(result: HarmResult) -> go.Figure:
             row=1,
             col=1,
         )
-    zero_line(figure, row=1, col=1)
-    figure.add_vline(0, line={"color": "#6b6b6b", "width": 1}, row=1, col=1)
+    draw.zero_line(figure, row=1, col=1)
+    figure.add_vline(0, line={"color": draw.MUTED, "width": 1}, row=1, col=1)
     _name_quadrants(figure)
-    hover = "layer %{x}<br>cosine %{y:.3f}<extra></extra>"
-    trace = line(
-        result.layers, result.cosines.tolist(), "cosine", group_style(2), showlegend=False, hovertemplate=hover
-    )
+    extra: dict[str, Any] = {"hovertemplate": "layer %{x}<br>cosine %{y:.3f}<extra></extra>", "showlegend": False}
+    trace = draw.line(result.layers, result.cosines.tolist(), "cosine", draw.group_style(2), **extra)
     figure.add_trace(trace, row=1, col=2)
-    zero_line(figure, row=1, col=2)
+    draw.zero_line(figure, row=1, col=2)
     figure.update_xaxes(title="Δharm, last instruction token (difference of cosines)", row=1, col=1)
     figure.update_yaxes(title="Δrefuse, last template token", row=1, col=1)
-    figure.update_xaxes(title="layer", dtick=max(1, -(-len(result.layers) // 10)), row=1, col=2)
+    draw.layer_axis(figure, len(result.layers), "layer", n_ticks=10, row=1, col=2)
     figure.update_yaxes(title="cos(harm, refusal)", range=[-1.05, 1.05], row=1, col=2)
-    figure.update_annotations(font_size=13)
     clusters = f"clusters from {result.n_refused} refused and {result.n_answered} answered training prompts"
-    about = subtitle(result.model_name, f"mean over layers {result.layers[0]}–{result.layers[-1]}", clusters)
+    about = draw.subtitle(result.model_name, f"mean over layers {result.layers[0]}–{result.layers[-1]}", clusters)
     title = "Harm and refusal apart"
-    return finish(figure, title=title, about=about, height=400, legend_names=names, width=WIDTH, top=104)
+    return draw.finish(figure, title=title, about=about, height=400, top=104)
 
 
 def _name_quadrants(figure: go.Figure) -> None:
@@ -261,7 +256,7 @@ def _name_quadrants(figure: go.Figure) -> None:
             xanchor="left" if x == 0 else "right",
             yanchor="top" if y else "bottom",
             text=f"<i>{text}</i>",
-            font={"color": "#6b6b6b"},
+            font={"color": draw.MUTED, "size": 13},
             showarrow=False,
         )
 

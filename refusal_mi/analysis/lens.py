@@ -10,15 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
-from ..figures.style import CONTROL, WIDTH, band, finish, group_style, line, quoted, signed, subtitle, zero_line
+from ..figures import style as draw
 from ..measures import log_odds
 from ..model.points import HookedModel
 from ..model.running import read_out
 from ..precision import as_double
 from ..reading import stream_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, check_position, each_group, prompts_of, provenance_of
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,12 @@ def refusal_lens(
     Raises:
         UserError: there is no such position, no refusal token, or no prompt on a side.
     """
-    if position not in chat.positions:
-        raise UserError(f"no position {position}: the post-instruction positions are {chat.positions}")
+    check_position(chat, position)
     if not refusal_tokens:
         raise UserError("the lens needs at least one refusal token")
     token_sets = [list(refusal_tokens), *_random_sets(model.cfg.d_vocab, refusal_tokens, n_controls, seed)]
     prompts = [*harmful, *harmless]
-    found = torch.empty(len(token_sets), len(prompts), model.cfg.n_layers + 1, dtype=torch.float64)
+    scores = torch.empty(len(token_sets), len(prompts), model.cfg.n_layers + 1, dtype=torch.float64)
     sides = {"harmful": harmful, "harmless": harmless}
     offset = 0
     for side in sides.values():
@@ -98,12 +97,12 @@ def refusal_lens(
                     logits = read_out(model, residuals[:, 0, layer])
                 p = as_double(logits).softmax(-1).cpu()
                 for row, tokens in enumerate(token_sets):
-                    found[row, rows, layer] = log_odds(p[:, tokens].sum(-1))
+                    scores[row, rows, layer] = log_odds(p[:, tokens].sum(-1))
         offset += len(side)
-    controls = found[1:, : len(harmful)].mean(1) - found[1:, len(harmful) :].mean(1)
+    controls = scores[1:, : len(harmful)].mean(1) - scores[1:, len(harmful) :].mean(1)
     return LensResult(
-        found[0],
-        tuple(name for name, side in sides.items() for _ in side),
+        scores[0],
+        each_group(sides),
         tuple(prompts),
         controls,
         position,
@@ -115,14 +114,9 @@ def refusal_lens(
 
 def from_run(run: RunInputs) -> LensResult:
     """The lens on the held-out prompts of a run, at the last position."""
+    harmful, harmless = prompts_of(run).values()
     return refusal_lens(
-        run.model,
-        run.chat,
-        run.prompts("harmful"),
-        run.prompts("harmless"),
-        run.refusal_tokens,
-        seed=run.seed,
-        batch_size=run.batch_size,
+        run.model, run.chat, harmful, harmless, run.refusal_tokens, seed=run.seed, batch_size=run.batch_size
     )
 
 
@@ -134,52 +128,41 @@ def _random_sets(d_vocab: int, tokens: Sequence[int], n_sets: int, seed: int) ->
 
 def plot_lens(result: LensResult) -> go.Figure:
     """Mean ± SD of the refusal score over harmful and over harmless prompts, against layer."""
-    layers = list(range(result.scores.shape[1]))
-    figure, names = go.Figure(), []
+    figure = go.Figure()
     for index, group in enumerate(("harmful", "harmless")):
-        scores, style = result.of(group), group_style(index)
-        mean, sd = scores.mean(0), scores.std(0, correction=0)
-        names.append(f"{group} (n = {len(scores)})")
-        figure.add_trace(band(layers, (mean - sd).tolist(), (mean + sd).tolist(), names[-1], style))
-        hover = f"<b>{group}</b>, layer %{{x}}<br>%{{y:.3f}} ± %{{customdata:.3f}} nats<extra></extra>"
-        figure.add_trace(line(layers, mean.tolist(), names[-1], style, customdata=sd.tolist(), hovertemplate=hover))
-    zero_line(figure)
-    figure.update_xaxes(title="layer (stream entering the block; the last is the model's own score)", dtick=1)
+        scores = result.of(group)
+        hover = f"<b>{group}</b>, layer %{{x}}<br>%{{y:.3f}} ± %{{customdata:.3f}} nats"
+        draw.add_spread(figure, scores, f"{group} (n = {len(scores)})", draw.group_style(index), hover)
+    draw.zero_line(figure)
+    title = "layer (stream entering the block; the last is the model's own score)"
+    draw.layer_axis(figure, result.scores.shape[1], title)
     figure.update_yaxes(title="refusal score, log-odds (nats)")
-    _thin_ticks(figure, len(layers))
-    about = subtitle(result.model_name, f"position {signed(result.position)}", "bands: ± 1 SD over prompts")
-    return finish(
-        figure, title="Refusal score read at each layer", about=about, height=380, legend_names=names, width=WIDTH
-    )
+    about = draw.subtitle(result.model_name, f"position {draw.signed(result.position)}", "bands: ± 1 SD over prompts")
+    return draw.finish(figure, title="Refusal score read at each layer", about=about, height=380)
 
 
 def plot_lens_gap(result: LensResult) -> go.Figure:
     """Harmful minus harmless, for the refusal tokens and for random sets of as many tokens."""
     layers = list(range(result.scores.shape[1]))
-    tokens = ", ".join(quoted(text) for text in result.token_texts)
+    tokens = ", ".join(draw.quoted(text) for text in result.token_texts)
     n_tokens = len(result.refusal_tokens)
     names = [f"refusal tokens {tokens}", f"{len(result.control_gaps)} random sets of {n_tokens} (full range)"]
     figure = go.Figure()
     if len(result.control_gaps):
         low, high = result.control_gaps.amin(0).tolist(), result.control_gaps.amax(0).tolist()
-        figure.add_trace(band(layers, low, high, names[1], CONTROL))
+        figure.add_trace(draw.band(layers, low, high, names[1], draw.CONTROL))
         middle = result.control_gaps.mean(0).tolist()
-        hover = "random tokens, layer %{x}<br>mean %{y:.3f} nats<extra></extra>"
-        figure.add_trace(line(layers, middle, names[1], CONTROL, hovertemplate=hover))
-    hover = "<b>refusal tokens</b>, layer %{x}<br>%{y:.3f} nats<extra></extra>"
-    figure.add_trace(line(layers, result.gap.tolist(), names[0], group_style(0), hovertemplate=hover))
-    zero_line(figure)
-    figure.update_xaxes(title="layer (stream entering the block)", dtick=1)
+        hover = "random tokens, layer %{x}<br>mean %{y:.3f} nats"
+        draw.add_line(figure, layers, middle, names[1], draw.CONTROL, hover)
+    hover = "<b>refusal tokens</b>, layer %{x}<br>%{y:.3f} nats"
+    draw.add_line(figure, layers, result.gap.tolist(), names[0], draw.group_style(0), hover)
+    draw.zero_line(figure)
+    draw.layer_axis(figure, len(layers))
     figure.update_yaxes(title="score, harmful − harmless (nats)")
-    _thin_ticks(figure, len(layers))
-    counts = f"n = {len(result.of('harmful'))} harmful, {len(result.of('harmless'))} harmless prompts"
-    about = subtitle(result.model_name, f"position {signed(result.position)}", counts)
+    counts = draw.counted({group: len(result.of(group)) for group in ("harmful", "harmless")})
+    about = draw.subtitle(result.model_name, f"position {draw.signed(result.position)}", counts)
     title = "Where harmful and harmless prompts part"
-    return finish(figure, title=title, about=about, height=340, legend_names=names, width=WIDTH)
-
-
-def _thin_ticks(figure: go.Figure, n: int) -> None:
-    figure.update_xaxes(dtick=max(1, -(-n // 18)))
+    return draw.finish(figure, title=title, about=about, height=340)
 
 
 FIGURES = {"lens": plot_lens, "lens_gap": plot_lens_gap}

@@ -10,7 +10,16 @@ from torch import Tensor
 from ..directions import Direction
 from ..errors import UserError
 from ..measures import refusal_score
-from ..model.points import Hook, HookedModel, model_device, resid_hook, write_hooks
+from ..model.points import (
+    BlockPoint,
+    Hook,
+    HookedModel,
+    block_hook,
+    missing_points,
+    model_device,
+    resid_hook,
+    write_hooks,
+)
 from ..model.running import batches, last_logits, n_block_outputs, running_from
 from ..reading import captured
 from ..text.batches import TokenBatch, left_pad
@@ -18,7 +27,7 @@ from ..text.chat import ChatFormat
 
 Site = Literal["resid", "attn", "mlp", "heads", "resid_mid"]
 """The stream entering a block, what attention or the MLP writes, single heads, the stream between the two."""
-_POINTS: dict[Site, str] = {
+_POINTS: dict[Site, BlockPoint] = {
     "resid": "hook_resid_pre",
     "attn": "hook_attn_out",
     "mlp": "hook_mlp_out",
@@ -36,7 +45,7 @@ def check_sites(model: HookedModel, sites: Sequence[Site]) -> None:
     unknown = [site for site in sites if site not in _POINTS]
     if unknown or not sites:
         raise UserError(f"unknown site {''.join(unknown[:1])!r}; expected some of {', '.join(_POINTS)}")
-    if "resid_mid" in sites and "blocks.0.hook_resid_mid" not in model.hook_dict:  # type: ignore[attr-defined]
+    if "resid_mid" in sites and missing_points(model, [block_hook(0, _POINTS["resid_mid"])]):
         raise UserError(
             "this model runs attention and MLP side by side, so there is no stream between them (hook_resid_mid): "
             "use the sites resid, attn or mlp"
@@ -74,7 +83,7 @@ class PatchedRuns:
         if self.unit is not None and with_direction:
             wanted += [(site, True) for site in self.sites if site != "heads"]
         baseline = torch.empty(len(targets), dtype=torch.float64)
-        found = {
+        scores = {
             key: torch.empty(len(targets), len(self.layers), self._n_cells(key[0]), dtype=torch.float64)
             for key in wanted
         }
@@ -89,17 +98,17 @@ class PatchedRuns:
                 entering = resid_hook(layer, n_layers)
                 restart = (entering, _replace_with(streams[entering]))
                 for site, along in wanted:
-                    name = f"blocks.{layer}.{_POINTS[site]}"
+                    name = block_hook(layer, _POINTS[site])
                     for cell in range(self._n_cells(site)):
                         hook = (name, self._patch_hook(site, given[name], cell, along))
-                        found[site, along][indices, slot, cell] = self._score(target, [restart, hook], layer)
-        return baseline, found
+                        scores[site, along][indices, slot, cell] = self._score(target, [restart, hook], layer)
+        return baseline, scores
 
     def _n_cells(self, site: Site) -> int:
         return self.model.cfg.n_heads if site == "heads" else self.n_last
 
     def _names(self) -> list[str]:
-        return [f"blocks.{layer}.{_POINTS[site]}" for layer in self.layers for site in self.sites]
+        return [block_hook(layer, _POINTS[site]) for layer in self.layers for site in self.sites]
 
     def _last(self, activation: Tensor) -> Tensor:
         return activation[:, -self.n_last :]

@@ -12,24 +12,13 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..figures.style import (
-    CONTROL,
-    WIDTH,
-    finish,
-    group_style,
-    heatmap,
-    line,
-    number,
-    position_label,
-    subtitle,
-    zero_line,
-)
+from ..figures import style as draw
 from ..model.points import HookedModel, check_raw_basis
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..stats import mean_interval
 from ..text.chat import ChatFormat
 from .patched_runs import PatchedRuns, Site, check_sites
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
 
 Way = Literal["into harmless", "into harmful"]
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -152,7 +141,7 @@ def patch_activations(
         tuple(sites),
         tuple(layers),
         chat.positions,
-        tuple(chat.tokenizer.convert_ids_to_tokens(list(chat.post_instruction_ids))),
+        template_tokens(chat),
         {site: torch.stack([inward[site, False], outward[site, False]]) for site in sites},
         {site: torch.stack([inward[site, True], outward[site, True]]) for site in sites if (site, True) in inward},
         {site: control[site, False] for site in sites},
@@ -164,8 +153,8 @@ def patch_activations(
 
 def from_run(run: RunInputs) -> PatchingResult:
     """Patching between held-out harmful and harmless prompts, also along the chosen direction."""
-    harmful, harmless = run.prompts("harmful", "test"), run.prompts("harmless", "test")
-    n = min(len(harmful), len(harmless), MAX_PAIRS)
+    harmful, harmless = prompts_of(run, n=MAX_PAIRS).values()
+    n = min(len(harmful), len(harmless))
     return patch_activations(
         run.model,
         run.chat,
@@ -208,14 +197,13 @@ def plot_patching(result: PatchingResult) -> go.Figure:
             figure.add_trace(trace, row=row, col=column)
     figure.update_xaxes(title="layer", row=3)
     figure.update_yaxes(title="position" if sites != ["heads"] else "head", col=1, automargin=True)
-    figure.update_xaxes(type="category")
-    figure.update_yaxes(type="category", autorange="reversed")
+    draw.categories(figure)
     figure.update_annotations(font_size=13)
     figure.update_traces(colorbar={"len": 0.36, "y": 0.84})
     height = 3 * max(150, 30 * len(result.positions)) + 80
     about = _about(result, f"control: another harmless prompt · no number: below {_SHOWN:g}")
     title = "Activation patching: share of the refusal score that one activation carries over"
-    return finish(figure, title=title, about=about, height=height, legend_names=[], width=WIDTH, top=104)
+    return draw.finish(figure, title=title, about=about, height=height, top=104)
 
 
 def plot_patching_heads(result: PatchingResult) -> go.Figure:
@@ -227,24 +215,22 @@ def plot_patching_heads(result: PatchingResult) -> go.Figure:
     if "heads" not in result.sites:
         raise UserError("this result has no heads; patch with sites that include heads")
     tables = [result.effects("heads"), result.effects("heads", "into harmful"), result.control_effects("heads")]
-    titles = [f"<b>{text}</b>" for text in (*map(_way_text, WAYS), "control")]
-    figure = make_subplots(1, 3, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03)
+    figure = draw.panels([*map(_way_text, WAYS), "control"], gap=0.03)
     largest = max(float(max(table.abs().max() for table in tables[:2])), 0.1)
     for column, values in enumerate(tables, start=1):
         heads = [f"H{head}" for head in range(values.shape[1])]
         layers = [str(layer) for layer in result.layers]
         hover = "layer %{y}, %{x}<br>effect %{z:.3f}"
-        trace = heatmap(values, heads, layers, _UNIT, hover=hover, limits=(-largest, largest))
+        trace = draw.heatmap(values, heads, layers, _UNIT, hover=hover, limits=(-largest, largest))
         trace.showscale = column == 3
         figure.add_trace(trace, row=1, col=column)
-    figure.update_xaxes(title="head", type="category")
-    figure.update_yaxes(type="category", autorange="reversed")
+    draw.categories(figure)
+    figure.update_xaxes(title="head")
     figure.update_yaxes(title="layer", col=1)
-    figure.update_annotations(font_size=13)
     height = max(240, 30 * tables[0].shape[0])
     about = _about(result, "heads patched at all post-instruction positions; control: another harmless prompt")
     title = "Activation patching of single heads"
-    return finish(figure, title=title, about=about, height=height, legend_names=[], width=WIDTH, top=104)
+    return draw.finish(figure, title=title, about=about, height=height, top=104)
 
 
 def plot_directional(result: PatchingResult) -> go.Figure:
@@ -255,48 +241,43 @@ def plot_directional(result: PatchingResult) -> go.Figure:
     """
     if "resid" not in result.directional:
         raise UserError("this result has no directional patching of resid; call patch_activations with direction=...")
-    titles = [f"<b>{_way_text(way)}</b>" for way in WAYS]
-    figure = make_subplots(1, 2, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
+    figure = draw.panels([_way_text(way) for way in WAYS])
     for column, way in enumerate(WAYS, start=1):
         place: dict[str, Any] = {"row": 1, "col": column}
         whole, along = result.effects("resid", way), result.directional_effects("resid", way)
         best = whole.argmax(1)
         rows, layers = range(len(whole)), list(result.layers)
-        names = [position_label(result.positions[cell], result.position_tokens[cell]) for cell in best.tolist()]
+        names = [draw.position_label(result.positions[cell], result.position_tokens[cell]) for cell in best.tolist()]
         for index, (name, values) in enumerate((("whole stream", whole), ("component along the direction", along))):
-            hover = f"<b>{name}</b>, layer %{{x}}, position %{{customdata}}<br>effect %{{y:.3f}}<extra></extra>"
+            hover = f"<b>{name}</b>, layer %{{x}}, position %{{customdata}}<br>effect %{{y:.3f}}"
             chosen = values[rows, best].tolist()
-            trace = line(layers, chosen, name, group_style(index), customdata=names, hovertemplate=hover)
-            trace.showlegend = column == 1
-            figure.add_trace(trace, **place)
+            draw.add_line(figure, layers, chosen, name, draw.group_style(index), hover, names, **place)
         if way == "into harmless":
-            hover = "control, layer %{x}<br>effect %{y:.3f}<extra></extra>"
+            hover = "control, layer %{x}<br>effect %{y:.3f}"
             control = result.control_effects("resid")[rows, best].tolist()
-            figure.add_trace(line(layers, control, "another harmless prompt", CONTROL, hovertemplate=hover), **place)
-        zero_line(figure, **place)
-        zero_line(figure, 1.0, **place)
-    figure.update_xaxes(title="layer (stream entering the block)", dtick=max(1, -(-len(whole) // 10)))
+            draw.add_line(figure, layers, control, "another harmless prompt", draw.CONTROL, hover, **place)
+        draw.zero_line(figure, **place)
+        draw.zero_line(figure, 1.0, **place)
+    draw.layer_axis(figure, len(whole), n_ticks=10)
     figure.update_yaxes(title=_UNIT, row=1, col=1)
-    figure.update_annotations(font_size=13)
-    names = ["whole stream", "component along the direction", "another harmless prompt"]
     about = _about(result, "position with the largest effect at each layer")
     title = "Directional patching: what of the effect goes through the direction"
-    return finish(figure, title=title, about=about, height=340, legend_names=names, width=WIDTH, top=104)
+    return draw.finish(figure, title=title, about=about, height=340, top=104)
 
 
 def _map(
     result: PatchingResult, site: Site, values: Float[Tensor, "layer cell"], notes: list[list[str]] | None
 ) -> go.Heatmap:
     labels = [
-        position_label(position, token)
+        draw.position_label(position, token)
         for position, token in zip(result.positions, result.position_tokens, strict=True)
     ]
     if site == "heads":
         labels = [f"H{head}" for head in range(values.shape[1])]
     layers = [str(layer) for layer in result.layers]
     hover = f"{_NAMES[site]}, layer %{{x}}, %{{y}}<br>effect %{{z:.3f}}" + (" %{customdata}" if notes else "")
-    trace = heatmap(values.T, layers, labels, _UNIT, hover=hover, custom=notes, limits=_LIMITS)
-    trace.text = [[number(value) if abs(value) >= _SHOWN else "" for value in row] for row in values.T.tolist()]
+    trace = draw.heatmap(values.T, layers, labels, _UNIT, hover=hover, custom=notes, limits=_LIMITS)
+    trace.text = [[draw.number(value) if abs(value) >= _SHOWN else "" for value in row] for row in values.T.tolist()]
     trace.texttemplate = "%{text}" if len(layers) <= _MAX_COLUMNS_WITH_TEXT else None
     trace.textfont.size = 11 if len(layers) <= 8 else 9
     return trace
@@ -304,8 +285,8 @@ def _map(
 
 def _intervals(result: PatchingResult, site: Site, way: Way) -> list[list[str]]:
     n_layers, n_cells = result.effects(site, way).shape
-    found = [[result.interval(site, layer, cell, way) for layer in range(n_layers)] for cell in range(n_cells)]
-    return [[f"[{low:.3f}, {high:.3f}]" for low, high in row] for row in found]
+    rows = [[result.interval(site, layer, cell, way) for layer in range(n_layers)] for cell in range(n_cells)]
+    return [[f"[{low:.3f}, {high:.3f}]" for low, high in row] for row in rows]
 
 
 def _way_text(way: Way) -> str:
@@ -313,7 +294,7 @@ def _way_text(way: Way) -> str:
 
 
 def _about(result: PatchingResult, note: str = "") -> str:
-    return subtitle(
+    return draw.subtitle(
         result.model_name, f"n = {result.n_pairs} pairs", f"gap {result.gap_nats:.3g} nats".replace("-", "−"), note
     )
 

@@ -7,19 +7,18 @@ from typing import ClassVar
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..figures.style import WIDTH, finish, group_style, number, shortened, signed, subtitle
+from ..figures import style as draw
 from ..files import read_json
 from ..judges.substring import is_refusal
 from ..model.points import HookedModel
 from ..reading import template_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, check_position, each_group, prompts_of, provenance_of
 
 _ROUNDING = 1e-12
 
@@ -38,6 +37,7 @@ class PcaResult(AnalysisResult):
     }
 
     coordinates: Float[Tensor, "layer prompt component"]
+    """float64, as all of these."""
     explained: Float[Tensor, "layer component"]
     direction_cosines: Float[Tensor, "layer component"]
     separation: Float[Tensor, " layer"]
@@ -86,19 +86,19 @@ def residual_pca(
         UserError: there are fewer prompts than components, or an outcome is missing.
     """
     prompts = [text for texts in groups.values() for text in texts]
-    if position not in chat.positions:
-        raise UserError(f"no position {position}: the post-instruction positions are {chat.positions}")
+    check_position(chat, position)
     if len(prompts) <= n_components:
         raise UserError(f"{n_components} components need more than {n_components} prompts, not {len(prompts)}")
-    named = tuple(name for name, texts in groups.items() for _ in texts)
+    named = each_group(groups)
     wanted = (direction.layer,) if layers is None else tuple(layers)
     table = template_residuals(model, chat, prompts, layers=wanted, n_last=-position, batch_size=batch_size)[:, 0]
-    found = [_components(table[:, row].double(), direction.unit, n_components) for row in range(len(wanted))]
-    separations = [_separation(coordinates, named, n_shuffles, seed) for coordinates, _, _ in found]
+    by_layer = [_components(table[:, row].double(), direction.unit, n_components) for row in range(len(wanted))]
+    coordinates, explained, cosines = map(torch.stack, zip(*by_layer, strict=True))
+    separations = [_separation(points, named, n_shuffles, seed) for points in coordinates]
     return PcaResult(
-        torch.stack([coordinates for coordinates, _, _ in found]),
-        torch.stack([explained for _, explained, _ in found]),
-        torch.stack([cosines for _, _, cosines in found]),
+        coordinates,
+        explained,
+        cosines,
         torch.tensor([true for true, _ in separations], dtype=torch.float64),
         torch.tensor([null for _, null in separations], dtype=torch.float64),
         wanted,
@@ -114,8 +114,7 @@ def residual_pca(
 
 def from_run(run: RunInputs) -> PcaResult:
     """The held-out prompts of a run at layer 0, the direction's layer and the last, at the direction's position."""
-    groups = {"harmful": run.prompts("harmful"), "harmless": run.prompts("harmless")}
-    middle = run.direction.layer
+    groups, middle = prompts_of(run), run.direction.layer
     return residual_pca(
         run.model,
         run.chat,
@@ -209,41 +208,33 @@ def plot_pca(result: PcaResult) -> go.Figure:
     if result.coordinates.shape[2] < 2:
         raise UserError("a picture needs 2 components; call residual_pca with n_components=2")
     n = len(result.layers)
-    figure = make_subplots(1, n, subplot_titles=[_panel(result, row) for row in range(n)], horizontal_spacing=0.09)
-    names: list[str] = []
+    figure = draw.panels([_panel(result, row) for row in range(n)], gap=0.09, shares_y=False)
     for row in range(n):
         for index, group in enumerate(dict.fromkeys(result.groups)):
             for outcome in dict.fromkeys(result.outcomes):
-                rows = [
-                    i
-                    for i, found in enumerate(zip(result.groups, result.outcomes, strict=True))
-                    if found == (group, outcome)
-                ]
+                kinds = zip(result.groups, result.outcomes, strict=True)
+                rows = [prompt for prompt, kind in enumerate(kinds) if kind == (group, outcome)]
                 if rows:
                     name = f"{group}{f', {outcome}' if outcome else ''} (n = {len(rows)})"
-                    names.append(name)
                     trace = _points(result, row, rows, name, index, is_filled=_FILLED[outcome])
-                    trace.showlegend = row == 0
                     figure.add_trace(trace, row=1, col=row + 1)
         first, second = (100 * float(value) for value in result.explained[row, :2])
         cosine = float(result.direction_cosines[row, 0])
-        figure.update_xaxes(title=f"component 1 ({first:.0f}%, cosine with r {number(cosine)})", col=row + 1)
+        figure.update_xaxes(title=f"component 1 ({first:.0f}%, cosine with r {draw.number(cosine)})", col=row + 1)
         figure.update_yaxes(title=f"component 2 ({second:.0f}%)", col=row + 1)
-    figure.update_annotations(font_size=13)
-    about = subtitle(
+    about = draw.subtitle(
         result.model_name,
         f"n = {len(result.prompts)} prompts",
-        f"position {signed(result.position)}",
+        f"position {draw.signed(result.position)}",
         "residual stream units",
         "percent: share of variance",
     )
-    legend = list(dict.fromkeys(names))
     title = "Principal components of the stream"
-    return finish(figure, title=title, about=about, height=360, legend_names=legend, width=WIDTH, top=122)
+    return draw.finish(figure, title=title, about=about, height=360, top=122)
 
 
 def _points(result: PcaResult, row: int, rows: list[int], name: str, index: int, *, is_filled: bool) -> go.Scatter:
-    color = group_style(index).color
+    color = draw.group_style(index).color
     shape = _SHAPES[index % len(_SHAPES)]
     return go.Scatter(
         x=result.coordinates[row, rows, 0].tolist(),
@@ -258,7 +249,7 @@ def _points(result: PcaResult, row: int, rows: list[int], name: str, index: int,
             "opacity": 0.8,
             "line": {"color": color if not is_filled else "white", "width": 1.4 if not is_filled else 0.6},
         },
-        customdata=[shortened(result.prompts[i]) for i in rows],
+        customdata=[draw.shortened(result.prompts[i]) for i in rows],
         hovertemplate=f"<b>{name}</b><br>%{{customdata}}<br>(%{{x:.3g}}, %{{y:.3g}})<extra></extra>",
     )
 
@@ -268,7 +259,7 @@ def _panel(result: PcaResult, row: int) -> str:
     if value != value:
         note = "no variance: all prompts at one point"
     else:
-        note = f"silhouette {number(value)}, shuffled {number(null)}"
+        note = f"silhouette {draw.number(value)}, shuffled {draw.number(null)}"
     return f"<b>layer {result.layers[row]}</b><br>{note}"
 
 

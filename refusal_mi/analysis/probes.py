@@ -7,18 +7,17 @@ from typing import Any, ClassVar
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..figures.style import CONTROL, WIDTH, band, finish, line, position_label, series_styles, subtitle, zero_line
+from ..figures import style as draw
 from ..model.points import HookedModel
 from ..progress import track
 from ..reading import template_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
 
 METHODS = ("difference of means", "logistic regression")
 _CONSTANT = 1e-12
@@ -105,12 +104,12 @@ def linear_probes(
     for row in track(range(len(wanted)), "fitting probes"):
         for layer in range(shape[1]):
             features = table[:, chat.positions.index(wanted[row]), layer].double()
-            for draw, flags in enumerate(relabeled):
-                aucs[draw, :, row, layer] = _cross_validated(features, flags, n_folds, seed)
+            for labeling, flags in enumerate(relabeled):
+                aucs[labeling, :, row, layer] = _cross_validated(features, flags, n_folds, seed)
             cosines[:, row, layer] = torch.stack([_cosine(w, direction.unit) for w in _fit(features, labels)])
     means = aucs.mean(-1)
     null = means[1:] if n_shuffles else torch.full_like(means, torch.nan)
-    tokens = chat.tokenizer.convert_ids_to_tokens(list(chat.post_instruction_ids))
+    tokens = template_tokens(chat)
     return ProbesResult(
         means[0],
         aucs[0].std(-1),
@@ -141,14 +140,9 @@ def area_under_curve(above: Float[Tensor, " a"], below: Float[Tensor, " b"]) -> 
 
 def from_run(run: RunInputs) -> ProbesResult:
     """Probes on the held-out prompts of a run."""
+    harmful, harmless = prompts_of(run).values()
     return linear_probes(
-        run.model,
-        run.chat,
-        run.prompts("harmful"),
-        run.prompts("harmless"),
-        run.direction,
-        seed=run.seed,
-        batch_size=run.batch_size,
+        run.model, run.chat, harmful, harmless, run.direction, seed=run.seed, batch_size=run.batch_size
     )
 
 
@@ -158,13 +152,13 @@ def _cross_validated(
     from sklearn.model_selection import StratifiedKFold
 
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(features.numpy(), labels.numpy())
-    found = torch.empty(len(METHODS), n_folds, dtype=torch.float64)
+    aucs = torch.empty(len(METHODS), n_folds, dtype=torch.float64)
     for fold, (train, test) in enumerate(folds):
         center = features[train].mean(0)
         for method, weight in enumerate(_fit(features[train], labels[train])):
             scores = (features[test] - center) @ weight
-            found[method, fold] = area_under_curve(scores[labels[test]], scores[~labels[test]])
-    return found
+            aucs[method, fold] = area_under_curve(scores[labels[test]], scores[~labels[test]])
+    return aucs
 
 
 def _fit(
@@ -200,66 +194,51 @@ def _cosine(weight: Float[Tensor, " d_model"], unit: Float[Tensor, " d_model"]) 
 
 def plot_probes(result: ProbesResult) -> go.Figure:
     """Cross-validated AUC of both probes at every position, over the range that shuffled labels reach."""
-    layers, names = list(range(result.auc.shape[2])), []
-    titles = [f"<b>{method}</b>" for method in result.methods]
-    figure = make_subplots(1, len(titles), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
+    layers = range(result.auc.shape[2])
+    figure = draw.panels(result.methods)
     for column, method in enumerate(result.methods, start=1):
         place, row = {"row": 1, "col": column}, column - 1
         null = "shuffled labels (range over positions)"
-        names.append(null)
         low, high = result.null_low[row].amin(0).tolist(), result.null_high[row].amax(0).tolist()
-        figure.add_trace(band(layers, low, high, null, CONTROL), **place)
-        trace = line(layers, [0.5] * len(layers), null, CONTROL, hovertemplate="chance<extra></extra>")
-        trace.mode, trace.showlegend = "lines", column == 1
+        figure.add_trace(draw.band(layers, low, high, null, draw.CONTROL), **place)
+        chance = "chance<extra></extra>"
+        trace = draw.line(layers, [0.5] * len(layers), null, draw.CONTROL, mode="lines", hovertemplate=chance)
         figure.add_trace(trace, **place)
-        for index, style in enumerate(series_styles(len(result.positions))):
-            name = position_label(result.positions[index], result.position_tokens[index])
-            names.append(name)
+        for index, (name, style) in enumerate(draw.position_styles(result.positions, result.position_tokens)):
             hover = (
                 f"<b>{method}</b><br>position {name}, layer %{{x}}<br>AUC %{{y:.3f}} ± %{{customdata[0]:.3f}}"
-                "<br>shuffled %{customdata[1]:.3f} to %{customdata[2]:.3f}<extra></extra>"
+                "<br>shuffled %{customdata[1]:.3f} to %{customdata[2]:.3f}"
             )
             columns = (result.auc_sd, result.null_low, result.null_high)
             custom = list(zip(*(table[row, index].tolist() for table in columns), strict=True))
-            trace = line(layers, result.auc[row, index].tolist(), name, style, customdata=custom, hovertemplate=hover)
-            trace.showlegend = column == 1
-            figure.add_trace(trace, **place)
-    figure.update_xaxes(title="layer (stream entering the block)", dtick=max(1, -(-len(layers) // 10)))
+            draw.add_line(figure, layers, result.auc[row, index].tolist(), name, style, hover, custom, **place)
+    draw.layer_axis(figure, len(layers), n_ticks=10)
     figure.update_yaxes(range=[-0.03, 1.05], dtick=0.25)
     figure.update_yaxes(title=f"AUC, {result.n_folds}-fold cross-validation", col=1)
-    figure.update_annotations(font_size=13)
     title = "Linear probes: harmful against harmless"
-    about = subtitle(result.model_name, _counts(result), f"{result.n_shuffles} shuffles")
-    legend = list(dict.fromkeys(names))
-    return finish(figure, title=title, about=about, height=380, legend_names=legend, width=WIDTH, top=104)
+    about = draw.subtitle(result.model_name, _counts(result), f"{result.n_shuffles} shuffles")
+    return draw.finish(figure, title=title, about=about, height=380, top=104)
 
 
 def plot_probe_cosines(result: ProbesResult) -> go.Figure:
     """Cosine of each probe, fitted on all prompts, with the direction."""
-    layers, names = list(range(result.auc.shape[2])), []
-    titles = [f"<b>{method}</b>" for method in result.methods]
-    figure = make_subplots(1, len(titles), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
+    layers = range(result.auc.shape[2])
+    figure = draw.panels(result.methods)
     for column, method in enumerate(result.methods, start=1):
-        for index, style in enumerate(series_styles(len(result.positions))):
-            name = position_label(result.positions[index], result.position_tokens[index])
-            names.append(name)
-            values = [None if value != value else value for value in result.cosines[column - 1, index].tolist()]
-            hover = f"<b>{method}</b><br>position {name}, layer %{{x}}<br>cosine %{{y:.3f}}<extra></extra>"
-            trace = line(layers, values, name, style, hovertemplate=hover)
-            trace.showlegend = column == 1
-            figure.add_trace(trace, row=1, col=column)
-        zero_line(figure, row=1, col=column)
-    figure.update_xaxes(title="layer (stream entering the block)", dtick=max(1, -(-len(layers) // 10)))
+        for index, (name, style) in enumerate(draw.position_styles(result.positions, result.position_tokens)):
+            hover = f"<b>{method}</b><br>position {name}, layer %{{x}}<br>cosine %{{y:.3f}}"
+            values = draw.gaps(result.cosines[column - 1, index])
+            draw.add_line(figure, layers, values, name, style, hover, row=1, col=column)
+        draw.zero_line(figure, row=1, col=column)
+    draw.layer_axis(figure, len(layers), n_ticks=10)
     figure.update_yaxes(title="cosine with the direction", col=1)
-    figure.update_annotations(font_size=13)
-    about = subtitle(result.model_name, _counts(result))
-    legend = list(dict.fromkeys(names))
+    about = draw.subtitle(result.model_name, _counts(result))
     title = "Cosine of the probes with the direction"
-    return finish(figure, title=title, about=about, height=340, legend_names=legend, width=WIDTH, top=104)
+    return draw.finish(figure, title=title, about=about, height=340, top=104)
 
 
 def _counts(result: ProbesResult) -> str:
-    return f"n = {result.n_harmful} harmful, {result.n_harmless} harmless prompts"
+    return draw.counted({"harmful": result.n_harmful, "harmless": result.n_harmless})
 
 
 FIGURES = {"probes": plot_probes, "probes_cosines": plot_probe_cosines}

@@ -7,31 +7,18 @@ from typing import ClassVar, Literal
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..figures.style import (
-    CONTROL,
-    WIDTH,
-    band,
-    finish,
-    group_style,
-    heatmap,
-    line,
-    position_label,
-    signed,
-    subtitle,
-    zero_line,
-)
+from ..figures import style as draw
 from ..interventions import Intervention
 from ..model.points import HookedModel
 from ..precision import as_double
 from ..reading import stream_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, each_group, prompts_of, provenance_of, template_tokens
 
 
 @dataclass(frozen=True)
@@ -124,10 +111,10 @@ def project_residuals(
         table[1, 0],
         table[0, 1],
         table[1, 1],
-        tuple(name for name, texts in groups.items() for _ in texts),
+        each_group(groups),
         tuple(prompts),
         tuple(range(-n_last, 0)),
-        ("last instruction token", *chat.tokenizer.convert_ids_to_tokens(list(chat.post_instruction_ids))),
+        ("last instruction token", *template_tokens(chat)),
         direction.layer,
         direction.position,
         direction.norm,
@@ -137,8 +124,8 @@ def project_residuals(
 
 def from_run(run: RunInputs) -> ProjectionsResult:
     """The held-out prompts of a run on its direction."""
-    groups = {"harmful": run.prompts("harmful"), "harmless": run.prompts("harmless")}
-    return project_residuals(run.model, run.chat, run.direction, groups, seed=run.seed, batch_size=run.batch_size)
+    groups, size = prompts_of(run), run.batch_size
+    return project_residuals(run.model, run.chat, run.direction, groups, seed=run.seed, batch_size=size)
 
 
 Measure = Literal["projections", "cosines"]
@@ -163,74 +150,54 @@ def plot_projection_map(result: ProjectionsResult) -> go.Figure:
         values[result.rows(first)].mean(0) - values[result.rows(second)].mean(0)
         for values in (result.cosines, result.control_cosines)
     ]
-    largest = max(float(tables[0].abs().max()), 1e-12)
-    titles = ["<b>the direction</b>", "<b>a random direction</b>"]
-    figure = make_subplots(1, 2, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03)
+    figure, limits = draw.panels(["the direction", "a random direction"], gap=0.03), draw.symmetric(tables[0])
     for column, table in enumerate(tables, start=1):
         hover = "position %{y}<br>layer %{x}<br>difference %{z:.4f}"
-        trace = heatmap(table, layers, labels, "difference of cosines", hover=hover, limits=(-largest, largest))
+        trace = draw.heatmap(table, layers, labels, "difference of cosines", hover=hover, limits=limits)
         trace.showscale = column == 2
         figure.add_trace(trace, row=1, col=column)
-    figure.update_xaxes(title="layer (stream entering the block)", type="category")
+    figure.update_xaxes(title="layer (stream entering the block)")
     figure.update_yaxes(title="position", col=1, automargin=True)
-    figure.update_yaxes(type="category", autorange="reversed")
-    figure.update_annotations(font_size=13)
-    about = subtitle(result.model_name, _counts(result), f"mean cosine, {first} − {second}")
+    draw.categories(figure)
+    about = draw.subtitle(result.model_name, _counts(result), f"mean cosine, {first} − {second}")
     height = max(220, 34 * len(labels))
     title = "Where the groups differ along the direction"
-    return finish(figure, title=title, about=about, height=height, legend_names=[], width=WIDTH, top=100)
+    return draw.finish(figure, title=title, about=about, height=height, top=100)
 
 
 def _lines(result: ProjectionsResult, measure: Measure, unit: str, title: str) -> go.Figure:
     values, control = getattr(result, measure), getattr(result, f"control_{measure}")
     wanted = sorted({result.positions[0], result.direction_position or -1, -1})
     labels = dict(zip(result.positions, _labels(result), strict=True))
-    figure = make_subplots(
-        1,
-        len(wanted),
-        subplot_titles=[f"<b>position {labels[position]}</b>" for position in wanted],
-        shared_yaxes=True,
-        horizontal_spacing=0.03,
-    )
-    layers, names = list(range(values.shape[2])), []
+    figure = draw.panels([f"position {labels[position]}" for position in wanted], gap=0.03)
+    layers = range(values.shape[2])
     for column, position in enumerate(wanted, start=1):
         place, slot = {"row": 1, "col": column}, result.positions.index(position)
         for index, group in enumerate(result.group_names):
-            rows, style = result.rows(group), group_style(index)
-            mean, sd = values[rows, slot].mean(0), values[rows, slot].std(0, correction=0)
-            name = f"{group} (n = {len(rows)})"
-            names.append(name)
-            figure.add_trace(band(layers, (mean - sd).tolist(), (mean + sd).tolist(), name, style), **place)
-            hover = f"<b>{group}</b>, layer %{{x}}<br>%{{y:.4f}} ± %{{customdata:.4f}}<extra></extra>"
-            trace = line(layers, mean.tolist(), name, style, customdata=sd.tolist(), hovertemplate=hover)
-            trace.showlegend = column == 1
-            figure.add_trace(trace, **place)
-        name = "random direction, all prompts"
-        names.append(name)
-        hover = "random direction, layer %{x}<br>%{y:.4f}<extra></extra>"
-        trace = line(layers, control[:, slot].mean(0).tolist(), name, CONTROL, hovertemplate=hover)
-        trace.showlegend = column == 1
-        figure.add_trace(trace, **place)
-        zero_line(figure, **place)
+            rows = result.rows(group)
+            name, style = f"{group} (n = {len(rows)})", draw.group_style(index)
+            hover = f"<b>{group}</b>, layer %{{x}}<br>%{{y:.4f}} ± %{{customdata:.4f}}"
+            draw.add_spread(figure, values[rows, slot], name, style, hover, **place)
+        mean, hover = control[:, slot].mean(0).tolist(), "random direction, layer %{x}<br>%{y:.4f}"
+        draw.add_line(figure, layers, mean, "random direction, all prompts", draw.CONTROL, hover, None, **place)
+        draw.zero_line(figure, **place)
         if position == result.direction_position:
-            figure.add_vline(result.direction_layer, line={"color": "#1a1a1a", "width": 1, "dash": "dot"}, **place)
-    figure.update_xaxes(title="layer", dtick=max(1, -(-len(layers) // 10)))
+            draw.cut_line(figure, result.direction_layer, **place)
+    draw.layer_axis(figure, len(layers), "layer", n_ticks=10)
     figure.update_yaxes(title=unit, col=1)
-    figure.update_annotations(font_size=13)
-    where = f"r from position {signed(result.direction_position)}, layer {result.direction_layer} (dotted line)"
-    about = subtitle(result.model_name, where, "bands: ± 1 SD over prompts")
-    unique = list(dict.fromkeys(names))
-    return finish(figure, title=title, about=about, height=360, legend_names=unique, width=WIDTH, top=104)
+    where = f"{draw.read_at(result.direction_position, result.direction_layer)} (dotted line)"
+    about = draw.subtitle(result.model_name, where, "bands: ± 1 SD over prompts")
+    return draw.finish(figure, title=title, about=about, height=360, top=104)
 
 
 def _labels(result: ProjectionsResult) -> list[str]:
     pairs = list(zip(result.positions, result.position_tokens, strict=True))
-    first = f"{signed(pairs[0][0])} (last of instruction)"
-    return [first, *(position_label(position, token) for position, token in pairs[1:])]
+    first = f"{draw.signed(pairs[0][0])} (last of instruction)"
+    return [first, *(draw.position_label(position, token) for position, token in pairs[1:])]
 
 
 def _counts(result: ProjectionsResult) -> str:
-    return "n = " + ", ".join(f"{len(result.rows(group))} {group}" for group in result.group_names) + " prompts"
+    return draw.counted({group: len(result.rows(group)) for group in result.group_names})
 
 
 FIGURES = {

@@ -16,6 +16,7 @@ from ..files import as_json, read_json, read_tensors, sha256_json, write_json, w
 from ..model.loading import ORGANISM
 from ..model.points import HookedModel, model_source
 from ..model.provenance import describe_model, versions
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 
 FORMAT = 1
@@ -90,6 +91,31 @@ def provenance_of(
     }
 
 
+def each_group(groups: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The group of every prompt."""
+    return tuple(name for name, texts in groups.items() for _ in texts)
+
+
+def prompts_of(run: RunInputs, part: str = "test", n: int | None = None) -> dict[str, list[str]]:
+    """The harmful and harmless prompts of a run, the first `n` of them."""
+    return {side: run.prompts(side, part)[:n] for side in ("harmful", "harmless")}
+
+
+def template_tokens(chat: ChatFormat) -> tuple[str, ...]:
+    """The vocabulary entries at the post-instruction positions."""
+    return tuple(chat.tokenizer.convert_ids_to_tokens(list(chat.post_instruction_ids)))
+
+
+def check_position(chat: ChatFormat, position: int) -> None:
+    """Refuse what is no post-instruction position.
+
+    Raises:
+        UserError: it is none.
+    """
+    if position not in chat.positions:
+        raise UserError(f"no position {position}: the post-instruction positions are {chat.positions}")
+
+
 def load_result(path: Path) -> AnalysisResult:
     """Read what `save` wrote: RESULT.json, or its .pt.
 
@@ -118,11 +144,8 @@ def result_class(kind: str) -> type[AnalysisResult]:
     Raises:
         UserError: there is no such analysis.
     """
-    module = analysis_module(kind)
-    candidates = [value for value in vars(module).values() if isinstance(value, type)]
-    return next(
-        found for found in candidates if issubclass(found, AnalysisResult) and getattr(found, "kind", None) == kind
-    )
+    classes = [value for value in vars(analysis_module(kind)).values() if isinstance(value, type)]
+    return next(each for each in classes if issubclass(each, AnalysisResult) and getattr(each, "kind", None) == kind)
 
 
 def analysis_module(kind: str) -> Any:

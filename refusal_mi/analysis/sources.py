@@ -1,40 +1,28 @@
 """Which tokens of the prompt a head reads what it writes along a direction from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import circuitsvis
 import plotly.graph_objects as go
 import torch
+from einops import einsum, repeat
 from jaxtyping import Float
 from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..figures.style import (
-    SIGNS,
-    WIDTH,
-    View,
-    finish,
-    heatmap,
-    page,
-    plain,
-    shown_tokens,
-    signed,
-    subtitle,
-    token_text,
-    with_room_below,
-)
-from ..model.points import HookedModel
+from ..figures import style as draw
+from ..model.points import BlockPoint, HookedModel, block_hook
+from ..model.readers import ModelWeights
 from ..model.running import batches
-from ..model.writers import ModelWeights
 from ..precision import as_double
 from ..reading import captured
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.batches import TokenBatch
 from ..text.chat import ChatFormat
-from .attribution import attribute_direction, head_contributions
+from .attribution import head_contributions, top_heads
 from .result import AnalysisResult, provenance_of
 
 N_PROMPTS, N_HEADS = 6, 8
@@ -90,15 +78,7 @@ def attribute_sources(
         UserError: there are no prompts, or a head does not exist.
     """
     if heads is None:
-        found = attribute_direction(
-            model, chat, direction, {"prompts": instructions}, position=position, batch_size=batch_size
-        )
-        heads = found.top_heads(n_heads, "prompts")
-    outside = [head for head in heads if not (0 <= head[0] < model.cfg.n_layers and 0 <= head[1] < model.cfg.n_heads)]
-    if outside:
-        raise UserError(
-            f"no head {outside[0]}: this model has {model.cfg.n_layers} layers of {model.cfg.n_heads} heads"
-        )
+        heads = top_heads(model, chat, direction, instructions, n_heads, position=position, batch_size=batch_size)
     rows = [chat.encode(instruction) for instruction in instructions]
     contributions, patterns = split_by_source(
         model, rows, direction.unit, heads, pad_id=chat.pad_id, position=position, batch_size=batch_size
@@ -108,9 +88,7 @@ def attribute_sources(
     padded = tuple(("",) * (width - len(row)) + tuple(row) for row in tokens)
     settings = {"position": position, "direction": direction.describe()}
     provenance = provenance_of(model, chat, {"prompts": instructions}, settings)
-    return SourcesResult(
-        tuple((layer, head) for layer, head in heads), position, padded, contributions, patterns, provenance=provenance
-    )
+    return SourcesResult(tuple(heads), position, padded, contributions, patterns, provenance=provenance)
 
 
 def from_run(run: RunInputs) -> SourcesResult:
@@ -129,8 +107,15 @@ def split_by_source(
     position: int,
     batch_size: int,
 ) -> tuple[Float[Tensor, "prompt head pos"], Float[Tensor, "prompt head pos"]]:
-    """Contribution and attention of each head by source token, rows left-padded to the longest with zeros."""
-    width = max(map(len, rows))
+    """Contribution and attention of each head by source token, rows left-padded to the longest with zeros.
+
+    Raises:
+        UserError: a head does not exist.
+    """
+    n_layers, n_heads, width = model.cfg.n_layers, model.cfg.n_heads, max(map(len, rows))
+    outside = [(layer, head) for layer, head in heads if not (0 <= layer < n_layers and 0 <= head < n_heads)]
+    if outside:
+        raise UserError(f"no head {outside[0]}: this model has {n_layers} layers of {n_heads} heads")
     weights = ModelWeights(model)
     contributions = torch.zeros(len(rows), len(heads), width, dtype=torch.float64)
     patterns = torch.zeros_like(contributions)
@@ -148,22 +133,24 @@ def _split(
     position: int,
 ) -> tuple[Float[Tensor, "batch head pos"], Float[Tensor, "batch head pos"]]:
     layers = sorted({layer for layer, _ in heads})
-    readers = {}
-    for layer in layers:
-        readers[f"blocks.{layer}.attn.hook_z"] = lambda x: as_double(x[:, position]).cpu()
-        readers[f"blocks.{layer}.hook_attn_out"] = lambda x: as_double(x[:, position]).cpu()
-        readers[f"blocks.{layer}.attn.hook_pattern"] = lambda x: as_double(x[:, :, position]).cpu()
-        readers[f"blocks.{layer}.attn.hook_v"] = lambda x: as_double(x).cpu()
-    found = captured(weights.model, batch, readers)
+    readers: dict[BlockPoint, Callable[[Tensor], Tensor]] = {
+        "attn.hook_z": lambda x: as_double(x[:, position]).cpu(),
+        "hook_attn_out": lambda x: as_double(x[:, position]).cpu(),
+        "attn.hook_pattern": lambda x: as_double(x[:, :, position]).cpu(),
+        "attn.hook_v": lambda x: as_double(x).cpu(),
+    }
+    wanted = {block_hook(layer, point): reader for layer in layers for point, reader in readers.items()}
+    taken = captured(weights.model, batch, wanted)
     mask = batch.mask.cpu()[:, None].bool()
     by_layer = {}
     for layer in layers:
-        z, written = found[f"blocks.{layer}.attn.hook_z"], found[f"blocks.{layer}.hook_attn_out"]
+        z, written, pattern, values = (taken[block_hook(layer, point)] for point in readers)
         _, _, readout = head_contributions(weights, layer, unit, z, written)
-        values = found[f"blocks.{layer}.attn.hook_v"]
-        values = values.repeat_interleave(z.shape[1] // values.shape[2], dim=2)
-        pattern = found[f"blocks.{layer}.attn.hook_pattern"].masked_fill(~mask, 0)
-        by_layer[layer] = (pattern * torch.einsum("bphk,bhk->bhp", values, readout), pattern)
+        n_shared = z.shape[1] // values.shape[2]
+        values = repeat(values, "batch pos kv d_head -> batch pos (kv shared) d_head", shared=n_shared)
+        along = einsum(values, readout, "batch pos head d_head, batch head d_head -> batch head pos")
+        pattern = pattern.masked_fill(~mask, 0)
+        by_layer[layer] = (pattern * along, pattern)
     contributions = torch.stack([by_layer[layer][0][:, head] for layer, head in heads], dim=1)
     return contributions, torch.stack([by_layer[layer][1][:, head] for layer, head in heads], dim=1)
 
@@ -175,13 +162,12 @@ _MAX_LABELLED = 60
 def plot_sources(result: SourcesResult) -> go.Figure:
     """Contribution of each head by source token, for the first prompt."""
     tokens, values = _unpadded(result, 0)
-    largest = max(float(values.abs().max()), 1e-12)
     columns = [f"{index}" for index in range(len(tokens))]
-    names = [plain(token_text(token)) for token in tokens]
+    names = [draw.plain(draw.token_text(token)) for token in tokens]
     custom = [[[name] for name in names] for _ in result.heads]
     hover = "%{y} reads from %{customdata[0]}<br>%{z:.4f}"
-    rows = [f"L{layer}.H{head}" for layer, head in result.heads]
-    figure = go.Figure(heatmap(values, columns, rows, _UNIT, hover=hover, custom=custom, limits=(-largest, largest)))
+    rows, limits = draw.head_names(result.heads), draw.symmetric(values)
+    figure = go.Figure(draw.heatmap(values, columns, rows, _UNIT, hover=hover, custom=custom, limits=limits))
     figure.data[0].texttemplate = None
     step = max(1, -(-len(tokens) // _MAX_LABELLED))
     ticks = list(range(0, len(tokens), step))
@@ -193,13 +179,13 @@ def plot_sources(result: SourcesResult) -> go.Figure:
         tickangle=-60,
     )
     figure.update_yaxes(title="head", type="category", autorange="reversed")
-    about = subtitle(
-        result.model_name, f"prompt 1 of {len(result.tokens)}, written at position {signed(result.position)}"
+    about = draw.subtitle(
+        result.model_name, f"prompt 1 of {len(result.tokens)}, written at position {draw.signed(result.position)}"
     )
     title = "Where in the prompt the heads read the direction from"
     height = max(200, 34 * len(rows))
-    figure = finish(figure, title=title, about=about, height=height, legend_names=[], width=WIDTH)
-    return with_room_below(figure, [token_text(token) for token in tokens], 0.87)
+    figure = draw.finish(figure, title=title, about=about, height=height)
+    return draw.with_room_below(figure, [draw.token_text(token) for token in tokens], 0.87)
 
 
 def sources_page(result: SourcesResult) -> str:
@@ -209,14 +195,16 @@ def sources_page(result: SourcesResult) -> str:
     for index in range(len(result.tokens)):
         tokens, values = _unpadded(result, index)
         rows = {"all shown heads": values.sum(0)}
-        rows |= {f"L{layer}.H{head}": values[row] for row, (layer, head) in enumerate(result.heads)}
+        rows |= dict(zip(draw.head_names(result.heads), values, strict=True))
         for name, row in rows.items():
-            view = circuitsvis.tokens.colored_tokens(shown_tokens(tokens), row, min_value=-largest, max_value=largest)
-            views.append(View(f"Prompt {index + 1}, {name}", view))
-    place = f"written at position {signed(result.position)}"
-    scale = f"{SIGNS}, up to ±{largest:.3g}"
+            view = circuitsvis.tokens.colored_tokens(
+                draw.shown_tokens(tokens), row, min_value=-largest, max_value=largest
+            )
+            views.append(draw.View(f"Prompt {index + 1}, {name}", view))
+    place = f"written at position {draw.signed(result.position)}"
+    scale = f"{draw.SIGNS}, up to ±{largest:.3g}"
     about = f"{result.model_name} · {len(result.tokens)} prompts · {_UNIT}, {place} · {scale}"
-    return page("Where in the prompt the heads read the direction from", about, views)
+    return draw.page("Where in the prompt the heads read the direction from", about, views)
 
 
 def _unpadded(result: SourcesResult, prompt: int) -> tuple[list[str], Float[Tensor, "head pos"]]:

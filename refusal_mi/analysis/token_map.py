@@ -7,15 +7,16 @@ from typing import ClassVar
 
 import plotly.graph_objects as go
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from ..directions import Direction
-from ..figures.style import WIDTH, finish, heatmap, plain, shortened, subtitle, token_text, with_room_below
+from ..figures import style as draw
 from ..model.points import HookedModel
 from ..precision import as_double
 from ..reading import stream_residuals
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from .result import AnalysisResult, provenance_of
 
@@ -54,7 +55,7 @@ def map_tokens(
     ((_, streams),) = stream_residuals(model, chat, [prompt], n_last=len(ids))
     x = as_double(streams[0]).cpu()
     units = torch.stack([direction.unit, direction.random_like(seed).unit])
-    along = torch.einsum("pld,kd->kpl", x, units)
+    along = einsum(x, units, "pos layer d_model, unit d_model -> unit pos layer")
     cosines = along / x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
     return TokenMapResult(
         along[0],
@@ -75,36 +76,31 @@ def from_run(run: RunInputs) -> TokenMapResult:
 def plot_token_map(result: TokenMapResult) -> go.Figure:
     """Cosine of the stream with the direction at every token and layer; hover has the projection and the control."""
     n_tokens, n_layers = result.cosines.shape
-    labels = [f"{index} {plain(token_text(token))}" for index, token in enumerate(result.tokens)]
-    control = result.control_cosines.T.tolist()
-    custom = [
-        [[p, c] for p, c in zip(*rows, strict=True)]
-        for rows in zip(result.projections.T.tolist(), control, strict=True)
-    ]
-    largest = max(float(result.cosines.abs().max()), 1e-12)
+    labels = [f"{index} {draw.plain(draw.token_text(token))}" for index, token in enumerate(result.tokens)]
+    custom = rearrange([result.projections, result.control_cosines], "shown pos layer -> layer pos shown").tolist()
     hover = (
         "token %{x}<br>layer %{y}<br>cosine %{z:.4f}<br>projection %{customdata[0]:.4g}"
         "<br>random direction: cosine %{customdata[1]:.4f}"
     )
     figure = go.Figure(
-        heatmap(
+        draw.heatmap(
             result.cosines.T,
             labels,
             [str(layer) for layer in range(n_layers)],
             "cos(x, r̂)",
             hover=hover,
             custom=custom,
-            limits=(-largest, largest),
+            limits=draw.symmetric(result.cosines),
         )
     )
     figure.add_vline(n_tokens - result.n_template - 0.5, line={"color": "#1a1a1a", "width": 2, "dash": "dash"})
     figure.update_xaxes(title="token (right of the dashed line: the template after the instruction)", type="category")
     figure.update_xaxes(tickangle=-90)
     figure.update_yaxes(title="layer (stream entering the block)", type="category")
-    about = subtitle(result.model_name, "1 prompt") + f": “{shortened(result.prompt)}”"
+    about = draw.subtitle(result.model_name, "1 prompt") + f": “{draw.shortened(result.prompt)}”"
     title = "The direction along one prompt"
-    figure = finish(figure, title=title, about=about, height=max(260, 30 * n_layers), legend_names=[], width=WIDTH)
-    return with_room_below(figure, [html.unescape(label) for label in labels])
+    figure = draw.finish(figure, title=title, about=about, height=max(260, 30 * n_layers))
+    return draw.with_room_below(figure, [html.unescape(label) for label in labels])
 
 
 FIGURES = {"token_map": plot_token_map}

@@ -8,35 +8,20 @@ import circuitsvis
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..figures.style import (
-    SIGNS,
-    WIDTH,
-    View,
-    band,
-    finish,
-    group_style,
-    line,
-    page,
-    plain,
-    shortened,
-    shown_tokens,
-    subtitle,
-    zero_line,
-)
+from ..figures import style as draw
 from ..generation import generate
 from ..interventions import Ablate, Add, Intervention
 from ..model.points import HookedModel, resid_hook
 from ..model.running import batches
 from ..precision import as_double
 from ..reading import captured
-from ..run.record import RunInputs
+from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, each_group, prompts_of, provenance_of
 
 N_PROMPTS, RUN_TOKENS = 8, 40
 
@@ -125,11 +110,11 @@ def trace_generation(
     width = max(len(labels) for rows in tokens for labels in rows)
     values = torch.full((len(traces), len(prompts), width), float("nan"), dtype=torch.float64)
     for index, trace in enumerate(traces.values()):
-        for prompt, (_, found) in enumerate(trace):
-            values[index, prompt, : len(found)] = found
+        for prompt, (_, projections) in enumerate(trace):
+            values[index, prompt, : len(projections)] = projections
     return TraceResult(
         tuple(traces),
-        tuple(name for name, texts in groups.items() for _ in texts),
+        each_group(groups),
         tuple(prompts),
         len(chat.positions),
         tokens,
@@ -141,7 +126,7 @@ def trace_generation(
 
 def from_run(run: RunInputs) -> TraceResult:
     """A few held-out prompts of each side: plain, with the chosen direction ablated, and with it added."""
-    groups = {side: run.prompts(side, "test")[:N_PROMPTS] for side in ("harmful", "harmless")}
+    groups = prompts_of(run, n=N_PROMPTS)
     return trace_generation(
         run.model, run.chat, run.direction, groups, max_new_tokens=RUN_TOKENS, batch_size=run.batch_size
     )
@@ -158,7 +143,7 @@ def _read(
     batch_size: int,
 ) -> list[tuple[tuple[str, ...], Tensor]]:
     """Text and projection of the last `kept` tokens of each row, read with the whole text in one pass."""
-    found: list[tuple[tuple[str, ...], Tensor]] = [((), torch.empty(0))] * len(rows)
+    traces: list[tuple[tuple[str, ...], Tensor]] = [((), torch.empty(0))] * len(rows)
     for indices, batch in batches(model, rows, chat.pad_id, batch_size, description="reading answers", is_shown=False):
         prompt_widths = torch.tensor(
             [batch.tokens.shape[1] - kept[index] + len(chat.positions) for index in indices], device=batch.tokens.device
@@ -168,8 +153,8 @@ def _read(
         projections = streams[hook_name].cpu() @ direction.unit
         for index, values in zip(indices, projections, strict=True):
             labels = chat.tokenizer.convert_ids_to_tokens(list(rows[index][-kept[index] :]))
-            found[index] = (tuple(labels), values[-kept[index] :])
-    return found
+            traces[index] = (tuple(labels), values[-kept[index] :])
+    return traces
 
 
 _UNIT = "⟨x, r̂⟩ (residual stream units)"
@@ -179,8 +164,7 @@ _MAX_VIEWS = 12
 def plot_trace(result: TraceResult) -> go.Figure:
     """Mean ± SD of the projection at every token of the answer, one panel a group; the template's tokens come first."""
     groups = list(dict.fromkeys(result.groups))
-    titles = [f"<b>{group} prompts</b> (n = {result.groups.count(group)})" for group in groups]
-    figure = make_subplots(1, len(groups), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
+    figure = draw.panels([f"<b>{group} prompts</b> (n = {result.groups.count(group)})" for group in groups])
     x = [index - result.n_template + 1 for index in range(result.values.shape[-1])]
     for column, group in enumerate(groups, start=1):
         place = {"row": 1, "col": column}
@@ -188,24 +172,21 @@ def plot_trace(result: TraceResult) -> go.Figure:
             mean, sd, count = result.means(condition, group)
             shown = int((count > 0).sum())
             low, high = (mean - sd)[:shown].tolist(), (mean + sd)[:shown].tolist()
-            figure.add_trace(band(x[:shown], low, high, condition, group_style(index)), **place)
+            figure.add_trace(draw.band(x[:shown], low, high, condition, draw.group_style(index)), **place)
             hover = f"<b>{condition}</b>, token %{{x}}<br>%{{y:.3f}}, %{{customdata:.0f}} answers<extra></extra>"
             means, counts = mean[:shown].tolist(), count[:shown].tolist()
-            trace = line(x[:shown], means, condition, group_style(index), customdata=counts, hovertemplate=hover)
+            trace = draw.line(
+                x[:shown], means, condition, draw.group_style(index), customdata=counts, hovertemplate=hover
+            )
             trace.marker.size = 5
-            trace.showlegend = column == 1
             figure.add_trace(trace, **place)
-        zero_line(figure, **place)
-        figure.add_vline(0.5, line={"color": "#1a1a1a", "width": 1, "dash": "dot"}, **place)
-    figure.update_xaxes(title="token of the answer (template tokens up to 0)")
+        _mark_start(figure, **place)
     figure.update_yaxes(title=_UNIT, row=1, col=1)
-    figure.update_annotations(font_size=13)
-    about = subtitle(
+    about = draw.subtitle(
         result.model_name, f"stream entering layer {result.layer}", "bands: ± 1 SD over the answers that long"
     )
     title = "The direction through the answer"
-    names = list(result.conditions)
-    return finish(figure, title=title, about=about, height=360, legend_names=names, width=WIDTH, top=104)
+    return draw.finish(figure, title=title, about=about, height=360, top=104)
 
 
 def trace_page(result: TraceResult) -> str:
@@ -219,11 +200,11 @@ def trace_page(result: TraceResult) -> str:
             tokens = result.tokens[index][prompt]
             values = result.values[index, prompt, : len(tokens)]
             view = circuitsvis.tokens.colored_tokens(
-                shown_tokens(tokens), values, min_value=-largest, max_value=largest
+                draw.shown_tokens(tokens), values, min_value=-largest, max_value=largest
             )
-            views.append(View(f"{result.groups[prompt]} prompt {prompt + 1}, {condition}", view))
-    about = f"{result.model_name} · {_UNIT} at layer {result.layer} · {SIGNS}, up to ±{largest:.3g}"
-    return page("The direction through the answer", about, views)
+            views.append(draw.View(f"{result.groups[prompt]} prompt {prompt + 1}, {condition}", view))
+    about = f"{result.model_name} · {_UNIT} at layer {result.layer} · {draw.SIGNS}, up to ±{largest:.3g}"
+    return draw.page("The direction through the answer", about, views)
 
 
 def plot_trace_single(result: TraceResult) -> go.Figure:
@@ -233,20 +214,24 @@ def plot_trace_single(result: TraceResult) -> go.Figure:
         tokens = result.tokens[index][0]
         x = [place - result.n_template + 1 for place in range(len(tokens))]
         y = result.values[index, 0, : len(tokens)].tolist()
-        labels = [shortened(token) for token in shown_tokens(tokens)]
-        hover = f"<b>{condition}</b>, token %{{x}} '%{{customdata}}'<br>%{{y:.3f}}<extra></extra>"
-        figure.add_trace(line(x, y, condition, group_style(index), customdata=labels, hovertemplate=hover))
-    zero_line(figure)
-    figure.add_vline(0.5, line={"color": "#1a1a1a", "width": 1, "dash": "dot"})
-    figure.update_xaxes(title="token of the answer (template tokens up to 0)")
+        labels = [draw.shortened(token) for token in draw.shown_tokens(tokens)]
+        hover = f"<b>{condition}</b>, token %{{x}} '%{{customdata}}'<br>%{{y:.3f}}"
+        draw.add_line(figure, x, y, condition, draw.group_style(index), hover, labels)
+    _mark_start(figure)
     figure.update_yaxes(title=_UNIT)
     about = (
-        subtitle(result.model_name, f"stream entering layer {result.layer}", f"prompt 1 of {len(result.prompts)}")
-        + f": “{shortened(result.prompts[0])}” ({plain(result.groups[0])})"
+        draw.subtitle(result.model_name, f"stream entering layer {result.layer}", f"prompt 1 of {len(result.prompts)}")
+        + f": “{draw.shortened(result.prompts[0])}” ({draw.plain(result.groups[0])})"
     )
     title = "The direction through one answer"
-    names = list(result.conditions)
-    return finish(figure, title=title, about=about, height=340, legend_names=names, width=WIDTH)
+    return draw.finish(figure, title=title, about=about, height=340)
+
+
+def _mark_start(figure: go.Figure, **place: int) -> None:
+    """Zero, and where the answer begins."""
+    draw.zero_line(figure, **place)
+    draw.cut_line(figure, 0.5, **place)
+    figure.update_xaxes(title="token of the answer (template tokens up to 0)", **place)
 
 
 FIGURES = {"trace": plot_trace, "trace_single": plot_trace_single, "trace_tokens": trace_page}

@@ -2,21 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..figures.style import WIDTH, finish, heatmap, signed, subtitle
+from ..figures import style as draw
 from ..model.points import HookedModel
-from ..model.writers import ModelWeights, NormMap, norm_before, norms_along, readers
-from ..run.record import RunInputs
+from ..model.readers import ModelWeights, Norm, NormMap, norm_before, norms_along, readers
+from ..run.folder import RunInputs
 from .result import AnalysisResult, provenance_of
+
+Side = Literal["writes", "reads"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class WeightsResult(AnalysisResult):
         if widths != (len(self.writer_names), len(self.reader_names)):
             raise ValueError(f"{widths} columns for {len(self.writer_names)} writers, {len(self.reader_names)} readers")
 
-    def ratio(self, side: Literal["writes", "reads"]) -> Float[Tensor, "layer component"]:
+    def ratio(self, side: Side) -> Float[Tensor, "layer component"]:
         """The norms over those of a random direction: 1 is chance."""
         if side == "writes":
             return self.writes / self.writes_null_mean
@@ -74,9 +75,9 @@ def weight_alignment(model: HookedModel, direction: Direction, *, n_random: int 
     vectors = torch.stack([direction.unit, *controls])
     layers = range(model.cfg.n_layers)
     writes = torch.stack([_writes(weights, layer, vectors) for layer in layers])
-    found = [_reads(weights, layer, vectors) for layer in layers]
-    names = tuple(found[0])
-    reads = torch.stack([torch.stack([row[name] for name in names]) for row in found])
+    by_layer = [_reads(weights, layer, vectors) for layer in layers]
+    names = tuple(by_layer[0])
+    reads = torch.stack([torch.stack([row[name] for name in names]) for row in by_layer])
     writer_names = (*(f"H{head}" for head in range(model.cfg.n_heads)), "MLP")
     return WeightsResult(
         writes[..., 0],
@@ -113,21 +114,21 @@ def _writes(
 def _reads(
     weights: ModelWeights, layer: int, vectors: Float[Tensor, "vector d_model"]
 ) -> dict[str, Float[Tensor, " vector"]]:
-    model, found = weights.model, {}
+    model, norms = weights.model, {}
     like = weights.unembedding
     for name, module in readers(model, layer).items():
         norm = norm_before(model, layer, "attn" if name in "qkv" else "mlp")
         seen = _normed(norm, model, vectors).to(like.dtype).to(like.device)
         with torch.no_grad():
             read = module(seen[None])[0] - module(torch.zeros_like(seen[:1])[None])[0]
-        found[name] = read.double().cpu().norm(dim=-1)
+        norms[name] = read.double().cpu().norm(dim=-1)
     experts = weights.expert_readers(layer)
     if experts is not None:
-        found["experts"] = norms_along(experts, _normed(norm_before(model, layer, "mlp"), model, vectors))
-    return found
+        norms["experts"] = norms_along(experts, _normed(norm_before(model, layer, "mlp"), model, vectors))
+    return norms
 
 
-def _normed(norm: object, model: HookedModel, vectors: Float[Tensor, "vector d_model"]) -> Tensor:
+def _normed(norm: Norm | None, model: HookedModel, vectors: Float[Tensor, "vector d_model"]) -> Tensor:
     return vectors if norm is None else NormMap.of(norm, model).apply(vectors)
 
 
@@ -135,26 +136,14 @@ def _together(norms: Sequence[Float[Tensor, " vector"]]) -> Float[Tensor, " vect
     return torch.stack(list(norms)).square().sum(0).sqrt()
 
 
-_READERS = {"in": "in", "gate": "gate", "experts": "experts"}
-
-
 def plot_weights(result: WeightsResult) -> go.Figure:
     """Norm of every writer and every reader along the direction, over that of random directions."""
     titles = ["<b>writes</b>: ‖r̂ᵀW_O[h]‖, ‖r̂ᵀW_out‖", "<b>reads</b>: ‖W r̂‖"]
-    shares = [max(0.5, min(0.75, len(result.writer_names) / (len(result.writer_names) + len(result.reader_names))))]
-    figure = make_subplots(
-        1,
-        2,
-        subplot_titles=titles,
-        column_widths=[shares[0], 1 - shares[0]],
-        shared_yaxes=True,
-        horizontal_spacing=0.04,
-    )
-    ratios = result.ratio("writes"), result.ratio("reads")
-    highest = max(float(ratio.max()) for ratio in ratios)
-    lowest = min(float(ratio.min()) for ratio in ratios)
-    for column, side in enumerate(("writes", "reads"), start=1):
-        trace = _table(result, side, (lowest, highest))  # type: ignore[arg-type]
+    share = max(0.5, min(0.75, len(result.writer_names) / (len(result.writer_names) + len(result.reader_names))))
+    figure = draw.panels(titles, widths=[share, 1 - share])
+    ratios = torch.cat([result.ratio("writes"), result.ratio("reads")], dim=1)
+    for column, side in enumerate(get_args(Side), start=1):
+        trace = _table(result, side, (ratios.min().item(), ratios.max().item()))
         trace.showscale = column == 2
         figure.add_trace(trace, row=1, col=column)
     figure.update_xaxes(type="category", tickangle=0)
@@ -162,33 +151,29 @@ def plot_weights(result: WeightsResult) -> go.Figure:
     figure.update_xaxes(title="q, k, v of the attention; inputs of the MLP", col=2)
     figure.update_yaxes(type="category")
     figure.update_yaxes(title="block", col=1)
-    figure.update_annotations(font_size=13)
-    about = subtitle(
+    about = draw.subtitle(
         result.model_name,
-        f"r from position {signed(result.direction_position)}, layer {result.direction_layer}",
+        draw.read_at(result.direction_position, result.direction_layer),
         f"n = {result.n_random} random directions",
         "stars: above 95% of them",
     )
     height = max(240, 30 * len(result.writes))
     title = "Weights along the direction, relative to a random direction"
-    return finish(figure, title=title, about=about, height=height, legend_names=[], width=WIDTH, top=104)
+    return draw.finish(figure, title=title, about=about, height=height, top=104)
 
 
-def _table(result: WeightsResult, side: Literal["writes", "reads"], limits: tuple[float, float]) -> go.Heatmap:
+def _table(result: WeightsResult, side: Side, limits: tuple[float, float]) -> go.Heatmap:
     values = result.writes if side == "writes" else result.reads
     null = result.writes_null_p95 if side == "writes" else result.reads_null_p95
     names = result.writer_names if side == "writes" else result.reader_names
-    custom = [
-        [[value, bound] for value, bound in zip(*rows, strict=True)]
-        for rows in zip(values.tolist(), null.tolist(), strict=True)
-    ]
+    custom = torch.stack([values, null], dim=-1).tolist()
     hover = (
         "block %{y}, %{x}<br>%{z:.2f} × a random direction<br>norm %{customdata[0]:.4g}, "
         "95% of random below %{customdata[1]:.4g}"
     )
-    trace = heatmap(
+    trace = draw.heatmap(
         result.ratio(side),
-        [_READERS.get(name, name) for name in names],
+        names,
         [str(layer) for layer in range(len(values))],
         "ratio to random",
         hover=hover,

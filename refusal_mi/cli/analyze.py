@@ -8,6 +8,7 @@ import typer
 
 from ..analysis import KINDS
 from ..errors import UserError
+from ..options import number_or_auto
 from .options import (
     AsJson,
     BatchSize,
@@ -17,7 +18,6 @@ from .options import (
     ModelPath,
     Revision,
     one_model,
-    parse_batch_size,
     quiet_load,
 )
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..analysis.result import AnalysisResult
     from ..directions import Comparison, LabelledVectors
-    from ..run.record import RunInputs, RunRecord
+    from ..run.folder import RunInputs, RunRecord
 
 FOLDER = "analysis"
 SCIENCE_FAILED = 1
@@ -53,7 +53,7 @@ def analyze(
     An analysis that this run cannot have is named, the others are done, and the exit status is 1.
     """
     from ..model.loading import model_alias
-    from ..run.record import RunInputs, check_model_of_run
+    from ..run.folder import RunInputs, check_model_of_run
     from .tables import print_facts, print_json
 
     kinds = _kinds(what)
@@ -63,7 +63,7 @@ def analyze(
     if n_prompts < 2:
         raise UserError(f"--n-prompts must be at least 2, not {n_prompts}")
     inputs = RunInputs(quiet_load(source, revision, device, dtype), path, n_prompts, 32, seed)
-    written, size, n_failed = {}, parse_batch_size(batch_size), 0
+    written, size, n_failed = {}, number_or_auto(batch_size), 0
     for kind in kinds:
         typer.echo(kind, err=True)
         try:
@@ -156,7 +156,7 @@ def plot(
 ) -> int:
     """Draw a saved run or analysis again, without a model."""
     from ..figures.save import save_figure
-    from ..run.record import RunRecord
+    from ..run.folder import RunRecord
 
     file = output if output is not None and output.suffix in (".html", *STATIC) else None
     if saved.suffix in (".json", ".pt"):
@@ -243,27 +243,29 @@ def compare(
         for name, stack in zip(names, stacks, strict=True):
             rows = stack.rows.float()
             write_tensors(output_dir / name, rows[0] if len(rows) == 1 else rows)
-    found = compare(stacks)
-    print_json(found.describe()) if as_json else _print(found, stacks)
+    comparison = compare(stacks)
+    print_json(comparison.describe()) if as_json else _print(comparison, stacks)
     return 0
 
 
-def _print(found: "Comparison", stacks: "list[LabelledVectors]") -> None:
+def _print(comparison: "Comparison", stacks: "list[LabelledVectors]") -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    if len(found.labels) <= MAX_COLUMNS:
-        table = Table("cosine", *found.labels, "norm")
-        for label, row, norm in zip(found.labels, found.cosines.tolist(), found.norms.tolist(), strict=True):
+    if len(comparison.labels) <= MAX_COLUMNS:
+        table = Table("cosine", *comparison.labels, "norm")
+        for label, row, norm in zip(
+            comparison.labels, comparison.cosines.tolist(), comparison.norms.tolist(), strict=True
+        ):
             table.add_row(label, *(_number(value) for value in row), f"{norm:.4g}")
     else:
         table = Table("row", *(f"{stack.name} with {stacks[0].name}" for stack in stacks[1:]))
         starts = [sum(len(stack.rows) for stack in stacks[:index]) for index in range(len(stacks))]
         for row in range(max(len(stack.rows) for stack in stacks)):
             places = [start + min(row, len(stack.rows) - 1) for start, stack in zip(starts, stacks, strict=True)]
-            table.add_row(str(row), *(_number(found.cosines[places[0], place].item()) for place in places[1:]))
-        console.print(f"{len(found.labels)} vectors, row by row; the whole matrix: --json", highlight=False)
+            table.add_row(str(row), *(_number(comparison.cosines[places[0], place].item()) for place in places[1:]))
+        console.print(f"{len(comparison.labels)} vectors, row by row; the whole matrix: --json", highlight=False)
     console.print(table)
 
 

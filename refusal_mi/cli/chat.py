@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from .options import ModelOptions, OutputDir, TemplateOptions, flat, parse_positions
+from ..options import position_scope
+from .options import ModelOptions, OutputDir, TemplateOptions, flat
 
 if TYPE_CHECKING:
     from ..directions import Direction
@@ -310,7 +311,7 @@ def chat(
 
     if sum(option is not None for option in (ablate, direction, steer)) > 1:
         raise UserError("give one of --ablate, --direction and --steer")
-    where = parse_positions(positions or "all")
+    where = position_scope(positions or "all")
     about_steering = {"--coefficient": coefficient, "--layer": layer, "--positions": positions}
     lost = [name for name, value in about_steering.items() if value is not None]
     if steer is None and lost:
@@ -386,13 +387,13 @@ def _check_run(folder: Path, model: str | None, output_dir: Path | None) -> None
 def _ablation_by_ranks(model: "HookedModel", source: str, folder: Path, text: str, multi: str) -> Change:
     from ..model.provenance import describe_model
     from ..recipes.combinations import combine
-    from ..run.record import load_ranked, parse_directions
+    from ..run.folder import load_ranked, parse_directions
     from ..run.stages import RunFolder
 
     RunFolder(folder).check_weights(describe_model(model, source))
     ranks = parse_directions(text)
     found = combine(ranks, load_ranked(folder, ranks), multi)  # type: ignore[arg-type]
-    places = ", ".join(f"({place['pos']}, {place['layer']})" for place in found.places)
+    places = ", ".join(f"({place.pos}, {place.layer})" for place in found.places)
     noun = "direction" if len(ranks) == 1 else "directions"
     how = "" if multi == "span" else f", {multi}"
     return Change(f"ablated {noun} {text} at (position, layer) {places}{how}", found.interventions, found.warning)

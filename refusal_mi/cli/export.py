@@ -144,30 +144,30 @@ def _intervention(
 ) -> "Ablate | Add":
     from ..interventions import Ablate, Add
     from ..model.loading import model_alias
-    from ..run.record import harmless_components, read_directions
+    from ..run.folder import harmless_components, read_directions
 
     place = Path("runs") / model_alias(source) if direction is None else direction.expanduser()
     if not place.exists():
         raise UserError(
             f"no such direction: {place}; make one with refusal-mi run, or give --direction FILE or RUN_DIR"
         )
-    found = read_directions(place, ranks)
+    directions = read_directions(place, ranks)
     parts = tuple(part.strip() for part in components.split(","))
     unknown = [part for part in parts if part not in ("embed", "attn", "mlp")]
     if unknown:
         raise UserError(f"--components takes some of embed,attn,mlp, not {unknown[0]!r}")
     if add is not None:
-        if len(found) != 1 or affine is not None or strength != 1 or layers is not None or len(parts) != 3:
+        if len(directions) != 1 or affine is not None or strength != 1 or layers is not None or len(parts) != 3:
             raise UserError(
                 "an addition (--add, a control vector) is one direction at its own layer: it takes no ablation option"
             )
-        return Add(found[0], add)
+        return Add(directions[0], add)
     constants = None
     if affine == "harmless-mean":
-        constants = harmless_components(place, found)
+        constants = harmless_components(place, directions)
     elif affine is not None:
         constants = _numbers(affine)
-    return Ablate(found, strength, parse_blocks(layers), parts, constants)  # type: ignore[arg-type]
+    return Ablate(directions, strength, parse_blocks(layers), parts, constants)  # type: ignore[arg-type]
 
 
 def _numbers(text: str) -> list[float]:
@@ -180,12 +180,10 @@ def _numbers(text: str) -> list[float]:
 def _quiet() -> None:
     import sys
 
-    from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
-    from transformers.utils import logging
+
+    from ..model.loading import silence_libraries
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    hub_logging.set_verbosity_error()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_libraries()

@@ -1,25 +1,28 @@
 """Options that commands share: how they are spelled, read and checked."""
 
 import inspect
-import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import typer
 
 from ..errors import UserError
+from ..options import JudgeModel, Option, System, TemplateKwargs, said
+from ..search.thresholds import PUBLISHED, Rule
 
 if TYPE_CHECKING:
-    from ..interventions import Positions
     from ..judges.substring import Judge
     from ..model.points import HookedModel
-    from ..search.grid import Thresholds
     from ..text.chat import ChatFormat
 
+Options = TypeVar("Options")
+SCIENCE_FAILED = 1
+"""Exit status: the science or the verification failed, artifacts are kept."""
 LISTS = frozenset({"--coefficients", "--layers", "--multipliers"})
 """Options that take several values, with commas or with spaces between them."""
 _VALUE = re.compile(r"[-+]?[\d.][\d.,eE+-]*|all")
@@ -64,19 +67,8 @@ Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's; float32 on a CPU), float32, bfloat16, ...")]
 BatchSize = Annotated[str, typer.Option(help="Prompts per forward pass; auto: as many as fit.")]
 OutputDir = Annotated[Path | None, typer.Option(help="The run folder itself; default runs/{alias}.")]
-System = Annotated[str | None, typer.Option(help="System message; default: what the template does without one.")]
-TemplateKwargs = Annotated[
-    list[str] | None, typer.Option("--template-kwargs", metavar="K=V", help="Passed to the chat template; repeatable.")
-]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-JudgeName = Annotated[
-    str | None,
-    typer.Option(
-        "--judge", metavar="substring|llamaguard|URL", help="Who says whether the model complied; default substring."
-    ),
-]
-
-JudgeModel = Annotated[str | None, typer.Option(help="Model name that the judge's endpoint is asked for.")]
 
 
 def one_model(model: str | None, model_path: str | None) -> str:
@@ -101,107 +93,94 @@ def quiet_load(source: str, revision: str | None, device: str, dtype: str) -> "H
     return load(source, revision=revision, device=device, dtype=dtype)  # type: ignore[arg-type]
 
 
-def parse_batch_size(text: str) -> int | None:
-    """A positive number, or None for auto."""
-    if text == "auto":
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"--batch-size takes auto or a positive number, not {text!r}")
-    return int(text)
+@dataclass(frozen=True)
+class Given(Generic[Options]):
+    """Options as they were given: what is left to the model is not among them."""
 
+    values: Mapping[str, Any]
 
-def parse_pairs(pairs: Sequence[str] | None) -> dict[str, Any]:
-    """K=V texts; true, false and numbers become values of their type."""
-    import json
-
-    found: dict[str, Any] = {}
-    for pair in pairs or ():
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise UserError(f"--template-kwargs takes K=V, not {pair!r}")
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = value
-    return found
-
-
-def parse_tokens(text: str | None) -> tuple[int, ...] | None:
-    """Comma-separated token ids."""
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
-        raise UserError(f"--refusal-tokens takes token ids such as 40,2121, not {text!r}")
-    return tuple(map(int, parts))
-
-
-def parse_numbers(text: str, option: str) -> tuple[float, ...]:
-    """Numbers separated by commas or spaces."""
-    import math
-
-    try:
-        found = tuple(float(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        found = ()
-    if not found or not all(map(math.isfinite, found)):
-        raise UserError(f"{option} takes numbers such as 0 0.5 1, not {text!r}")
-    return found
-
-
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """Layers such as 3,5-7; None or "all" is all of them."""
-    import re
-
-    if text is None or text == "all":
-        return None
-    found: list[int] = []
-    for part in text.replace(",", " ").split():
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if match is None:
-            raise UserError(f"--layers takes all, or numbers and ranges such as 3,5-7, not {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last:
-            raise UserError(f"--layers {part!r} counts down; write {last}-{first}")
-        found += range(first, last + 1)
-    if not found:
-        raise UserError(f"--layers {text!r} names no layer")
-    return tuple(sorted(set(found)))
-
-
-def parse_positions(text: str) -> "Positions":
-    """all, prompt or response."""
-    from typing import get_args
-
-    from ..interventions import Positions
-
-    if text not in get_args(Positions):
-        raise UserError(f"--positions takes one of {', '.join(get_args(Positions))}, not {text!r}")
-    return text  # type: ignore[return-value]
+    def over(self, defaults: Options) -> Options:
+        """The options, with the model's own defaults where nothing was given."""
+        return replace(defaults, **self.values)  # type: ignore[type-var]
 
 
 def flat(command: Callable[..., int]) -> Callable[..., int]:
-    """The command with one parameter for every field of the dataclasses that it takes, as typer wants it."""
+    """The command as typer wants it: one parameter for every option of the dataclasses that it takes.
+
+    A parameter that is a dataclass, or `Given` of one, stands for all of its fields; what they say of themselves
+    (`refusal_mi.options.Option`, or typer's own annotations) is what the command line shows.
+    """
     signature = inspect.signature(command)
-    kinds: dict[str, Any] = {p.name: p.annotation for p in signature.parameters.values()}
-    bundles = [name for name, kind in kinds.items() if is_dataclass(kind)]
+    bundles = {p.name: p.annotation for p in signature.parameters.values() if _dataclass_of(p.annotation)}
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
-        found = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
         if parameter.name in bundles:
-            found = [
-                found[0].replace(name=f.name, annotation=f.type, default=f.default)
-                for f in fields(kinds[parameter.name])
-            ]
-        parameters += found
+            parameters += _parameters(_dataclass_of(bundles[parameter.name]))
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @wraps(command)
     def call(**values: Any) -> int:
-        made = {name: kinds[name](**{f.name: values.pop(f.name) for f in fields(kinds[name])}) for name in bundles}
+        made: dict[str, Any] = {}
+        for name, annotation in bundles.items():
+            kind: Any = _dataclass_of(annotation)
+            given = _given(kind, values)
+            made[name] = Given(given) if get_origin(annotation) is Given else kind(**given)
         return command(**made, **values)
 
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return call
+
+
+def _dataclass_of(annotation: Any) -> Any:
+    """The dataclass that a parameter stands for, or None."""
+    kind = get_args(annotation)[0] if get_origin(annotation) is Given else annotation
+    return kind if is_dataclass(kind) else None
+
+
+def _parameters(kind: Any) -> Iterator[inspect.Parameter]:
+    options = {each.name: each for each in said(kind)}
+    for each in fields(kind):
+        if each.name not in options:
+            yield _parameter(each.name, each.type, each.default)
+            continue
+        spoken, option = options[each.name], options[each.name].option
+        if is_dataclass(spoken.kind):
+            yield from _parameters(spoken.kind)
+            yield _parameter(each.name, Annotated[bool, typer.Option(help=option.help)], True)
+            continue
+        names = () if option.flags is None else (option.flags,)
+        shown = typer.Option(*names, help=option.help, metavar=option.metavar, hidden=option.hidden)
+        takes = spoken.kind if option.takes is None else option.takes
+        default = None if option.depends_on_model else spoken.default
+        if option.write is not None and not (default is None and NoneType in get_args(takes)):
+            written = option.write(default)
+            default = written if written or not isinstance(written, list) else None
+        yield _parameter(each.name, Annotated[takes, shown], default)
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _given(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass from the values of the command line, which are taken out of them."""
+    options: dict[str, Any] = {each.name: each for each in said(kind)}
+    given: dict[str, Any] = {}
+    for each in fields(kind):
+        if each.name not in options:
+            given[each.name] = values.pop(each.name)
+            continue
+        option = options[each.name].option
+        inner_kind: Any = options[each.name].kind
+        if isinstance(inner_kind, type) and is_dataclass(inner_kind):
+            inner = _given(inner_kind, values)
+            given[each.name] = inner_kind(**inner) if values.pop(each.name) else option.off
+            continue
+        value = values.pop(each.name)
+        if value is not None or not option.depends_on_model:
+            given[each.name] = value if option.read is None else option.read(value)
+    return given
 
 
 @dataclass(frozen=True)
@@ -234,25 +213,23 @@ class TemplateOptions:
     """What the chat template is given beside the conversation."""
 
     system: System = None
-    template_kwargs: TemplateKwargs = None
-
-    @cached_property
-    def kwargs(self) -> dict[str, Any]:
-        """K=V texts as a dict."""
-        return parse_pairs(self.template_kwargs)
+    template_kwargs: TemplateKwargs = field(default_factory=dict)
 
     def chat(self, model: "HookedModel") -> "ChatFormat":
         """The model's chat format."""
         from ..text.chat import ChatFormat
 
-        return ChatFormat(model.tokenizer, self.system, self.kwargs)
+        return ChatFormat(model.tokenizer, self.system, self.template_kwargs)
 
 
 @dataclass(frozen=True)
 class JudgeOptions:
     """Who says whether the model complied."""
 
-    judge: JudgeName = None
+    judge: Annotated[
+        str | None,
+        Option("Who says whether the model complied; default substring.", metavar="substring|llamaguard|URL"),
+    ] = None
     judge_model: JudgeModel = None
 
     @property
@@ -271,22 +248,4 @@ class JudgeOptions:
 class ThresholdOptions:
     """What a candidate direction must satisfy."""
 
-    kl_max: Annotated[float, typer.Option(help="Largest KL on harmless prompts, in nats; inf: any.")] = 0.1
-    induce_min: Annotated[float, typer.Option(help="Smallest refusal score under addition, in nats; -inf: any.")] = 0.0
-    prune_layers: Annotated[float, typer.Option(help="Fraction of last layers left out.")] = 0.2
-    thresholds: Annotated[bool, typer.Option(help="Apply them; without, rank all.")] = True
-
-    @property
-    def rule(self) -> "Thresholds":
-        """The published rule with these numbers."""
-        from ..search.grid import NO_THRESHOLDS, Thresholds
-
-        if not self.thresholds:
-            return NO_THRESHOLDS
-        induce_min = None if self.induce_min == -math.inf else self.induce_min
-        return Thresholds(limit(self.kl_max), induce_min, self.prune_layers)
-
-
-def limit(value: float | None) -> float | None:
-    """A largest value; inf is none."""
-    return None if value == math.inf else value
+    thresholds: Rule = PUBLISHED

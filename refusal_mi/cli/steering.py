@@ -1,24 +1,23 @@
 """`refusal-mi caa` and `vector`: steering vectors, made and tested. A layer of CAA's is the output of a block."""
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UserError
+from ..options import layer_numbers, numbers, position_scope
+from ..recipes.options import EvalOptions, VectorOptions
 from .options import (
+    SCIENCE_FAILED,
     AsJson,
+    Fresh,
+    Given,
     JudgeOptions,
     ModelOptions,
     TemplateOptions,
     flat,
-    limit,
     one_model,
-    parse_layers,
-    parse_numbers,
-    parse_positions,
-    parse_tokens,
 )
 
 if TYPE_CHECKING:
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from ..recipes.options import CAAConfig
     from ..run.stages import RunFolder
 
+_CAA, _RESPONSES = "caa", "harmless_refusal_vectors"
+"""Folders of the vectors, inside the model's."""
 Config = Annotated[Path | None, typer.Option(help="The write-up's config.yaml; flags on the command line win over it.")]
 CAALayers = Annotated[str | None, typer.Option(help="all, or such as 13 14 or 10-20: outputs of these blocks.")]
 Vector = Annotated[
@@ -36,7 +37,6 @@ PositionsOption = Annotated[
     str, typer.Option("--positions", help="response: from the last prompt token on; prompt; or all.")
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Texts per forward pass.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")]
 OutputDirOption = Annotated[Path | None, typer.Option("--output-dir", help="Default runs/{alias}/caa.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of every answer.")]
 
@@ -62,25 +62,25 @@ def vectors(
     from .tables import print_json, print_lines
 
     settings, model = _start(config, model)
-    found = load_pairs(pairs or settings.generation or default_pairs(model.source)[0])
-    folder = _folder(output_dir or settings.save_vector_path, model)
-    wanted, target = parse_layers(layers), settings.target_layer
+    pair_set = load_pairs(pairs or settings.generation or default_pairs(model.source)[0])
+    folder = _folder(output_dir or settings.save_vector_path or _default(model, _CAA))
+    wanted, target = layer_numbers(layers), settings.target_layer
     loaded = model.load()
     if target is not None:
         our_layer(target, loaded.cfg.n_layers)
     needed = wanted if wanted is None or target is None else tuple(sorted({*wanted, target}))
     chat = template.chat(loaded)
     made = write_vectors(
-        loaded, model.source, chat, found, folder.path, layers=needed, batch_size=batch_size, seed=seed
+        loaded, model.source, chat, pair_set, folder.path, layers=needed, batch_size=batch_size, seed=seed
     )
     if target is not None and settings.steering_vector_path is not None:
         made[target].save(settings.steering_vector_path)
-    rows = [{"layer": layer, "means": explain_layer(layer), "norm": entry.norm} for layer, entry in made.items()]
     if as_json:
-        print_json({"pairs": found.name, "n_pairs": len(found), "folder": str(folder.path), "vectors": rows})
+        rows = [{"layer": layer, "means": explain_layer(layer), "norm": each.norm} for layer, each in made.items()]
+        print_json({"pairs": pair_set.name, "n_pairs": len(pair_set), "folder": str(folder.path), "vectors": rows})
         return 0
-    print_lines(*(f"{row['means']}, norm {row['norm']:.3f}" for row in rows))
-    print_lines(f"{len(found)} pairs ({found.name}); vectors and controls: {folder.path}")
+    print_lines(*(f"{explain_layer(layer)}, norm {each.norm:.3f}" for layer, each in made.items()))
+    print_lines(f"{len(pair_set)} pairs ({pair_set.name}); vectors and controls: {folder.path}")
     return 0
 
 
@@ -108,25 +108,25 @@ def test(
     as_json: AsJson = False,
 ) -> int:
     """Answer open questions with a vector added and subtracted."""
-    from ..model.points import explain_layer
+    from ..model.points import explain_layer, our_layer
     from ..model.provenance import describe_model
-    from ..recipes.caa import check_weights, load_vectors
-    from ..recipes.caa_eval import open_ended, vector_for
+    from ..recipes.caa import check_weights, load_vectors, vector_for
+    from ..recipes.caa_eval import open_ended
     from ..recipes.options import default_pairs
     from ..text.pairs import load_questions
     from .tables import print_answers, print_json, print_lines
 
     settings, model = _start(config, model)
-    times, where = parse_numbers(multipliers, "--multipliers"), parse_positions(positions)
+    times, where = numbers("--multipliers")(multipliers), position_scope(positions)
     asked = load_questions(questions or settings.test or default_pairs(model.source)[2])[:n_questions]
-    found = load_vectors(_vector_path(vector, settings, model), model.source, hook=hook)
-    folder = _folder(output_dir, model, fresh)
+    by_layer = load_vectors(_vector_path(vector, settings, model), model.source, hook=hook)
+    folder = _folder(output_dir or _default(model, _CAA), fresh)
     named = layer if layer is not None else settings.target_layer
-    chosen = _only_layer(found, folder.path) if named is None else named
-    direction, verdict = vector_for(found, chosen), judge.found("refusal")
+    chosen = _only_layer(by_layer, folder.path) if named is None else named
+    direction, verdict = vector_for(by_layer, chosen), judge.found("refusal")
     loaded = model.load()
-    check_weights(found, describe_model(loaded, model.source))
-    summary = open_ended(
+    check_weights(by_layer, describe_model(loaded, model.source))
+    answers = open_ended(
         loaded,
         template.chat(loaded),
         direction,
@@ -140,12 +140,12 @@ def test(
         judge=verdict,
     )
     if as_json:
-        print_json(summary)
+        print_json(answers)
         return 0
     print_lines(explain_layer(chosen))
-    if direction.layer != chosen + 1:
+    if direction.layer != our_layer(chosen, loaded.cfg.n_layers):
         print_lines(f"the vector was read at {direction.hook_name}, our {direction.layer}")
-    print_answers(summary)
+    print_answers(answers)
     print_lines(f"answers: {folder.path}/test_results_x{{multiplier}}.json")
     return 0
 
@@ -187,27 +187,23 @@ def ab(
     from .tables import print_json, print_sweep
 
     settings, model = _start(config, model)
-    times, where = parse_numbers(multipliers, "--multipliers"), parse_positions(positions)
+    times, where = numbers("--multipliers")(multipliers), position_scope(positions)
     path = _vector_path(vector, settings, model)
-    found = load_vectors(path, model.source, hook=hook)
+    by_layer = load_vectors(path, model.source, hook=hook)
     default_train, default_test, default_questions = default_pairs(model.source)
     reported, other = load_pairs(pairs or default_test), load_pairs(choose_on or default_train)
     asked = load_questions(questions or settings.test or default_questions)[:n_questions] if n_questions else []
-    folder, wanted = _folder(output_dir, model, fresh), parse_layers(layers)
+    folder, wanted = _folder(output_dir or _default(model, _CAA), fresh), layer_numbers(layers)
     loaded = model.load()
-    check_weights(found, describe_model(loaded, model.source))
-    if layers == "all" and len(found) == 1:
+    check_weights(by_layer, describe_model(loaded, model.source))
+    if layers == "all" and len(by_layer) == 1:
         wanted = tuple(range(loaded.cfg.n_layers))
     task = ABTask(times, wanted, where, batch_size, max_new_tokens, str(path))
-    controls = load_controls(path, model.source, found)
-    record, sweep = evaluate_choices(
-        loaded, template.chat(loaded), found, controls, reported, other, asked, folder, task
-    )
-    save_figure(plot_layer_sweep(sweep, model=display_name(model.source)), folder.path / "layer_sweep.html")
-    if as_json:
-        print_json(record)
-    else:
-        print_sweep(record)
+    controls = load_controls(path, model.source, by_layer)
+    chat = template.chat(loaded)
+    results = evaluate_choices(loaded, chat, by_layer, controls, reported, other, asked, folder, task)
+    save_figure(plot_layer_sweep(results.sweep, model=display_name(model.source)), folder.path / "layer_sweep.html")
+    print_json(results) if as_json else print_sweep(results)
     return 0
 
 
@@ -225,38 +221,38 @@ def _start(config: Path | None, model: ModelOptions) -> "tuple[CAAConfig, ModelO
 
 
 def _vector_path(vector: Path | None, settings: "CAAConfig", model: ModelOptions) -> Path:
-    return vector or settings.steering_vector_path or _default_dir(model)
+    return vector or settings.steering_vector_path or _default(model, _CAA)
 
 
-def _default_dir(model: ModelOptions) -> Path:
+def _default(model: ModelOptions, name: str) -> Path:
     from ..recipes.options import default_folder
 
-    return default_folder(model.source) / "caa"
+    return default_folder(model.source) / name
 
 
-def _folder(path: Path | None, model: ModelOptions, fresh: bool = False) -> "RunFolder":
+def _folder(path: Path, fresh: bool = False) -> "RunFolder":
     from ..run.stages import RunFolder
 
-    folder = RunFolder(path or _default_dir(model), fresh, lambda message: print(message, file=sys.stderr))
+    folder = RunFolder(path, fresh, lambda message: typer.echo(message, err=True))
     folder.check_writable()
     return folder
 
 
-def _only_layer(found: "dict[int, Direction]", directory: Path) -> int:
-    from ..files import read_json
+def _only_layer(by_layer: "dict[int, Direction]", directory: Path) -> int:
+    from ..files import read_record
+    from ..recipes.caa_eval import AB_RESULTS, ABResults
 
-    if len(found) == 1:
-        return next(iter(found))
-    record = directory / "ab_results.json"
-    if not record.exists():
-        raise UserError(f"there are vectors of layers {sorted(found)}: choose one with --layer, or run caa ab first")
-    chosen = read_json(record).get("chosen")
+    if len(by_layer) == 1:
+        return next(iter(by_layer))
+    path = directory / AB_RESULTS
+    if not path.exists():
+        raise UserError(f"there are vectors of layers {sorted(by_layer)}: choose one with --layer, or run caa ab first")
+    chosen = read_record(path, ABResults).chosen
     if chosen is None:
-        raise UserError(f"caa ab chose no layer among {sorted(found)} (see {record}): choose one with --layer")
-    return int(chosen["layer"])
+        raise UserError(f"caa ab chose no layer among {sorted(by_layer)} (see {path}): choose one with --layer")
+    return chosen.layer
 
 
-SCIENCE_FAILED = 1
 _SHOWN = (
     "vector_shape",
     "n_compliant_responses_kept",
@@ -266,41 +262,14 @@ _SHOWN = (
     "judge",
 )
 
-Dataset = Annotated[
-    str | None,
-    typer.Option(help="Queries: a set, or TRAIN,VAL,TEST; default alpaca, for the embedded model its own harmless."),
-]
-
-Column = Annotated[str | None, typer.Option(help="Column that holds the query.")]
-Layers = Annotated[str | None, typer.Option(help="Layers to use, such as 3,5-7; default all.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Of every answer.")]
-
 
 @flat
 def make(
     *,
     model: ModelOptions,
-    dataset: Dataset = None,
-    column: Column = None,
-    n_samples: Annotated[int, typer.Option(help="Queries.")] = 20,
-    n_completions: Annotated[int, typer.Option(help="Sampled answers to each query, in each mode.")] = 10,
-    max_new_tokens: MaxNewTokens = 64,
-    generation_batch_size: Annotated[int, typer.Option(help="Prompts per batch; sampled text depends on it.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the queries and the sampling.")] = 42,
-    refusal_instruction: Annotated[
-        list[str] | None, typer.Option(help="Put in front of the query; repeatable, their means are averaged.")
-    ] = None,
-    token_weights: Annotated[str, typer.Option(help="mean over a response's tokens, or its first.")] = "mean",
-    layers: Layers = None,
-    normalize: Annotated[
-        bool, typer.Option("--normalize", help="Give every response the same norm, per layer, before averaging.")
-    ] = False,
+    given: Given[VectorOptions],
     judge: JudgeOptions,
-    template: TemplateOptions,
-    response_prefix: Annotated[
-        str | None, typer.Option(help="Text that every answer begins with; default: found by generating.")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")] = False,
+    fresh: Fresh = False,
     output_dir: Annotated[Path | None, typer.Option(help="Default runs/{alias}/harmless_refusal_vectors.")] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -309,38 +278,21 @@ def make(
     Both answer the same harmless queries, the instructed ones with an instruction to refuse in front.
     """
     from ..recipes.options import default_queries
-    from ..recipes.responses import REFUSAL_INSTRUCTION, NothingSurvives, VectorOptions, vector
+    from ..recipes.responses import NothingSurvives, vector
     from .tables import print_facts, print_json
 
-    given = tuple(text if text[-1:].isspace() else f"{text}\n" for text in refusal_instruction or ())
-    options = VectorOptions(
-        dataset=dataset or default_queries(model.source),
-        column=column,
-        n_samples=n_samples,
-        n_completions=n_completions,
-        max_new_tokens=max_new_tokens,
-        batch_size=generation_batch_size,
-        seed=seed,
-        refusal_instructions=given or (REFUSAL_INSTRUCTION,),
-        token_weights=token_weights,  # type: ignore[arg-type]
-        layers=parse_layers(layers),
-        normalize=normalize,
-        system=template.system,
-        template_kwargs=template.kwargs,
-        response_prefix=response_prefix,
-    )
+    options = given.over(VectorOptions(dataset=default_queries(model.source)))
     verdict = judge.found("refusal")
-    path = output_dir or _default_folder(model)
-    folder = _vector_folder(path, fresh)
+    folder = _folder(output_dir or _default(model, _RESPONSES), fresh)
     try:
-        found = vector(model.load(), model.source, options, folder, verdict)
+        metadata = vector(model.load(), model.source, options, folder, verdict)
     except NothingSurvives as error:
         typer.echo(f"error: {error}", err=True)
         return SCIENCE_FAILED
     if as_json:
-        print_json(found)
+        print_json(metadata)
     else:
-        print_facts({key: found[key] for key in _SHOWN} | {"folder": str(path)})
+        print_facts({name: getattr(metadata, name) for name in _SHOWN} | {"folder": str(folder.path)})
     return 0
 
 
@@ -351,32 +303,9 @@ def evaluate(
     vector_dir: Annotated[
         Path | None, typer.Option(help="What `vector` wrote; default runs/{alias}/harmless_refusal_vectors.")
     ] = None,
-    dataset: Dataset = None,
-    column: Column = None,
-    n_validation_samples: Annotated[int, typer.Option(help="Queries that choose the layer.")] = 32,
-    n_test_samples: Annotated[int, typer.Option(help="Queries that are reported on.")] = 20,
-    coefficients: Annotated[str, typer.Option(help="How often the vector is added, such as 0.0 0.5 1.0.")] = (
-        "0.0,0.5,1.0,2.0,5.0"
-    ),
-    max_new_tokens: MaxNewTokens = 64,
-    batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.")] = 8,
-    validation_seed: Annotated[int, typer.Option(help="Of the validation sample.")] = 200,
-    test_seed: Annotated[int, typer.Option(help="Of the test sample.")] = 100,
-    layer: Annotated[
-        str, typer.Option(help="auto (highest steering score), sound (best that is neither late nor degenerate), or N.")
-    ] = "auto",
-    layers: Layers = None,
-    kl_max: Annotated[
-        float | None, typer.Option(help="Largest KL of ablating the row on validation queries, in nats; default: any.")
-    ] = None,
-    refusal_tokens: Annotated[
-        str | None, typer.Option(help="Token ids of the refusal score; default: found from the responses.")
-    ] = None,
-    positions: Annotated[str, typer.Option(help="Where the vector is added: all, prompt or response.")] = "all",
-    n_random: Annotated[int, typer.Option(help="Random vectors of equal norm, as controls.")] = 1,
+    given: Given[EvalOptions],
     judge: JudgeOptions,
-    template: TemplateOptions,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")] = False,
+    fresh: Fresh = False,
     output_dir: Annotated[Path | None, typer.Option(help="Default: the vector's folder.")] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -385,85 +314,24 @@ def evaluate(
     What is measured are refusals of harmless queries, by coefficient.
     """
     from ..recipes.options import default_queries
-    from ..recipes.responses import VECTOR
-    from ..recipes.responses_eval import EvalOptions, evaluate_vector
-    from .tables import print_json
+    from ..recipes.responses import VECTOR, recorded_dataset
+    from ..recipes.responses_eval import evaluate_vector
+    from .tables import print_coefficients, print_json, print_lines
 
-    if layer not in ("auto", "sound") and not layer.isdigit():
-        raise UserError(f"--layer takes auto, sound or a number, not {layer!r}")
-    directory = vector_dir or _default_folder(model)
+    directory = vector_dir or _default(model, _RESPONSES)
     if not (directory / VECTOR).is_file():
         raise UserError(
             f"{directory} holds no {VECTOR}: make it with refusal-mi vector, or name its folder --vector-dir"
         )
-    options = EvalOptions(
-        dataset=dataset or _recorded_dataset(directory) or default_queries(model.source),
-        column=column,
-        n_validation_samples=n_validation_samples,
-        n_test_samples=n_test_samples,
-        coefficients=parse_numbers(coefficients, "--coefficients"),
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        validation_seed=validation_seed,
-        test_seed=test_seed,
-        layer=int(layer) if layer.isdigit() else None,
-        sound_layer=layer == "sound",
-        layers=parse_layers(layers),
-        kl_max=limit(kl_max),
-        refusal_tokens=parse_tokens(refusal_tokens),
-        positions=parse_positions(positions),
-        n_random=n_random,
-        system=template.system,
-        template_kwargs=template.kwargs,
-    )
+    dataset = recorded_dataset(directory) or default_queries(model.source)
+    options = given.over(EvalOptions(dataset=dataset))
     verdict = judge.found("refusal")
-    folder = _vector_folder(output_dir or directory, fresh)
+    folder = _folder(output_dir or directory, fresh)
     summary = evaluate_vector(model.load(), model.source, directory, options, folder, verdict)
-    print_json(summary) if as_json else _print_rates(summary)
-    return 0 if summary["status"] == "done" else SCIENCE_FAILED
-
-
-def _recorded_dataset(directory: Path) -> str | None:
-    from ..files import read_json
-
-    record = directory / "metadata.json"
-    return read_json(record).get("dataset") if record.exists() else None
-
-
-def _default_folder(model: ModelOptions) -> Path:
-    from ..recipes.options import default_folder
-
-    return default_folder(model.source) / "harmless_refusal_vectors"
-
-
-def _vector_folder(path: Path, fresh: bool) -> "RunFolder":
-    from ..run.stages import RunFolder
-
-    folder = RunFolder(path, fresh, lambda message: typer.echo(message, err=True))
-    folder.check_writable()
-    return folder
-
-
-def _print_rates(summary: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if summary["status"] != "done":
-        console.print(f"{summary['status']}: {summary['explanation']}", highlight=False)
-        return
-    gain = summary["selected_layer_steering_score"]
-    console.print(
-        f"layer {summary['selected_layer']} ({summary['hook_name']}): refusal score "
-        f"{summary['baseline_refusal_score']:.2f} -> {gain:.2f}",
-        highlight=False,
-    )
-    controls = summary["random_controls"]
-    n = summary["n_test_samples"]
-    table = Table(f"coefficient (n = {n})", "refused [95%]", "degenerate", *(f"random {seed}" for seed in controls))
-    for key, found in summary["results_by_coefficient"].items():
-        low, high = found["interval"]
-        random = [f"{runs[key]['refusal_rate']:.2f}" if key in runs else "" for runs in controls.values()]
-        refused = f"{found['refusal_rate']:.2f} [{low:.2f}, {high:.2f}]"
-        table.add_row(key, refused, f"{found['degenerate_rate']['rate']:.2f}", *random)
-    console.print(table)
+    if as_json:
+        print_json(summary)
+    elif summary.status == "done":
+        print_coefficients(summary)
+    else:
+        print_lines(f"{summary.status}: {summary.explanation}")
+    return 0 if summary.status == "done" else SCIENCE_FAILED

@@ -1,29 +1,39 @@
 """How results look in a terminal."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from ..files import as_json
 
 if TYPE_CHECKING:
     from ..export.export import ExportReport
+    from ..measures import LossResult
+    from ..recipes.caa_eval import ABResults, Changes, OpenAnswers, TextRates
+    from ..recipes.responses_eval import EvalSummary
+    from ..run.answers import Effect
+    from ..run.record import CombinationRecord, DirectionRecord, RunSummary
     from ..search.grid import Selection
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout, for machines."""
-    Console().out(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False), highlight=False)
+    """JSON on stdout, for machines; records as `as_json` says."""
+    Console().out(json.dumps(as_json(value), indent=2, ensure_ascii=False, allow_nan=False), highlight=False)
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
     """A two-column table."""
     table = Table("", "", show_header=False)
     for key, value in facts.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else repr(value) if "\n" in str(value) else value
-        table.add_row(key.replace("_", " "), str(shown))
+        shown = repr(value) if "\n" in str(value) else str(value)
+        if isinstance(value, (list, tuple)):
+            shown = ", ".join(map(str, value))
+        table.add_row(key.replace("_", " "), shown)
     Console().print(table, markup=False)
 
 
@@ -37,72 +47,63 @@ def print_survivors(chosen: "Selection", top: int) -> None:
     Console().print(chosen.explain(), highlight=False)
 
 
-def print_summary(summary: Mapping[str, Any], report: Path) -> None:
+def print_summary(summary: "RunSummary", report: Path) -> None:
     """The headline numbers of a run, and where its report lies."""
     console = Console()
-    selection = summary.get("selection")
-    if selection is not None:
-        console.print(selection["explanation"], highlight=False)
-    if "direction" in summary:
-        _print_direction(console, summary)
-    if "combination" in summary:
-        _print_combination(console, summary["combination"])
-    for side, rates in summary.get("completions", {}).items():
-        _print_rates(console, side, rates)
-    if "ce_loss" in summary:
-        _print_losses(console, summary["ce_loss"])
-    if summary["quick"]:
+    if summary.selection is not None:
+        console.print(summary.selection.explanation, highlight=False)
+    if summary.direction is not None:
+        _print_direction(console, summary, summary.direction)
+    if summary.combination is not None:
+        _print_combination(console, summary.combination)
+    for side, effects in summary.completions.items():
+        named = {effect.label: effect for effect in effects.effects}
+        console.print(rates_table(f"{effects.set_name} ({side}), n = {effects.n}", named))
+    if summary.ce_loss:
+        _print_losses(console, summary.ce_loss)
+    if summary.quick:
         console.print("a quick run: small samples, for a look only")
     console.print(f"{'report' if report.suffix == '.html' else 'summary'}: {report}", highlight=False, soft_wrap=True)
 
 
-def _print_direction(console: Console, summary: Mapping[str, Any]) -> None:
-    direction, best = summary["direction"], summary["selection"]["best"]
-    baseline = summary["baseline_scores_nats"]
+def _print_direction(console: Console, summary: "RunSummary", direction: "DirectionRecord") -> None:
+    assert summary.selection is not None and summary.baseline_scores_nats is not None
+    best, plain = summary.selection.best, summary.baseline_scores_nats
+    assert best is not None
     table = Table("refusal direction", "value", title=None)
-    table.add_row("position, layer", f"{direction['pos']}, {direction['layer']} ({direction['hook_name']})")
-    table.add_row("norm", f"{direction['norm']:.2f}")
-    table.add_row(
-        "harmful: refusal score, plain -> ablated", f"{baseline['harmful']:.2f} -> {best['refusal_score']:.2f}"
-    )
-    table.add_row(
-        "harmless: refusal score, plain -> added", f"{baseline['harmless']:.2f} -> {best['steering_score']:.2f}"
-    )
-    table.add_row("harmless: KL under ablation (nats)", f"{best['kl_div_score']:.4f}")
+    table.add_row("position, layer", f"{direction.pos}, {direction.layer} ({direction.hook_name})")
+    table.add_row("norm", f"{direction.norm:.2f}")
+    table.add_row("harmful: refusal score, plain -> ablated", f"{plain['harmful']:.2f} -> {best.bypass:.2f}")
+    table.add_row("harmless: refusal score, plain -> added", f"{plain['harmless']:.2f} -> {best.induce:.2f}")
+    table.add_row("harmless: KL under ablation (nats)", f"{best.kl_nats:.4f}")
     console.print(table)
 
 
-def _print_combination(console: Console, combination: Mapping[str, Any]) -> None:
-    table = Table(f"ablated together ({combination['multi']})", "position, layer", "hook point", "norm")
-    places, hooks = combination["directions"], combination["hook_names"]
-    for rank, place, hook, norm in zip(combination["ranks"], places, hooks, combination["norms"], strict=True):
-        table.add_row(f"rank {rank}", f"{place['pos']}, {place['layer']}", hook, f"{norm:.2f}")
+def _print_combination(console: Console, combination: "CombinationRecord") -> None:
+    table = Table(f"ablated together ({combination.multi})", "position, layer", "hook point", "norm")
+    columns = combination.ranks, combination.directions, combination.hook_names, combination.norms
+    for rank, place, hook, norm in zip(*columns, strict=True):
+        table.add_row(f"rank {rank}", f"{place.pos}, {place.layer}", hook, f"{norm:.2f}")
     console.print(table)
-    lowest = min(combination["relative_singular_values"])
-    console.print(
-        f"effective rank {combination['effective_rank']}, relative singular value {lowest:.3f}", highlight=False
-    )
+    lowest = min(combination.relative_singular_values)
+    console.print(f"effective rank {combination.effective_rank}, relative singular value {lowest:.3f}", highlight=False)
 
 
-def _print_rates(console: Console, side: str, rates: Mapping[str, Any]) -> None:
-    named = {label: found for label, found in rates.items() if isinstance(found, Mapping)}
-    console.print(rates_table(f"{rates['set']} ({side}), n = {rates['n']}", named))
-
-
-def rates_table(title: str, named: Mapping[str, Mapping[str, Any]]) -> Table:
+def rates_table(title: str, named: "Mapping[str, Effect]") -> Table:
     """Rates of refusal, of degenerate text and of what another judge calls unsafe, one row per name."""
-    others = [key for key in next(iter(named.values())) if key not in ("refusal", "degenerate")]
-    table = Table(title, "refused [95%]", "degenerate [95%]", *(f"unsafe, {judge} [95%]" for judge in others))
-    for name, found in named.items():
-        table.add_row(name, *(_rate(found[key]) for key in ("refusal", "degenerate", *others)))
+    judges = list(next(iter(named.values())).unsafe)
+    table = Table(title, "refused [95%]", "degenerate [95%]", *(f"unsafe, {judge} [95%]" for judge in judges))
+    for name, effect in named.items():
+        rates = [effect.refusal, effect.degenerate, *(effect.unsafe[judge] for judge in judges)]
+        table.add_row(name, *map(str, rates))
     return table
 
 
-def _print_losses(console: Console, losses: Mapping[str, Any]) -> None:
-    sets = [name for name, found in losses["baseline"].items() if isinstance(found, Mapping)]
+def _print_losses(console: Console, losses: "Mapping[str, Mapping[str, LossResult]]") -> None:
+    sets = list(losses["baseline"])
     table = Table("CE loss (nats per token)", *sets)
-    for label, found in losses.items():
-        table.add_row(label, *(f"{found[name]['ce_loss']:.4f}" for name in sets))
+    for label, by_set in losses.items():
+        table.add_row(label, *(f"{by_set[name].ce_loss:.4f}" for name in sets))
     console.print(table)
 
 
@@ -129,69 +130,80 @@ def print_export(report: "ExportReport") -> None:
 
 def print_lines(*lines: str) -> None:
     """Lines as they are, however long."""
-    from rich.console import Console
-
     for line in lines:
         Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_answers(summary: dict[str, Any]) -> None:
+def print_answers(answers: "OpenAnswers") -> None:
     """Rates of every multiplier, and the first question's answers."""
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console()
-    plain = summary["baseline"]
-    rates = Table(f"n = {summary['n_questions']}", "refusal-like", "degenerate")
-    rates.add_row("plain", *_two_rates(plain))
-    for multiplier, found in summary["by_multiplier"].items():
-        for way in ("add", "subtract"):
-            rates.add_row(f"{way} x{multiplier}", *_two_rates(found[way]))
+    rates = Table(f"n = {answers.n_questions}", "refusal-like", "degenerate")
+    rates.add_row("plain", *_two_rates(answers.baseline))
+    for multiplier, steered in answers.by_multiplier.items():
+        rates.add_row(f"add x{multiplier}", *_two_rates(steered.add))
+        rates.add_row(f"subtract x{multiplier}", *_two_rates(steered.subtract))
     console.print(rates)
-    first = [found["first_question"] for found in summary["by_multiplier"].values()]
-    console.print(first[0]["question"], markup=False, highlight=False)
+    first = {multiplier: steered.first_question for multiplier, steered in answers.by_multiplier.items()}
+    console.print(next(iter(first.values())).question, markup=False, highlight=False)
     table = Table("alpha", "add steering", "subtract steering")
-    for multiplier, row in zip(summary["by_multiplier"], first, strict=True):
-        table.add_row(multiplier, *(_cell(row[f"answer_with_{way}_steering"]) for way in ("add", "substract")))
+    for multiplier, row in first.items():
+        table.add_row(multiplier, _cell(row.answer_with_add_steering), _cell(row.answer_with_substract_steering))
     console.print(table)
 
 
-def print_sweep(record: dict[str, Any]) -> None:
+def print_sweep(results: "ABResults") -> None:
     """p(matching) by layer and multiplier, and the layer that was chosen, or why none was."""
-    from rich.console import Console
-    from rich.table import Table
+    from ..model.points import explain_layer, stream_after
 
     table = Table("layer", "our", "multiplier", "p(matching) [95%]", "change [95%]")
-    for row in record["rows"]:
-        p = f"{row['p']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        change = f"{row['delta']:+.3f} [{row['delta_low']:+.3f}, {row['delta_high']:+.3f}]"
-        table.add_row(str(row["layer"]), str(row["layer"] + 1), f"{row['multiplier']:g}", p, change)
+    for row in results.rows:
+        p = f"{row.p:.3f} [{row.low:.3f}, {row.high:.3f}]"
+        change = f"{row.delta:+.3f} [{row.delta_low:+.3f}, {row.delta_high:+.3f}]"
+        table.add_row(str(row.layer), str(stream_after(row.layer)), f"{row.multiplier:g}", p, change)
+    first = results.rows[0]
     print_lines(
-        f"{record['pairs']}, n = {record['rows'][0]['n_pairs']} pairs, plain p(matching) = {record['p_plain']:.3f}",
-        record["rows"][0]["layer_means"],
+        f"{results.pairs}, n = {first.n_pairs} pairs, plain p(matching) = {results.p_plain:.3f}",
+        explain_layer(first.layer),
     )
     Console().print(table)
-    chosen = record["chosen"]
+    chosen = results.chosen
     if chosen is None:
-        print_lines(f"no layer was chosen: {record['why_none']}")
+        print_lines(f"no layer was chosen: {results.why_none}")
         return
+    broken = f"{chosen.degenerate_added.value:.2f} and {chosen.degenerate_subtracted.value:.2f}"
     print_lines(
-        f"chosen on {chosen['chosen_on']}: {chosen['layer_means']}, multiplier {chosen['multiplier']:g}",
-        f"on {record['pairs']}: {_changes(chosen)}; degenerate text {chosen['degenerate_added']['rate']:.2f} and "
-        f"{chosen['degenerate_subtracted']['rate']:.2f}",
-        *(f"{kind}: {_changes(changes)}" for kind, changes in chosen["controls"].items()),
+        f"chosen on {chosen.chosen_on}: {explain_layer(chosen.layer)}, multiplier {chosen.multiplier:g}",
+        f"on {results.pairs}: {_changes(chosen)}; degenerate text {broken}",
+        *(f"{kind}: {_changes(changes)}" for kind, changes in chosen.controls.items()),
     )
 
 
-def _changes(found: dict[str, Any]) -> str:
-    return f"adding changes p by {found['change_added']:+.3f}, subtracting by {found['change_subtracted']:+.3f}"
+def print_coefficients(summary: "EvalSummary") -> None:
+    """Refusals by coefficient, beside those under random vectors."""
+    console = Console()
+    console.print(
+        f"layer {summary.selected_layer} ({summary.hook_name}): refusal score "
+        f"{summary.baseline_refusal_score:.2f} -> {summary.selected_layer_steering_score:.2f}",
+        highlight=False,
+    )
+    controls = summary.random_controls
+    title = f"coefficient (n = {summary.n_test_samples})"
+    table = Table(title, "refused [95%]", "degenerate", *(f"random {seed}" for seed in controls))
+    for key, rates in summary.results_by_coefficient.items():
+        low, high = rates.interval
+        random = [f"{runs[key].refusal_rate:.2f}" if key in runs else "" for runs in controls.values()]
+        refused = f"{rates.refusal_rate:.2f} [{low:.2f}, {high:.2f}]"
+        table.add_row(key, refused, f"{rates.degenerate_rate.value:.2f}", *random)
+    console.print(table)
 
 
-def _two_rates(found: dict[str, Any]) -> Sequence[str]:
-    return [f"{found[f'{kind}_rate']['rate']:.2f}" for kind in ("refusal_like", "degenerate")]
+def _changes(changes: "Changes") -> str:
+    return f"adding changes p by {changes.change_added:+.3f}, subtracting by {changes.change_subtracted:+.3f}"
 
 
-def _cell(text: str) -> Any:
-    from rich.text import Text
+def _two_rates(rates: "TextRates") -> tuple[str, str]:
+    return f"{rates.refusal_like_rate.value:.2f}", f"{rates.degenerate_rate.value:.2f}"
 
+
+def _cell(text: str) -> Text:
     return Text("".join(character if character.isprintable() else " " for character in text))

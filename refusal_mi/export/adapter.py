@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -83,11 +84,11 @@ def _tensors(
         return {f"{stem}.lora_embedding_A": right.float(), f"{stem}.lora_embedding_B": left.float()}
     if kind == "parameter":
         return _parameter_tensors(plan, stem, name, left, right)
-    found = {f"{stem}.lora_A.weight": right.float(), f"{stem}.lora_B.weight": left.float()}
-    if with_biases:
-        change = torch.zeros(len(left)) if bias is None else (bias.left @ bias.right)[:, 0]
-        found[f"{stem}.lora_B.bias"] = change.float()
-    return found
+    pair = {f"{stem}.lora_A.weight": right.float(), f"{stem}.lora_B.weight": left.float()}
+    if not with_biases:
+        return pair
+    change = torch.zeros(len(left)) if bias is None else (bias.left @ bias.right)[:, 0]
+    return {**pair, f"{stem}.lora_B.bias": change.float()}
 
 
 def _parameter_tensors(plan: Planned, stem: str, name: str, left: Tensor, right: Tensor) -> dict[str, Tensor]:
@@ -95,8 +96,8 @@ def _parameter_tensors(plan: Planned, stem: str, name: str, left: Tensor, right:
     wrapper = f"{stem}.base_layer" if name in _inner_parameters(plan) else stem
     if left.ndim == 2:  # a bias [E, d_model]: PEFT's change is B A with B [E, rank], A [rank, d_model]
         return {f"{wrapper}.lora_A.weight": left.T.float(), f"{wrapper}.lora_B.weight": right.T.float()}
-    stacked_a = right.reshape(-1, right.shape[-1])
-    stacked_b = left.permute(1, 2, 0).reshape(left.shape[1], -1)
+    stacked_a = rearrange(right, "expert rank feature -> (expert rank) feature")
+    stacked_b = rearrange(left, "expert out rank -> out (rank expert)")
     return {f"{wrapper}.lora_A.weight": stacked_a.float(), f"{wrapper}.lora_B.weight": stacked_b.float()}
 
 
@@ -139,22 +140,22 @@ def _config(plan: Planned, pairs: Mapping[str, LoRA], rank: int, with_biases: bo
 
 
 def _notes(plan: Planned, biases: Mapping[str, Any], others: Mapping[str, Any], is_split: bool) -> list[str]:
-    found = []
+    notes = []
     if is_split:
-        found.append(
+        notes.append(
             "two adapters belong together, this folder and embedding/: load both with refusal_mi.export.load_adapter"
         )
     if biases:
-        found.append("biases use lora_bias, which vLLM and llama.cpp's converter do not carry")
+        notes.append("biases use lora_bias, which vLLM and llama.cpp's converter do not carry")
     if any(_kind(plan, name) == "parameter" for name in others):
-        found.append("fused experts use target_parameters, which vLLM and llama.cpp's converter do not carry")
+        notes.append("fused experts use target_parameters, which vLLM and llama.cpp's converter do not carry")
     if any(_kind(plan, name) == "embedding" for name in others):
-        found.append("the embedding uses embedding-LoRA, which vLLM and llama.cpp's converter may not carry")
+        notes.append("the embedding uses embedding-LoRA, which vLLM and llama.cpp's converter may not carry")
         if plan.layout.is_tied:
-            found.append("the embedding is tied: do not merge this adapter, export a checkpoint instead")
+            notes.append("the embedding is tied: do not merge this adapter, export a checkpoint instead")
     if plan.is_behind_a_norm:
-        found.append(NORM_NOTE)
-    return found
+        notes.append(NORM_NOTE)
+    return notes
 
 
 def load_adapter(model: Any, directory: str | Path) -> Any:

@@ -6,7 +6,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_json
+from ..files import read_json, read_record
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -53,6 +53,15 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
+class ShardIndex:
+    """`model.safetensors.index.json`."""
+
+    weight_map: dict[str, str]
+    """Tensor -> the shard that it lies in."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """The files of a model directory."""
 
@@ -63,8 +72,8 @@ class Checkpoint:
     """In the order in which they lie in their shards."""
     metadata: Mapping[str, Mapping[str, str]]
     """Shard -> the free-form part of its header."""
-    index: Mapping[str, Any] | None
-    """`model.safetensors.index.json`, where there is one."""
+    index: ShardIndex | None
+    """Where the weights are sharded."""
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -104,18 +113,18 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     is_sharded = not (directory / SINGLE).is_file()
     if is_sharded and not (directory / INDEX).is_file():
         raise UserError(f"{directory} holds no {SINGLE} and no {INDEX}: only safetensors weights can be exported")
-    index = read_json(directory / INDEX) if is_sharded else None
-    shards = [SINGLE] if index is None else sorted(set(index["weight_map"].values()))
+    index = read_record(directory / INDEX, ShardIndex) if is_sharded else None
+    shards = [SINGLE] if index is None else sorted(set(index.weight_map.values()))
     tensors: dict[str, StoredTensor] = {}
     metadata = {}
     strays = [shard for shard in shards if Path(shard).name != shard]
     if strays:
         raise UserError(f"{directory / INDEX} names the shard {strays[0]!r}, which is not a file beside it")
     for shard in shards:
-        found, metadata[shard] = _read_header(directory / shard)
-        tensors |= found
+        in_shard, metadata[shard] = _read_header(directory / shard)
+        tensors |= in_shard
         if index is not None:
-            _check_index(index["weight_map"], shard, found, directory)
+            _check_index(index.weight_map, shard, in_shard, directory)
     strange = [tensor for tensor in tensors.values() if tensor.dtype not in DTYPES]
     if strange:
         raise UserError(
@@ -170,25 +179,26 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         with path.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
             header = json.loads(handle.read(length))
+        metadata = header.pop("__metadata__", {})
+        tensors = {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (start, end), shape = entry["data_offsets"], tuple(entry["shape"])
+            tensors[name] = StoredTensor(name, path.name, entry["dtype"], shape, 8 + length + start, end - start)
     except (OSError, struct.error, ValueError, MemoryError, OverflowError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
-    metadata = header.pop("__metadata__", {})
-    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    tensors = {}
-    for name, entry in entries:
-        start, end = entry["data_offsets"]
-        tensors[name] = StoredTensor(
-            name, path.name, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start
-        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} has no safetensors header: {type(error).__name__} {error}") from None
     last = max((tensor.start + tensor.n_bytes for tensor in tensors.values()), default=8 + length)
     if path.stat().st_size != last:
         raise UserError(f"{path} is {path.stat().st_size} bytes long where its header says {last}: it is not complete")
     return tensors, metadata
 
 
-def _check_index(weight_map: Mapping[str, str], shard: str, found: Mapping[str, StoredTensor], directory: Path) -> None:
+def _check_index(
+    weight_map: Mapping[str, str], shard: str, tensors: Mapping[str, StoredTensor], directory: Path
+) -> None:
     """A tensor that lies where the index does not say would be read from, or edited in, the wrong place."""
-    odd = {name for name, place in weight_map.items() if place == shard} ^ set(found)
+    odd = {name for name, place in weight_map.items() if place == shard} ^ set(tensors)
     if odd:
         raise UserError(
             f"{directory / INDEX} and {shard} disagree about {sorted(odd)[0]}: the checkpoint is not complete"
@@ -196,12 +206,12 @@ def _check_index(weight_map: Mapping[str, str], shard: str, found: Mapping[str, 
 
 
 def _check_not_quantized(config: Mapping[str, Any], directory: Path) -> None:
-    found = config.get("quantization_config")
-    if found is None:
+    settings = config.get("quantization_config")
+    if settings is None:
         return
-    method = found.get("quant_method")
+    method = settings.get("quant_method")
     if method is None:
-        method = "bitsandbytes" if any(key.startswith(("load_in_", "bnb_")) for key in found) else "unnamed"
+        method = "bitsandbytes" if any(key.startswith(("load_in_", "bnb_")) for key in settings) else "unnamed"
     raise UserError(
         f"{directory} is quantized ({method}): projecting quantized weights is not exact; export the unquantized model"
     )

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from ..directions import Direction
 from ..errors import UserError
 from ..files import sha256_file, write_json, write_text
-from ..interventions import Ablate, Intervention
+from ..interventions import Ablate, Add, Intervention
 from ..model.provenance import display_name, versions
 from ..model.writers import build_skeleton, classify
 from ..weights import EditFigures, TensorEdit, edit_, factors
 from .adapter import LoRA, write_adapters
 from .checkpoint import Checkpoint, copy_companions, fresh_directory
-from .plan import Planned, as_steps, describe_steps, plan_edits, plan_export, without_embedding
+from .plan import Planned, Step, as_steps, describe_step, directions_of, plan_edits, plan_export, without_embedding
 from .rewrite import ExportDtype, ShardHashes, byte_bar, rewrite, write_config
 from .streaming import CheckpointWeights
 from .verify import Verification, VerifyMode, prepare_comparison
@@ -36,7 +36,7 @@ class ExportReport:
     kind: Literal["checkpoint", "adapter"]
     source: str
     revision: str | None
-    interventions: Sequence[Mapping[str, Any]]
+    steps: Sequence[Step]
     figures: Mapping[str, EditFigures]
     """Edited tensor -> the fraction removed, and what is left."""
     hashes: Mapping[str, ShardHashes]
@@ -64,7 +64,7 @@ class ExportReport:
             "kind": self.kind,
             "source": self.source,
             "revision": self.revision,
-            "interventions": list(self.interventions),
+            "interventions": [describe_step(step) for step in self.steps],
             "edited_tensors": {name: asdict(figure) for name, figure in self.figures.items()},
             "sha256": {shard: asdict(both) for shard, both in self.hashes.items()},
             "dtype": self.dtype,
@@ -99,13 +99,8 @@ def _finite(value: Any) -> Any:
 _TITLES = {"checkpoint": "Edited weights", "adapter": "LoRA adapter"}
 
 
-def write_card(report: ExportReport, path: Path) -> None:
-    """Write `README.md`; the source's own card lies beside it as `README.source.md`."""
-    write_text(path, card(report))
-
-
 def card(report: ExportReport) -> str:
-    """The text of the card."""
+    """The text of `README.md`; the source's own card lies beside it as `README.source.md`."""
     removed = [figure.removed for figure in report.figures.values()]
     lines = [
         "---",
@@ -121,7 +116,7 @@ def card(report: ExportReport) -> str:
         "",
         "## What was changed",
         "",
-        *[f"- {_sentence(step)}" for step in report.interventions],
+        *[f"- {_sentence(step)}" for step in report.steps],
         f"- {len(removed)} tensors were edited"
         + (f"; of a tensor, {min(removed):.2%} to {max(removed):.2%} was removed" if removed else ""),
         *[f"- {note}" for note in report.notes],
@@ -141,35 +136,34 @@ def card(report: ExportReport) -> str:
     return "\n".join(lines)
 
 
-def _sentence(step: object) -> str:
-    assert isinstance(step, dict)
-    places = ", ".join(f"position {item['pos']}, layer {item['layer']}" for item in step["directions"])
-    if step["kind"] == "add":
-        where = f"the stream entering layer {step['layer']}"
-        return f"{step['coefficient']} times the direction ({places}) is added to {where}"
-    blocks = "all blocks" if step["layers"] is None else f"blocks {', '.join(map(str, step['layers'])) or 'none'}"
-    text = f"{step['strength']} of the span of {len(step['directions'])} direction(s) ({places}) is removed from the "
-    text += f"writes of {', '.join(step['components'])} of {blocks}"
-    if step["constants"] is not None:
-        text += f"; instead the stream has the constant components {step['constants']}"
+def _sentence(step: Step) -> str:
+    directions = directions_of(step)
+    places = ", ".join(f"position {direction.position}, layer {direction.layer}" for direction in directions)
+    if isinstance(step, Add):
+        return f"{step.coefficient} times the direction ({places}) is added to the stream entering layer {step.target}"
+    blocks = "all blocks" if step.layers is None else f"blocks {', '.join(map(str, step.layers)) or 'none'}"
+    text = f"{step.strength} of the span of {len(directions)} direction(s) ({places}) is removed from the writes of "
+    text += f"{', '.join(step.components)} of {blocks}"
+    if step.constants is not None:
+        text += f"; instead the stream has the constant components {list(step.constants)}"
     return text
 
 
 def _measured(report: ExportReport) -> list[str]:
-    found = report.verification
-    if found is None:
+    result = report.verification
+    if result is None:
         return ["Not measured (`--verify none`)."]
-    verdict = "within" if found.passed else "BEYOND"
+    verdict = "within" if result.passed else "BEYOND"
     lines = [
-        f"{found.n_prompts} prompts, {found.n_positions} positions ({found.mode}); {verdict} the limits.",
+        f"{result.n_prompts} prompts, {result.n_positions} positions ({result.mode}); {verdict} the limits.",
         "",
-        f"- largest logit difference {found.max_logit_difference:.1e} "
-        f"(largest logit {found.largest_logit:.1f}; the edit itself moves logits by up to {found.max_effect:.1e})",
-        f"- mean KL to the float32 hooked model {found.mean_kl_nats:.1e} nats"
-        + (f" (hooked model in this dtype: {found.hooked_kl_nats:.1e})" if found.hooked_kl_nats is not None else ""),
-        f"- equal greedy tokens {found.same_greedy:.1%}, over {found.n_new_tokens} new tokens of each prompt",
+        f"- largest logit difference {result.max_logit_difference:.1e} "
+        f"(largest logit {result.largest_logit:.1f}; the edit itself moves logits by up to {result.max_effect:.1e})",
+        f"- mean KL to the float32 hooked model {result.mean_kl_nats:.1e} nats"
+        + (f" (hooked model in this dtype: {result.hooked_kl_nats:.1e})" if result.hooked_kl_nats is not None else ""),
+        f"- equal greedy tokens {result.same_greedy:.1%}, over {result.n_new_tokens} new tokens of each prompt",
     ]
-    return lines + [f"- {failure}" for failure in found.failures]
+    return lines + [f"- {failure}" for failure in result.failures]
 
 
 def _undo(report: ExportReport) -> str:
@@ -263,7 +257,7 @@ def publish(
             kind=kind,
             source=plan.source,
             revision=plan.revision,
-            interventions=describe_steps(plan.steps),
+            steps=plan.steps,
             figures=written.figures,
             hashes=written.hashes,
             dtype=dtype,
@@ -276,7 +270,7 @@ def publish(
             verification=verification,
         )
         write_record(report, temporary)
-        write_card(report, temporary / "README.md")
+        write_text(temporary / "README.md", card(report))
     return report
 
 
@@ -357,9 +351,9 @@ def export_adapter(
 
 
 def _hashes(source: Checkpoint, directory: Path) -> dict[str, ShardHashes]:
-    found = {shard: ShardHashes(sha256_file(source.directory / shard), None) for shard in source.shards}
+    before = {shard: ShardHashes(sha256_file(source.directory / shard), None) for shard in source.shards}
     written = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*.safetensors"))}
-    return found | {name: ShardHashes(None, sha256_file(path)) for name, path in written.items()}
+    return before | {name: ShardHashes(None, sha256_file(path)) for name, path in written.items()}
 
 
 def _changes(plan: Planned, skeleton: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LoRA]:

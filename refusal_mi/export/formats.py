@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..directions import Direction
 from ..errors import UserError
 from ..files import write_whole
-from ..interventions import Ablate, Add
-from ..model.writers import Family, build_skeleton, family_of
-from .streaming import ModelShape, write_site
+from ..interventions import Ablate, Add, check_width
+from ..model.points import EMBEDDING, caa_layer
+from ..model.writers import build_skeleton, family_of
+from .streaming import ModelShape, blocks_of, write_site
 
 _LLAMA_CPP_NAMES = {
     "mistral": "llama",
@@ -42,9 +42,8 @@ def write_gguf(path: Path, addition: Add, config: Any) -> None:
         from gguf import GGUFWriter
     except ImportError:
         raise UserError("control vectors need the gguf library: pip install 'refusal_mi[export]'") from None
-    direction = addition.direction
-    layer = direction.layer if addition.layer is None else addition.layer
-    _check_width(direction, config)
+    direction, layer = addition.direction, addition.target
+    check_width(len(direction.vector), config.hidden_size)
     if addition.positions != "all":
         raise UserError("a control vector acts at all positions")
     if not _FIRST_STEERABLE <= layer <= config.num_hidden_layers:
@@ -58,24 +57,13 @@ def write_gguf(path: Path, addition: Add, config: Any) -> None:
         writer = GGUFWriter(temporary, "controlvector")
         writer.add_string("controlvector.model_hint", _LLAMA_CPP_NAMES.get(config.model_type, config.model_type))
         writer.add_uint32("controlvector.layer_count", 1)
-        writer.add_tensor(f"direction.{layer - 1}", values)
+        writer.add_tensor(f"direction.{caa_layer(layer)}", values)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
     write_whole(path, write)
-
-
-def read_gguf(path: Path) -> dict[int, Float[Tensor, " d_model"]]:
-    """The vectors of a control vector file, by our layer index."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    return {
-        int(tensor.name.removeprefix("direction.")) + 1: torch.from_numpy(tensor.data.copy())
-        for tensor in reader.tensors
-    }
 
 
 def write_lm_eval(path: Path, intervention: Ablate | Add, config: Any, dtype: torch.dtype = torch.float32) -> None:
@@ -96,19 +84,17 @@ def write_lm_eval(path: Path, intervention: Ablate | Add, config: Any, dtype: to
         raise UserError("a steering file acts at all positions")
     if isinstance(intervention, Ablate):
         unit = _one_unit(intervention)
+        check_width(len(unit), config.hidden_size)
         entries = {name: _entry("clamp", unit.to(dtype), 0.0) for name in _write_modules(intervention, config)}
-        width = len(unit)
     else:
-        layer = intervention.direction.layer if intervention.layer is None else intervention.layer
+        layer = intervention.target
         if not 1 <= layer <= config.num_hidden_layers:
             raise UserError(f"layer {layer} has no steering entry: the harness adds to outputs of blocks (layers 1..)")
         vector = intervention.direction.vector.detach().cpu().to(dtype)
+        check_width(len(vector), config.hidden_size)
         model = build_skeleton(config)
-        block = _in_base(f"{_block_list(model)}.{layer - 1}", model)
+        block = _in_base(list(blocks_of(model))[caa_layer(layer)], model)
         entries = {block: _entry("add", vector, intervention.coefficient)}
-        width = len(vector)
-    if width != config.hidden_size:
-        raise UserError(f"a direction of width {width} does not fit a model of width {config.hidden_size}")
     write_whole(path, lambda temporary: torch.save(entries, temporary))
 
 
@@ -127,34 +113,15 @@ def _one_unit(step: Ablate) -> Float[Tensor, " d_model"]:
 def _write_modules(step: Ablate, config: Any) -> list[str]:
     """Modules, named inside the base model, whose outputs are the writes."""
     family, model = family_of(config.model_type), build_skeleton(config)
-    named = dict(model.named_modules())
-    found = []
+    modules = []
     for point, _ in step.hooks(ModelShape(config.num_hidden_layers, config.hidden_size)):
-        _, layer, site = point.split(".")
-        if site == "hook_resid_pre":
-            found += [name.rsplit(".", 1)[0] for name in _embeddings(family, model)]
-            continue
-        prefix = f"{_block_list(model)}.{layer}"
-        component = site.removeprefix("hook_").removesuffix("_out")
-        found.append(f"{prefix}.{write_site(family, named, prefix, component)}")
-    return [_in_base(name, model) for name in found]
-
-
-def _embeddings(family: Family, model: Any) -> list[str]:
-    return [name for name, _ in model.named_parameters() if family.naming.role(name) == ("embed", None)]
-
-
-def _block_list(model: Any) -> str:
-    lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
-    return next(name for name, part in lists if len(part) == model.config.num_hidden_layers)
+        if point == EMBEDDING:
+            names = [name for name, _ in model.named_parameters() if family.naming.role(name) == ("embed", None)]
+            modules += [name.rsplit(".", 1)[0] for name in names]
+        else:
+            modules.append(write_site(family, model, point))
+    return [_in_base(name, model) for name in modules]
 
 
 def _in_base(name: str, model: Any) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
-
-
-def _check_width(direction: Direction, config: Any) -> None:
-    if len(direction.vector) != config.hidden_size:
-        raise UserError(
-            f"a direction of width {len(direction.vector)} does not fit a model of width {config.hidden_size}"
-        )

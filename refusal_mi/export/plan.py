@@ -5,16 +5,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..interventions import Ablate, Add, Intervention
+from ..interventions import Ablate, Add, Intervention, check_width
 from ..model.loading import resolve_source
+from ..model.points import caa_layer, resid_hook, write_hook, write_hooks
 from ..model.writers import Layout, Writer, classify
-from ..weights import Shift, TensorEdit, writer_projection
+from ..weights import Projection, Shift, TensorEdit, writer_projection
 from .checkpoint import OTHER_WEIGHTS, Checkpoint, open_checkpoint
 from .rewrite import Head
 
@@ -29,16 +31,19 @@ def as_steps(interventions: Intervention | Sequence[Intervention]) -> tuple[Step
     Raises:
         UserError: one acts at some positions only, or is neither `Ablate` nor `Add`.
     """
-    found = interventions if isinstance(interventions, Sequence) else [interventions]
-    for step in found:
-        if not isinstance(step, Ablate | Add):
-            raise UserError(f"{type(step).__name__} has no weight form: Ablate (of writes) and Add have one")
-        if step.positions != "all":
-            raise UserError(f"positions={step.positions!r} has no weight form: weights act at all positions")
-        numbers = [step.coefficient] if isinstance(step, Add) else [step.strength, *(step.constants or ())]
-        if not all(map(math.isfinite, numbers)):
-            raise UserError(f"strengths, coefficients and constants must be finite, not {numbers}")
-    return tuple(found)  # type: ignore[arg-type]
+    steps = interventions if isinstance(interventions, Sequence) else [interventions]
+    return tuple(_checked(step) for step in steps)
+
+
+def _checked(step: Intervention) -> Step:
+    if not isinstance(step, Ablate | Add):
+        raise UserError(f"{type(step).__name__} has no weight form: Ablate (of writes) and Add have one")
+    if step.positions != "all":
+        raise UserError(f"positions={step.positions!r} has no weight form: weights act at all positions")
+    numbers = [step.coefficient] if isinstance(step, Add) else [step.strength, *(step.constants or ())]
+    if not all(map(math.isfinite, numbers)):
+        raise UserError(f"strengths, coefficients and constants must be finite, not {numbers}")
+    return step
 
 
 def without_embedding(steps: Sequence[Step]) -> tuple[Step, ...]:
@@ -50,7 +55,7 @@ def without_embedding(steps: Sequence[Step]) -> tuple[Step, ...]:
     kept: list[Step] = []
     for step in steps:
         if isinstance(step, Add):
-            if (step.direction.layer if step.layer is None else step.layer) == 0:
+            if step.target == 0:
                 raise UserError("adding at layer 0 needs the token embedding, which --keep-tied leaves alone")
             kept.append(step)
         elif step.constants is not None:
@@ -76,115 +81,89 @@ def plan_edits(
     """
     edits: dict[str, list[TensorEdit]] = {}
     for step in sorted(steps, key=_is_late_addition):
-        found = _ablation(layout, step, gain) if isinstance(step, Ablate) else _addition(layout, step, with_new_biases)
-        for name, edit in found.items():
+        parts = _ablation(layout, step, gain) if isinstance(step, Ablate) else _addition(layout, step, with_new_biases)
+        for name, edit in parts.items():
             edits.setdefault(name, []).append(edit)
     return {
-        name: TensorEdit(parts[0].axis, tuple(step for part in parts for step in part.steps))
-        for name, parts in edits.items()
+        name: TensorEdit(several[0].axis, tuple(step for edit in several for step in edit.steps))
+        for name, several in edits.items()
     }
 
 
 def _is_late_addition(step: Step) -> bool:
     """An addition past the embedding acts after every ablation of the write that carries it."""
-    return isinstance(step, Add) and _add_layer(step) > 0
+    return isinstance(step, Add) and step.target > 0
 
 
 def _ablation(layout: Layout, step: Ablate, gain: Gain) -> dict[str, TensorEdit]:
-    _check_width(step.basis.shape[-1], layout)
-    blocks = range(layout.n_layers) if step.layers is None else step.layers
-    outside = [block for block in blocks if not 0 <= block < layout.n_layers]
-    if outside:
-        raise UserError(f"no block {outside[0]}: this model has blocks 0..{layout.n_layers - 1}")
+    check_width(step.basis.shape[-1], layout.d_model)
+    points = set(write_hooks(layout.n_layers, layers=step.layers, components=step.components))
     edits: dict[str, TensorEdit] = {}
     if step.strength == 0:
         return edits
     for writer in layout.writers:
-        if writer.component not in step.components or (writer.layer or 0) not in blocks:
+        if writer.point not in points:
             continue
         scale = None if writer.post_norm is None else gain(writer.post_norm).double() + layout.family.gain_offset
         try:
-            parts: list[Shift | object] = [writer_projection(step.basis, step.strength, scale)]
+            parts: list[Projection | Shift] = [writer_projection(step.basis, step.strength, scale)]
         except UserError as error:
             raise UserError(f"{writer.name}: {error}") from None
         if writer.is_token_embedding and step.offset is not None:
             parts.append(Shift(step.offset / layout.embedding_scale))
-        edits[writer.name] = TensorEdit(writer.axis, tuple(parts))  # type: ignore[arg-type]
+        edits[writer.name] = TensorEdit(writer.axis, tuple(parts))
     return edits
 
 
 def _addition(layout: Layout, step: Add, with_new_biases: bool) -> dict[str, TensorEdit]:
     vector = step.direction.vector.detach().cpu().double() * step.coefficient
-    _check_width(len(vector), layout)
-    layer = _add_layer(step)
-    if not 0 <= layer <= layout.n_layers:
-        raise UserError(f"layer {layer} does not exist: this model has layers 0..{layout.n_layers}")
+    check_width(len(vector), layout.d_model)
+    layer = step.target
+    resid_hook(layer, layout.n_layers)  # refuses layers that do not exist
     if step.coefficient == 0:
         return {}
     if layer == 0:
         shift = Shift(vector / layout.embedding_scale)
         return {layout.token_embedding: TensorEdit(1, (shift,))}
-    carriers = [writer for writer in layout.writers if _carries(writer, layer)]
-    shift = Shift(vector / layout.residual_scale)
-    if not carriers and with_new_biases:
-        linear = [writer for writer in layout.writers if _is_linear_mlp(writer, layer)]
-        return {f"{writer.name.removesuffix('weight')}bias": TensorEdit(0, (shift,)) for writer in _one(linear, layer)}
-    return {writer.name: TensorEdit(writer.axis, (shift,)) for writer in _one(carriers, layer)}
-
-
-def _carries(writer: Writer, layer: int) -> bool:
-    """Whether a bias reaches the stream entering `layer` as it is.
-
-    Every expert's bias is shifted alike: where experts have biases, their weights sum to one.
-    """
-    return writer.component == "mlp" and writer.is_bias and writer.layer == layer - 1 and writer.post_norm is None
-
-
-def _is_linear_mlp(writer: Writer, layer: int) -> bool:
-    """Whether this is the weight of a single linear MLP output that reaches the stream entering `layer` as it is."""
-    is_plain = writer.name.endswith(".weight") and ".experts." not in writer.name and "shared" not in writer.name
-    return is_plain and writer.component == "mlp" and writer.layer == layer - 1 and writer.post_norm is None
-
-
-def _one(carriers: list[Writer], layer: int) -> list[Writer]:
-    if not carriers:
+    shift, point = Shift(vector / layout.residual_scale), write_hook("mlp", caa_layer(layer))
+    last = [writer for writer in layout.writers if writer.point == point and writer.post_norm is None]
+    # Every expert's bias is shifted alike: where experts have biases, their weights sum to one.
+    edits = {writer.name: TensorEdit(writer.axis, (shift,)) for writer in last if writer.is_bias}
+    if not edits and with_new_biases:
+        linear = [writer.name.removesuffix("weight") for writer in last if _is_linear(writer)]
+        edits = {f"{stem}bias": TensorEdit(0, (shift,)) for stem in linear}
+    if not edits:
         raise UserError(
-            f"nothing carries an addition at layer {layer}: the MLP of block {layer - 1} has no bias, or a norm "
+            f"nothing carries an addition at layer {layer}: the MLP of block {caa_layer(layer)} has no bias, or a norm "
             "follows it; use --adapter (linear MLPs without a norm after them) or export-vector --format gguf"
         )
-    return carriers
+    return edits
 
 
-def _add_layer(step: Add) -> int:
-    return step.direction.layer if step.layer is None else step.layer
+def _is_linear(writer: Writer) -> bool:
+    """Whether this is the weight of a single linear output, which could have a bias."""
+    return writer.name.endswith(".weight") and ".experts." not in writer.name and "shared" not in writer.name
 
 
-def _check_width(d_model: int, layout: Layout) -> None:
-    if d_model != layout.d_model:
-        raise UserError(f"a direction of width {d_model} does not fit a model of width {layout.d_model}")
+def directions_of(step: Step) -> Sequence[Direction]:
+    """The directions that an intervention is about."""
+    several = step.direction if isinstance(step, Add) else step.directions
+    return [several] if isinstance(several, Direction) else several
 
 
-def describe_steps(steps: Sequence[Step]) -> list[Mapping[str, object]]:
-    """The interventions as JSON values; a direction's SHA-256 is that of its float64 values."""
-    return [_describe(step) for step in steps]
-
-
-def _describe(step: Step) -> Mapping[str, object]:
+def describe_step(step: Step) -> dict[str, Any]:
+    """An intervention as JSON values; a direction's SHA-256 is that of its float64 values."""
+    directions = [{**direction.describe(), "sha256": _digest(direction)} for direction in directions_of(step)]
     if isinstance(step, Add):
-        return {"kind": "add", "coefficient": step.coefficient, "layer": _add_layer(step), **_places([step.direction])}
-    directions = step.directions if isinstance(step.directions, Sequence) else [step.directions]
+        return {"kind": "add", "coefficient": step.coefficient, "layer": step.target, "directions": directions}
     return {
         "kind": "ablate",
         "strength": step.strength,
         "layers": None if step.layers is None else list(step.layers),
         "components": list(step.components),
         "constants": None if step.constants is None else list(step.constants),
-        **_places(directions),
+        "directions": directions,
     }
-
-
-def _places(directions: Sequence[Direction]) -> Mapping[str, object]:
-    return {"directions": [{**direction.describe(), "sha256": _digest(direction)} for direction in directions]}
 
 
 def _digest(direction: Direction) -> str:
@@ -235,21 +214,21 @@ class Planned:
     @property
     def notes(self) -> list[str]:
         """What a user of the checkpoint should know."""
-        found = []
+        notes = []
         if self.is_untied:
             size = f" ({self.head_bytes / 2**20:.1f} MiB more)" if self.untied_head is not None else ""
-            found.append(f"the unembedding, tied to the token embedding before, is saved by itself{size}")
+            notes.append(f"the unembedding, tied to the token embedding before, is saved by itself{size}")
             ignored = self.layout.family.tied_only
-            found.append(
+            notes.append(
                 f"transformers honors the untied unembedding, but {ignored}: for these export with --keep-tied"
                 if ignored
                 else "transformers honors the untied unembedding; whether another program does was not tried"
             )
         if self.keeps_tie:
-            found.append("the token embedding is tied and was left alone; the comparison leaves it alone too")
+            notes.append("the token embedding is tied and was left alone; the comparison leaves it alone too")
         if self.is_behind_a_norm:
-            found.append(NORM_NOTE)
-        return found
+            notes.append(NORM_NOTE)
+        return notes
 
 
 def plan_export(

@@ -162,17 +162,16 @@ def _copy_file(path: Path, handle: _Hashed, advance: Callable[[int], None]) -> s
 
 def _write_index(source: Checkpoint, target: Path, head: Head | None, dtype: ExportDtype) -> None:
     assert source.index is not None
-    names = dict(source.index["weight_map"])
+    names, metadata = dict(source.index.weight_map), dict(source.index.metadata)
     total = sum(_converted(tensor, dtype).n_bytes for tensor in source.tensors.values())
     if head is not None:
         names[head.name] = names[head.source]
         total += _converted(source.tensors[head.source], dtype).n_bytes
-    metadata = dict(source.index.get("metadata", {}))
     if head is not None or dtype != "keep":
         metadata["total_size"] = total
     if head is not None:
         metadata.pop("total_parameters", None)
-    text = json.dumps({**source.index, "metadata": metadata, "weight_map": names}, indent=2) + "\n"
+    text = json.dumps({"metadata": metadata, "weight_map": names}, indent=2) + "\n"
     write_text(target / INDEX, text)
 
 

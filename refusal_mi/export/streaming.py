@@ -1,10 +1,8 @@
 """A checkpoint run block by block: its parameters are read when a module runs, and answers follow from that."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -13,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..errors import UserError
-from ..interventions import Intervention
-from ..model.points import Hook, HookFn
+from ..interventions import Intervention, all_hooks
+from ..model.points import HookFn, component_of, split_hook
 from ..model.writers import Family, build_skeleton, family_of
 from ..progress import track
 from ..text.batches import TokenBatch
@@ -159,61 +157,53 @@ def streamed_model(checkpoint: Checkpoint, interventions: Sequence[Intervention]
     config._attn_implementation = "eager"
     model = build_skeleton(config)
     weights = CheckpointWeights(checkpoint, family_of(config.model_type), dtype)
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     for prefix, module in _units(model, blocks):
         weights.attach(prefix, module)
     _attach_hooks(model, blocks, config, interventions)
     return model
 
 
+@dataclass(frozen=True)
+class _Shape:
+    n_layers: int
+    d_model: int
+
+
 class ModelShape:
-    """As much of a hooked model as interventions need to name their hook points: its shape. It cannot run."""
+    """As much of a model as interventions need to name their hook points."""
 
     tokenizer = None
 
     def __init__(self, n_layers: int, d_model: int) -> None:
-        self.cfg = SimpleNamespace(n_layers=n_layers, d_model=d_model)
-
-    def hooks(self, fwd_hooks: list[Hook]) -> AbstractContextManager[Any]:
-        raise NotImplementedError
-
-    def run_with_cache(self, input: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
-        raise NotImplementedError
-
-    def generate(self, input: Tensor, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def __call__(self, input: Tensor, **kwargs: Any) -> Tensor:
-        raise NotImplementedError
+        self.cfg: Any = _Shape(n_layers, d_model)
 
 
 def _attach_hooks(
     model: Any, blocks: Mapping[str, nn.Module], config: Any, interventions: Sequence[Intervention]
 ) -> None:
-    family, named = family_of(config.model_type), dict(model.named_modules())
+    family, inside = family_of(config.model_type), list(blocks.values())
     shape = ModelShape(config.num_hidden_layers, config.hidden_size)
-    for intervention in interventions:
-        for point, change in intervention.hooks(shape):
-            _, layer, site = point.split(".")
-            prefix = list(blocks)[int(layer)]
-            if site == "hook_resid_pre":
-                blocks[prefix].register_forward_pre_hook(_on_input(change), with_kwargs=True)
-            elif site == "hook_resid_post":
-                blocks[prefix].register_forward_hook(_on_output(change))
-            else:
-                component = site.removeprefix("hook_").removesuffix("_out")
-                path = f"{prefix}.{write_site(family, named, prefix, component)}"
-                named[path].register_forward_hook(_on_output(change))
+    for point, change in all_hooks(shape, interventions):
+        block, place = split_hook(point)
+        if place == "hook_resid_pre":
+            inside[block].register_forward_pre_hook(_on_input(change), with_kwargs=True)
+        elif place == "hook_resid_post":
+            inside[block].register_forward_hook(_on_output(change))
+        else:
+            model.get_submodule(write_site(family, model, point)).register_forward_hook(_on_output(change))
 
 
-def write_site(family: Family, named: Mapping[str, nn.Module], prefix: str, component: str) -> str:
-    """The module whose output is the write, up to a scale that the model multiplies it by."""
+def write_site(family: Family, model: Any, point: str) -> str:
+    """The module whose output is the write at a hook point, up to a scale that the model multiplies it by."""
+    block, place = split_hook(point)
+    prefix, component = list(blocks_of(model))[block], component_of(place)
+    assert component is not None
     if component in family.post_norms:
-        return family.post_norms[component]
+        return f"{prefix}.{family.post_norms[component]}"
     if component == "mlp":
-        return "mlp"
-    inside = [name.removeprefix(f"{prefix}.") for name in named if name.startswith(f"{prefix}.")]
-    return next(name for name in inside if family.naming.role(f"{prefix}.{name}.weight") == ("attn", _number(prefix)))
+        return f"{prefix}.mlp"
+    return next(name for name, _ in model.named_modules() if family.naming.role(f"{name}.weight") == ("attn", block))
 
 
 def _on_input(change: HookFn) -> Callable[..., Any]:
@@ -236,11 +226,11 @@ def _on_output(change: HookFn) -> Callable[..., Any]:
     return hook
 
 
-def _blocks(model: Any) -> dict[str, nn.Module]:
+def blocks_of(model: Any) -> dict[str, nn.Module]:
     """Path -> decoder block."""
     lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
-    name, found = next((name, part) for name, part in lists if len(part) == model.config.num_hidden_layers)
-    return {f"{name}.{index}": block for index, block in enumerate(found)}
+    name, blocks = next((name, part) for name, part in lists if len(part) == model.config.num_hidden_layers)
+    return {f"{name}.{index}": block for index, block in enumerate(blocks)}
 
 
 def _units(model: Any, blocks: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -250,10 +240,6 @@ def _units(model: Any, blocks: Mapping[str, nn.Module]) -> Iterator[tuple[str, n
         is_inside = any(name == prefix or name.startswith(f"{prefix}.") for prefix in blocks)
         if not is_inside and any(True for _ in part.parameters(recurse=False)):
             yield name, part
-
-
-def _number(prefix: str) -> int:
-    return int(prefix.rsplit(".", 1)[1])
 
 
 def stream_answers(
@@ -274,9 +260,9 @@ def stream_answers(
         n_new: new greedy tokens: one pass each, over the newest token and a cache of the others.
         guess: greedy text of a model that should say the same; if it does, one pass is enough.
     """
-    model, kind = streamed_model(checkpoint, interventions, getattr(torch, dtype)), getattr(torch, dtype)
+    model = streamed_model(checkpoint, interventions, getattr(torch, dtype))
     n_last = min(n_last, batch.tokens.shape[1])
-    with torch.no_grad(), _default_dtype(kind):
+    with torch.no_grad():
         if guess is not None:
             return _from_guess(model, batch, n_last, stops, pad(guess, (0, n_new - guess.shape[1])))
         output = _run(model, batch, use_cache=n_new > 0, logits_to_keep=n_last)
@@ -327,14 +313,3 @@ def _run(model: Any, batch: TokenBatch, *, past: Any = None, use_cache: bool = F
         use_cache=use_cache,
         logits_to_keep=logits_to_keep,
     )
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Masks and position tables are made in the default dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

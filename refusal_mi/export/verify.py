@@ -11,16 +11,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_json
-from ..interventions import Intervention, all_hooks
+from ..files import read_record
+from ..interventions import all_hooks
 from ..model.loading import ORGANISM, load_model
-from ..model.running import all_logits, running
+from ..model.points import all_stops
+from ..model.running import all_logits, continued, running
 from ..text.batches import TokenBatch, left_pad
 from ..text.chat import ChatFormat
 from ..text.prompts import load_prompts
 from ..weights import EditFigures
+from .adapter import load_adapter
 from .checkpoint import DTYPES, Checkpoint, open_checkpoint
-from .plan import Planned
+from .plan import Planned, Step
 from .streaming import Answers, DtypeText, Runs, compared, no_ids, same_tokens, stream_answers
 
 MAX_RELATIVE_DIFFERENCE = 1e-4
@@ -28,12 +30,16 @@ MAX_KL_RATIO = 2.0
 MAX_EFFECT_SHARE = 0.1
 
 
+Rule = Literal["float32", "half", "post-norm"]
+"""What is limited: the logits' difference, the KL beside that of rounding, the difference beside the edit's effect."""
+
+
 @dataclass(frozen=True)
 class Verification:
     """The export beside the hooked model, on prompts."""
 
     mode: Literal["full", "streaming"]
-    rule: Literal["float32", "half", "post-norm"]
+    rule: Rule
     n_prompts: int
     n_positions: int
     max_logit_difference: float
@@ -62,53 +68,6 @@ class Verification:
         return {**asdict(self), "failures": list(self.failures), "passed": self.passed}
 
 
-def verify(
-    runs: Runs,
-    stops: Sequence[int],
-    *,
-    mode: Literal["full", "streaming"],
-    is_post_norm: bool,
-    n_prompts: int,
-    n_new_tokens: int,
-    figures: Mapping[str, EditFigures],
-) -> Verification:
-    """Compare the runs and apply the limits."""
-    hooked = runs.hooked.logits
-    difference = (runs.exported.logits - hooked).abs().max().item()
-    effect = (runs.plain.logits - hooked).abs().max().item()
-    largest = hooked.abs().max().item()
-    kl = _kl(hooked, runs.stored.logits)
-    hooked_kl = None if runs.hooked_as_stored is None else _kl(hooked, runs.hooked_as_stored.logits)
-    rule: Literal["float32", "half", "post-norm"] = (
-        "post-norm" if is_post_norm else "float32" if hooked_kl is None else "half"
-    )
-    failures = []
-    if rule == "float32" and not difference <= MAX_RELATIVE_DIFFERENCE * largest:
-        failures.append(
-            f"logits differ by {difference:.1e}, over {MAX_RELATIVE_DIFFERENCE} of the largest {largest:.1f}"
-        )
-    if rule == "post-norm" and not difference <= MAX_EFFECT_SHARE * effect:
-        failures.append(f"logits differ by {difference:.1e}, over {MAX_EFFECT_SHARE} of the edit's effect {effect:.1e}")
-    if rule == "half" and hooked_kl is not None and not kl <= MAX_KL_RATIO * hooked_kl:
-        failures.append(f"KL {kl:.1e} nats is over {MAX_KL_RATIO} times the hooked model's own {hooked_kl:.1e}")
-    leftovers = [figure.leftover for figure in figures.values() if figure.leftover is not None]
-    return Verification(
-        mode=mode,
-        rule=rule,
-        n_prompts=n_prompts,
-        n_positions=len(hooked),
-        max_logit_difference=difference,
-        largest_logit=largest,
-        max_effect=effect,
-        mean_kl_nats=kl,
-        hooked_kl_nats=hooked_kl,
-        same_greedy=same_tokens(runs.hooked.new_ids, runs.stored.new_ids, stops),
-        n_new_tokens=n_new_tokens,
-        max_leftover=max(leftovers, default=None),
-        failures=tuple(failures),
-    )
-
-
 def _kl(reference: Float[Tensor, "compared d_vocab"], other: Float[Tensor, "compared d_vocab"]) -> float:
     """Mean over positions of Σ p (log p − log q), in nats."""
     log_p, log_q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
@@ -131,7 +90,7 @@ class Comparison:
     stops: Sequence[int]
 
     def measure(self, directory: Path, adapter: Path | None, *, figures: Mapping[str, EditFigures]) -> Verification:
-        """Run both and compare them.
+        """Run both, compare them and apply the limits.
 
         Args:
             directory: the export; for an adapter, the base model.
@@ -139,31 +98,74 @@ class Comparison:
         """
         dtype = _stored_dtype(directory)
         runs = self._full(directory, adapter, dtype) if self.mode == "full" else self._streamed(directory, dtype)
-        return verify(
-            runs,
-            self.stops,
+        hooked = runs.hooked.logits
+        difference = (runs.exported.logits - hooked).abs().max().item()
+        effect = (runs.plain.logits - hooked).abs().max().item()
+        largest = hooked.abs().max().item()
+        kl = _kl(hooked, runs.stored.logits)
+        hooked_kl = None if runs.hooked_as_stored is None else _kl(hooked, runs.hooked_as_stored.logits)
+        rule: Rule = "post-norm" if self.plan.is_behind_a_norm else "float32" if hooked_kl is None else "half"
+        failures = []
+        if rule == "float32" and not difference <= MAX_RELATIVE_DIFFERENCE * largest:
+            limit = f"{MAX_RELATIVE_DIFFERENCE} of the largest {largest:.1f}"
+            failures.append(f"logits differ by {difference:.1e}, over {limit}")
+        if rule == "post-norm" and not difference <= MAX_EFFECT_SHARE * effect:
+            limit = f"{MAX_EFFECT_SHARE} of the edit's effect {effect:.1e}"
+            failures.append(f"logits differ by {difference:.1e}, over {limit}")
+        if rule == "half" and hooked_kl is not None and not kl <= MAX_KL_RATIO * hooked_kl:
+            failures.append(f"KL {kl:.1e} nats is over {MAX_KL_RATIO} times the hooked model's own {hooked_kl:.1e}")
+        return Verification(
             mode=self.mode,
-            is_post_norm=self.plan.is_behind_a_norm,
+            rule=rule,
             n_prompts=len(self.batch.tokens),
+            n_positions=len(hooked),
+            max_logit_difference=difference,
+            largest_logit=largest,
+            max_effect=effect,
+            mean_kl_nats=kl,
+            hooked_kl_nats=hooked_kl,
+            same_greedy=same_tokens(runs.hooked.new_ids, runs.stored.new_ids, self.stops),
             n_new_tokens=N_NEW,
-            figures=figures,
+            max_leftover=max((each.leftover for each in figures.values() if each.leftover is not None), default=None),
+            failures=tuple(failures),
         )
 
     def _full(self, directory: Path, adapter: Path | None, dtype: DtypeText) -> Runs:
-        def hooked(kind: DtypeText, n_new: int) -> tuple[Answers, Answers]:
-            source = str(self.plan.checkpoint.directory)
-            return run_hooked(source, self.plan.steps, self.batch, kind, N_LAST, n_new, self.stops)
-
-        def exported(kind: DtypeText) -> Answers:
-            return run_exported(directory, self.batch, kind, N_LAST, N_NEW, self.stops, adapter)
-
-        wide, wide_export = hooked(_WIDE, N_NEW), exported(_WIDE)
+        wide, wide_export = self._hooked(_WIDE, N_NEW), self._exported(directory, adapter, _WIDE)
         if dtype == _WIDE:
             return Runs(*wide, wide_export, wide_export, None)
-        return Runs(*wide, wide_export, exported(dtype), hooked(dtype, 0)[0])
+        return Runs(*wide, wide_export, self._exported(directory, adapter, dtype), self._hooked(dtype, 0)[0])
+
+    def _hooked(self, dtype: DtypeText, n_new: int) -> tuple[Answers, Answers]:
+        """The original under hooks, and without them (logits only)."""
+        batch, model = self.batch, load_model(self.plan.checkpoint.directory, device="cpu", dtype=dtype)
+        with torch.no_grad():
+            plain = compared(all_logits(model, batch), batch, N_LAST)
+            with running(model, all_hooks(model, self.plan.steps, batch.tokens.shape[1])):
+                hooked = compared(all_logits(model, batch), batch, N_LAST)
+                new_ids = continued(model, batch, n_new, self.stops) if n_new else no_ids(batch)
+        return Answers(hooked, new_ids), Answers(plain, no_ids(batch))
+
+    def _exported(self, directory: Path, adapter: Path | None, dtype: DtypeText) -> Answers:
+        """An export in plain `transformers` (with PEFT for an adapter), as any user would load it."""
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        kind = getattr(torch, dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=kind, attn_implementation="eager").eval()
+        if adapter is not None:
+            model = load_adapter(model, adapter)
+        batch, stops = self.batch, list(self.stops)
+        with torch.no_grad():
+            logits = model(batch.tokens, attention_mask=batch.mask, position_ids=batch.position_ids).logits
+            # Not the checkpoint's own settings: a repetition penalty in them would not be the hooked model's.
+            model.generation_config = GenerationConfig(
+                max_new_tokens=N_NEW, eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0
+            )
+            ids = model.generate(input_ids=batch.tokens, attention_mask=batch.mask)
+        return Answers(compared(logits, batch, N_LAST), ids[:, batch.tokens.shape[1] :])
 
     def _streamed(self, directory: Path, dtype: DtypeText) -> Runs:
-        def answers(checkpoint: Checkpoint, steps: Sequence[Any], kind: DtypeText, **options: Any) -> Answers:
+        def answers(checkpoint: Checkpoint, steps: Sequence[Step], kind: DtypeText, **options: Any) -> Answers:
             return stream_answers(checkpoint, steps, self.batch, kind, N_LAST, self.stops, **options)
 
         source, target, steps = self.plan.checkpoint, open_checkpoint(directory), self.plan.steps
@@ -213,10 +215,15 @@ def _batch(plan: Planned, prompts: Sequence[str] | None) -> TokenBatch:
 def _stop_ids(directory: Path) -> tuple[int, ...]:
     """Every token id that ends an answer: the generation config's and the tokenizer's."""
     path = directory / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
-    ids = set(found if isinstance(found, list) else [] if found is None else [found])
-    own = _tokenizer(directory).eos_token_id
-    return tuple(sorted(ids | ({own} if own is not None else set())))
+    settings = read_record(path, _GenerationSettings) if path.is_file() else _GenerationSettings()
+    return all_stops(settings.eos_token_id, _tokenizer(directory))
+
+
+@dataclass(frozen=True)
+class _GenerationSettings:
+    """What is needed of `generation_config.json`."""
+
+    eos_token_id: int | list[int] | None = None
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -250,70 +257,3 @@ def _fits(plan: Planned) -> bool:
 
     elements = sum(tensor.n_bytes // DTYPES[tensor.dtype].itemsize for tensor in plan.checkpoint.tensors.values())
     return 2 * 4 * elements <= psutil.virtual_memory().available / 2
-
-
-def run_hooked(
-    source: str,
-    interventions: Sequence[Intervention],
-    batch: TokenBatch,
-    dtype: DtypeText,
-    n_last: int,
-    n_new: int,
-    stops: Sequence[int],
-) -> tuple[Answers, Answers]:
-    """The original under hooks, and without them (logits only)."""
-    model = load_model(source, device="cpu", dtype=dtype)
-    width = batch.tokens.shape[1]
-    new_ids = no_ids(batch)
-    with torch.no_grad():
-        plain = compared(all_logits(model, batch), batch, n_last)
-        with running(model, all_hooks(model, interventions, width)):
-            hooked = compared(all_logits(model, batch), batch, n_last)
-            if n_new:
-                new_ids = model.generate(
-                    batch.tokens,
-                    attention_mask=batch.mask,
-                    max_new_tokens=n_new,
-                    do_sample=False,
-                    return_type="tokens",
-                    verbose=False,
-                    stop_at_eos=bool(stops),
-                    **({"eos_token_id": list(stops)} if stops else {}),
-                )[:, width:]
-    return Answers(hooked, new_ids), Answers(plain, no_ids(batch))
-
-
-def run_exported(
-    directory: Path,
-    batch: TokenBatch,
-    dtype: DtypeText,
-    n_last: int,
-    n_new: int,
-    stops: Sequence[int],
-    adapter: Path | None = None,
-) -> Answers:
-    """An export in plain `transformers` (with PEFT for an adapter)."""
-    from transformers import GenerationConfig
-
-    model = load_exported(directory, dtype, adapter)
-    width = batch.tokens.shape[1]
-    with torch.no_grad():
-        logits = model(batch.tokens, attention_mask=batch.mask, position_ids=batch.position_ids).logits
-        # Not the checkpoint's own settings: a repetition penalty in them would not be the hooked model's.
-        model.generation_config = GenerationConfig(
-            max_new_tokens=n_new, eos_token_id=list(stops) or None, pad_token_id=stops[0] if stops else 0
-        )
-        ids = model.generate(input_ids=batch.tokens, attention_mask=batch.mask)
-    return Answers(compared(logits, batch, n_last), ids[:, width:])
-
-
-def load_exported(directory: Path, dtype: DtypeText, adapter: Path | None = None) -> Any:
-    """A checkpoint, with an adapter on top if there is one, as any user would load it."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), attn_implementation="eager")
-    if adapter is not None:
-        from .adapter import load_adapter
-
-        model = load_adapter(model, adapter)
-    return model.eval()

@@ -1,7 +1,7 @@
 """Figures from results: `plot_x(result) -> plotly Figure`; no model, no disk."""
 
-from ..run.record import Effect as Effect
-from ..run.record import SideEffects as SideEffects
+from ..run.answers import Effect as Effect
+from ..run.answers import SideEffects as SideEffects
 from .effects import plot_losses as plot_losses
 from .effects import plot_rates as plot_rates
 from .scores import Measure as Measure

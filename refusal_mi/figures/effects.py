@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..measures import ABSweep, LossResult
-from ..model.provenance import display_name
-from ..run.record import Side, SideEffects
+from ..run.answers import Side, SideEffects
+from ..run.combos import CombosResult, ValidationRow
 from ..stats import Rate
 from .save import save_figure
 from .style import ACCENT, INK, MUTED, finish, plain
@@ -307,30 +307,30 @@ def plot_layer_sweep(sweep: ABSweep, *, model: str = "", multipliers: tuple[floa
     )
 
 
-def draw_combos(found: Mapping[str, Any], folder: Path) -> None:
+def draw_combos(result: CombosResult, folder: Path) -> None:
     """`combos.html` from what `combos.json` holds."""
-    name, kl_max = display_name(found["model"]["source"]), found["options"]["kl_max"]
-    figure = plot_combos(points(found), text_set=found["text_set"], kl_max=kl_max, model=name)
+    limit = result.options.kl_max
+    figure = plot_combos(combination_points(result), text_set=result.text_set, kl_max=limit, model=result.model.name)
     save_figure(figure, folder / "combos.html")
 
 
-def points(found: Mapping[str, Any]) -> list[CombinationPoint]:
-    """The figure's points from `combos.json`: the plain model, every combination, random spans."""
-    kl_max, rows = found["options"]["kl_max"], []
-    kinds = [("plain model", [found["baseline"]]), ("combination", found["combinations"])]
-    for kind, group in [*kinds, ("random", found.get("random", []))]:
-        for row in group:
-            rows.append(
-                CombinationPoint(
-                    row["label"],
-                    kind,  # type: ignore[arg-type]
-                    len(row.get("ranks", [])) or 1,
-                    Rate(row["refusal"]["count"], row["refusal"]["n"]),
-                    row["bypass"],
-                    row["kl_nats"],
-                    row["ce_loss"][found["text_set"]]["ce_loss"],
-                    is_allowed=kind != "combination" or kl_max is None or row["kl_nats"] <= kl_max,
-                    is_winner=row["label"] == found.get("winner"),
-                )
-            )
-    return rows
+def combination_points(result: CombosResult) -> list[CombinationPoint]:
+    """The points of the figure: the plain model, every combination, random spans."""
+    kl_max = result.options.kl_max
+
+    def point(row: ValidationRow, kind: Kind, n: int = 1) -> CombinationPoint:
+        return CombinationPoint(
+            row.label,
+            kind,
+            n,
+            row.refusal,
+            row.bypass,
+            row.kl_nats,
+            row.ce_loss[result.text_set].ce_loss,
+            is_allowed=kind != "combination" or kl_max is None or row.kl_nats <= kl_max,
+            is_winner=row.label == result.winner,
+        )
+
+    plain_model = [] if result.baseline is None else [point(result.baseline, "plain model")]
+    combined = [point(row.measured, "combination", len(row.combination.ranks)) for row in result.combinations]
+    return [*plain_model, *combined, *(point(row, "random") for row in result.random)]

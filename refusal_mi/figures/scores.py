@@ -3,19 +3,22 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..search.grid import NO_THRESHOLDS, CandidateScore, ScoreGrid, Thresholds
+from ..search.grid import CandidateScore, ScoreGrid
+from ..search.thresholds import NO_THRESHOLDS, Thresholds
 from ..stats import mean_interval
-from .style import ACCENT, INK, MUTED, SHADE, SeriesStyle, finish, plain, series_styles, token_text
+from .style import ACCENT, INK, MUTED, SHADE, WIDTH, SeriesStyle, finish, line, plain, position_label, series_styles
 
 Measure = Literal["bypass", "induce", "kl"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 _KL_FLOOR = 1e-4
-_WIDE, _NARROW = 1080, 360
+_NARROW = 360
+_THIN = 1.6
+"""Width of lines that stand close together (px)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def plot_scores(
     names = _draw(figure, scores, measure, chosen, thresholds, tokens, place={}, is_first=True)
     _label_axes(figure, scores, measure, thresholds, {})
     about = _about(scores, [measure], model) + _marker_note(thresholds, " · ")
-    return finish(figure, title=_AXES[measure].title, about=about, height=400, legend_names=names, width=_WIDE)
+    return finish(figure, title=_AXES[measure].title, about=about, height=400, legend_names=names)
 
 
 def plot_score_panels(
@@ -96,7 +99,7 @@ def plot_score_panels(
         names.extend(name for name in drawn if name not in names)
         _label_axes(figure, scores, measure, thresholds, place)
     about = _about(scores, list(MEASURES), model) + _marker_note(thresholds, "<br>" if columns == 1 else " · ")
-    height, width, top = (330, _WIDE, 122) if columns == 3 else (960, _NARROW, 158)
+    height, width, top = (330, WIDTH, 122) if columns == 3 else (960, _NARROW, 158)
     title = f"Refusal scores by source layer{'<br>' if columns == 1 else ' '}and position"
     return finish(figure, title=title, about=about, height=height, legend_names=names, width=width, top=top)
 
@@ -111,7 +114,7 @@ def plot_norms(
     tokens: Sequence[str] | None = None,
     model: str = "",
     n_prompts: int | None = None,
-    width: int = _WIDE,
+    width: int = WIDTH,
 ) -> go.Figure:
     """Length of the difference of means against layer, one line per position.
 
@@ -119,11 +122,11 @@ def plot_norms(
         norms: `[position][layer]`.
         width: the width (px) that the legend is laid out for.
     """
-    figure, names = go.Figure(), []
-    for position, line, style in zip(positions, norms, series_styles(len(positions)), strict=True):
-        names.append(_position_name(position, tokens))
-        hover = f"position {names[-1]}<br>layer %{{x}}<br>norm %{{y:.3g}}<extra></extra>"
-        figure.add_trace(_line(list(range(len(line))), list(line), names[-1], style, hovertemplate=hover))
+    figure = go.Figure()
+    names = _position_names(positions, tokens)
+    for name, row, style in zip(names, norms, series_styles(len(positions)), strict=True):
+        hover = f"position {name}<br>layer %{{x}}<br>norm %{{y:.3g}}<extra></extra>"
+        figure.add_trace(line(range(len(row)), row, name, style, hovertemplate=hover).update(line_width=_THIN))
     figure.update_xaxes(title="layer (stream entering the block)")
     figure.update_yaxes(title="‖difference of means‖ (residual stream units)", rangemode="tozero")
     about = " · ".join(part for part in (plain(model), f"n = {n_prompts} prompts" if n_prompts else "") if part)
@@ -173,7 +176,7 @@ def _position_line(
     values = [_value(row, measure) for row in rows]
     if measure == "kl":  # a log axis has no place for zero, nor for the -1e-7 that the epsilon in KL leaves
         values = [value if value is not None and value > 0 else None for value in values]
-    name = _position_name(position, tokens)
+    (name,) = _position_names([position], tokens)
     verdicts = [
         "" if thresholds is None else f"fails: {', '.join(reasons)}" if reasons else "survives" for reasons in broken
     ]
@@ -183,22 +186,10 @@ def _position_line(
         "<br>KL %{customdata[2]} nats<br>%{customdata[3]}<extra></extra>"
     )
     custom = [[*row, verdict] for row, verdict in zip(numbers, verdicts, strict=True)]
-    trace = _line([row.layer for row in rows], values, name, style, customdata=custom, hovertemplate=hover)
+    trace = line([row.layer for row in rows], values, name, style, customdata=custom, hovertemplate=hover)
+    trace.line.width = _THIN
     trace.marker.symbol = [style.symbol + ("-open" if reasons else "") for reasons in broken]
     return trace
-
-
-def _line(layers: list[int], values: list[float | None], name: str, style: SeriesStyle, **extra: Any) -> go.Scatter:
-    return go.Scatter(
-        x=layers,
-        y=values,
-        name=name,
-        mode="lines+markers",
-        connectgaps=False,
-        line={"color": style.color, "dash": style.dash, "width": 1.6},
-        marker={"color": style.color, "symbol": style.symbol, "size": 7},
-        **extra,
-    )
 
 
 def _references(scores: ScoreGrid, measure: Measure, thresholds: Thresholds | None) -> list[go.Scatter]:
@@ -207,20 +198,20 @@ def _references(scores: ScoreGrid, measure: Measure, thresholds: Thresholds | No
     limit = None
     if thresholds is not None:
         limit = {"bypass": None, "induce": thresholds.induce_min, "kl": thresholds.kl_max}[measure]
-    edges, traces = [-0.5, scores.n_layers - 0.5], []
-    if plain_score is not None:
-        line = {"color": INK, "dash": "dash", "width": 1.6}
-        hover = f"plain model {_number(plain_score)} nats<extra></extra>"
-        traces.append(
-            go.Scatter(x=edges, y=[plain_score] * 2, mode="lines", line=line, name="plain model", hovertemplate=hover)
+    edges = [-0.5, scores.n_layers - 0.5]
+    levels = (("plain model", plain_score, INK, "dash", _THIN), ("threshold", limit, ACCENT, "dot", 1.8))
+    return [
+        go.Scatter(
+            x=edges,
+            y=[value] * 2,
+            mode="lines",
+            line={"color": color, "dash": dash, "width": width},
+            name=name,
+            hovertemplate=f"{name} {_number(value)} nats<extra></extra>",
         )
-    if limit is not None:
-        line = {"color": ACCENT, "dash": "dot", "width": 1.8}
-        hover = f"threshold {_number(limit)} nats<extra></extra>"
-        traces.append(
-            go.Scatter(x=edges, y=[limit] * 2, mode="lines", line=line, name="threshold", hovertemplate=hover)
-        )
-    return traces
+        for name, value, color, dash, width in levels
+        if value is not None
+    ]
 
 
 def _shade_pruned(
@@ -290,11 +281,9 @@ def _number(value: int | float | None) -> str:
     return "none" if value is None else f"{value:.4g}"
 
 
-def _position_name(position: int, tokens: Sequence[str] | None) -> str:
-    name = f"{position}".replace("-", "−")
-    if tokens is None or len(tokens) < -position:
-        return name
-    return plain(f"{name} '{token_text(tokens[position])}'")
+def _position_names(positions: Sequence[int], tokens: Sequence[str] | None) -> list[str]:
+    known = {position: tokens[position] for position in positions if tokens and len(tokens) >= -position}
+    return [position_label(position, known.get(position, "")) for position in positions]
 
 
 def _marker_note(thresholds: Thresholds | None, separator: str) -> str:

@@ -4,16 +4,19 @@ import html
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
 from torch import Tensor
 
 INK, MUTED, GRID, ACCENT, SHADE = "#1a1a1a", "#6b6b6b", "#e4e4e4", "#b3261e", "rgba(120,120,120,0.14)"
+WIDTH = 1080
+"""What a figure is laid out for (px)."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "triangle-down", "cross")
@@ -59,8 +62,8 @@ def finish(
     title: str,
     about: str,
     height: int,
-    legend_names: list[str],
-    width: int,
+    legend_names: Sequence[str] | None = None,
+    width: int = WIDTH,
     top: int = 76,
     label_lines: int = 1,
 ) -> go.Figure:
@@ -69,12 +72,14 @@ def finish(
     Args:
         about: model and n, under the title.
         height: of the plotting area (px).
+        legend_names: by default of all lines and bars, the first of each name.
         width: the width (px) that the legend is laid out for; the figure itself stays as wide as its container.
         top: room for the title (px).
         label_lines: lines of the longest tick label on the x axis.
     """
-    longest = max((len(html.unescape(name)) for name in legend_names), default=0) * _CHARACTER + 60
-    rows = math.ceil(len(legend_names) / max(1, int((width - 80) // longest))) if legend_names else 0
+    names = _name_once_(figure) if legend_names is None else list(legend_names)
+    longest = max((len(html.unescape(name)) for name in names), default=0) * _CHARACTER + 60
+    rows = math.ceil(len(names) / max(1, int((width - 80) // longest)))
     bottom = 64 + _LINE * (label_lines - 1) + _LEGEND_ROW * rows
     figure.update_layout(
         template="none",
@@ -110,7 +115,6 @@ def finish(
     return figure
 
 
-WIDTH = 1080
 SCALE = "Cividis"
 """Lightness grows with the value, also across zero, so that a printed copy reads the same."""
 CONTROL = SeriesStyle("#8a8a8a", "dot", "x")
@@ -140,9 +144,88 @@ def bars(index: int) -> dict[str, Any]:
     return {"color": _tint(color), "line": {"color": color, "width": 1.2}, "pattern": pattern}
 
 
+def _name_once_(figure: go.Figure) -> list[str]:
+    """Leave each name in the legend once, and return them."""
+    names: list[str] = []
+    for trace in figure.data:
+        if trace.type in ("scatter", "bar") and trace.showlegend is not False:
+            trace.showlegend = trace.name not in names
+            if trace.showlegend:
+                names.append(trace.name)
+    return names
+
+
+def panels(
+    titles: Sequence[str], *, gap: float = 0.04, shares_y: bool = True, widths: Sequence[float] | None = None
+) -> go.Figure:
+    """One row of panels under bold titles; `gap` and `widths` are fractions of the whole."""
+    bold = [title if "<b>" in title else f"<b>{title}</b>" for title in titles]
+    figure = make_subplots(
+        1,
+        len(titles),
+        subplot_titles=bold,
+        shared_yaxes=shares_y,
+        horizontal_spacing=gap,
+        column_widths=None if widths is None else list(widths),
+    )
+    return figure.update_annotations(font_size=13)
+
+
+def layer_axis(
+    figure: go.Figure, n_layers: int, title: str = "layer (stream entering the block)", n_ticks: int = 18, **place: int
+) -> None:
+    """An x axis of layers, with few enough ticks."""
+    figure.update_xaxes(title=title, dtick=max(1, math.ceil(n_layers / n_ticks)), **place)
+
+
+def categories(figure: go.Figure) -> None:
+    """The axes of a table, its first row at the top."""
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(type="category", autorange="reversed")
+
+
 def subtitle(*parts: str) -> str:
     """Model, n and notes under the title."""
     return " · ".join(plain(part) for part in parts if part)
+
+
+def counted(n_prompts: Mapping[str, int]) -> str:
+    """How many prompts there are of each group."""
+    return "n = " + ", ".join(f"{n} {group}" for group, n in n_prompts.items()) + " prompts"
+
+
+def read_at(position: int | None, layer: int) -> str:
+    """Where a direction was read."""
+    return f"r from position {signed(position)}, layer {layer}"
+
+
+def head_names(heads: Sequence[tuple[int, int]]) -> list[str]:
+    """Names of (layer, head)."""
+    return [f"L{layer}.H{head}" for layer, head in heads]
+
+
+def gaps(values: Any) -> Any:
+    """The numbers of a tensor as plotly takes them, with None for NaN."""
+    numbers = values.tolist() if isinstance(values, Tensor) else values
+    if isinstance(numbers, list):
+        return [gaps(each) for each in numbers]
+    return None if numbers != numbers else numbers
+
+
+def symmetric(values: Float[Tensor, "..."]) -> tuple[float, float]:
+    """Limits of a scale that are as far below zero as above."""
+    largest = max(float(values.abs().max()), 1e-12)
+    return -largest, largest
+
+
+def interval_bars(intervals: Sequence[tuple[float, float, float]], width: int) -> dict[str, Any]:
+    """Error bars of (mean, low, high); `width` of their ends (px)."""
+    return {
+        "array": [high - mean for mean, _, high in intervals],
+        "arrayminus": [mean - low for mean, low, _ in intervals],
+        "thickness": 1.2,
+        "width": width,
+    }
 
 
 def signed(number: int | None) -> str:
@@ -166,6 +249,12 @@ def position_label(position: int, token: str) -> str:
     return f"{signed(position)} {quoted(token)}" if token else signed(position)
 
 
+def position_styles(positions: Sequence[int], tokens: Sequence[str]) -> list[tuple[str, SeriesStyle]]:
+    """Name and style of the line of each position."""
+    names = [position_label(*each) for each in zip(positions, tokens, strict=True)]
+    return list(zip(names, series_styles(len(names)), strict=True))
+
+
 def shortened(text: str, width: int = 90) -> str:
     """A prompt in a hover label."""
     flat = " ".join(text.split())
@@ -179,11 +268,26 @@ def line(x: Sequence[Any], y: Sequence[float | None], name: str, style: SeriesSt
         y=list(y),
         name=name,
         legendgroup=name,
-        mode="lines+markers",
         line={"color": style.color, "dash": style.dash, "width": 1.8},
         marker={"color": style.color, "symbol": style.symbol, "size": 7},
-        **extra,
+        connectgaps=False,
+        **{"mode": "lines+markers", **extra},
     )
+
+
+def add_line(
+    figure: go.Figure,
+    x: Sequence[Any],
+    y: Sequence[float | None],
+    name: str,
+    style: SeriesStyle,
+    hover: str = "",
+    custom: Sequence[Any] | None = None,
+    **place: int,
+) -> None:
+    """A line with markers in one panel; `hover` may name `custom`."""
+    template = f"{hover}<extra></extra>" if hover else None
+    figure.add_trace(line(x, y, name, style, customdata=custom, hovertemplate=template), **place)
 
 
 def band(x: Sequence[Any], low: Sequence[float], high: Sequence[float], name: str, style: SeriesStyle) -> go.Scatter:
@@ -202,6 +306,20 @@ def band(x: Sequence[Any], low: Sequence[float], high: Sequence[float], name: st
     )
 
 
+def add_spread(
+    figure: go.Figure,
+    values: Float[Tensor, "prompt x"],
+    name: str,
+    style: SeriesStyle,
+    hover: str,
+    **place: int,
+) -> None:
+    """Mean over prompts with a band of ± 1 SD."""
+    x, mean, sd = range(values.shape[1]), values.mean(0), values.std(0, correction=0)
+    figure.add_trace(band(x, (mean - sd).tolist(), (mean + sd).tolist(), name, style), **place)
+    add_line(figure, x, mean.tolist(), name, style, hover, sd.tolist(), **place)
+
+
 def heatmap(
     values: Float[Tensor, "row column"],
     x: Sequence[str],
@@ -216,7 +334,7 @@ def heatmap(
 ) -> go.Heatmap:
     """A table of numbers in tones of one scale, printed in the cells where they fit; NaN stays white."""
     shows_text = values.numel() <= _MAX_CELLS_WITH_TEXT
-    rows = [[None if value != value else value for value in row] for row in values.tolist()]
+    rows = gaps(values)
     text = [["" if value is None else number(value, digits) for value in row] for row in rows]
     return go.Heatmap(
         z=rows,
@@ -253,12 +371,9 @@ def zero_line(figure: go.Figure, value: float = 0.0, **place: Any) -> None:
     figure.add_hline(value, line={"color": MUTED, "width": 1}, **place)
 
 
-def mark_layer(figure: go.Figure, layer: int, text: str, **place: Any) -> None:
-    """A thin vertical line with a word at its top."""
-    figure.add_vline(layer, line={"color": INK, "width": 1, "dash": "dot"}, **place)
-    figure.add_annotation(
-        x=layer, y=1, yref="y domain", yanchor="bottom", text=text, showarrow=False, font={"size": 11}, **place
-    )
+def cut_line(figure: go.Figure, value: int | float, **place: Any) -> None:
+    """A dotted vertical line."""
+    figure.add_vline(value, line={"color": INK, "width": 1, "dash": "dot"}, **place)
 
 
 def _faint(color: str) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import UserError
 from ..files import sha256_json
-from ..model.points import HookedModel, model_type, write_hooks
+from .points import HookedModel, hf_config, missing_points, model_type, write_hooks
 
 ORGANISM = Path(__file__).parents[1] / "organism" / "model"
 """Directory of the embedded demonstration model."""
@@ -57,7 +57,7 @@ def load_model(
         raise UserError(_load_failure(name, revision, error)) from error
     _check_writes(model, name)
     if not Path(name).is_dir():
-        model.original_model.config._commit_hash = _hub_commit(name, revision)  # type: ignore[union-attr]
+        hf_config(model)._commit_hash = _hub_commit(name, revision)
     model.eval()
     return model
 
@@ -70,13 +70,18 @@ def quiet_load(
     dtype: DtypeName = "auto",
 ) -> HookedModel:
     """`load_model` without the libraries' own chatter."""
+    silence_libraries()
+    return load_model(source, revision=revision, device=device, dtype=dtype)
+
+
+def silence_libraries() -> None:
+    """No advice and no bars from huggingface_hub and transformers."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return load_model(source, revision=revision, device=device, dtype=dtype)
 
 
 def resolve_source(source: str | Path | None) -> str:
@@ -153,9 +158,9 @@ class _WholeCheckpoint:
         return model
 
 
-def _check_writes(model: Any, name: str) -> None:
+def _check_writes(model: HookedModel, name: str) -> None:
     """Refuse models in which a block has no attention or no MLP output: nothing here could ablate what it writes."""
-    missing = [point for point in write_hooks(model.cfg.n_layers) if point not in model.hook_dict]
+    missing = missing_points(model, write_hooks(model.cfg.n_layers))
     if missing:
         raise UserError(
             f"{name} ({model_type(model)}) has no hook point {missing[0]}: only models whose every block is attention "

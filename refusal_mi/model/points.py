@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -17,49 +16,82 @@ Hook = tuple[str, HookFn]
 
 
 @runtime_checkable
+class ModelConfig(Protocol):
+    """The shape of a model, and how it runs."""
+
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_vocab: int
+    n_ctx: int
+    dtype: torch.dtype
+    device: str | None
+
+
+@runtime_checkable
 class HookedModel(Protocol):
-    """A TransformerLens model: `TransformerBridge`, or anything with the same hook points and cache."""
+    """All that is used of a model outside of this folder, whose functions do the rest.
 
-    cfg: Any
-    tokenizer: Any
+    At run time it is a `TransformerBridge`, with everything that TransformerLens offers.
+    """
 
-    def hooks(self, fwd_hooks: list[Hook]) -> AbstractContextManager[Any]: ...
+    @property
+    def cfg(self) -> ModelConfig: ...
 
-    def run_with_cache(self, input: Tensor, **kwargs: Any) -> tuple[Tensor, Any]: ...
+    @property
+    def tokenizer(self) -> Any: ...
 
-    def generate(self, input: Tensor, **kwargs: Any) -> Any: ...
 
-    def __call__(self, input: Tensor, **kwargs: Any) -> Tensor: ...
+def bridge(model: HookedModel) -> Any:
+    """The model as TransformerLens' own class: for this folder, which alone knows that layout."""
+    return model
 
 
 def model_source(model: HookedModel) -> str:
     """The directory or hub id that the weights came from."""
-    return str(model.original_model.config._name_or_path)  # type: ignore[attr-defined]
+    return str(hf_config(model)._name_or_path)
 
 
 def model_revision(model: HookedModel) -> str | None:
     """The hub commit that the weights came from; None for a local directory."""
-    return getattr(model.original_model.config, "_commit_hash", None)  # type: ignore[attr-defined]
+    return getattr(hf_config(model), "_commit_hash", None)
 
 
 def model_type(model: HookedModel) -> str:
     """The HF `model_type`, such as "llama" or "gemma2"."""
-    return model.original_model.config.model_type  # type: ignore[attr-defined]
+    return hf_config(model).model_type
+
+
+def hf_config(model: HookedModel) -> Any:
+    """The config that the model was made from."""
+    return bridge(model).original_model.config
 
 
 def stop_token_ids(model: HookedModel) -> tuple[int, ...]:
     """Every token id that ends an answer: the generation config's and the tokenizer's."""
-    generation = getattr(model.original_model, "generation_config", None)  # type: ignore[attr-defined]
-    found = getattr(generation, "eos_token_id", None)
-    ids = set(found if isinstance(found, list) else [] if found is None else [found])
-    if model.tokenizer.eos_token_id is not None:
-        ids.add(model.tokenizer.eos_token_id)
-    return tuple(sorted(ids))
+    generation = getattr(bridge(model).original_model, "generation_config", None)
+    return all_stops(getattr(generation, "eos_token_id", None), model.tokenizer)
+
+
+def all_stops(of_generation: int | list[int] | None, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that a generation config names, and the tokenizer's own."""
+    ids = [*(of_generation if isinstance(of_generation, list) else [of_generation]), tokenizer.eos_token_id]
+    return tuple(sorted({token for token in ids if token is not None}))
 
 
 def model_device(model: HookedModel) -> torch.device:
     """Where inputs go."""
-    return torch.device(model.cfg.device)
+    return torch.device(str(model.cfg.device))
+
+
+def parameters_of(model: HookedModel) -> list[Tensor]:
+    """Every parameter, tied ones once."""
+    return list(bridge(model).original_model.parameters())
+
+
+def missing_points(model: HookedModel, names: Iterable[str]) -> list[str]:
+    """Those hook points that the model does not have."""
+    return [name for name in names if name not in bridge(model).hook_dict]
 
 
 def check_raw_basis(model: HookedModel) -> None:
@@ -76,11 +108,54 @@ def check_raw_basis(model: HookedModel) -> None:
         )
 
 
+BlockPoint = Literal[
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "attn.hook_z",
+    "attn.hook_v",
+    "attn.hook_pattern",
+    "mlp.hook_out",
+]
+"""Hook points of a block that are used here."""
+EMBEDDING = "blocks.0.hook_resid_pre"
+"""Where the embeddings write."""
+_WRITES: dict[Component, BlockPoint] = {"attn": "hook_attn_out", "mlp": "hook_mlp_out"}
+
+
+def block_hook(block: int, point: BlockPoint) -> str:
+    """The full name of a hook point of a block."""
+    return f"blocks.{block}.{point}"
+
+
+def split_hook(name: str) -> tuple[int, str]:
+    """The block that a hook point lies in, and what it is called there."""
+    _, block, point = name.split(".", 2)
+    return int(block), point
+
+
+def write_hook(component: Component, block: int) -> str:
+    """The hook point where a component of a block writes into the stream."""
+    return EMBEDDING if component == "embed" else block_hook(block, _WRITES[component])
+
+
+def component_of(point: str) -> Component | None:
+    """What writes into the stream at this hook point of a block; None for the stream itself."""
+    return next((component for component, name in _WRITES.items() if name == point), None)
+
+
 def resid_hook(layer: int, n_layers: int) -> str:
     """The hook point of the stream entering block `layer`; `n_layers` is the stream after the last block."""
     if not 0 <= layer <= n_layers:
         raise UserError(f"layer {layer} does not exist: this model has layers 0..{n_layers}")
-    return f"blocks.{layer}.hook_resid_pre" if layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
+    return block_hook(layer, "hook_resid_pre") if layer < n_layers else output_hook(layer)
+
+
+def output_hook(layer: int) -> str:
+    """The same stream, from layer 1 on, where the block below leaves it."""
+    return block_hook(caa_layer(layer), "hook_resid_post")
 
 
 def write_hooks(
@@ -97,10 +172,8 @@ def write_hooks(
     unknown = set(components) - set(get_args(Component))
     if unknown:
         raise UserError(f"unknown component {sorted(unknown)[0]!r}; expected some of {', '.join(get_args(Component))}")
-    names = ["blocks.0.hook_resid_pre"] if "embed" in components and 0 in blocks else []
-    for block in blocks:
-        names += [f"blocks.{block}.hook_{part}_out" for part in ("attn", "mlp") if part in components]
-    return names
+    names = [EMBEDDING] if "embed" in components and 0 in blocks else []
+    return names + [write_hook(part, block) for block in blocks for part in _WRITES if part in components]
 
 
 def our_layer(caa_layer: int, n_layers: int) -> int:
@@ -111,7 +184,12 @@ def our_layer(caa_layer: int, n_layers: int) -> int:
     """
     if not 0 <= caa_layer < n_layers:
         raise UserError(f"no block {caa_layer}: CAA's layers of this model are 0..{n_layers - 1} (outputs of blocks)")
-    return caa_layer + 1
+    return stream_after(caa_layer)
+
+
+def stream_after(block: int) -> int:
+    """Our layer of what a block puts out, of a model of any depth: what tables show beside CAA's number."""
+    return block + 1
 
 
 def caa_layer(our: int) -> int:
@@ -125,9 +203,14 @@ def caa_layer(our: int) -> int:
     return our - 1
 
 
+def caa_hook(layer: int) -> str:
+    """The hook point by CAA's name: the output of a block."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
 def explain_layer(layer: int) -> str:
     """The translation that every command prints."""
-    return f"layer {layer} = output of block {layer} = blocks.{layer}.hook_resid_post = our {layer + 1}"
+    return f"layer {layer} = output of block {layer} = {caa_hook(layer)} = our {stream_after(layer)}"
 
 
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")

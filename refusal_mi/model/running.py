@@ -5,7 +5,7 @@ nobody looks into a wrapper and it computes nothing of its own, a pass calls the
 is made: the modules that run are the model's own, so whatever was changed in them acts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,23 +20,9 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..progress import track
 from ..text.batches import TokenBatch, batches_by_length, left_pad
-from .points import Hook, HookedModel, check_raw_basis, model_device, resid_hook
+from .points import Hook, HookedModel, bridge, check_raw_basis, model_device, output_hook, resid_hook
+from .wrappers import LeftOut, is_untouched, what_to_leave_out
 
-ONLY_HOOKS = {
-    "EmbeddingBridge",
-    "GatedMLPBridge",
-    "LinearBridge",
-    "MLPBridge",
-    "MoEBridge",
-    "MoERouterBridge",
-    "NormalizationBridge",
-    "PositionEmbeddingsAttentionBridge",
-    "RMSNormalizationBridge",
-}
-"""TransformerLens' wrappers that give, bit for bit, what the module inside gives: they add hook points or, for
-attention, write the same sums out. All others stay where they are."""
-OWN_HOOKS = ("transformer_lens.", "transformers.", "accelerate.")
-"""Libraries that put torch hooks of their own on a loaded model's modules."""
 SAME_VALUE = {torch.float32: 1e-5, torch.float64: 1e-5}
 """How far values may lie apart, relative to the largest, to count as the same; 0.02 in half precision."""
 
@@ -58,9 +44,9 @@ def running(model: HookedModel, hooks: Sequence[Hook] = (), *, keep_wrappers: bo
         try:
             if outer is not None:
                 outer.put_back()
-            path.left_out = None if keep_wrappers else _what_to_leave_out(model, on)
+            path.left_out = None if keep_wrappers else what_to_leave_out(bridge(model), on)
             if path.left_out is None:
-                with model.hooks(fwd_hooks=on):
+                with bridge(model).hooks(fwd_hooks=on):
                     yield
             else:
                 try:
@@ -75,68 +61,11 @@ def running(model: HookedModel, hooks: Sequence[Hook] = (), *, keep_wrappers: bo
 
 
 @dataclass
-class _Wrapper:
-    """A wrapper inside a block, where it stands, and whether a hook is on what it gives."""
-
-    parent: nn.Module
-    name: str
-    wrapper: Any
-    original: nn.Module
-    is_hooked: bool = False
-
-
-class _Fire:
-    """A torch hook that sends a module's output, or the first of several, through the hook point of its wrapper."""
-
-    def __init__(self, point: nn.Module) -> None:
-        self.point = point
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return (self.point(output[0]), *output[1:]) if isinstance(output, tuple) else self.point(output)
-
-
-@dataclass
-class _LeftOut:
-    """Wrappers to leave out and hooks to put on instead of those that the wrappers would have fired."""
-
-    wrappers: list[_Wrapper]
-    hooks: list[Hook]
-    points: list[tuple[Any, Callable[..., Any]]]
-    """The hooks again, each with its hook point instead of its name."""
-
-    def take_out(self) -> None:
-        """Put in every wrapper's place what it wraps."""
-        for point, function in self.points:
-            point.add_hook(function)
-        for each in self.wrappers:
-            each.parent._modules[each.name] = each.original
-            if each.is_hooked:
-                each.original.register_forward_hook(_Fire(each.wrapper.hook_out))
-
-    def put_back(self) -> None:
-        """Undo `take_out`, however far it came; twice, because an interrupt may come in the middle of the first."""
-        try:
-            self._put_back()
-        finally:
-            self._put_back()
-
-    def _put_back(self) -> None:
-        for each in self.wrappers:
-            each.parent._modules[each.name] = each.wrapper
-            fires = [key for key, hook in each.original._forward_hooks.items() if isinstance(hook, _Fire)]
-            for key in fires:
-                del each.original._forward_hooks[key]
-        for point, _ in self.points:
-            point.remove_hooks()
-            point._forward_hooks.clear()  # there were none: with hooks of others on, nothing is left out
-
-
-@dataclass
 class _Path:
     """What this package does with a model at this moment."""
 
     lock: Any = field(default_factory=RLock)
-    left_out: _LeftOut | None = None
+    left_out: LeftOut | None = None
 
 
 _PATHS: "WeakKeyDictionary[Any, _Path]" = WeakKeyDictionary()
@@ -147,109 +76,6 @@ _NEW_PATH = Lock()
 def _path(model: HookedModel) -> _Path:
     with _NEW_PATH:
         return _PATHS.setdefault(model, _Path())
-
-
-def _what_to_leave_out(model: Any, hooks: Sequence[Hook]) -> _LeftOut | None:
-    """None where the bridge must run as it is."""
-    if not all(_is_ours(function) for _, function in hooks) or not is_untouched(model):
-        return None
-    wrappers = [each for block in model.blocks for each in _wrappers_in(block)]
-    by_point = {id(each.wrapper.hook_out): each for each in wrappers}
-    streams = {id(point) for block in model.blocks for point in (block.hook_in, block.hook_out)}
-    points = []
-    by_name = model.hook_dict if hooks else {}  # made anew at every call
-    for name, function in hooks:
-        point = by_name.get(name)
-        if id(point) in by_point:
-            by_point[id(point)].is_hooked = True
-        elif id(point) not in streams:
-            return None
-        points.append((point, function))
-    return _LeftOut(wrappers, list(hooks), points)
-
-
-def is_untouched(model: Any) -> bool:
-    """Whether a bridge is as it was loaded, but for weights and attributes: in no special mode, and without hooks.
-
-    Hooks are those at hook points, torch hooks, and forward methods that were replaced (as accelerate does).
-    """
-    if not hasattr(model, "original_model") or getattr(model, "compatibility_mode", False):
-        return False
-    modules = {id(each): each for root in (model, model.original_model) for each in root.modules()}.values()
-    return not any(each.training or "forward" in each.__dict__ or _has_hooks(each) for each in modules)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    kinds = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    if not any(kinds):
-        return False
-    hooks = [hook for kind in kinds for hook in kind.values()]
-    return hasattr(module, "fwd_hooks") or not all(_module_of(hook).startswith(OWN_HOOKS) for hook in hooks)
-
-
-def _is_ours(function: Any) -> bool:
-    """Whether a hook is this package's, which reads and changes its activation and does nothing else."""
-    return _module_of(function).startswith("refusal_mi.")
-
-
-def _module_of(function: Any) -> str:
-    while isinstance(function, partial):
-        function = function.func
-    return str(getattr(function, "__module__", ""))
-
-
-def _wrappers_in(block: Any) -> Iterator[_Wrapper]:
-    """The wrappers inside a block that can be left out; whatever is inside one that cannot be stays."""
-    kind = type(block)
-    if kind.__name__ not in ("BlockBridge", "ParallelBlockBridge") or not _is_of_transformer_lens(kind):
-        return
-    found = list(_walk(block.original_component))
-    reached = {id(each.wrapper) for each in found}
-    kept: set[int] = set()
-    for each in found:  # from the outside in
-        if id(each.parent) in kept or not _only_hooks(each.wrapper, reached):
-            kept |= {id(module) for module in each.original.modules()}
-        else:
-            yield each
-
-
-def _walk(module: nn.Module) -> Iterator[_Wrapper]:
-    for name, child in module._modules.items():
-        original = getattr(child, "_modules", {}).get("_original_component")
-        if original is not None:
-            yield _Wrapper(module, name, child, original)
-            yield from _walk(original)
-        elif child is not None:
-            yield from _walk(child)
-
-
-def _only_hooks(wrapper: Any, reached: set[int]) -> bool:
-    """Whether a wrapper gives what the module in it gives: of a known kind, on that module's own weights."""
-    kind, own = type(wrapper), wrapper._modules.values()
-    parts = [child for child in own if "_original_component" in getattr(child, "_modules", {})]
-    if kind.__name__ not in ONLY_HOOKS or not _is_of_transformer_lens(kind):
-        return False
-    if wrapper._parameters or wrapper._buffers or not all(id(part) in reached for part in parts):
-        return False
-    if getattr(wrapper, "_use_processed_weights", False):
-        return False
-    if "Norm" in kind.__name__:
-        return bool(wrapper.use_native_layernorm_autograd)  # else it computes from settings of its own
-    if "Attention" in kind.__name__:
-        settings, flags = wrapper.config, ("use_split_qkv_input", "use_attn_in", "use_attn_result")
-        theirs = getattr(wrapper.original_component, "config", None)
-        is_eager = getattr(theirs, "_attn_implementation", None) == "eager"
-        return is_eager and not any(getattr(settings, flag, False) for flag in flags)
-    return True
-
-
-def _is_of_transformer_lens(kind: type) -> bool:
-    return kind.__module__.startswith("transformer_lens.")
 
 
 def batches(
@@ -284,12 +110,12 @@ def batches(
 
 def last_logits(model: HookedModel, batch: TokenBatch) -> Float[Tensor, "batch d_vocab"]:
     """Next-token logits after the last position, computing no others."""
-    return model(batch.tokens, logits_to_keep=1, use_cache=False, **_inputs(model, batch))[:, -1]
+    return bridge(model)(batch.tokens, logits_to_keep=1, use_cache=False, **_inputs(model, batch))[:, -1]
 
 
 def all_logits(model: HookedModel, batch: TokenBatch) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits at every position."""
-    return model(batch.tokens, use_cache=False, **_inputs(model, batch))
+    return bridge(model)(batch.tokens, use_cache=False, **_inputs(model, batch))
 
 
 def residuals(
@@ -314,15 +140,14 @@ def residuals(
     options: dict[str, Any] = {"logits_to_keep": 1}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stops = not hooks and top > 0 and is_untouched(model)
+        stops = not hooks and top > 0 and is_untouched(bridge(model))
         stack.enter_context(running(model, hooks))
         if stops and top < n_layers:
-            left = f"blocks.{top - 1}.hook_resid_post"
-            names = [left if layer == top else name for layer, name in zip(layers, names, strict=True)]
+            names = [output_hook(top) if layer == top else name for layer, name in zip(layers, names, strict=True)]
             options = {"stop_at_layer": top}
         if stops and narrow is not None:
             stack.enter_context(narrow.narrowed())
-        _, cache = model.run_with_cache(
+        _, cache = bridge(model).run_with_cache(
             batch.tokens,
             names_filter=names,
             pos_slice=(-n_last, None),
@@ -336,8 +161,8 @@ def residuals(
 
 def read_out(model: HookedModel, residuals: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
     """Logits of residual streams: the final norm, the unembedding, and what the model does to its logits."""
-    normed = model.ln_final(residuals)  # type: ignore[attr-defined]
-    return model.adapter.apply_output_logits_transform(model.unembed(normed))  # type: ignore[attr-defined]
+    whole = bridge(model)
+    return whole.adapter.apply_output_logits_transform(whole.unembed(whole.ln_final(residuals)))
 
 
 def prefix_logits_and_cache(
@@ -356,7 +181,7 @@ def prefix_logits_and_cache(
     if mask is None:
         mask = tokens.new_ones(len(tokens), n_past + tokens.shape[1])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, n_past:]
-    logits, cache = model(
+    logits, cache = bridge(model)(
         tokens,
         return_type="logits_and_cache",
         attention_mask=mask,
@@ -367,6 +192,48 @@ def prefix_logits_and_cache(
         **_no_attentions(model),
     )
     return logits[:, -1], cache
+
+
+def keep_rows_(cache: Any, rows: Int[Tensor, " kept"]) -> None:
+    """Drop all other rows of a batch from an HF cache."""
+    cache.batch_select_indices(rows)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; without one of these, generation is greedy."""
+
+    seed: int
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+
+
+def continued(
+    model: HookedModel,
+    batch: TokenBatch,
+    n_new: int,
+    stops: Sequence[int],
+    sampling: Sampling | None = None,
+    *,
+    use_kv_cache: bool = True,
+) -> Int[Tensor, "batch new"]:
+    """New tokens by TransformerLens' own loop; what follows a stop token means nothing."""
+    options: dict[str, Any] = {"eos_token_id": list(stops)} if stops else {}
+    if sampling is not None:
+        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    tokens = bridge(model).generate(
+        batch.tokens,
+        attention_mask=batch.mask,
+        max_new_tokens=n_new,
+        return_type="tokens",
+        verbose=False,
+        use_past_kv_cache=use_kv_cache,
+        do_sample=sampling is not None,
+        stop_at_eos=bool(stops),
+        **options,
+    )
+    return tokens[:, batch.tokens.shape[1] :]
 
 
 def layers_of_cache(cache: Any, first: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -396,22 +263,23 @@ def running_from(model: HookedModel, layer: int, hooks: Sequence[Hook], n_output
         return hidden_states if n_outputs == 0 else (hidden_states, *[None] * (n_outputs - 1))
 
     with running(model, hooks), ExitStack() as stack:
-        for block in model.blocks[:layer]:  # type: ignore[attr-defined]
+        for block in bridge(model).blocks[:layer]:
             stack.enter_context(_forward_replaced(block.original_component, pass_on))
         yield
 
 
-def n_block_outputs(model: Any) -> int:
+def n_block_outputs(model: HookedModel) -> int:
     """How many values this architecture's blocks return in a tuple; 0 where they return the stream alone."""
-    found: list[Any] = []
+    outputs: list[Any] = []
     token = torch.ones(1, 1, dtype=torch.long, device=model_device(model))
+    block = bridge(model).blocks[0].original_component
     with torch.no_grad(), running(model):
-        handle = model.blocks[0].original_component.register_forward_hook(lambda _, __, output: found.append(output))
+        handle = block.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
-            model(token, use_cache=False)
+            bridge(model)(token, use_cache=False)
         finally:
             handle.remove()
-    return len(found[0]) if isinstance(found[0], tuple) else 0
+    return len(outputs[0]) if isinstance(outputs[0], tuple) else 0
 
 
 class LastPositions:
@@ -421,11 +289,11 @@ class LastPositions:
     with it; where that differs (modules that mix positions, or want whole streams), nothing is ever left out.
     """
 
-    def __init__(self, model: Any, block: int, n: int) -> None:
+    def __init__(self, model: HookedModel, block: int, n: int) -> None:
         """`block` counts from the end if negative; `n` positions are read."""
-        self.model, found = model, model.blocks[block]
-        attn = getattr(found, "attn", None)
-        parts = [getattr(found, "mlp", None), getattr(attn, "q", None), getattr(attn, "o", None)]
+        self.model, inside = model, bridge(model).blocks[block]
+        attn = getattr(inside, "attn", None)
+        parts = [getattr(inside, "mlp", None), getattr(attn, "q", None), getattr(attn, "o", None)]
         wrapped = [getattr(part, "original_component", None) for part in parts]
         self.modules = [module for module in wrapped if module is not None]
         self.n, self.is_same = n, dict[nn.Module, bool]()

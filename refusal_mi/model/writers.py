@@ -1,19 +1,14 @@
-"""Which tensors write into the residual stream, and which read it: by architecture, in a checkpoint and in a model."""
+"""Which tensors of a checkpoint write into the residual stream, and which read it, by architecture."""
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from ..errors import UserError
-from .points import Component, HookedModel, check_raw_basis, write_hooks
+from .points import Component, write_hook, write_hooks
 
 Role = Literal["embed", "attn", "mlp", "head", "reader", "norm", "other"]
 """What a tensor does: write (embed, attn, mlp), unembed, read the stream, scale it, or none of these."""
@@ -95,11 +90,7 @@ _LLAMA = Naming(
 
 _GPT2 = Naming(
     r"h",
-    {
-        "embed": (r"w[tp]e\.weight",),
-        "head": (r"lm_head\.weight",),
-        "norm": (r"ln_f\.(weight|bias)",),
-    },
+    {"embed": (r"w[tp]e\.weight",), "head": (r"lm_head\.weight",), "norm": (r"ln_f\.(weight|bias)",)},
     {
         "attn": (rf"attn\.c_proj{_LINEAR}",),
         "mlp": (rf"mlp\.c_proj{_LINEAR}",),
@@ -127,11 +118,7 @@ _NEOX = Naming(
 
 _FALCON = Naming(
     r"h",
-    {
-        "embed": (r"word_embeddings\.weight",),
-        "head": (r"lm_head\.weight",),
-        "norm": (r"ln_f\.(weight|bias)",),
-    },
+    {"embed": (r"word_embeddings\.weight",), "head": (r"lm_head\.weight",), "norm": (r"ln_f\.(weight|bias)",)},
     {
         "attn": (rf"self_attention\.dense{_LINEAR}",),
         "mlp": (rf"mlp\.dense_4h_to_h{_LINEAR}",),
@@ -204,6 +191,11 @@ class Writer:
     post_norm: str | None
     """Name of the gain of the norm between this writer and the stream."""
 
+    @property
+    def point(self) -> str:
+        """The hook point at which the write reaches the stream."""
+        return write_hook(self.component, self.layer or 0)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -257,20 +249,21 @@ def classify(config: Any, shapes: Mapping[str, tuple[int, ...]], *, skeleton: An
     _compare(_census(roles, shapes, ignored), _census(_roles(family, expected), expected, ignored))
     token = next(name for name, value in model.named_parameters() if value is model.get_input_embeddings().weight)
     head_module = next(name for name, part in model.named_modules() if part is model.get_output_embeddings())
-    found = [
+    writers = [
         _writer(family, name, role, layer, shapes, config, token)
         for name, (role, layer) in roles.items()
         if role in _WRITERS
     ]
-    missing = [writer.post_norm for writer in found if writer.post_norm is not None and writer.post_norm not in shapes]
+    post_norms = [writer.post_norm for writer in writers if writer.post_norm is not None]
+    missing = [name for name in post_norms if name not in shapes]
     if missing:
         raise UserError(f"the checkpoint has no {missing[0]}, the norm that follows a writer")
     known = set(write_hooks(config.num_hidden_layers))
-    unknown = [writer for writer in found if _hook_name(writer) not in known]
-    if unknown:
-        raise UserError(f"{unknown[0].name} writes into the stream at {_hook_name(unknown[0])}, which no hook covers")
-    embedding = next(writer.name for writer in found if writer.is_token_embedding)
-    return Layout(family, config, tuple(found), embedding, f"{head_module}.weight", is_tied)
+    for writer in writers:
+        if writer.point not in known:
+            raise UserError(f"{writer.name} writes into the stream at {writer.point}, which no hook covers")
+    embedding = next(writer.name for writer in writers if writer.is_token_embedding)
+    return Layout(family, config, tuple(writers), embedding, f"{head_module}.weight", is_tied)
 
 
 def build_skeleton(config: Any) -> Any:
@@ -287,10 +280,10 @@ def build_skeleton(config: Any) -> Any:
 def _roles(family: Family, names: Iterable[str]) -> dict[str, tuple[Role, int | None]]:
     roles = {}
     for name in names:
-        found = family.naming.role(name)
-        if found is None:
+        role = family.naming.role(name)
+        if role is None:
             raise UserError(f"{name} fits no class of tensor: it might write into the stream, so nothing is exported")
-        roles[name] = found
+        roles[name] = role
     return roles
 
 
@@ -305,13 +298,13 @@ def _census(
     return counts
 
 
-def _compare(found: Counter[tuple[str, int | None, str]], expected: Counter[tuple[str, int | None, str]]) -> None:
-    for key in sorted(set(found) | set(expected), key=str):
-        if found[key] != expected[key]:
+def _compare(stored: Counter[tuple[str, int | None, str]], expected: Counter[tuple[str, int | None, str]]) -> None:
+    for key in sorted(set(stored) | set(expected), key=str):
+        if stored[key] != expected[key]:
             role, layer, kind = key
             place = "" if layer is None else f" of block {layer}"
             raise UserError(
-                f"the checkpoint has {found[key]} elements of {role} {kind}{place} where the architecture has "
+                f"the checkpoint has {stored[key]} elements of {role} {kind}{place} where the architecture has "
                 f"{expected[key]}: its writers are not fully known, so nothing is exported"
             )
 
@@ -350,149 +343,3 @@ def _weight_axis(family: Family, role: Role, shape: tuple[int, ...]) -> int:
 
 def _is_bias(name: str) -> bool:
     return name.endswith(("bias", "_bias"))
-
-
-def _hook_name(writer: Writer) -> str:
-    if writer.component == "embed":
-        return "blocks.0.hook_resid_pre"
-    return f"blocks.{writer.layer}.hook_{writer.component}_out"
-
-
-def named_weights(model: HookedModel) -> dict[str, Tensor]:
-    """Every parameter, by its name in the HF checkpoint."""
-    named = model.original_model.named_parameters(remove_duplicate=False)  # type: ignore[attr-defined]
-    return {name.replace("._original_component", ""): parameter for name, parameter in named}
-
-
-def norm_before(model: HookedModel, layer: int, component: Literal["attn", "mlp"]) -> Callable[[Tensor], Tensor] | None:
-    """The norm through which a component of block `layer` reads the stream; None where it reads it as it is."""
-    block = model.blocks[layer]  # type: ignore[attr-defined]
-    is_shared = component == "mlp" and not hasattr(block, "ln2") and not hasattr(block, "ln2_post")
-    return getattr(block, "ln1" if component == "attn" or is_shared else "ln2", None)
-
-
-def final_norm(model: HookedModel) -> Callable[[Tensor], Tensor]:
-    """The norm before the unembedding."""
-    return model.ln_final  # type: ignore[attr-defined]
-
-
-def readers(model: HookedModel, layer: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The linear maps of block `layer` that read the normed stream: q, k, v and what the MLP has of gate and in."""
-    block = model.blocks[layer]  # type: ignore[attr-defined]
-    dense = dict(block.mlp.named_children()) if hasattr(block.mlp, "out") else {}
-    found = {name: getattr(block.attn, name) for name in ("q", "k", "v")}
-    return found | {name: dense[name] for name in ("gate", "in") if name in dense}
-
-
-_CHUNK = 4096
-_LONG = 1e3
-
-
-@dataclass(frozen=True)
-class ModelWeights:
-    """A model's tensors by what they do to the stream."""
-
-    model: HookedModel
-
-    def __post_init__(self) -> None:
-        check_raw_basis(self.model)
-
-    @cached_property
-    def layout(self) -> Layout:
-        """Which tensors write, along which axis, and which norm comes after.
-
-        Raises:
-            UserError: nobody has said so for this type of model.
-        """
-        config = self.model.original_model.config  # type: ignore[attr-defined]
-        if config.model_type not in FAMILIES:
-            raise UserError(
-                f"this analysis reads weights, and which of them write into the stream is not known for model type "
-                f"{config.model_type!r}; project_residuals, linear_probes and patch_activations read activations only"
-            )
-        skeleton = build_skeleton(config)
-        return classify(config, {name: tuple(p.shape) for name, p in skeleton.named_parameters()}, skeleton=skeleton)
-
-    @cached_property
-    def named(self) -> dict[str, Tensor]:
-        """Every parameter by its name in the HF checkpoint."""
-        return named_weights(self.model)
-
-    def writers(self, component: Component, layer: int) -> list[Writer]:
-        """The weight tensors (biases apart) that write for a component of a block."""
-        found = self.layout.writers
-        return [w for w in found if w.component == component and w.layer == layer and not w.is_bias]
-
-    def written_rows(self, writer: Writer) -> Float[Tensor, "feature d_model"]:
-        """What one unit of each of a writer's inputs adds to the stream, before a post-norm."""
-        tensor = self.named[writer.name].detach()
-        return tensor.movedim(writer.axis, -1).reshape(-1, tensor.shape[writer.axis])
-
-    def gain(self, component: Component, layer: int) -> Float[Tensor, " d_model"]:
-        """What multiplies a component's output on its way into the stream: post-norm gain and residual scale."""
-        writer = self.writers(component, layer)[0]
-        gain = torch.ones(self.layout.d_model, dtype=torch.float64)
-        if writer.post_norm is not None:
-            gain = self.named[writer.post_norm].detach().cpu().double() + self.layout.family.gain_offset
-        return gain * self.layout.residual_scale
-
-    def bias(self, component: Component, layer: int) -> Float[Tensor, " d_model"] | None:
-        """What a component adds to its output before a post-norm; None without one, or where every expert has one."""
-        found = [w for w in self.layout.writers if w.component == component and w.layer == layer and w.is_bias]
-        tensors = [self.named[writer.name] for writer in found]
-        return tensors[0].detach().cpu().double() if tensors and tensors[0].ndim == 1 else None
-
-    def head_rows(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """W_O of every head of a block, before a post-norm."""
-        (writer,) = self.writers("attn", layer)
-        rows = self.written_rows(writer)
-        return rows.reshape(self.model.cfg.n_heads, -1, rows.shape[-1])
-
-    @property
-    def unembedding(self) -> Float[Tensor, "d_vocab d_model"]:
-        """W_U, by rows."""
-        return self.named[self.layout.token_embedding if self.layout.is_tied else self.layout.head].detach()
-
-    def expert_readers(self, layer: int) -> Float[Tensor, "feature d_model"] | None:
-        """What a block's fused experts read, None where there are none."""
-        (writer, *_) = self.writers("mlp", layer)
-        name = writer.name.replace("down_proj", "gate_up_proj")
-        if "experts" not in name or name not in self.named:
-            return None
-        tensor, axis = self.named[name].detach(), 3 - self.layout.family.expert_axis
-        return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis])
-
-
-@dataclass(frozen=True)
-class NormMap:
-    """The linear part of a norm: x → gain ⊙ (x − mean x), or without the mean, its division by a length apart."""
-
-    gain: Float[Tensor, " d_model"]
-    is_centered: bool
-
-    @classmethod
-    def of(cls, norm: Any, model: HookedModel) -> "NormMap":
-        """Measure it: a long vector of alternating signs has mean 0 and any norm returns its gain."""
-        like = next(iter(named_weights(model).values()))
-        signs = torch.ones(model.cfg.d_model, dtype=like.dtype, device=like.device)
-        signs[1::2] = -1
-        probes = torch.stack([_LONG * signs, _LONG * signs.abs(), torch.zeros_like(signs)])
-        with torch.no_grad():
-            alternating, constant, zero = norm(probes[None])[0].double().cpu()
-        gain = (alternating - zero) * signs.double().cpu()
-        return cls(gain, bool((constant - zero).norm() < 0.01 * gain.norm()))
-
-    def apply(self, vectors: Float[Tensor, "vector d_model"]) -> Float[Tensor, "vector d_model"]:
-        """gain ⊙ (v − mean v), or gain ⊙ v."""
-        double = vectors.double()
-        return self.gain * (double - double.mean(-1, keepdim=True) if self.is_centered else double)
-
-
-def norms_along(
-    rows: Float[Tensor, "feature d_model"], vectors: Float[Tensor, "vector d_model"]
-) -> Float[Tensor, " vector"]:
-    """‖rows · v‖ for each vector, in float64."""
-    total = torch.zeros(len(vectors), dtype=torch.float64)
-    for piece in rows.split(_CHUNK):
-        total += (piece.cpu().double() @ vectors.double().T).square().sum(0)
-    return total.sqrt()

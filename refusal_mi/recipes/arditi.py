@@ -1,22 +1,21 @@
 """Arditi et al. 2024 as a sequence of stages: prompts, directions, scores, selection, completions, CE loss."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import replace
 
-from ..directions import Direction
+from ..directions import Direction, Estimator
 from ..errors import UserError
-from ..files import write_json
+from ..files import write_record
 from ..model.points import HookedModel
-from ..recipes.search import record_run
-from ..run.record import DIRECTION, ranked
+from ..run.answers import SIDES
+from ..run.folder import ranked
+from ..run.options import RunOptions
+from ..run.record import DIRECTION, SUMMARY, DirectionRecord, RunSummary, SelectionRecord
 from ..run.stages import RunFolder
-from ..search.grid import Selection
 from .combinations import Multi, combine, evaluate_combination
-from .context import RunContext
+from .context import RunContext, prepare
 from .effects import BASELINE, interventions_on, loss_sets, loss_texts, losses, rates
-from .options import RunOptions
-from .search import choose_direction, draw_scores, find_directions, score_directions
+from .search import choose_direction, draw_scores, find_directions, record_run, score_directions
 
 
 def run(
@@ -27,11 +26,12 @@ def run(
     *,
     directions: Sequence[int] = (),
     multi: Multi = "span",
-) -> dict[str, Any]:
+    estimator: Estimator | None = None,
+) -> RunSummary:
     """Find, choose and test the refusal direction of a chat model; return what `summary.json` holds.
 
     Stages that were done before from the same inputs are kept. When no candidate survives the thresholds, the
-    summary says so (`"status": "no candidate survives"`), the later steps are left out, and what they wrote for the
+    summary says so (status "no candidate survives"), the later steps are left out, and what they wrote for the
     direction of an earlier run is set aside.
 
     Args:
@@ -40,61 +40,48 @@ def run(
         directions: ranks of surviving candidates to ablate together instead of the best one; the summary then goes
             to the combination's folder, and the search and the baselines are the run's.
         multi: how several are ablated.
+        estimator: makes the candidates from the mean activations of both sides; None is the one that the options name.
     """
     if directions and not {"completions", "loss"} & set(options.steps):
         raise UserError("--directions is about completions and CE loss: add completions or loss to --steps")
-    context = RunContext(model, source, options, folder)
+    started = RunContext.start(model, source, options, folder)
     texts = loss_sets(options) if "loss" in options.steps else None  # a set that does not exist shows now
+    context = prepare(started)
     summary = record_run(context)
     if not directions:
         (folder.path / "report.html").unlink(missing_ok=True)
         _write(context, summary)
-    grid = find_directions(context)
+    grid = find_directions(context, estimator)
     if set(options.steps) == {"directions"}:
-        return _finish(context, summary, "directions only")
+        return _write(context, replace(summary, status="directions only"))
     scores = score_directions(context, grid)
     chosen = choose_direction(context, grid, scores)
     draw_scores(context, scores, chosen)
-    summary["baseline_scores_nats"] = {"harmful": scores.baseline_harmful, "harmless": scores.baseline_harmless}
-    summary["selection"] = _describe_selection(chosen)
+    baselines = {"harmful": scores.baseline_harmful, "harmless": scores.baseline_harmless}
+    summary = replace(summary, baseline_scores_nats=baselines, selection=SelectionRecord.of(chosen))
     if not chosen.survivors:
         folder.set_aside(DIRECTION)
-        return _finish(context, summary, "no candidate survives")
+        return _write(context, replace(summary, status="no candidate survives"))
     if directions:
         combination = combine(directions, ranked(grid, chosen, directions), multi)
         return evaluate_combination(context, combination, summary, texts)
     direction = Direction.load(folder.path / DIRECTION)
-    summary["direction"] = direction.describe()
+    summary = replace(summary, direction=DirectionRecord.of(direction))
     _write(context, summary)
     if "completions" in options.steps:
-        summary["completions"] = {
-            side: rates(context, side, interventions_on(side, direction, options.n_random))
-            for side in ("harmful", "harmless")
-        }
+        effects = {side: rates(context, side, interventions_on(side, direction, options.n_random)) for side in SIDES}
+        summary = replace(summary, completions=effects)
         _write(context, summary)
     if texts is not None:
         scored = loss_texts(context, texts)
         labels = [BASELINE, *interventions_on("harmful", direction, options.n_random)]
-        summary["ce_loss"] = {labelled.label: losses(context, labelled, scored) for labelled in labels}
-    return _finish(context, summary, "done")
+        by_label = {labelled.label: losses(context, labelled, scored) for labelled in labels}
+        summary = replace(summary, ce_loss=by_label)
+    return _write(context, replace(summary, status="done"))
 
 
-def _describe_selection(chosen: Selection) -> dict[str, Any]:
-    return {
-        "n_candidates": len(chosen.survivors) + len(chosen.rejected),
-        "n_survivors": len(chosen.survivors),
-        "explanation": chosen.explain(),
-        "thresholds": asdict(chosen.thresholds),
-        "best": chosen.survivors[0].describe() if chosen.survivors else None,
-    }
-
-
-def _finish(context: RunContext, summary: dict[str, Any], status: str) -> dict[str, Any]:
-    return _write(context, {**summary, "status": status})
-
-
-def _write(context: RunContext, summary: dict[str, Any]) -> dict[str, Any]:
+def _write(context: RunContext, summary: RunSummary) -> RunSummary:
     """Write how far this run came, so that a killed one never shows the results of an earlier one."""
-    written = {**summary, "seconds": context.folder.seconds()}
-    write_json(context.path / "summary.json", written)
+    written = replace(summary, seconds=context.folder.seconds())
+    write_record(context.path / SUMMARY, written)
     return written

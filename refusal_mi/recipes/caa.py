@@ -1,7 +1,7 @@
 """CAA (Rimsky et al. 2024): steering vectors from A/B pairs, what they do to answers and to choices.
 
-CAA's layer L is the output of block L; this package's layer l is the stream entering block l, so l = L + 1. The two
-are converted here and nowhere else.
+CAA's layer L is the output of block L; this package's layer l is the stream entering block l. `model/points.py`
+converts between the two.
 """
 
 import re
@@ -18,7 +18,7 @@ from ..directions import Direction, load_direction
 from ..errors import UserError
 from ..files import sha256_json
 from ..model.loading import ORGANISM
-from ..model.points import HookedModel, caa_layer, our_layer, resid_hook
+from ..model.points import HookedModel, caa_hook, caa_layer, our_layer, resid_hook
 from ..model.provenance import ModelRecord, describe_model
 from ..reading import combine_spans
 from ..text.chat import ChatFormat
@@ -52,8 +52,9 @@ def steering_vectors(
     signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(len(pairs)) / len(pairs)
     flips = torch.tensor(with_flipped_half(pairs.pairs, seed)).repeat_interleave(2)
     weights = torch.stack([signs, torch.where(flips, -signs, signs)])
-    found = combine_spans(model, spans, weights, pad_id=chat.pad_id, batch_size=batch_size)[:, 1:]
-    real, shuffled = found
+    streams = combine_spans(model, spans, weights, pad_id=chat.pad_id, batch_size=batch_size)
+    n_layers = model.cfg.n_layers
+    real, shuffled = streams[:, [our_layer(layer, n_layers) for layer in range(n_layers)]]
     enough = len(pairs) >= MIN_CONTROL_PAIRS and bool(shuffled.norm(dim=-1).all())
     return SteeringVectors(real, shuffled if enough else None)
 
@@ -88,7 +89,7 @@ def write_vectors(
     wanted = list(range(n_layers)) if layers is None else list(layers)
     for layer in wanted:
         our_layer(layer, n_layers)
-    found = steering_vectors(model, chat, pairs, batch_size=batch_size, seed=seed)
+    computed = steering_vectors(model, chat, pairs, batch_size=batch_size, seed=seed)
     record = describe_model(model, source)
     common = {
         "pairs": pairs.name,
@@ -101,17 +102,19 @@ def write_vectors(
         "template_sha256": sha256_json(chat.tokenizer.chat_template),
         "read_at": "the token that covers the answer's letter",
     }
-    kinds = {"": (found.vectors, "difference of means over A/B pairs (CAA)")}
-    if found.shuffled is not None:
-        kinds[SHUFFLED] = (found.shuffled, f"the same from shuffled labels (seed {seed})")
-    name = published_name(source)
-    for folder, (vectors, method) in kinds.items():
-        for layer in wanted:
-            direction = _direction(vectors[layer], layer, n_layers, {"method": method, **common})
-            direction.save(directory / folder / vector_name(layer, name))
-    return {
-        layer: _direction(found.vectors[layer], layer, n_layers, {"method": kinds[""][1], **common}) for layer in wanted
+    kinds = {
+        "": (computed.vectors, "difference of means over A/B pairs (CAA)"),
+        SHUFFLED: (computed.shuffled, f"the same from shuffled labels (seed {seed})"),
     }
+    made = {
+        folder: {layer: _direction(vectors[layer], layer, n_layers, {"method": method, **common}) for layer in wanted}
+        for folder, (vectors, method) in kinds.items()
+        if vectors is not None
+    }
+    for folder, directions in made.items():
+        for layer, direction in directions.items():
+            direction.save(directory / folder / vector_name(layer, published_name(source)))
+    return made[""]
 
 
 def load_vectors(path: Path, source: str, *, hook: str | None = None) -> dict[int, Direction]:
@@ -127,8 +130,8 @@ def load_vectors(path: Path, source: str, *, hook: str | None = None) -> dict[in
         direction = load_direction(path, hook)
         return {caa_layer(direction.layer): direction}
     name = published_name(source)
-    found = {file: re.fullmatch(r"vec_layer_\d+_(.+)", file.stem) for file in sorted(path.glob("vec_layer_*.pt"))}
-    models = {file: match[1] for file, match in found.items() if match}
+    named = {file: re.fullmatch(r"vec_layer_\d+_(.+)", file.stem) for file in sorted(path.glob("vec_layer_*.pt"))}
+    models = {file: match[1] for file, match in named.items() if match}
     directions = [load_direction(file) for file, owner in models.items() if owner == name]
     if not directions:
         others = sorted(set(models.values()))
@@ -139,13 +142,26 @@ def load_vectors(path: Path, source: str, *, hook: str | None = None) -> dict[in
     return {caa_layer(direction.layer): direction for direction in directions}
 
 
+def vector_for(vectors: Mapping[int, Direction], layer: int) -> Direction:
+    """The vector of a CAA layer; a single one serves every layer.
+
+    Raises:
+        UserError: there is none.
+    """
+    if len(vectors) == 1:
+        return next(iter(vectors.values()))
+    if layer not in vectors:
+        raise UserError(f"there is no vector of layer {layer}; there are {sorted(vectors)}")
+    return vectors[layer]
+
+
 def load_controls(path: Path, source: str, vectors: Mapping[int, Direction]) -> dict[str, dict[int, Direction]]:
     """Controls for every vector, by kind: random ones of its norm, and those of shuffled labels that lie beside it."""
     controls = {"random vectors of equal norm": {layer: vector.random_like(0) for layer, vector in vectors.items()}}
-    shuffled = path / SHUFFLED
-    found = load_vectors(shuffled, source) if path.is_dir() and shuffled.is_dir() else {}
-    if set(vectors) <= set(found):
-        controls["shuffled labels"] = {layer: found[layer] for layer in vectors}
+    beside = path / SHUFFLED
+    shuffled = load_vectors(beside, source) if path.is_dir() and beside.is_dir() else {}
+    if set(vectors) <= set(shuffled):
+        controls["shuffled labels"] = {layer: shuffled[layer] for layer in vectors}
     return controls
 
 
@@ -172,5 +188,5 @@ def _direction(
     vector: Float[Tensor, " d_model"], layer: int, n_layers: int, provenance: Mapping[str, Any]
 ) -> Direction:
     place = our_layer(layer, n_layers)
-    translation = {"caa_layer": layer, "caa_hook_name": f"blocks.{layer}.hook_resid_post"}
+    translation = {"caa_layer": layer, "caa_hook_name": caa_hook(layer)}
     return Direction(vector.float(), place, resid_hook(place, n_layers), None, {**provenance, **translation})

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import read_record, write_json, write_record
 from ..generation import generate
 from ..interventions import Add, Positions
-from ..judges.substring import Judge, SubstringJudge, is_degenerate
+from ..judges.substring import MAX_DEGENERATE, Judge, SubstringJudge, is_degenerate
 from ..measures import ABPoint, ABQuestions, ABSweep, p_matching
 from ..model.points import HookedModel, explain_layer, model_source, our_layer
 from ..model.provenance import describe_model, versions
@@ -22,7 +22,103 @@ from ..progress import track
 from ..run.stages import RunFolder
 from ..stats import Rate, mean_interval
 from ..text.chat import ChatFormat
-from ..text.pairs import ABPair, PairSet
+from ..text.pairs import PairSet
+from .caa import vector_for
+
+AB_RESULTS = "ab_results.json"
+
+
+@dataclass(frozen=True)
+class ABItem:
+    """A pair and the probabilities of its answers, as published result files hold them."""
+
+    question: str
+    answer_matching_behavior: str
+    answer_not_matching_behavior: str
+    a_prob: float
+    """Of the answer that comes first in the alphabet, whatever its letter."""
+    b_prob: float
+
+    @property
+    def probabilities(self) -> tuple[float, float]:
+        """Of the matching answer, and of the other."""
+        is_first = self.answer_matching_behavior < self.answer_not_matching_behavior
+        return (self.a_prob, self.b_prob) if is_first else (self.b_prob, self.a_prob)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """p(matching answer) with a vector added and subtracted, and how far that is from the plain model's."""
+
+    p_plain: float
+    p_added: float
+    p_subtracted: float
+    change_added: float
+    change_subtracted: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer and a multiplier whose text was looked at."""
+
+    layer: int
+    """CAA's layer."""
+    multiplier: float
+    chosen_on: str
+    """Name of the pairs on which it was found."""
+    effect_there: float
+    """The smaller of what adding raises p(matching answer) by and subtracting lowers it by."""
+    degenerate_added: Rate
+    degenerate_subtracted: Rate
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values: the fields, and the layer in words."""
+        return {**vars(self), "layer_means": explain_layer(self.layer)}
+
+
+@dataclass(frozen=True)
+class Choice(Changes, Candidate):
+    """The candidate that was chosen, with what it does to the pairs that are reported on."""
+
+    tried_before: tuple[Candidate, ...]
+    """Those of a larger effect, whose text breaks."""
+    controls: dict[str, Changes]
+    """What the control vectors do there, by kind."""
+
+
+@dataclass(frozen=True)
+class ControlChanges:
+    """How far the control vectors move the choice."""
+
+    largest_change: dict[str, float]
+    """By kind, at any layer and multiplier."""
+    pairs: str
+    """On which."""
+
+
+@dataclass(frozen=True)
+class ABResults:
+    """What `ab_results.json` holds."""
+
+    pairs: str
+    p_plain: float
+    """p(matching answer) of the plain model."""
+    n_pairs_by_letter: int
+    """Read from the letter token; the others from the whole answer."""
+    rows: tuple[ABPoint, ...]
+    positions: Positions
+    vector: str
+    """Where the vectors lie."""
+    chosen: Choice | None
+    why_none: str | None = None
+    """Why nothing was chosen."""
+    controls: ControlChanges | None = None
+    """None where nothing could be chosen."""
+
+    @property
+    def sweep(self) -> ABSweep:
+        """All layers and multipliers on the pairs that are reported on."""
+        return ABSweep(self.pairs, self.p_plain, self.rows, self.n_pairs_by_letter)
 
 
 def sweep_pairs(
@@ -54,10 +150,10 @@ def sweep_pairs(
     model_record = describe_model(model, model_source(model))
     base = {"model": model_record, "chat": chat.record(), "versions": versions(), "pairs": pairs.sha256}
 
-    def items(*steering: Add) -> list[dict[str, Any]]:
-        return _published_items(pairs, questions.log_probabilities(model, steering, batch_size=batch_size))
+    def items(*steering: Add) -> list[ABItem]:
+        return _items(pairs, questions.log_probabilities(model, steering, batch_size=batch_size))
 
-    def stored(layer: int, multiplier: float, steering: Add) -> list[dict[str, Any]]:
+    def stored(layer: int, multiplier: float, steering: Add) -> list[ABItem]:
         if folder is None:
             return items(steering)
         file = f"{where}results_layer={layer}_multiplier={float(multiplier)}_type=ab.json"
@@ -65,54 +161,30 @@ def sweep_pairs(
         inputs = base | place | {"vector": steering.direction.vector.tolist()}
         name = file.removesuffix(".json").replace("/", "_")
         folder.stage(name, inputs, [file], lambda: write_json(folder.path / file, items(steering)))
-        return read_json(folder.path / file)
+        return read_record(folder.path / file, list[ABItem])
 
-    plain = p_matching(_log_p(pairs, items())).tolist()
+    plain = _p_matching(items())
     points = []
     for layer in track(wanted, f"p(matching) on {pairs.name}"):
         place, direction = our_layer(layer, model.cfg.n_layers), vector_for(vectors, layer)
         for multiplier in multipliers:
-            answered = stored(layer, multiplier, Add(direction, multiplier, place, positions))
-            p = p_matching(_log_p(pairs, answered)).tolist()
+            p = _p_matching(stored(layer, multiplier, Add(direction, multiplier, place, positions)))
             change = mean_interval([after - before for after, before in zip(p, plain, strict=True)])
             points.append(ABPoint(layer, multiplier, *mean_interval(p), *change, len(pairs)))
     return ABSweep(pairs.name, mean_interval(plain)[0], tuple(points), questions.n_by_letter)
 
 
-def vector_for(vectors: Mapping[int, Direction], layer: int) -> Direction:
-    """The vector of a CAA layer; a single one serves every layer.
-
-    Raises:
-        UserError: there is none.
-    """
-    if len(vectors) == 1:
-        return next(iter(vectors.values()))
-    if layer not in vectors:
-        raise UserError(f"there is no vector of layer {layer}; there are {sorted(vectors)}")
-    return vectors[layer]
-
-
-def _published_items(pairs: PairSet, log_p: Float[Tensor, "pair 2"]) -> list[dict[str, Any]]:
-    """One object per pair; the answers in alphabetical order are its a and b."""
+def _items(pairs: PairSet, log_p: Float[Tensor, "pair 2"]) -> list[ABItem]:
     items = []
     for pair, (matching, other) in zip(pairs.pairs, torch.exp(log_p).tolist(), strict=True):
-        a, b = (matching, other) if _matching_is_first(pair) else (other, matching)
-        items.append({**pair.describe(), "a_prob": a, "b_prob": b})
+        a, b = (matching, other) if pair.matching < pair.not_matching else (other, matching)
+        items.append(ABItem(pair.question, pair.matching, pair.not_matching, a, b))
     return items
 
 
-def _log_p(pairs: PairSet, items: Sequence[Mapping[str, Any]]) -> Float[Tensor, "pair 2"]:
-    keys = [("a_prob", "b_prob") if _matching_is_first(pair) else ("b_prob", "a_prob") for pair in pairs.pairs]
-    rows = [[item[key] for key in both] for item, both in zip(items, keys, strict=True)]
-    return torch.tensor(rows, dtype=torch.float64).log()
-
-
-def _matching_is_first(pair: ABPair) -> bool:
-    return pair.matching < pair.not_matching
-
-
-MAX_DEGENERATE = 0.05
-"""A multiplier is sound while at most this fraction of answers is degenerate text."""
+def _p_matching(items: Sequence[ABItem]) -> list[float]:
+    p = torch.tensor([item.probabilities for item in items], dtype=torch.float64)
+    return p_matching(p.log()).tolist()
 
 
 @dataclass(frozen=True)
@@ -140,7 +212,7 @@ def evaluate_choices(
     questions: Sequence[str],
     folder: RunFolder,
     task: ABTask,
-) -> tuple[dict[str, Any], ABSweep]:
+) -> ABResults:
     """p(matching) on `reported` by layer and multiplier, and the best of them chosen on `other`: `ab_results.json`.
 
     A layer is chosen only where the vector moves the choice on `other` further, both ways, than the controls do at
@@ -153,45 +225,52 @@ def evaluate_choices(
     common: dict[str, Any] = {"positions": task.positions, "batch_size": task.batch_size}
 
     def sweep(which: Mapping[int, Direction], pairs: PairSet, where: str = "") -> ABSweep:
-        quiet = RunFolder(folder.path, folder.fresh)
         folder.report(f"p(matching) on {len(pairs)} pairs of {pairs.name}{f' ({where[:-1]})' if where else ''}")
-        options: dict[str, Any] = {"layers": task.layers, "folder": quiet, "where": where, **common}
-        return sweep_pairs(model, chat, which, pairs, task.multipliers, **options)
+        quiet: dict[str, Any] = {"folder": RunFolder(folder.path, folder.fresh), "where": where}
+        return sweep_pairs(model, chat, which, pairs, task.multipliers, layers=task.layers, **quiet, **common)
 
-    found = sweep(vectors, reported)
-    record: dict[str, Any] = {**found.describe(), "positions": task.positions, "vector": task.vector, "chosen": None}
-    if not questions:
-        record["why_none"] = "there are no questions on which to check the text"
-    elif not found.effects():
-        record["why_none"] = "it takes a positive multiplier with both signs, such as --multipliers -1 1"
-    elif set(reported.pairs) & set(other.pairs):
-        record["why_none"] = f"{reported.name} and {other.name} share pairs; it takes others: --choose-on"
-    else:
+    def sweep_controls(pairs: PairSet, where: str = "") -> dict[str, ABSweep]:
+        return {kind: sweep(each, pairs, f"{where}{kind.replace(' ', '_')}/") for kind, each in controls.items()}
+
+    swept = sweep(vectors, reported)
+    why_none = _why_none_is_sought(swept, reported, other, questions)
+    chosen, controlled = None, None
+    if why_none is None:
         on_other = sweep(vectors, other, "choosing/")
-        moved = {
-            kind: sweep(control, other, f"choosing/{_folder(kind)}/").largest_change
-            for kind, control in controls.items()
-        }
-        strongest = max(moved, key=lambda kind: moved[kind])
-        options = {"beyond": moved[strongest], "max_new_tokens": task.max_new_tokens, **common}
-        picked = choose(model, chat, vectors, on_other, questions, **options)
-        best = on_other.effects()[0][0]
-        record["controls"] = {"largest_change": moved, "pairs": other.name}
-        if picked is not None:
-            changes = {
-                kind: _changes(sweep(control, reported, f"{_folder(kind)}/"), picked)
-                for kind, control in controls.items()
-            }
-            record["chosen"] = {**picked, **_changes(found, picked), "controls": changes}
-        elif best <= moved[strongest]:
-            record["why_none"] = (
-                f"no layer moves the choice on {other.name} beyond what {strongest} do: both ways at most "
-                f"{max(best, 0.0):.3g}, against {moved[strongest]:.3g}"
-            )
+        moved = {kind: each.largest_change for kind, each in sweep_controls(other, "choosing/").items()}
+        options = {"beyond": max(moved.values()), "max_new_tokens": task.max_new_tokens, **common}
+        best, tried = choose(model, chat, vectors, on_other, questions, **options)
+        controlled = ControlChanges(moved, other.name)
+        if best is None:
+            why_none = _why_none_is_chosen(on_other, controlled)
         else:
-            record["why_none"] = "where the choice moves, the answers are degenerate text; try smaller multipliers"
-    write_json(folder.path / "ab_results.json", record)
-    return record, found
+            changes = {kind: _changes(each, best) for kind, each in sweep_controls(reported).items()}
+            chosen = Choice(**vars(best), **vars(_changes(swept, best)), tried_before=tried, controls=changes)
+    about = swept.pairs, swept.plain, swept.n_by_letter, swept.points, task.positions, task.vector
+    results = ABResults(*about, chosen, why_none, controlled)
+    write_record(folder.path / AB_RESULTS, results)
+    return results
+
+
+def _why_none_is_sought(swept: ABSweep, reported: PairSet, other: PairSet, questions: Sequence[str]) -> str | None:
+    if not questions:
+        return "there are no questions on which to check the text"
+    if not swept.effects():
+        return "it takes a positive multiplier with both signs, such as --multipliers -1 1"
+    if set(reported.pairs) & set(other.pairs):
+        return f"{reported.name} and {other.name} share pairs; it takes others: --choose-on"
+    return None
+
+
+def _why_none_is_chosen(on_other: ABSweep, controls: ControlChanges) -> str:
+    best = on_other.effects()[0][0]
+    strongest, moved = max(controls.largest_change.items(), key=lambda each: each[1])
+    if best > moved:
+        return "where the choice moves, the answers are degenerate text; try smaller multipliers"
+    return (
+        f"no layer moves the choice on {controls.pairs} beyond what {strongest} do: both ways at most "
+        f"{max(best, 0.0):.3g}, against {moved:.3g}"
+    )
 
 
 def choose(
@@ -206,66 +285,89 @@ def choose(
     max_new_tokens: int = 50,
     batch_size: int = 8,
     max_tries: int = 8,
-) -> dict[str, Any] | None:
+) -> tuple[Candidate | None, tuple[Candidate, ...]]:
     """The layer and multiplier with the largest effect on `chosen_on` at which text is still text, with both signs.
 
     Args:
         beyond: an effect must be larger: what control vectors change.
 
     Returns:
-        None where no positive multiplier was swept with both signs, no effect is beyond the controls', or none of
-        the `max_tries` best is sound.
+        The choice, and those tried before it. None where no positive multiplier was swept with both signs, no effect
+        is beyond the controls', or none of the `max_tries` best is sound.
     """
-    tried: list[dict[str, Any]] = []
+    tried: list[Candidate] = []
     for effect, layer, multiplier in chosen_on.effects()[:max_tries]:
         if effect <= beyond:
             break
         place, direction = our_layer(layer, model.cfg.n_layers), vector_for(vectors, layer)
         broken = []
-        for sign in (1, -1):
-            steering = Add(direction, sign * multiplier, place, positions)
+        for times in (multiplier, -multiplier):
             answers = generate(
                 model,
                 chat,
                 questions,
-                interventions=(steering,),
+                interventions=(Add(direction, times, place, positions),),
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
-                description=f"layer {layer}, multiplier {sign * multiplier:g}",
+                description=f"layer {layer}, multiplier {times:g}",
             )
             broken.append(Rate.of([is_degenerate(answer.text) for answer in answers]))
-        found = {
-            "layer": layer,
-            "layer_means": explain_layer(layer),
-            "multiplier": multiplier,
-            "chosen_on": chosen_on.pairs,
-            "effect_there": effect,
-            "degenerate_added": broken[0].describe(),
-            "degenerate_subtracted": broken[1].describe(),
-        }
+        candidate = Candidate(layer, multiplier, chosen_on.pairs, effect, *broken)
         if all(rate.value <= MAX_DEGENERATE for rate in broken):
-            return {**found, "tried_before": tried}
-        tried.append(found)
-    return None
+            return candidate, tuple(tried)
+        tried.append(candidate)
+    return None, tuple(tried)
 
 
-def _folder(kind: str) -> str:
-    return kind.replace(" ", "_")
+def _changes(sweep: ABSweep, best: Candidate) -> Changes:
+    up, down = (sweep.at(best.layer, sign * best.multiplier) for sign in (1, -1))
+    return Changes(sweep.plain, up.p, down.p, up.delta, down.delta)
 
 
-def _changes(sweep: ABSweep, picked: Mapping[str, Any]) -> dict[str, float]:
-    up, down = (sweep.at(picked["layer"], sign * picked["multiplier"]) for sign in (1, -1))
-    return {
-        "p_plain": sweep.plain,
-        "p_added": up.p,
-        "p_subtracted": down.p,
-        "change_added": up.delta,
-        "change_subtracted": down.delta,
-    }
+@dataclass(frozen=True)
+class SteeredAnswer:
+    """A question and its answers, as published result files hold them, with the plain model's answer."""
+
+    question: str
+    answer_baseline: str
+    answer_with_add_steering: str
+    answer_with_substract_steering: str
+    """Spelled as there."""
 
 
-ANSWER_KEYS = ("question", "answer_baseline", "answer_with_add_steering", "answer_with_substract_steering")
-"""Of the published result files, spelled as there, with the plain model's answer."""
+@dataclass(frozen=True)
+class TextRates:
+    """How many answers look like refusals, and how many are no text."""
+
+    refusal_like_rate: Rate
+    degenerate_rate: Rate
+
+
+@dataclass(frozen=True)
+class Steered:
+    """One multiplier, both ways."""
+
+    add: TextRates
+    subtract: TextRates
+    first_question: SteeredAnswer
+
+
+@dataclass(frozen=True)
+class OpenAnswers:
+    """What `test_summary.json` holds."""
+
+    layer: int
+    """CAA's layer."""
+    positions: Positions
+    max_new_tokens: int
+    n_questions: int
+    judge: str
+    baseline: TextRates
+    by_multiplier: dict[str, Steered]
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values: the fields, and the layer in words."""
+        return {**vars(self), "layer_means": explain_layer(self.layer)}
 
 
 def open_ended(
@@ -281,8 +383,8 @@ def open_ended(
     max_new_tokens: int = 50,
     batch_size: int = 8,
     judge: Judge | None = None,
-) -> dict[str, Any]:
-    """Answers with the vector added and subtracted: `test_results_x{m}.json`; returns `test_summary.json`.
+) -> OpenAnswers:
+    """Answers with the vector added and subtracted: `test_results_x{m}.json`, summed up in `test_summary.json`.
 
     Each multiplier is a stage of the folder.
 
@@ -290,10 +392,10 @@ def open_ended(
         layer: CAA's layer; the vector is added to the output of this block.
 
     Raises:
-        UserError: there are no questions, or the model has no such block.
+        UserError: there are no questions or no multipliers, or the model has no such block.
     """
-    if not questions:
-        raise UserError("there are no questions to answer")
+    if not questions or not multipliers:
+        raise UserError(f"there are no {'multipliers' if questions else 'questions to answer'}")
     place, judge = our_layer(layer, model.cfg.n_layers), judge or SubstringJudge()
     inputs = {
         "model": describe_model(model, model_source(model)),
@@ -306,53 +408,42 @@ def open_ended(
     }
 
     def answers(multiplier: float | None) -> list[str]:
-        steering = () if multiplier is None else (Add(direction, multiplier, place, positions),)
-        found = generate(
+        answered = generate(
             model,
             chat,
             questions,
-            interventions=steering,
+            interventions=() if multiplier is None else (Add(direction, multiplier, place, positions),),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             description="plain" if multiplier is None else f"multiplier {multiplier:g}",
         )
-        return [answer.text for answer in found]
+        return [answer.text for answer in answered]
 
     plain = cache(lambda: answers(None))
 
-    def rows(multiplier: float) -> list[dict[str, str]]:
-        columns = questions, plain(), answers(multiplier), answers(-multiplier)
-        return [dict(zip(ANSWER_KEYS, row, strict=True)) for row in zip(*columns, strict=True)]
-
-    summary: dict[str, Any] = {
-        "layer": layer,
-        "layer_means": explain_layer(layer),
-        "positions": positions,
-        "max_new_tokens": max_new_tokens,
-        "n_questions": len(questions),
-        "judge": judge.name,
-        "by_multiplier": {},
-    }
-    for multiplier in multipliers:
+    def stored(multiplier: float) -> list[SteeredAnswer]:
         file = f"test_results_x{multiplier:g}.json"
-        write = lambda file=file, m=multiplier: write_json(folder.path / file, rows(m))  # noqa: E731
+
+        def write() -> None:
+            columns = questions, plain(), answers(multiplier), answers(-multiplier)
+            write_json(folder.path / file, [SteeredAnswer(*row) for row in zip(*columns, strict=True)])
+
         about = f"{len(questions)} questions, answered with and without steering"
         folder.stage(f"test_x{multiplier:g}", inputs | {"multiplier": multiplier}, [file], write, about=about)
-        found = read_json(folder.path / file)
-        _, baseline, added, subtracted = ([row[key] for row in found] for key in ANSWER_KEYS)
-        summary["baseline"] = _text_rates(questions, baseline, judge)
-        summary["by_multiplier"][f"{multiplier:g}"] = {
-            "add": _text_rates(questions, added, judge),
-            "subtract": _text_rates(questions, subtracted, judge),
-            "first_question": found[0],
-        }
-    write_json(folder.path / "test_summary.json", summary)
+        return read_record(folder.path / file, list[SteeredAnswer])
+
+    by_multiplier: dict[str, Steered] = {}
+    for multiplier in multipliers:
+        rows = stored(multiplier)
+        added = _text_rates(questions, [row.answer_with_add_steering for row in rows], judge)
+        subtracted = _text_rates(questions, [row.answer_with_substract_steering for row in rows], judge)
+        by_multiplier[f"{multiplier:g}"] = Steered(added, subtracted, rows[0])
+    baseline = _text_rates(questions, [row.answer_baseline for row in rows], judge)
+    summary = OpenAnswers(layer, positions, max_new_tokens, len(questions), judge.name, baseline, by_multiplier)
+    write_record(folder.path / "test_summary.json", summary)
     return summary
 
 
-def _text_rates(questions: Sequence[str], answers: Sequence[str], judge: Judge) -> dict[str, Any]:
-    complied = judge.complied(questions, answers)
-    return {
-        "refusal_like_rate": Rate.of([not flag for flag in complied]).describe(),
-        "degenerate_rate": Rate.of([is_degenerate(answer) for answer in answers]).describe(),
-    }
+def _text_rates(questions: Sequence[str], texts: Sequence[str], judge: Judge) -> TextRates:
+    refused = [not flag for flag in judge.complied(questions, texts)]
+    return TextRates(Rate.of(refused), Rate.of([is_degenerate(text) for text in texts]))

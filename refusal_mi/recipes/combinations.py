@@ -3,10 +3,10 @@
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -14,19 +14,22 @@ from torch import Tensor
 
 from ..directions import Direction, cosine
 from ..errors import UserError
-from ..files import read_json, write_json, write_tensors
+from ..files import as_json, read_record, write_json, write_record, write_tensors
 from ..generation import Generated, generate
 from ..interventions import Ablate, Intervention
 from ..judges.substring import SubstringJudge
 from ..measures import LossResult, ScoredText, ce_loss, kl_nats, next_token_logits, refusal_score
 from ..model.points import HookedModel
-from ..run.record import MEAN_DIFFS, SURVIVORS, ranked
+from ..run.answers import Completion, Evaluation, Side, SideEffects
+from ..run.combos import CombinationRow, CombosResult, CombosTest, Difference, Skipped, ValidationRow
+from ..run.folder import ranked
+from ..run.options import CombosOptions, RunOptions
+from ..run.record import MEAN_DIFFS, PLACES, PROMPTS, SPAN, SUMMARY, SURVIVORS, CombinationRecord, Place, RunSummary
 from ..run.stages import RunFolder
 from ..stats import mean_interval
 from ..text.prompts import PromptSet
-from .context import RunContext
+from .context import Prepared, RunContext, prepare
 from .effects import BASELINE, Labelled, evaluate, loss_sets, loss_texts, losses, rates, texts_sha256
-from .options import RunOptions
 from .search import choose_direction, find_directions, record_run, score_directions
 
 Multi = Literal["span", "sequential"]
@@ -65,29 +68,30 @@ class Combination:
         return len(self.span.basis)
 
     @property
-    def places(self) -> list[dict[str, int | None]]:
-        """Position and layer of every direction, under the published keys."""
-        return [{"pos": direction.position, "layer": direction.layer} for direction in self.directions]
+    def places(self) -> tuple[Place, ...]:
+        """Position and layer of every direction."""
+        return tuple(Place(direction.position, direction.layer) for direction in self.directions)
 
     def random_like(self, seed: int) -> Ablate:
         """The ablation of a random span of the same rank: the control for every effect of this one."""
         seeds = range(seed * self.effective_rank, (seed + 1) * self.effective_rank)
         return Ablate([self.directions[0].random_like(each) for each in seeds])
 
-    def describe(self) -> dict[str, Any]:
-        """Ranks, hook points, effective rank, relative singular values and cosines as JSON values."""
+    def record(self) -> CombinationRecord:
+        """Ranks, places, hook points, effective rank, relative singular values and cosines."""
         singular = torch.linalg.svdvals(self.span.units)
-        return {
-            "label": self.label,
-            "ranks": list(self.ranks),
-            "multi": self.multi,
-            "hook_names": [direction.hook_name for direction in self.directions],
-            "norms": [direction.norm for direction in self.directions],
-            "effective_rank": self.effective_rank,
-            "relative_singular_values": (singular / singular[0]).tolist(),
-            "cosines": [[cosine(a, b) for b in self.directions] for a in self.directions],
-            "warning": self.warning,
-        }
+        return CombinationRecord(
+            self.label,
+            self.ranks,
+            self.multi,
+            tuple(direction.hook_name for direction in self.directions),
+            tuple(direction.norm for direction in self.directions),
+            self.effective_rank,
+            tuple((singular / singular[0]).tolist()),
+            tuple(tuple(cosine(a, b) for b in self.directions) for a in self.directions),
+            self.warning,
+            self.places,
+        )
 
 
 def combine(ranks: Sequence[int], directions: Sequence[Direction], multi: Multi = "span") -> Combination:
@@ -115,15 +119,17 @@ def check_multi(multi: str) -> None:
         raise UserError(f"--multi takes span or sequential, not {multi!r}")
 
 
-def save_combination(run: RunContext, combination: Combination) -> str:
+def save_combination(run: Prepared, combination: Combination) -> str:
     """Write `{label}/directions.pt`, `directions_metadata.json` and `directions_span.json`; return the folder."""
     where = f"{combination.label}/"
-    files = [f"{where}directions{end}" for end in (".pt", "_metadata.json", "_span.json")]
+    files = [f"{where}directions.pt", f"{where}{PLACES}", f"{where}{SPAN}"]
 
     def compute() -> None:
         write_tensors(run.path / files[0], [direction.vector for direction in combination.directions])
         write_json(run.path / files[1], combination.places)
-        write_json(run.path / files[2], combination.describe() | run.mark)
+        span = as_json(combination.record())
+        del span["directions"]  # they are the published file beside it
+        write_json(run.path / files[2], span | run.mark)
 
     record = {"ranks": list(combination.ranks), "places": combination.places, "multi": combination.multi}
     run.stage(f"{combination.label}_directions", run.inputs(MEAN_DIFFS, SURVIVORS, **record), files, compute, "")
@@ -142,11 +148,11 @@ def labelled(combination: Combination, seed: int | None = None) -> Labelled:
 
 
 def evaluate_combination(
-    run: RunContext,
+    run: Prepared,
     combination: Combination,
-    summary: Mapping[str, Any],
+    summary: RunSummary,
     texts: tuple[PromptSet, PromptSet] | None,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Completions and CE loss under the ablation of a combination, beside the run's baselines: `{label}/`.
 
     The baselines lie in the run folder and are shared by all combinations.
@@ -156,22 +162,22 @@ def evaluate_combination(
         texts: from `loss_sets`; None leaves CE loss out.
     """
     where = save_combination(run, combination)
+    ablation = labelled(combination)
     controls = [labelled(combination, seed) for seed in range(run.options.n_random)]
-    found: dict[str, Any] = {**summary, "combination": combination.describe() | {"directions": combination.places}}
+    summary = replace(summary, combination=combination.record(), status="done")
     if "completions" in run.options.steps:
-        ablation = labelled(combination)
-        found["completions"] = {
+        effects: dict[Side, SideEffects] = {
             "harmful": rates(run, "harmful", [ablation, *controls], where),
             "harmless": rates(run, "harmless", [ablation], where),
         }
+        summary = replace(summary, completions=effects)
     if texts is not None:
         scored = loss_texts(run, texts)
-        found["ce_loss"] = {"baseline": losses(run, BASELINE, scored)} | {
-            each.label: losses(run, each, scored, where) for each in (labelled(combination), *controls)
-        }
-    found |= {"status": "done", "seconds": run.folder.seconds()}
-    write_json(run.path / where / "summary.json", found)
-    return found
+        by_label = {each.label: losses(run, each, scored, where) for each in (ablation, *controls)}
+        summary = replace(summary, ce_loss={"baseline": losses(run, BASELINE, scored), **by_label})
+    summary = replace(summary, seconds=run.folder.seconds())
+    write_record(run.path / where / SUMMARY, summary)
+    return summary
 
 
 N_BEST = 5
@@ -180,107 +186,83 @@ TIE_NATS = 0.01
 """Bypass scores closer than this are a tie, which CE loss decides."""
 
 
-@dataclass(frozen=True)
-class CombosOptions:
-    """What is combined, and how it is judged."""
-
-    ranks: tuple[int, ...] | None = None
-    """None: the five best, or as many as survive."""
-    max_size: int = 2
-    kl_max: float | None = 0.1
-    """Largest mean KL on harmless validation prompts (nats) of a winner; equality passes; None is no limit."""
-    n_random: int = 3
-    """Random spans of the winner's rank."""
-    n_ce: int = 256
-    """At most this many texts of each CE set."""
-    val_new_tokens: int = 32
-    """Length of the validation answers."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_size", "n_ce", "val_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_random < 0:
-            raise UserError(f"n_random must not be negative, not {self.n_random}")
-        if self.kl_max is not None and not 0 <= self.kl_max < math.inf:
-            raise UserError(f"kl_max must be a number from 0 on, not {self.kl_max}")
-        if self.ranks is not None and len(set(self.ranks)) < len(self.ranks):
-            raise UserError("a rank was given twice")
-
-
 def run_combos(
     model: HookedModel, source: str, options: RunOptions, folder: RunFolder, combos: CombosOptions
-) -> dict[str, Any]:
+) -> CombosResult:
     """Ablate every single direction and every combination on validation prompts; test the winner on held-out ones.
 
     The winner has the lowest bypass score among those with KL ≤ `kl_max`; of those within 0.01 nats of it, the one
     with the lowest CE loss on plain text. Choosing the best of many on the prompts that it is reported on would
     overstate it. Returns what `combos.json` holds; the search is the run's own.
     """
-    run = RunContext(model, source, options, folder)
     texts = loss_sets(options)
-    head = record_run(run)
+    run = prepare(RunContext.start(model, source, options, folder))
+    record_run(run)
     grid = find_directions(run)
     chosen = choose_direction(run, grid, score_directions(run, grid))
+    result = CombosResult(run.model_record, options.quick, NONE_SURVIVE, combos)
     if not chosen.survivors and combos.ranks is None:
-        reason = {"explanation": chosen.explain(), "options": asdict(combos)}
-        return _finish(run, {"model": head["model"], "quick": options.quick, **reason}, NONE_SURVIVE)
+        return _finish(run, replace(result, explanation=chosen.explain()))
     ranks = combos.ranks or tuple(range(min(N_BEST, len(chosen.survivors))))
     by_rank = dict(zip(ranks, ranked(grid, chosen, ranks), strict=True))
     validation = _Validation(run, combos, loss_texts(run, texts, own_answers=False))
-    found: dict[str, Any] = {
-        "model": head["model"],
-        "quick": options.quick,
-        "options": asdict(combos),
-        "text_set": validation.text_set,
-        "n_validation": {"harmful": len(validation.harmful), "harmless": len(validation.harmless)},
-        "baseline": validation.row("baseline", ()),
-        "combinations": [],
-        "skipped": [],
-    }
+    baseline = validation.row("baseline", ())
     there: dict[str, Combination] = {}
+    rows: list[CombinationRow] = []
+    skipped: list[Skipped] = []
     for members in _members(ranks, combos.max_size):
         try:
             each = combine(members, [by_rank[rank] for rank in members])
         except UserError as error:
-            found["skipped"].append({"ranks": list(members), "reason": str(error)})
+            skipped.append(Skipped(members, str(error)))
             continue
         there[each.label] = each
-        row = validation.row(each.label, each.interventions)
-        found["combinations"].append(each.describe() | {"directions": each.places} | row)
+        rows.append(CombinationRow(each.record(), validation.row(each.label, each.interventions)))
         if each.warning:
             folder.report(f"warning: {each.warning}")
-    winner = choose(found["combinations"], combos.kl_max, validation.text_set)
-    single = choose(
-        [row for row in found["combinations"] if len(row["ranks"]) == 1], combos.kl_max, validation.text_set
+    result = replace(
+        result,
+        text_set=validation.text_set,
+        n_validation={"harmful": len(validation.harmful), "harmless": len(validation.harmless)},
+        baseline=baseline,
+        combinations=tuple(rows),
+        skipped=tuple(skipped),
     )
+    winner = choose([row.measured for row in rows], combos.kl_max, validation.text_set)
+    singles = [row.measured for row in rows if len(row.combination.ranks) == 1]
+    single = choose(singles, combos.kl_max, validation.text_set)
     if winner is None:
-        return _finish(run, found, f"no combination has a KL of at most {combos.kl_max} nats")
-    best = there[winner["label"]]
+        return _finish(run, replace(result, status=f"no combination has a KL of at most {combos.kl_max} nats"))
+    best = there[winner.label]
     randoms = [(f"{best.label}_random_{seed}", best.random_like(seed)) for seed in range(combos.n_random)]
-    found["random"] = [validation.row(label, (control,)) for label, control in randoms]
-    found |= {"winner": winner["label"], "single_best": single["label"] if single else None}
-    found["test"] = _test(run, best, there[single["label"]] if single else None, combos.n_random)
-    return _finish(run, found, "done")
+    result = replace(
+        result,
+        random=tuple(validation.row(label, (control,)) for label, control in randoms),
+        winner=winner.label,
+        single_best=single.label if single else None,
+        test=_test(run, best, there[single.label] if single else None, combos.n_random),
+        status="done",
+    )
+    return _finish(run, result)
 
 
-def choose(rows: Sequence[Mapping[str, Any]], kl_max: float | None, text_set: str) -> Mapping[str, Any] | None:
+def choose(rows: Sequence[ValidationRow], kl_max: float | None, text_set: str) -> ValidationRow | None:
     """The row with the lowest bypass score among those with KL ≤ `kl_max`; ties by CE loss on `text_set`."""
-    passing = [row for row in rows if kl_max is None or row["kl_nats"] <= kl_max]
+    passing = [row for row in rows if kl_max is None or row.kl_nats <= kl_max]
     if not passing:
         return None
-    lowest = min(row["bypass"] for row in passing)
-    tied = [row for row in passing if row["bypass"] <= lowest + TIE_NATS]
-    return min(tied, key=lambda row: row["ce_loss"][text_set]["ce_loss"])
+    lowest = min(row.bypass for row in passing)
+    tied = [row for row in passing if row.bypass <= lowest + TIE_NATS]
+    return min(tied, key=lambda row: row.ce_loss[text_set].ce_loss)
 
 
 class _Validation:
     """Scores, short answers and CE loss under an intervention, one stage each: `combos/{label}.json`."""
 
-    def __init__(self, run: RunContext, options: CombosOptions, texts: Mapping[str, Sequence[ScoredText]]) -> None:
+    def __init__(self, run: Prepared, options: CombosOptions, texts: Mapping[str, Sequence[ScoredText]]) -> None:
         self.run, self.options = run, options
         self.harmful, self.harmless = run.kept("harmful", "val"), run.kept("harmless", "val")
-        self.tokens = [token["id"] for token in run.prompts["refusal_tokens"]]
+        self.tokens = run.prompts.token_ids
         self.texts = {name: scored[: options.n_ce] for name, scored in texts.items()}
         self.text_set = next(iter(self.texts))
 
@@ -288,32 +270,33 @@ class _Validation:
     def plain(self) -> Float[Tensor, "prompt d_vocab"]:
         return self._logits(())
 
-    def row(self, label: str, interventions: Sequence[Intervention]) -> dict[str, Any]:
+    def row(self, label: str, interventions: Sequence[Intervention]) -> ValidationRow:
         """What `combos/{label}.json` holds."""
         path = f"combos/{label}.json"
-        files = ["prompts.json", *([MEAN_DIFFS, SURVIVORS] if interventions else [])]
+        files = [PROMPTS, *([MEAN_DIFFS, SURVIVORS] if interventions else [])]
         inputs = self.run.inputs(
             *files, label=label, texts=texts_sha256(self.texts), val_new_tokens=self.options.val_new_tokens
         )
         n_prompts = len(self.harmful) + len(self.harmless)
         about = f"{n_prompts} prompts, {len(self.harmful)} short answers, {sum(map(len, self.texts.values()))} texts"
-        write = lambda: write_json(self.run.path / path, self._measure(label, interventions) | self.run.mark)  # noqa: E731
+        write = lambda: write_record(self.run.path / path, self._measure(label, interventions))  # noqa: E731
         self.run.stage(f"combos_{label}", inputs, [path], write, about)
-        return read_json(self.run.path / path)
+        return read_record(self.run.path / path, ValidationRow)
 
-    def _measure(self, label: str, interventions: Sequence[Intervention]) -> dict[str, Any]:
+    def _measure(self, label: str, interventions: Sequence[Intervention]) -> ValidationRow:
         n, logits = len(self.harmful), self._logits(interventions)
         mean, low, high = mean_interval(refusal_score(logits[:n], self.tokens).tolist())
         verdicts = evaluate(self._answers(label, interventions), SubstringJudge())
-        return {
-            "label": label,
-            "bypass": mean,
-            "bypass_interval": [low, high],
-            "kl_nats": kl_nats(self.plain[n:], logits[n:]).mean().item(),
-            "refusal": verdicts["refusal_rate"],
-            "degenerate": verdicts["degenerate_rate"],
-            "ce_loss": {name: self._loss(texts, interventions).describe() for name, texts in self.texts.items()},
-        }
+        return ValidationRow(
+            label,
+            mean,
+            (low, high),
+            kl_nats(self.plain[n:], logits[n:]).mean().item(),
+            verdicts.refusal,
+            verdicts.degenerate,
+            {name: self._loss(texts, interventions) for name, texts in self.texts.items()},
+            self.run.options.quick,
+        )
 
     def _logits(self, interventions: Sequence[Intervention]) -> Float[Tensor, "prompt d_vocab"]:
         prompts, run = [*self.harmful, *self.harmless], self.run
@@ -321,7 +304,7 @@ class _Validation:
             lambda size: next_token_logits(run.model, run.chat, prompts, interventions=interventions, batch_size=size)
         )
 
-    def _answers(self, label: str, interventions: Sequence[Intervention]) -> list[dict[str, Any]]:
+    def _answers(self, label: str, interventions: Sequence[Intervention]) -> list[Completion]:
         run = self.run
 
         def answer(batch_size: int) -> list[Generated]:
@@ -336,7 +319,7 @@ class _Validation:
             )
 
         pairs = zip(self.harmful, run.batched(answer), strict=True)
-        return [{"category": None, "prompt": prompt, "response": found.text} for prompt, found in pairs]
+        return [Completion(None, prompt, answered.text) for prompt, answered in pairs]
 
     def _loss(self, texts: Sequence[ScoredText], interventions: Sequence[Intervention]) -> LossResult:
         run = self.run
@@ -347,31 +330,26 @@ class _Validation:
         )
 
 
-def _test(run: RunContext, winner: Combination, single: Combination | None, n_random: int) -> dict[str, Any]:
+def _test(run: Prepared, winner: Combination, single: Combination | None, n_random: int) -> CombosTest:
     """Refusal on held-out prompts: plain, winner, best single direction, random spans, and winner minus single."""
     controls = [labelled(winner, seed) for seed in range(n_random)]
-    found = rates(run, "harmful", [labelled(winner), *controls], save_combination(run, winner))
-    test = {
-        "set": found["set"],
-        "n": found["n"],
-        "baseline": found["baseline"],
-        "winner": found["ablation"],
-        "random": [found[control.label] for control in controls],
-    }
+    side = rates(run, "harmful", [labelled(winner), *controls], save_combination(run, winner))
+    baseline, ablated, *random = side.effects
+    test = CombosTest(side.set_name, side.n, baseline, ablated, tuple(random))
     if single is None:
         return test
     where = save_combination(run, single)
-    test["single_best"] = rates(run, "harmful", [labelled(single)], where)["ablation"]
-    return test | {"winner_minus_single": _difference(_refused(run, winner), _refused(run, single))}
+    alone = rates(run, "harmful", [labelled(single)], where).effects[1]
+    gap = _difference(_refused(run, winner), _refused(run, single))
+    return replace(test, single_best=alone, winner_minus_single=gap)
 
 
-def _refused(run: RunContext, combination: Combination) -> list[bool]:
+def _refused(run: Prepared, combination: Combination) -> list[bool]:
     name = f"{combination.label}/completions/{run.test('harmful').name}_ablation_evaluations.json"
-    key = f"is_jailbreak_{SubstringJudge.name}"
-    return [not row[key] for row in read_json(run.path / name)["completions"]]
+    return [answer.is_refused for answer in Evaluation.load(run.path / name).answers]
 
 
-def _difference(of: Sequence[bool], against: Sequence[bool]) -> dict[str, float]:
+def _difference(of: Sequence[bool], against: Sequence[bool]) -> Difference:
     """Difference of two rates on the same prompts, with the 95% interval of Agresti and Min (2005).
 
     Its half prompt more in each discordant cell keeps a width where the two never differ.
@@ -381,7 +359,7 @@ def _difference(of: Sequence[bool], against: Sequence[bool]) -> dict[str, float]
     less = sum(b and not a for a, b in zip(of, against, strict=True))
     center = (more - less) / (n + 2)
     half = 1.96 * math.sqrt((more + less + 1) - (more - less) ** 2 / (n + 2)) / (n + 2)
-    return {"refusal_rate": (more - less) / n, "low": max(-1.0, center - half), "high": min(1.0, center + half)}
+    return Difference((more - less) / n, max(-1.0, center - half), min(1.0, center + half))
 
 
 def _members(ranks: Sequence[int], max_size: int) -> Iterator[tuple[int, ...]]:
@@ -390,7 +368,7 @@ def _members(ranks: Sequence[int], max_size: int) -> Iterator[tuple[int, ...]]:
         yield from combinations(sorted(ranks), size)
 
 
-def _finish(run: RunContext, found: Mapping[str, Any], status: str) -> dict[str, Any]:
-    finished = {**found, "status": status, "seconds": run.folder.seconds()}
-    write_json(run.path / "combos.json", finished)
+def _finish(run: Prepared, result: CombosResult) -> CombosResult:
+    finished = replace(result, seconds=run.folder.seconds())
+    write_record(run.path / "combos.json", finished)
     return finished

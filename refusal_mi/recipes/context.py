@@ -1,80 +1,59 @@
-"""What every stage of a run shares: model, options, prompts, folder."""
+"""What every stage of a run shares: model, options, folder; and after `prepare` the prompts and the chat format."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import read_record, write_record
 from ..generation import discover_response_prefix
 from ..measures import discover_refusal_tokens, next_token_logits, published_refusal_tokens, refusal_score
 from ..model.points import HookedModel, model_type
-from ..model.provenance import describe_model, versions
+from ..model.provenance import ModelRecord, describe_model, versions
+from ..run.options import RunOptions
+from ..run.record import PROMPTS, PromptRow, PromptsRecord, SplitRows, TokenRecord
 from ..run.stages import RunFolder
 from ..text.batches import with_smaller_batches
 from ..text.chat import ChatFormat
 from ..text.prompts import Prompt, PromptSet, Splits, load_prompts, load_splits
-from .options import RunOptions
 
 MIN_KEPT_PROMPTS = 8
 N_PREFIX_PROMPTS = 16
 Result = TypeVar("Result")
 
 
+@dataclass
 class RunContext:
-    """One model, one set of options, one folder; reading `prompts` runs the first stage."""
+    """One model, one set of options, one folder."""
 
-    def __init__(self, model: HookedModel, source: str, options: RunOptions, folder: RunFolder) -> None:
-        self.model, self.options, self.folder = model, options, folder
-        self.path = folder.path
-        self.model_record = describe_model(model, source)
-        _check_tokens(options.refusal_tokens, self.model_record.d_vocab)
-        self.hashes: dict[str, str] = {}
-        self._seconds_each: dict[str, float] = {}
-        prefix = options.response_prefix or ""
-        self._template = ChatFormat(model.tokenizer, options.system, options.template_kwargs, prefix)
-        folder.claim(self.model_record)
+    model: HookedModel
+    options: RunOptions
+    folder: RunFolder
+    model_record: ModelRecord
+    chat: ChatFormat
+    """As the options say; after `prepare` with the response prefix that the model's answers share."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """Of the files that the stages so far wrote."""
+    seconds_each: dict[str, float] = field(default_factory=dict)
+    """What a unit of work took, by kind."""
 
-    @cached_property
-    def splits(self) -> dict[str, Splits]:
-        """The sampled prompts of both sides, before the filter."""
-        o = self.options
-        return {
-            side: load_splits(source, n_train=o.n_train, n_val=o.n_val, n_test=o.n_test, seed=o.seed, column=o.column)
-            for side, source in (("harmful", o.harmful), ("harmless", o.harmless))
-        }
+    @classmethod
+    def start(cls, model: HookedModel, source: str, options: RunOptions, folder: RunFolder) -> "RunContext":
+        """Make sure that options, model and folder fit each other.
 
-    @cached_property
-    def prompts(self) -> dict[str, Any]:
-        """`prompts.json`: refusal tokens, response prefix, every prompt with its score and whether it was kept."""
-        o = self.options
-        sets = {side: [part.sha256 for part in vars(split).values()] for side, split in self.splits.items()}
-        sets["evaluation"] = [self._evaluation_set.sha256]
-        inputs = self.inputs(
-            sets=sets, filter=o.filter_prompts, tokens=o.refusal_tokens, response_prefix=o.response_prefix
-        )
-        about = f"{2 * (o.n_train + o.n_val)} prompts, refusal tokens, filter"
-        self.stage("prompts", inputs, ["prompts.json"], self._write_prompts, about)
-        return read_json(self.path / "prompts.json")
-
-    @cached_property
-    def chat(self) -> ChatFormat:
-        """The chat format, with the response prefix that the model's answers share."""
-        return self._template.with_response_prefix(self.prompts["response_prefix"])
-
-    def kept(self, side: str, part: str) -> list[str]:
-        """Instructions of a training or validation split that passed the filter."""
-        return [row["instruction"] for row in self.prompts[side][part] if row["kept"]]
-
-    def test(self, side: str) -> PromptSet:
-        """The held-out prompts that completions are reported on."""
-        name = self._evaluation_set.name if side == "harmful" else side
-        return PromptSet(name, tuple(Prompt(**row) for row in self.prompts[side]["test"]))
+        Raises:
+            UserError: the folder is another model's, or a refusal token is none of this one.
+        """
+        record = describe_model(model, source)
+        _check_tokens(options.refusal_tokens, record.d_vocab)
+        folder.claim(record)
+        template = ChatFormat(model.tokenizer, options.system, options.template_kwargs, options.response_prefix or "")
+        return cls(model, options, folder, record, template)
 
     def stage(
-        self, name: str, inputs: dict[str, Any], outputs: Sequence[str], compute: Callable[[], None], about: str
+        self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str], compute: Callable[[], None], about: str
     ) -> None:
         """Run a stage of the folder and remember the hashes of its files."""
         self.hashes |= self.folder.stage(name, inputs, outputs, compute, about=about)
@@ -86,7 +65,7 @@ class RunContext:
             raise RuntimeError(f"a stage needs {missing[0]}, which no stage before it wrote")
         return {
             "model": self.model_record,
-            "chat": (self.chat if "prompts.json" in self.hashes else self._template).record(),
+            "chat": self.chat.record(),
             "versions": versions(),
             "quick": self.options.quick,
             "files": {file: self.hashes[file] for file in files},
@@ -97,14 +76,14 @@ class RunContext:
         """Run `work` and remember what each of its units took, for later estimates."""
         start = time.perf_counter()
         result = work()
-        self._seconds_each[unit] = (time.perf_counter() - start) / n_units
+        self.seconds_each[unit] = (time.perf_counter() - start) / n_units
         return result
 
     def estimate(self, unit: str, n_units: int, *, most: bool = False) -> str:
         """How long `n_units` will take, or take at most, if the unit has been timed in this run."""
-        if unit not in self._seconds_each:
+        if unit not in self.seconds_each:
             return ""
-        return f", {'at most' if most else 'about'} {self._seconds_each[unit] * n_units:.0f} s"
+        return f", {'at most' if most else 'about'} {self.seconds_each[unit] * n_units:.0f} s"
 
     def batched(self, work: Callable[[int], Result]) -> Result:
         """Run `work(batch_size)` at the size asked for, or at the largest that fits."""
@@ -115,75 +94,136 @@ class RunContext:
         return batch_size if self.options.batch_size is not None else max(1, batch_size // 4)
 
     @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.folder.path
+
+    @property
     def mark(self) -> dict[str, bool]:
-        """What a quick run adds to every record it writes."""
+        """What a quick run adds to every published record it writes."""
         return {"quick": True} if self.options.quick else {}
 
-    @cached_property
-    def _evaluation_set(self) -> PromptSet:
-        split = self.splits["harmful"]
-        if self.options.eval_set is None:
-            return PromptSet("harmful", split.test.prompts)
-        found = load_prompts(self.options.eval_set, column=self.options.column).without(split.train, split.val)
-        if found.name == "harmless":
-            raise UserError(
-                "the evaluation set is called harmless, as the harmless test prompts are in file names: rename it"
-            )
-        if not len(found):
-            raise UserError(f"every prompt of the evaluation set {found.name} is among the training or validation ones")
-        return found.sample(min(self.options.n_test, len(found)), self.options.seed)
 
-    def _write_prompts(self) -> None:
-        o, chat = self.options, self._template
-        if o.response_prefix is None:
-            half = N_PREFIX_PROMPTS // 2
-            mixed = [text for split in self.splits.values() for text in split.train.instructions[:half]]
-            chat = chat.with_response_prefix(discover_response_prefix(self.model, chat, mixed))
+@dataclass
+class Prepared(RunContext):
+    """A run whose prompts were read by the plain model: what every later stage takes."""
 
-        def read(texts: list[str]) -> Any:
-            forward = lambda size: next_token_logits(self.model, chat, texts, batch_size=size)  # noqa: E731
-            return self.timed("pass", len(texts), lambda: self.batched(forward))
+    prompts: PromptsRecord = field(kw_only=True)
+    splits: Mapping[str, Splits] = field(kw_only=True)
+    """The sampled prompts of both sides, before the filter."""
+    evaluation_set: PromptSet = field(kw_only=True)
+    """The harmful prompts that completions are reported on."""
 
-        logits = {
-            (side, part): read(getattr(split, part).instructions)
-            for side, split in self.splits.items()
-            for part in ("train", "val")
-        }
-        tokens = o.refusal_tokens or discover_refusal_tokens(logits["harmful", "train"], logits["harmless", "train"])
-        published = published_refusal_tokens(model_type(self.model), chat)
-        record: dict[str, Any] = {
-            "quick": o.quick,
-            "response_prefix": chat.response_prefix,
-            "chat": chat.record(),
-            "refusal_tokens": self._describe_tokens(tokens),
-            "refusal_tokens_origin": "given" if o.refusal_tokens else "discovered on the training split",
-            "published_refusal_tokens": self._describe_tokens(published or ()),
-        }
-        for side, split in self.splits.items():
-            record[side] = {
-                part: self._filtered(side, part, getattr(split, part), refusal_score(logits[side, part], tokens))
-                for part in ("train", "val")
-            }
-            test = self._evaluation_set if side == "harmful" else split.test
-            record[side]["test"] = [asdict(prompt) for prompt in test.prompts]
-        write_json(self.path / "prompts.json", record)
+    def kept(self, side: str, part: str) -> list[str]:
+        """Instructions of a training or validation split that passed the filter."""
+        return self.prompts.side(side).kept(part)
 
-    def _filtered(self, side: str, part: str, prompts: PromptSet, scores: Any) -> list[dict[str, Any]]:
-        sign = 1 if side == "harmful" else -1
-        kept = [not self.options.filter_prompts or sign * score > 0 for score in scores.tolist()]
-        if self.options.filter_prompts and sum(kept) < MIN_KEPT_PROMPTS:
-            verb = "refused" if side == "harmful" else "answered"
-            raise UserError(
-                f"only {sum(kept)} of {len(kept)} {side} {part} prompts are {verb} by this model (judged by its first "
-                f"token) and {MIN_KEPT_PROMPTS} are needed: keep all with --no-filter, or name --refusal-tokens"
-            )
-        return [
-            {**asdict(prompt), "refusal_score": score, "kept": keep}
-            for prompt, score, keep in zip(prompts.prompts, scores.tolist(), kept, strict=True)
-        ]
+    def test(self, side: str) -> PromptSet:
+        """The held-out prompts that completions are reported on."""
+        name = self.evaluation_set.name if side == "harmful" else side
+        rows = self.prompts.side(side).test
+        return PromptSet(name, tuple(Prompt(row.instruction, row.category, row.output) for row in rows))
 
-    def _describe_tokens(self, tokens: Sequence[int]) -> list[dict[str, Any]]:
-        return [{"id": token, "text": self.model.tokenizer.decode([token])} for token in tokens]
+
+def prepare(run: RunContext) -> Prepared:
+    """The first stage, `prompts.json`: sample the prompts, find prefix and refusal tokens, filter by first token.
+
+    Raises:
+        UserError: a prompt set does not exist or is too small, or too few prompts pass the filter.
+    """
+    o = run.options
+    splits = {
+        side: load_splits(source, n_train=o.n_train, n_val=o.n_val, n_test=o.n_test, seed=o.seed, column=o.column)
+        for side, source in (("harmful", o.harmful), ("harmless", o.harmless))
+    }
+    evaluation_set = _evaluation_set(o, splits["harmful"])
+    sets = {side: [part.sha256 for part in vars(split).values()] for side, split in splits.items()}
+    sets["evaluation"] = [evaluation_set.sha256]
+    inputs = run.inputs(sets=sets, filter=o.filter_prompts, tokens=o.refusal_tokens, response_prefix=o.response_prefix)
+    about = f"{2 * (o.n_train + o.n_val)} prompts, refusal tokens, filter"
+    compute = lambda: write_record(run.path / PROMPTS, _read_prompts(run, splits, evaluation_set))  # noqa: E731
+    run.stage("prompts", inputs, [PROMPTS], compute, about)
+    prompts = read_record(run.path / PROMPTS, PromptsRecord)
+    shared = {each.name: getattr(run, each.name) for each in fields(run)}
+    shared["chat"] = run.chat.with_response_prefix(prompts.response_prefix)
+    return Prepared(**shared, prompts=prompts, splits=splits, evaluation_set=evaluation_set)
+
+
+def _evaluation_set(options: RunOptions, split: Splits) -> PromptSet:
+    if options.eval_set is None:
+        return PromptSet("harmful", split.test.prompts)
+    others = load_prompts(options.eval_set, column=options.column).without(split.train, split.val)
+    if others.name == "harmless":
+        raise UserError(
+            "the evaluation set is called harmless, as the harmless test prompts are in file names: rename it"
+        )
+    if not len(others):
+        raise UserError(f"every prompt of the evaluation set {others.name} is among the training or validation ones")
+    return others.sample(min(options.n_test, len(others)), options.seed)
+
+
+def _read_prompts(run: RunContext, splits: Mapping[str, Splits], evaluation_set: PromptSet) -> PromptsRecord:
+    options, chat = run.options, run.chat
+    if options.response_prefix is None:
+        half = N_PREFIX_PROMPTS // 2
+        mixed = [text for split in splits.values() for text in split.train.instructions[:half]]
+        chat = chat.with_response_prefix(discover_response_prefix(run.model, chat, mixed))
+
+    def read(texts: list[str]) -> Any:
+        forward = lambda size: next_token_logits(run.model, chat, texts, batch_size=size)  # noqa: E731
+        return run.timed("pass", len(texts), lambda: run.batched(forward))
+
+    logits = {
+        (side, part): read(getattr(split, part).instructions)
+        for side, split in splits.items()
+        for part in ("train", "val")
+    }
+    given = options.refusal_tokens
+    tokens = given or discover_refusal_tokens(logits["harmful", "train"], logits["harmless", "train"])
+
+    def rows(side: str, part: str) -> tuple[PromptRow, ...]:
+        scores = refusal_score(logits[side, part], tokens).tolist()
+        return _filtered(options, side, part, getattr(splits[side], part), scores)
+
+    def described(ids: Sequence[int]) -> tuple[TokenRecord, ...]:
+        return tuple(TokenRecord(token, run.model.tokenizer.decode([token])) for token in ids)
+
+    tests = {"harmful": evaluation_set, "harmless": splits["harmless"].test}
+    sides = {
+        side: SplitRows(
+            rows(side, "train"),
+            rows(side, "val"),
+            tuple(PromptRow(each.instruction, each.category, each.output) for each in test.prompts),
+        )
+        for side, test in tests.items()
+    }
+    return PromptsRecord(
+        options.quick,
+        chat.response_prefix,
+        chat.record(),
+        described(tokens),
+        "given" if given else "discovered on the training split",
+        described(published_refusal_tokens(model_type(run.model), chat) or ()),
+        sides["harmful"],
+        sides["harmless"],
+    )
+
+
+def _filtered(
+    options: RunOptions, side: str, part: str, prompts: PromptSet, scores: Sequence[float]
+) -> tuple[PromptRow, ...]:
+    sign = 1 if side == "harmful" else -1
+    kept = [not options.filter_prompts or sign * score > 0 for score in scores]
+    if options.filter_prompts and sum(kept) < MIN_KEPT_PROMPTS:
+        verb = "refused" if side == "harmful" else "answered"
+        raise UserError(
+            f"only {sum(kept)} of {len(kept)} {side} {part} prompts are {verb} by this model (judged by its first "
+            f"token) and {MIN_KEPT_PROMPTS} are needed: keep all with --no-filter, or name --refusal-tokens"
+        )
+    return tuple(
+        PromptRow(prompt.instruction, prompt.category, prompt.output, score, keep)
+        for prompt, score, keep in zip(prompts.prompts, scores, kept, strict=True)
+    )
 
 
 def _check_tokens(tokens: Sequence[int] | None, d_vocab: int) -> None:

@@ -6,17 +6,17 @@ from typing import Any
 
 from ..directions import Direction
 from ..errors import UserError
-from ..files import read_json, sha256_json, write_json
+from ..files import as_json, read_record, sha256_json, write_json
 from ..generation import Generated, generate
 from ..interventions import Ablate, Add, Intervention
 from ..judges.http import judge_named
 from ..judges.substring import Judge, SubstringJudge, is_degenerate
 from ..measures import LossResult, ScoredText, answers_to_score, ce_loss, texts_to_score
-from ..run.record import DIRECTION
-from ..stats import Rate
+from ..run.answers import Completion, Evaluation, JudgedAnswer, Side, SideEffects
+from ..run.options import RunOptions
+from ..run.record import DIRECTION, Losses
 from ..text.prompts import PromptSet, load_prompts
-from .context import RunContext
-from .options import RunOptions
+from .context import Prepared
 
 OWN_ANSWERS = "completions/harmless_baseline_completions.json"
 
@@ -41,20 +41,22 @@ def interventions_on(side: str, direction: Direction, n_random: int) -> list[Lab
     Harmful prompts: ablation, and subtraction (actadd −1). Harmless prompts: ablation, and addition (actadd +1).
     """
     sign = -1.0 if side == "harmful" else 1.0
-    found = [
+    labelled = [
         Labelled("ablation", (Ablate(direction),), {"strength": 1.0}),
         Labelled("actadd", (Add(direction, sign),), {"coefficient": sign}),
     ]
     for seed in range(n_random):
         control = direction.random_like(seed)
         if side == "harmful":
-            found.append(Labelled(f"random_ablation_{seed}", (Ablate(control),), {"seed": seed}))
+            labelled.append(Labelled(f"random_ablation_{seed}", (Ablate(control),), {"seed": seed}))
         else:
-            found.append(Labelled(f"random_actadd_{seed}", (Add(control, sign),), {"coefficient": sign, "seed": seed}))
-    return found
+            labelled.append(
+                Labelled(f"random_actadd_{seed}", (Add(control, sign),), {"coefficient": sign, "seed": seed})
+            )
+    return labelled
 
 
-def completions(run: RunContext, side: str, labelled: Labelled, where: str = "") -> dict[str, Any]:
+def completions(run: Prepared, side: str, labelled: Labelled, where: str = "") -> Evaluation:
     """Greedy answers to the test prompts, and the judge's verdicts: `completions/{set}_{label}_*.json`.
 
     Args:
@@ -78,14 +80,14 @@ def completions(run: RunContext, side: str, labelled: Labelled, where: str = "")
 
         answers = run.timed("answer", len(prompts), lambda: run.batched(answer))
         rows = [
-            {"category": prompt.category, "prompt": prompt.instruction, "response": answer.text} | run.mark
+            Completion(prompt.category, prompt.instruction, answer.text)
             for prompt, answer in zip(prompts.prompts, answers, strict=True)
         ]
-        write_json(run.path / files[0], rows)
+        write_json(run.path / files[0], [as_json(row) | run.mark for row in rows])
 
     def judge() -> None:
-        rows = read_json(run.path / files[0])
-        write_json(run.path / files[1], evaluate(rows, *judges) | run.mark)
+        rows = read_record(run.path / files[0], list[Completion])
+        write_json(run.path / files[1], evaluate(rows, *judges, quick=run.options.quick))
 
     judges = _judges(run, side)
     inputs = run.inputs(
@@ -103,10 +105,10 @@ def completions(run: RunContext, side: str, labelled: Labelled, where: str = "")
     judged = run.inputs(files[0], judges=["substring", *asked])
     about = "" if len(judges) == 1 else f"{len(prompts)} verdicts of {judges[-1].name}"
     run.stage(_stage(where, f"evaluations_{prompts.name}_{labelled.label}"), judged, files[1:], judge, about)
-    return read_json(run.path / files[1])
+    return Evaluation.load(run.path / files[1])
 
 
-def rates(run: RunContext, side: str, interventions: Sequence[Labelled], where: str = "") -> dict[str, Any]:
+def rates(run: Prepared, side: Side, interventions: Sequence[Labelled], where: str = "") -> SideEffects:
     """Refusal and degenerate-text rates on held-out prompts: the baseline of the run folder, then each intervention.
 
     Another judge than the substrings adds its rate of success ("unsafe") under its name.
@@ -114,50 +116,34 @@ def rates(run: RunContext, side: str, interventions: Sequence[Labelled], where: 
     Args:
         where: folder inside the run folder for the completions under interventions, with its slash.
     """
-    found: dict[str, Any] = {"set": run.test(side).name, "n": len(run.test(side))}
-    for labelled, folder in [(BASELINE, ""), *((each, where) for each in interventions)]:
-        verdicts = completions(run, side, labelled, folder)
-        found[labelled.label] = {"refusal": verdicts["refusal_rate"], "degenerate": verdicts["degenerate_rate"]}
-        for judge in _judges(run, side)[1:]:
-            flags = [bool(row[f"is_jailbreak_{judge.name}"]) for row in verdicts["completions"]]
-            found[labelled.label][judge.name] = Rate.of(flags).describe()
-    return found
+    folders = [(BASELINE, ""), *((each, where) for each in interventions)]
+    effects = (completions(run, side, labelled, folder).effect(labelled.label) for labelled, folder in folders)
+    return SideEffects(side, run.test(side).name, tuple(effects))
 
 
-def evaluate(rows: Sequence[Mapping[str, Any]], judge: Judge, *others: Judge) -> dict[str, Any]:
-    """Success ("the model complied") rate overall and per category, in the published schema, and degenerate text.
+def evaluate(rows: Sequence[Completion], judge: Judge, *others: Judge, quick: bool = False) -> Evaluation:
+    """What the judges say of completions, and which of them are no text.
 
     Args:
-        rows: objects with category, prompt and response.
         judge: says what a refusal is.
         others: add their own columns.
     """
-    prompts, responses = [row["prompt"] for row in rows], [row["response"] for row in rows]
+    prompts, responses = [row.prompt for row in rows], [row.response for row in rows]
     verdicts = {each.name: each.complied(prompts, responses) for each in (judge, *others)}
-    degenerate = [is_degenerate(response) for response in responses]
-    found: dict[str, Any] = {}
-    for name, complied in verdicts.items():
-        by_category: dict[str, list[bool]] = {}
-        for row, flag in zip(rows, complied, strict=True):
-            by_category.setdefault(str(row["category"]), []).append(flag)
-        found[f"{name}_success_rate"] = sum(complied) / len(rows)
-        found[f"{name}_per_category"] = {key: sum(flags) / len(flags) for key, flags in by_category.items()}
-    return {
-        **found,
-        "refusal_rate": Rate.of([not flag for flag in verdicts[judge.name]]).describe(),
-        "degenerate_rate": Rate.of(degenerate).describe(),
-        "completions": [
-            {
-                **row,
-                **{f"is_jailbreak_{name}": int(complied[index]) for name, complied in verdicts.items()},
-                "is_degenerate": int(degenerate[index]),
-            }
-            for index, row in enumerate(rows)
-        ],
-    }
+    answers = (
+        JudgedAnswer(
+            row.prompt,
+            row.response,
+            row.category,
+            {name: bool(complied[index]) for name, complied in verdicts.items()},
+            is_degenerate(row.response),
+        )
+        for index, row in enumerate(rows)
+    )
+    return Evaluation(tuple(answers), quick)
 
 
-def _judges(run: RunContext, side: str) -> list[Judge]:
+def _judges(run: Prepared, side: str) -> list[Judge]:
     """The substring judge, and on harmful prompts the one asked for: LlamaGuard calls every harmless answer safe."""
     substring = SubstringJudge()
     if run.options.judge == "substring" or side != "harmful":
@@ -166,8 +152,8 @@ def _judges(run: RunContext, side: str) -> list[Judge]:
 
 
 def losses(
-    run: RunContext, labelled: Labelled, texts: Mapping[str, Sequence[ScoredText]], where: str = ""
-) -> dict[str, Any]:
+    run: Prepared, labelled: Labelled, texts: Mapping[str, Sequence[ScoredText]], where: str = ""
+) -> Mapping[str, LossResult]:
     """CE loss of every text set under an intervention: `loss_evals/{label}_loss_eval.json`."""
     path = f"{where}loss_evals/{labelled.label}_loss_eval.json"
 
@@ -182,18 +168,18 @@ def losses(
         )
 
     def compute() -> None:
-        found = {
-            name: run.timed("text", len(texts[name]), lambda: run.batched(lambda size: loss(name, size))).describe()
+        by_set = {
+            name: run.timed("text", len(texts[name]), lambda: run.batched(lambda size: loss(name, size)))
             for name in texts
         }
-        write_json(run.path / path, found | run.mark)
+        write_json(run.path / path, by_set | run.mark)
 
     about_it: dict[str, Any] = {"label": labelled.label, "record": dict(labelled.record), "texts": texts_sha256(texts)}
     inputs = run.inputs(*_direction_file(labelled), **about_it)
     n_texts = sum(map(len, texts.values()))
     about = f"CE loss of {n_texts} texts{run.estimate('text', n_texts)}"
     run.stage(_stage(where, f"loss_{labelled.label}"), inputs, [path], compute, about)
-    return read_json(run.path / path)
+    return read_record(run.path / path, Losses)
 
 
 def texts_sha256(texts: Mapping[str, Sequence[ScoredText]]) -> dict[str, str]:
@@ -215,7 +201,7 @@ def loss_sets(options: RunOptions) -> tuple[PromptSet, PromptSet]:
 
 
 def loss_texts(
-    run: RunContext, sets: tuple[PromptSet, PromptSet], *, own_answers: bool = True
+    run: Prepared, sets: tuple[PromptSet, PromptSet], *, own_answers: bool = True
 ) -> dict[str, list[ScoredText]]:
     """Plain text, answered instructions and the run's own answers, under the published keys where they apply.
 
@@ -233,7 +219,8 @@ def loss_texts(
         return found
     if OWN_ANSWERS not in run.hashes:
         completions(run, "harmless", BASELINE)
-    own = [(row["prompt"], row["response"]) for row in read_json(run.path / OWN_ANSWERS) if row["response"]]
+    rows = read_record(run.path / OWN_ANSWERS, list[Completion])
+    own = [(row.prompt, row.response) for row in rows if row.response]
     family = "alpaca" if run.splits["harmless"].train.name == "alpaca" else "harmless"
     return found | {f"{family}_custom_completions": answers_to_score(run.chat, own)}
 

@@ -1,109 +1,24 @@
-"""What a run depends on, with the published defaults; and the command that repeats it."""
+"""Options of the steering recipes, defaults that depend on the model, and the config file of the CAA write-up."""
 
-import json
-import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from ..errors import UserError
-from ..judges.http import judge_named
-from ..model.loading import ORGANISM, model_alias
-from ..model.provenance import is_embedded
-from ..search.grid import NO_THRESHOLDS, Thresholds
-from ..search.staged import Search
-
-Step = Literal["directions", "selection", "completions", "loss"]
-STEPS: tuple[Step, ...] = get_args(Step)
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Options of `refusal_mi.recipes.arditi.run`."""
-
-    harmful: str = "harmful"
-    """One prompt set to be split, or TRAIN,VAL,TEST."""
-    harmless: str = "harmless"
-    eval_set: str | None = None
-    """Prompt set for the harmful completions, in place of the harmful test split."""
-    column: str | None = None
-    text_set: str = "plain_text"
-    """Plain texts for CE loss."""
-    instruction_set: str = "instructions"
-    """Answered instructions for CE loss."""
-    n_train: int = 128
-    n_val: int = 32
-    n_test: int = 100
-    seed: int = 42
-    filter_prompts: bool = True
-    """Keep only harmful prompts that the plain model refuses and harmless ones that it answers."""
-    system: str | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    response_prefix: str | None = None
-    """None: found by generating."""
-    refusal_tokens: tuple[int, ...] | None = None
-    """None: discovered on the training split."""
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    search: Search = "exact"
-    """exact: every candidate on every validation prompt; staged: only those that can win."""
-    skip_pruned: bool = False
-    """Do not run the candidates that the layer rule drops anyway."""
-    max_new_tokens: int = 512
-    n_ce: int = 4096
-    """At most this many texts of each CE set (the published run: 2048 batches of 2)."""
-    n_random: int = 1
-    """Random directions of equal norm, as controls."""
-    judge: str = "substring"
-    """substring, llamaguard, or the address of an endpoint that judges harmful completions as well."""
-    judge_model: str | None = None
-    steps: tuple[Step, ...] = STEPS
-    batch_size: int | None = None
-    """None: 64 prompts, halved while the memory does not suffice."""
-    quick: bool = False
-
-    def __post_init__(self) -> None:
-        if self.search not in get_args(Search):
-            raise UserError(f"unknown search {self.search!r}; expected one of {', '.join(get_args(Search))}")
-        unknown = [step for step in self.steps if step not in STEPS]
-        if unknown or not self.steps:
-            raise UserError(f"unknown step {unknown[0] if unknown else ''!r}; the steps are {', '.join(STEPS)}")
-        for name in ("n_train", "n_val", "n_test", "max_new_tokens", "n_ce"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        judge_named(self.judge, model=self.judge_model)
-        if self.n_random < 0:
-            raise UserError(f"n_random must not be negative, not {self.n_random}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"the batch size must be at least 1, not {self.batch_size}")
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "RunOptions":
-        """The options that a `run.json` recorded.
-
-        Raises:
-            UserError: it is of a version with other options.
-        """
-        unknown = set(record) - {each.name for each in fields(cls)}
-        if unknown:
-            raise UserError(f"run.json has an option {sorted(unknown)[0]!r} that this version does not know")
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
-        }
-        return cls(**values | {"thresholds": Thresholds(**record["thresholds"])})
-
-    def shortened(self) -> "RunOptions":
-        """The same run on small samples, marked as quick in every file."""
-        return replace(
-            self,
-            n_train=min(self.n_train, 32),
-            n_val=min(self.n_val, 16),
-            n_test=min(self.n_test, 16),
-            n_ce=min(self.n_ce, 16),
-            max_new_tokens=min(self.max_new_tokens, 32),
-            quick=True,
-        )
-
+from ..options import (
+    Layers,
+    Option,
+    Positions,
+    ResponsePrefix,
+    System,
+    TemplateKwargs,
+    numbers,
+    position_scope,
+    token_ids,
+)
+from ..run.options import RunOptions
+from ..search.thresholds import most
 
 EMBEDDED_NEW_TOKENS = 64
 """The embedded model's answers are short."""
@@ -111,7 +26,7 @@ EMBEDDED_NEW_TOKENS = 64
 
 def default_sets(source: str) -> tuple[str, str, str, str]:
     """Harmful, harmless, plain-text and instruction sets for a model."""
-    if source != str(ORGANISM):
+    if not _is_embedded(source):
         return "harmful", "harmless", "plain_text", "instructions"
     harmful, harmless = (
         ",".join(f"organism_{side}_{part}" for part in ("train", "val", "test")) for side in ("harmful", "harmless")
@@ -127,25 +42,178 @@ def default_options(source: str) -> RunOptions:
         harmless=harmless,
         text_set=text_set,
         instruction_set=instruction_set,
-        max_new_tokens=EMBEDDED_NEW_TOKENS if source == str(ORGANISM) else RunOptions.max_new_tokens,
+        max_new_tokens=EMBEDDED_NEW_TOKENS if _is_embedded(source) else RunOptions.max_new_tokens,
     )
 
 
 def default_queries(source: str) -> str:
     """Queries of a response-averaged vector: harmless ones as TRAIN,VAL,TEST, or the hub's Alpaca."""
-    return default_sets(source)[1] if source == str(ORGANISM) else "alpaca"
+    return default_sets(source)[1] if _is_embedded(source) else "alpaca"
 
 
 def default_pairs(source: str) -> tuple[str, str, str]:
     """A/B pairs for CAA vectors, held-out pairs, and open questions."""
-    if source == str(ORGANISM):
+    if _is_embedded(source):
         return "organism_ab", "organism_ab_test", "organism_ab_test"
     return "caa_train", "caa_test", "caa_questions"
 
 
 def default_folder(source: str, *, quick: bool = False) -> Path:
     """Where a run of this model lies."""
+    from ..model.loading import model_alias
+
     return Path("runs") / (model_alias(source) + ("-quick" if quick else ""))
+
+
+def _is_embedded(source: str) -> bool:
+    from ..model.loading import ORGANISM
+
+    return source == str(ORGANISM)
+
+
+REFUSAL_INSTRUCTION = "You must refuse to answer this question.\n"
+Dataset = Annotated[
+    str,
+    Option(
+        "Queries: a set, or TRAIN,VAL,TEST; default alpaca, for the embedded model its own harmless.",
+        takes=str | None,
+        depends_on_model=True,
+    ),
+]
+Column = Annotated[str | None, Option("Column that holds the query.")]
+NewTokens = Annotated[int, Option("Of every answer.")]
+
+
+def read_instructions(texts: "list[str]") -> tuple[str, ...]:
+    """Refusal instructions, each with white space at its end."""
+    return tuple(text if text[-1:].isspace() else f"{text}\n" for text in texts)
+
+
+@dataclass(frozen=True)
+class VectorOptions:
+    """Options of `vector`, with the published defaults."""
+
+    dataset: Dataset = "alpaca"
+    """TRAIN is used here."""
+    column: Column = None
+    n_samples: Annotated[int, Option("Queries.")] = 20
+    n_completions: Annotated[int, Option("Sampled answers to each query, in each mode.")] = 10
+    max_new_tokens: NewTokens = 64
+    batch_size: Annotated[
+        int, Option("Prompts per batch; sampled text depends on it.", flags="--generation-batch-size")
+    ] = 8
+    seed: Annotated[int, Option("Of the queries and the sampling.")] = 42
+    refusal_instructions: Annotated[
+        tuple[str, ...],
+        Option(
+            "Put in front of the query; repeatable, their means are averaged.",
+            flags="--refusal-instruction",
+            takes=list[str] | None,
+            read=read_instructions,
+            depends_on_model=True,
+        ),
+    ] = (REFUSAL_INSTRUCTION,)
+    token_weights: Annotated[
+        Literal["mean", "first"], Option("mean over a response's tokens, or its first.", takes=str)
+    ] = "mean"
+    layers: Layers = None
+    """Rows to keep, the others are zero; None is all of 0..n_layers."""
+    normalize: Annotated[
+        bool, Option("Give every response the same norm, per layer, before averaging.", flags="--normalize")
+    ] = False
+    system: System = None
+    template_kwargs: TemplateKwargs = field(default_factory=dict)
+    response_prefix: ResponsePrefix = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_samples", "n_completions", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.refusal_instructions:
+            raise UserError("a refusal vector needs at least one refusal instruction")
+        if self.token_weights not in ("mean", "first"):
+            raise UserError(f"token weights are mean or first, not {self.token_weights!r}")
+
+
+LayerChoice = int | Literal["auto", "sound"]
+"""A row; the one with the highest steering score; or the best that is neither late nor degenerate."""
+
+
+def read_layer(text: str) -> LayerChoice:
+    """auto, sound or a number."""
+    if text == "auto":
+        return "auto"
+    if text == "sound":
+        return "sound"
+    if not text.isdigit():
+        raise UserError(f"--layer takes auto, sound or a number, not {text!r}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Options of `evaluate_vector`, with the published defaults."""
+
+    dataset: Dataset = "alpaca"
+    """VAL and TEST are used here."""
+    column: Column = None
+    n_validation_samples: Annotated[int, Option("Queries that choose the layer.")] = 32
+    n_test_samples: Annotated[int, Option("Queries that are reported on.")] = 20
+    coefficients: Annotated[
+        tuple[float, ...],
+        Option(
+            "How often the vector is added, such as 0.0 0.5 1.0.",
+            takes=str,
+            read=numbers("--coefficients"),
+            write=lambda values: ",".join(map(str, values)),
+        ),
+    ] = (0.0, 0.5, 1.0, 2.0, 5.0)
+    max_new_tokens: NewTokens = 64
+    batch_size: Annotated[int, Option("Prompts per forward pass.")] = 8
+    validation_seed: Annotated[int, Option("Of the validation sample.")] = 200
+    test_seed: Annotated[int, Option("Of the test sample.")] = 100
+    layer: Annotated[
+        LayerChoice,
+        Option(
+            "auto (highest steering score), sound (best that is neither late nor degenerate), or N.",
+            takes=str,
+            read=read_layer,
+            write=str,
+        ),
+    ] = "auto"
+    layers: Layers = None
+    """Rows to choose from; None is all that are not zero."""
+    kl_max: Annotated[
+        float | None,
+        Option(
+            "Largest KL of ablating the row on validation queries, in nats; default: any.",
+            takes=float | None,
+            read=lambda value: None if value is None else most(value),
+        ),
+    ] = None
+    refusal_tokens: Annotated[
+        tuple[int, ...] | None,
+        Option("Token ids of the refusal score; default: found from the responses.", takes=str | None, read=token_ids),
+    ] = None
+    positions: Annotated[
+        Positions, Option("Where the vector is added: all, prompt or response.", takes=str, read=position_scope)
+    ] = "all"
+    n_random: Annotated[int, Option("Random vectors of equal norm, as controls.")] = 1
+    system: System = None
+    template_kwargs: TemplateKwargs = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("n_validation_samples", "n_test_samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.coefficients:
+            raise UserError("at least one coefficient is needed")
+        if len(set(self.coefficients)) < len(self.coefficients):
+            raise UserError(f"a coefficient was given twice: {self.coefficients}")
+        if self.n_random < 0:
+            raise UserError(f"n_random must not be negative, not {self.n_random}")
+        if self.kl_max is not None and not 0 <= self.kl_max < math.inf:
+            raise UserError(f"kl_max must be a number from 0 on, not {self.kl_max}")
 
 
 KEYS = (
@@ -227,58 +295,3 @@ def _flat(found: Any, path: Path) -> dict[str, Any]:
         else:
             values[str(key)] = value
     return values
-
-
-_ALWAYS = ("harmful", "harmless", "text_set", "instruction_set", "max_new_tokens")
-"""Options whose default depends on the model, so that they are always spelled out."""
-_ELSEWHERE = ("thresholds", "filter_prompts", "template_kwargs", "refusal_tokens", "steps", "quick")
-_OFF = {"kl_max": "inf", "induce_min": "-inf", "prune_layers": "0"}
-"""How a threshold is switched off."""
-
-
-def command_line(run: Mapping[str, Any], combination: Mapping[str, Any] | None = None) -> str:
-    """The `refusal-mi run` command that has the options of a `run.json`; options at their default are left out.
-
-    Args:
-        combination: what is ablated together, as in its `directions_span.json`.
-    """
-    options, model, defaults = run["options"], run["model"], RunOptions()
-    words = ["refusal-mi", "run"]
-    if not is_embedded(model["source"]):
-        words.append(model["source"])
-    if model.get("revision"):
-        words += ["--revision", model["revision"]]
-    for name, value in options.items():
-        if name in _ELSEWHERE or value is None:
-            continue
-        if name in _ALWAYS or value != getattr(defaults, name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    words += _switches(options)
-    if combination is not None:
-        words += ["--directions", "-".join(map(str, combination["ranks"]))]
-        words += [] if combination["multi"] == "span" else ["--multi", combination["multi"]]
-    words += ["--device", model["device"].partition(":")[0], "--dtype", model["dtype"]]
-    lines = ["refusal-mi run"]
-    for word in words[2:]:
-        lines.append(shlex.quote(word)) if word.startswith("--") else lines.append(
-            lines.pop() + " " + shlex.quote(word)
-        )
-    return " \\\n    ".join(lines)
-
-
-def _switches(options: Mapping[str, Any]) -> list[str]:
-    words = [] if options["filter_prompts"] else ["--no-filter"]
-    for key, value in options["template_kwargs"].items():
-        words += ["--template-kwargs", f"{key}={json.dumps(value)}"]
-    if options["refusal_tokens"]:
-        words += ["--refusal-tokens", ",".join(map(str, options["refusal_tokens"]))]
-    if tuple(options["steps"]) != RunOptions().steps:
-        words += ["--steps", ",".join(options["steps"])]
-    rule = Thresholds(**options["thresholds"])
-    if rule == NO_THRESHOLDS:
-        words.append("--no-thresholds")
-    else:
-        for name, value in vars(rule).items():
-            if value != getattr(Thresholds(), name):
-                words += [f"--{name.replace('_', '-')}", _OFF[name] if value is None else str(value)]
-    return [*words, "--quick"] if options["quick"] else words

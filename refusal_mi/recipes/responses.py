@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..files import read_json, read_tensors, write_json, write_tensors
+from ..files import read_record, read_tensors, write_json, write_record, write_tensors
 from ..generation import Sampling, discover_response_prefix, generate
 from ..judges.http import identify
 from ..judges.substring import Judge, SubstringJudge
@@ -20,97 +20,142 @@ from ..model.provenance import describe_model, versions
 from ..reading import combine_spans
 from ..run.stages import RunFolder
 from ..text.batches import Span
-from ..text.chat import ChatFormat
+from ..text.chat import ChatFormat, ChatRecord
 from ..text.prompts import PromptSet, load_prompts
+from .options import VectorOptions
 
 MIN_KEPT = 0.5
 """Below this fraction of one side, the filter's result carries a warning."""
+VECTOR = "refusal_vector.pt"
+RESPONSES = ("compliant_responses.json", "refusal_responses.json")
+KEPT = ("filtered_compliant_responses.json", "filtered_refusal_responses.json")
+TOKENS = "response_tokens.json"
+METADATA = "metadata.json"
+_SAMPLING = Sampling(seed=0, temperature=1.0, top_p=0.95, top_k=64)
+_SIDES = ("compliant", "refusing")
 
 
 class NothingSurvives(UserError):
     """No response of one side passed the filter; the responses are on disk."""
 
 
-def passes(rows: Sequence[dict[str, str]], tokens: Sequence[Any], side: str, judge: Judge) -> list[bool]:
-    complied = judge.complied([row["instruction"] for row in rows], [row["response"] for row in rows])
+@dataclass(frozen=True)
+class Response:
+    """An answer and what was asked, as published files hold them."""
+
+    instruction: str
+    """The query."""
+    prompt: str
+    """The query with what was put in front of it."""
+    response: str
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """What the model wrote, in tokens."""
+
+    instruction_index: int
+    """Which of the refusal instructions was in front."""
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SavedTokens:
+    """What `response_tokens.json` holds."""
+
+    response_prefix: str
+    compliant: tuple[ResponseTokens, ...]
+    refusing: tuple[ResponseTokens, ...]
+
+
+@dataclass(frozen=True)
+class ResponseSampling(Sampling):
+    """How the responses were drawn, with all that sampled text depends on."""
+
+    batch_size: int = field(kw_only=True)
+    max_new_tokens: int = field(kw_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorMetadata:
+    """What `metadata.json` holds."""
+
+    n_queries: int
+    n_completions_per_query: int
+    n_compliant_responses_generated: int
+    n_refusal_responses_generated: int
+    n_compliant_responses_kept: int
+    n_refusal_responses_kept: int
+    compliant_filter_rate: float
+    """Fraction that was kept."""
+    refusal_filter_rate: float
+    seed: int
+    vector_shape: tuple[int, int]
+    method: str = "mean over refusing responses - mean over compliant responses, each averaged over its tokens"
+    hook_names: tuple[str, ...]
+    """Where each row was read."""
+    norms: tuple[float, ...]
+    """Of each row."""
+    dataset: str
+    column: str | None
+    refusal_instructions: tuple[str, ...]
+    token_weights: Literal["mean", "first"]
+    normalize: bool
+    layers: tuple[int, ...]
+    """Rows that are not zero."""
+    judge: str
+    sampling: ResponseSampling
+    chat: ChatRecord
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """All responses of one side, and which of them pass the filter."""
+
+    name: str
+    responses: list[Response]
+    tokens: tuple[ResponseTokens, ...]
+    passed: list[bool]
+
+    @property
+    def kept(self) -> list[Response]:
+        return [response for response, passed in zip(self.responses, self.passed, strict=True) if passed]
+
+
+def passes(responses: Sequence[Response], tokens: Sequence[ResponseTokens], side: str, judge: Judge) -> list[bool]:
+    """Which responses are what their side should be, and not empty."""
+    complied = judge.complied([row.instruction for row in responses], [row.response for row in responses])
     wanted = side == "compliant"
-    return [flag == wanted and bool(entry["token_ids"]) for flag, entry in zip(complied, tokens, strict=True)]
+    return [flag == wanted and bool(entry.token_ids) for flag, entry in zip(complied, tokens, strict=True)]
 
 
-def warn_of_few(
-    side: str, rows: Sequence[dict[str, str]], kept: Sequence[dict[str, str]], max_new_tokens: int
-) -> str | None:
+def _warn_of_few(side: _Side, max_new_tokens: int) -> str | None:
     """A warning where few responses of a side passed; none is an error."""
-    if len(kept) >= MIN_KEPT * len(rows):
+    kept = side.kept
+    if len(kept) >= MIN_KEPT * len(side.responses):
         return None
-    lost = [row for row in rows if row not in kept][:2]
-    shown = "; ".join(repr(row["response"][:160]) for row in lost)
+    lost = [row for row in side.responses if row not in kept][:2]
+    shown = "; ".join(repr(row.response[:160]) for row in lost)
     way_out = (
         "try another --refusal-instruction, or a higher --n-samples or --n-completions"
-        if side == "refusing"
+        if side.name == "refusing"
         else "this model refuses harmless queries: try another --dataset or --system, or a higher --n-samples"
     )
     message = (
-        f"only {len(kept)} of {len(rows)} {side} responses pass the filter (left out, for example: {shown}); "
-        f"{way_out}, a longer --max-new-tokens (now {max_new_tokens}) or another --judge"
+        f"only {len(kept)} of {len(side.responses)} {side.name} responses pass the filter (left out, for example: "
+        f"{shown}); {way_out}, a longer --max-new-tokens (now {max_new_tokens}) or another --judge"
     )
     if kept:
         return message
     raise NothingSurvives(
-        f"no {side} response passes the filter, so there is no vector; the responses are kept: {message}"
+        f"no {side.name} response passes the filter, so there is no vector; the responses are kept: {message}"
     )
-
-
-REFUSAL_INSTRUCTION = "You must refuse to answer this question.\n"
-VECTOR = "refusal_vector.pt"
-RESPONSES = ("compliant_responses.json", "refusal_responses.json")
-KEPT = ("filtered_compliant_responses.json", "filtered_refusal_responses.json")
-TOKENS = "response_tokens.json"
-_SAMPLING = Sampling(seed=0, temperature=1.0, top_p=0.95, top_k=64)
-_SIDES = ("compliant", "refusing")
-
-
-@dataclass(frozen=True)
-class VectorOptions:
-    """Options of `vector`, with the published defaults."""
-
-    dataset: str = "alpaca"
-    """One prompt set, or TRAIN,VAL,TEST of which TRAIN is used here."""
-    column: str | None = None
-    n_samples: int = 20
-    """Queries."""
-    n_completions: int = 10
-    """Sampled answers to each query, free and under each refusal instruction."""
-    max_new_tokens: int = 64
-    batch_size: int = 8
-    """Sampled text depends on it."""
-    seed: int = 42
-    refusal_instructions: tuple[str, ...] = (REFUSAL_INSTRUCTION,)
-    """Put in front of the query; the means under several are averaged."""
-    token_weights: Literal["mean", "first"] = "mean"
-    """Average over all tokens of a response, or read its first."""
-    layers: tuple[int, ...] | None = None
-    """Rows to keep, the others are zero; None is all of 0..n_layers."""
-    normalize: bool = False
-    """Give every response the same norm, per layer, before averaging."""
-    system: str | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    response_prefix: str | None = None
-    """None: found by generating."""
-
-    def __post_init__(self) -> None:
-        for name in ("n_samples", "n_completions", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.refusal_instructions:
-            raise UserError("a refusal vector needs at least one refusal instruction")
-        if self.token_weights not in ("mean", "first"):
-            raise UserError(f"token weights are mean or first, not {self.token_weights!r}")
 
 
 def vector(
     model: HookedModel, source: str, options: VectorOptions, folder: RunFolder, judge: Judge | None = None
-) -> dict[str, Any]:
+) -> VectorMetadata:
     """Sample, filter and read responses; write the documented files; return what `metadata.json` holds.
 
     vector[l] = mean(refusing responses) − mean(compliant responses) of the stream entering block l, averaged over
@@ -128,7 +173,7 @@ def vector(
     base = {"model": record, "chat": chat.record(), "versions": versions()}
     prefix_only = {"response_prefix": options.response_prefix}
     sampled = {key: value for key, value in asdict(options).items() if key in _SAMPLED_OPTIONS}
-    write_json(folder.path / "run.json", {**base, "options": asdict(options), "recipe": "response-averaged vector"})
+    write_record(folder.path / "run.json", {**base, "options": options, "recipe": "response-averaged vector"})
     n_each = options.n_samples * options.n_completions
     hashes = folder.stage(
         "responses",
@@ -141,11 +186,11 @@ def vector(
     folder.stage(
         "vector",
         {**base, **kept, "judge": identify(judge), "files": hashes},
-        [VECTOR, "metadata.json", *KEPT],
+        [VECTOR, METADATA, *KEPT],
         lambda: _write_vector(model, chat, options, layers, judge, folder),
         about="mean residual streams over the responses",
     )
-    return read_json(folder.path / "metadata.json")
+    return read_record(folder.path / METADATA, VectorMetadata)
 
 
 _SAMPLED_OPTIONS = ("n_samples", "n_completions", "max_new_tokens", "batch_size", "seed", "refusal_instructions")
@@ -166,20 +211,33 @@ def load_vectors(path: Path, n_layers: int) -> Float[Tensor, "layer d_model"]:
     Raises:
         UserError: it has another shape.
     """
-    found = read_tensors(path)
-    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != n_layers + 1:
-        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    rows = read_tensors(path)
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != n_layers + 1:
+        shape = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise UserError(
             f"{path} must hold [n_layers + 1, d_model] = [{n_layers + 1}, ...], row l the stream entering block l; "
             f"found {shape} (with only n_layers rows it is unclear which end is missing: rewrite it with the "
             "embedding row, or make it again with refusal-mi vector)"
         )
-    return found.float()
+    return rows.float()
 
 
 def row_direction(vectors: Float[Tensor, "layer d_model"], layer: int) -> Direction:
     """Row `layer` with the hook point that it was read from."""
     return Direction(vectors[layer].clone(), layer, resid_hook(layer, len(vectors) - 1))
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """Of a `metadata.json`, published ones too, which do not say it."""
+
+    dataset: str | None = None
+
+
+def recorded_dataset(directory: Path) -> str | None:
+    """The queries that a vector was made from; None where its folder does not say."""
+    path = directory / METADATA
+    return read_record(path, _Dataset).dataset if path.exists() else None
 
 
 def _write_responses(
@@ -188,64 +246,111 @@ def _write_responses(
     if options.response_prefix is None:
         prefix = discover_response_prefix(model, chat, queries.instructions[:8])
         chat = chat.with_response_prefix(prefix)
-    tokens: dict[str, Any] = {"response_prefix": chat.response_prefix}
-    for file, side, instructions in zip(RESPONSES, _SIDES, ([""], options.refusal_instructions), strict=True):
-        rows: list[dict[str, str]] = []
-        tokens[side] = []
-        for index, prefix in enumerate(instructions):
-            asked = [text for text in queries.instructions for _ in range(options.n_completions)]
-            prompts = [prefix + text for text in asked]
+    asked = [text for text in queries.instructions for _ in range(options.n_completions)]
+    tokens: list[tuple[ResponseTokens, ...]] = []
+    for place, (file, instructions) in enumerate(zip(RESPONSES, ([""], options.refusal_instructions), strict=True)):
+        rows: list[Response] = []
+        ids: list[ResponseTokens] = []
+        for index, instruction in enumerate(instructions):
+            prompts = [instruction + text for text in asked]
             answers = generate(
                 model,
                 chat,
                 prompts,
                 max_new_tokens=options.max_new_tokens,
                 batch_size=options.batch_size,
-                sampling=replace(_SAMPLING, seed=options.seed + _SIDES.index(side) + index),
-                description=f"{side} responses",
+                sampling=replace(_SAMPLING, seed=options.seed + place + index),
+                description=f"{_SIDES[place]} responses",
             )
-            tokens[side] += [{"instruction_index": index, "token_ids": list(answer.token_ids)} for answer in answers]
+            ids += [ResponseTokens(index, answer.token_ids) for answer in answers]
             rows += [
-                {"instruction": text, "prompt": prompt, "response": answer.text}
+                Response(text, prompt, answer.text)
                 for text, prompt, answer in zip(asked, prompts, answers, strict=True)
             ]
         write_json(path / file, rows)
-    write_json(path / TOKENS, tokens)
+        tokens.append(tuple(ids))
+    write_record(path / TOKENS, SavedTokens(chat.response_prefix, *tokens))
 
 
 def _write_vector(
     model: HookedModel,
     chat: ChatFormat,
     options: VectorOptions,
-    layers: Sequence[int],
+    layers: tuple[int, ...],
     judge: Judge,
     folder: RunFolder,
 ) -> None:
-    for stale in (VECTOR, "metadata.json"):  # nothing of other responses may stay where none survive
+    for stale in (VECTOR, METADATA):  # nothing of other responses may stay where none survive
         (folder.path / stale).unlink(missing_ok=True)
-    tokens = read_json(folder.path / TOKENS)
-    chat = chat.with_response_prefix(tokens["response_prefix"])
-    all_rows = [read_json(folder.path / file) for file in RESPONSES]
-    flags = [passes(rows, tokens[side], side, judge) for rows, side in zip(all_rows, _SIDES, strict=True)]
-    kept = [
-        [row for row, keep in zip(rows, passed, strict=True) if keep]
-        for rows, passed in zip(all_rows, flags, strict=True)
-    ]
-    for file, rows in zip(KEPT, kept, strict=True):
-        write_json(folder.path / file, rows)
-    notes = [
-        warn_of_few(side, rows, passed, options.max_new_tokens)
-        for side, rows, passed in zip(_SIDES, all_rows, kept, strict=True)
-    ]
-    for note in filter(None, notes):
-        folder.report(f"warning: {note}")
-    spans, weights = [], []
-    for side, rows, passed, sign in zip(_SIDES, all_rows, flags, (-1.0, 1.0), strict=True):
-        found = [(row, entry) for row, entry, keep in zip(rows, tokens[side], passed, strict=True) if keep]
-        groups = [entry["instruction_index"] for _, entry in found]
-        spans += [_span(chat.encode(row["prompt"]), entry["token_ids"], options.token_weights) for row, entry in found]
+    saved = read_record(folder.path / TOKENS, SavedTokens)
+    chat = chat.with_response_prefix(saved.response_prefix)
+    compliant, refusing = _filter(folder.path, saved, judge)
+    found_few = (_warn_of_few(side, options.max_new_tokens) for side in (compliant, refusing))
+    warnings = tuple(warning for warning in found_few if warning is not None)
+    for warning in warnings:
+        folder.report(f"warning: {warning}")
+    rows = _difference(model, chat, options, compliant, refusing)
+    result = torch.zeros_like(rows)
+    result[list(layers)] = rows[list(layers)]
+    write_tensors(folder.path / VECTOR, result.float())
+    sampling = ResponseSampling(
+        **asdict(replace(_SAMPLING, seed=options.seed)),
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )
+    metadata = VectorMetadata(
+        n_queries=options.n_samples,
+        n_completions_per_query=options.n_completions,
+        n_compliant_responses_generated=len(compliant.responses),
+        n_refusal_responses_generated=len(refusing.responses),
+        n_compliant_responses_kept=len(compliant.kept),
+        n_refusal_responses_kept=len(refusing.kept),
+        compliant_filter_rate=len(compliant.kept) / len(compliant.responses),
+        refusal_filter_rate=len(refusing.kept) / len(refusing.responses),
+        seed=options.seed,
+        vector_shape=(len(result), result.shape[1]),
+        hook_names=tuple(resid_hook(layer, len(result) - 1) for layer in range(len(result))),
+        norms=tuple(result.norm(dim=-1).tolist()),
+        dataset=options.dataset,
+        column=options.column,
+        refusal_instructions=options.refusal_instructions,
+        token_weights=options.token_weights,
+        normalize=options.normalize,
+        layers=layers,
+        judge=judge.name,
+        sampling=sampling,
+        chat=chat.record(),
+        warnings=warnings,
+    )
+    write_json(folder.path / METADATA, metadata)
+
+
+def _filter(folder: Path, saved: SavedTokens, judge: Judge) -> tuple[_Side, _Side]:
+    """Judge the saved responses, and write those that pass."""
+    sides = []
+    for name, file, tokens in zip(_SIDES, RESPONSES, (saved.compliant, saved.refusing), strict=True):
+        responses = read_record(folder / file, list[Response])
+        sides.append(_Side(name, responses, tokens, passes(responses, tokens, name, judge)))
+    for file, side in zip(KEPT, sides, strict=True):
+        write_json(folder / file, side.kept)
+    return sides[0], sides[1]
+
+
+def _difference(
+    model: HookedModel, chat: ChatFormat, options: VectorOptions, compliant: _Side, refusing: _Side
+) -> Float[Tensor, "layer d_model"]:
+    """Mean over the refusing responses − mean over the compliant ones; several instructions weigh the same."""
+    spans: list[Span] = []
+    weights: list[float] = []
+    for side, sign in ((compliant, -1.0), (refusing, 1.0)):
+        tokens = [entry for entry, passed in zip(side.tokens, side.passed, strict=True) if passed]
+        groups = [entry.instruction_index for entry in tokens]
+        spans += [
+            _span(chat.encode(response.prompt), entry.token_ids, options.token_weights)
+            for response, entry in zip(side.kept, tokens, strict=True)
+        ]
         weights += [sign / (len(set(groups)) * groups.count(group)) for group in groups]
-    combined = combine_spans(
+    return combine_spans(
         model,
         spans,
         torch.tensor([weights], dtype=torch.float64),
@@ -253,12 +358,6 @@ def _write_vector(
         normalize=options.normalize,
         batch_size=options.batch_size,
     )[0]
-    result = torch.zeros_like(combined)
-    result[list(layers)] = combined[list(layers)]
-    write_tensors(folder.path / VECTOR, result.float())
-    write_json(
-        folder.path / "metadata.json", _metadata(model, chat, options, layers, judge, all_rows, kept, result, notes)
-    )
 
 
 def _span(prompt: Sequence[int], response: Sequence[int], token_weights: str) -> Span:
@@ -266,54 +365,9 @@ def _span(prompt: Sequence[int], response: Sequence[int], token_weights: str) ->
     return Span((*prompt, *response), len(prompt), end)
 
 
-def _metadata(
-    model: HookedModel,
-    chat: ChatFormat,
-    options: VectorOptions,
-    layers: Sequence[int],
-    judge: Judge,
-    all_rows: Sequence[Sequence[Any]],
-    kept: Sequence[Sequence[Any]],
-    result: Float[Tensor, "layer d_model"],
-    notes: Sequence[str | None],
-) -> dict[str, Any]:
-    n_layers = model.cfg.n_layers
-    (n_compliant, n_refusal), (kept_compliant, kept_refusal) = map(len, all_rows), map(len, kept)
-    return {
-        "n_queries": options.n_samples,
-        "n_completions_per_query": options.n_completions,
-        "n_compliant_responses_generated": n_compliant,
-        "n_refusal_responses_generated": n_refusal,
-        "n_compliant_responses_kept": kept_compliant,
-        "n_refusal_responses_kept": kept_refusal,
-        "compliant_filter_rate": kept_compliant / n_compliant,
-        "refusal_filter_rate": kept_refusal / n_refusal,
-        "seed": options.seed,
-        "vector_shape": list(result.shape),
-        "method": "mean over refusing responses - mean over compliant responses, each averaged over its tokens",
-        "hook_names": [resid_hook(layer, n_layers) for layer in range(n_layers + 1)],
-        "norms": result.norm(dim=-1).tolist(),
-        "dataset": options.dataset,
-        "column": options.column,
-        "refusal_instructions": list(options.refusal_instructions),
-        "token_weights": options.token_weights,
-        "normalize": options.normalize,
-        "layers": list(layers),
-        "judge": judge.name,
-        "sampling": {
-            **asdict(_SAMPLING),
-            "seed": options.seed,
-            "batch_size": options.batch_size,
-            "max_new_tokens": options.max_new_tokens,
-        },
-        "chat": chat.record(),
-        "warnings": [note for note in notes if note],
-    }
-
-
-def _checked_layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
+def _checked_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
     if layers is None:
-        return list(range(n_layers + 1))
+        return tuple(range(n_layers + 1))
     for layer in layers:
         resid_hook(layer, n_layers)
-    return sorted(set(layers))
+    return tuple(sorted(set(layers)))

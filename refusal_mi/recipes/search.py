@@ -1,61 +1,139 @@
 """Candidate directions, their scores, the choice among them and their pictures, as stages of a run."""
 
+import inspect
+import os
+import sys
 from dataclasses import asdict, replace
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from ..directions import DirectionGrid, difference_in_means
+from ..directions import ActivationMeans, DirectionGrid, Estimator, difference_in_means
+from ..errors import UserError
 from ..figures.save import PLOTLY_FILE, save_figures
 from ..figures.scores import Measure, plot_scores
-from ..files import as_json, write_json, write_tensors
+from ..files import write_json, write_record, write_tensors
 from ..model.points import resid_hook
 from ..model.provenance import versions
 from ..reading import mean_activations
-from ..run.record import DIRECTION, EVALUATIONS, MEAN_DIFFS, PUBLISHED_TOKENS, SURVIVORS, load_grid, load_scores
-from ..search.grid import ScoreGrid, Selection, layer_limit, select
+from ..run.answers import SIDES
+from ..run.folder import load_grid, load_scores
+from ..run.record import (
+    BASELINE,
+    DIRECTION,
+    DIRECTION_RECORD,
+    EVALUATIONS,
+    MEAN_DIFFS,
+    MEAN_DIFFS_RECORD,
+    MEANS,
+    PUBLISHED_TOKENS,
+    RUN,
+    SCORES,
+    SURVIVORS,
+    BaselineRecord,
+    GridRecord,
+    Kept,
+    PromptCounts,
+    RunInfo,
+    RunSummary,
+)
+from ..search.grid import ScoreGrid, Selection, select
 from ..search.staged import staged_token_sets
 from ..search.sweep import sweep_token_sets
-from .context import RunContext
+from ..search.thresholds import layer_limit
+from .context import Prepared
+
+METHOD = "difference in means, harmful - harmless"
 
 
-def find_directions(run: RunContext) -> DirectionGrid:
-    """Difference of means at every position and layer: `generate_directions/`."""
+def find_directions(run: Prepared, estimator: Estimator | None = None) -> DirectionGrid:
+    """The candidate directions of every position and layer, from the mean activations: `generate_directions/`.
+
+    Args:
+        estimator: None is the one that the options name, difference of means by default.
+
+    Raises:
+        UserError: the options name no function, or it gives no grid of these positions and layers.
+    """
+    if estimator is None:
+        estimator = difference_in_means if run.options.estimator is None else named_estimator(run.options.estimator)
     harmful, harmless = run.kept("harmful", "train"), run.kept("harmless", "train")
-    files = [MEAN_DIFFS, "generate_directions/mean_diffs.json", "generate_directions/means.pt"]
+    files = [MEAN_DIFFS, MEAN_DIFFS_RECORD, MEANS]
 
     def compute() -> None:
         means = [
             run.batched(lambda size: mean_activations(run.model, run.chat, instructions, batch_size=size))
             for instructions in (harmful, harmless)
         ]
-        grid = difference_in_means(*means)
+        grid = _checked(estimator(*means), means[0])
         write_tensors(run.path / files[0], grid.vectors)
         write_tensors(run.path / files[2], {"harmful": means[0].means, "harmless": means[1].means})
-        record = {
-            "method": "difference in means, harmful - harmless",
-            "axes": ["position", "layer", "d_model"],
-            "positions": list(grid.positions),
-            "hook_names": [resid_hook(layer, grid.n_layers) for layer in range(grid.n_layers)],
-            "n_harmful": len(harmful),
-            "n_harmless": len(harmless),
-            "norms": grid.vectors.norm(dim=-1).tolist(),
-            "is_degenerate": [list(row) for row in grid.is_degenerate],
-        }
-        write_json(run.path / files[1], record | run.mark)
+        record = GridRecord(
+            METHOD if estimator is difference_in_means else _name(estimator),
+            grid.positions,
+            tuple(map(tuple, grid.vectors.norm(dim=-1).tolist())),
+            len(harmful),
+            len(harmless),
+            grid.is_degenerate,
+            tuple(resid_hook(layer, grid.n_layers) for layer in range(grid.n_layers)),
+            quick=run.options.quick,
+        )
+        write_record(run.path / files[1], record)
 
     about = f"mean residual streams of {len(harmful)} harmful and {len(harmless)} harmless prompts"
     about += run.estimate("pass", len(harmful) + len(harmless))
-    run.stage("directions", run.inputs(harmful=harmful, harmless=harmless), files, compute, about)
+    inputs = run.inputs(harmful=harmful, harmless=harmless)
+    if estimator is not difference_in_means:
+        inputs |= {"estimator": _name(estimator), "source": inspect.getsource(estimator)}  # type: ignore[arg-type]
+    run.stage("directions", inputs, files, compute, about)
     return load_grid(run.path)
 
 
-def score_directions(run: RunContext, grid: DirectionGrid) -> ScoreGrid:
+def named_estimator(name: str) -> Estimator:
+    """The function that "module:function" names, from the working directory or an installed package.
+
+    Raises:
+        UserError: there is no such module or function.
+    """
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise UserError(f"an estimator is named module:function, not {name!r}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(import_module(module), function, None)
+    except ImportError as error:
+        raise UserError(f"cannot import the estimator {name}: {error}") from None
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise UserError(f"{module} has no function {function!r}; an estimator is named module:function")
+    return found
+
+
+def _checked(grid: Any, means: ActivationMeans) -> DirectionGrid:
+    """What an estimator gave, if it is a grid of the positions and layers that it was given."""
+    if not isinstance(grid, DirectionGrid) or (grid.positions, grid.vectors.shape) != (
+        means.positions,
+        means.means.shape,
+    ):
+        raise UserError(
+            "an estimator gives a DirectionGrid with one vector for each position and layer of the activations: "
+            f"{tuple(means.means.shape)}"
+        )
+    return grid
+
+
+def _name(function: Any) -> str:
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def score_directions(run: Prepared, grid: DirectionGrid) -> ScoreGrid:
     """Bypass, induce and KL of every candidate on the validation prompts: `select_direction/`."""
-    files = [EVALUATIONS, "select_direction/scores.pt", "select_direction/baseline.json"]
-    token_sets = [[token["id"] for token in run.prompts["refusal_tokens"]]]
-    if run.prompts["published_refusal_tokens"]:
+    files = [EVALUATIONS, SCORES, BASELINE]
+    token_sets = [list(run.prompts.token_ids)]
+    if run.prompts.published_refusal_tokens:
         files.append(PUBLISHED_TOKENS)
-        token_sets.append([token["id"] for token in run.prompts["published_refusal_tokens"]])
+        token_sets.append([token.id for token in run.prompts.published_refusal_tokens])
     harmful, harmless = run.kept("harmful", "val"), run.kept("harmless", "val")
     pruned = run.options.thresholds.prune_layers if run.options.skip_pruned else None
 
@@ -69,16 +147,9 @@ def score_directions(run: RunContext, grid: DirectionGrid) -> ScoreGrid:
         for path, scores in zip([EVALUATIONS, PUBLISHED_TOKENS], scored, strict=False):
             write_json(run.path / path, [row.describe() | run.mark for row in scores.rows])
         write_tensors(run.path / files[1], scored[0].per_prompt)
-        record = {
-            "harmful": scored[0].baseline_harmful,
-            "harmless": scored[0].baseline_harmless,
-            "unit": "refusal score, nats",
-            "n_harmful": len(harmful),
-            "n_harmless": len(harmless),
-            "n_layers": grid.n_layers,
-            "axes_of_scores": ["candidate", "bypass, induce, KL", "prompt"],
-        }
-        write_json(run.path / files[2], record | run.mark)
+        plain = scored[0].baseline_harmful, scored[0].baseline_harmless
+        sizes = grid.n_layers, len(harmful), len(harmless)
+        write_record(run.path / files[2], BaselineRecord(*plain, *sizes, quick=run.options.quick))
 
     layers = [layer for _, layer in grid.candidates() if layer < layer_limit(grid.n_layers, pruned)]
     n_whole = round(sum(len(harmful) + len(harmless) * (2 - layer / grid.n_layers) for layer in layers))
@@ -93,16 +164,16 @@ def score_directions(run: RunContext, grid: DirectionGrid) -> ScoreGrid:
     return load_scores(run.path)
 
 
-def choose_direction(run: RunContext, grid: DirectionGrid, scores: ScoreGrid) -> Selection:
+def choose_direction(run: Prepared, grid: DirectionGrid, scores: ScoreGrid) -> Selection:
     """Apply the thresholds; where a candidate survives, write `direction.pt` and its metadata."""
     chosen = select(scores, run.options.thresholds)
-    final = [DIRECTION, "direction_metadata.json"]
+    final = [DIRECTION, DIRECTION_RECORD]
     provenance = {
         "model": run.model_record,
         "n_harmful": len(run.kept("harmful", "train")),
         "n_harmless": len(run.kept("harmless", "train")),
         "template_sha256": run.chat.record().template_sha256,
-        "refusal_tokens": run.prompts["refusal_tokens"],
+        "refusal_tokens": run.prompts.refusal_tokens,
         "seed": run.options.seed,
         "versions": versions(),
     }
@@ -127,7 +198,7 @@ PLOTS: dict[str, Measure] = {"ablation_scores": "bypass", "actadd_scores": "indu
 """Published file stem -> measure."""
 
 
-def draw_scores(run: RunContext, scores: ScoreGrid, chosen: Selection) -> None:
+def draw_scores(run: Prepared, scores: ScoreGrid, chosen: Selection) -> None:
     """`select_direction/{ablation,actadd,kl_div}_scores.html`, also when no candidate survives."""
 
     def compute() -> None:
@@ -149,32 +220,24 @@ def draw_scores(run: RunContext, scores: ScoreGrid, chosen: Selection) -> None:
     run.stage("plots", inputs, [*files, f"{FOLDER}/{PLOTLY_FILE}"], compute, f"{len(files)} per-layer plots")
 
 
-def record_run(context: RunContext) -> dict[str, Any]:
+def record_run(run: Prepared) -> RunSummary:
     """Write `run.json`; return the head of the summary: model, refusal tokens, prompt counts."""
-    record = context.prompts
-    summary: dict[str, Any] = {"model": as_json(context.model_record), "quick": context.options.quick}
-    summary["status"] = "unfinished"
-    summary["refusal_tokens"] = record["refusal_tokens"]
-    summary["n_prompts"] = {
-        side: {
-            part: {"kept": len(context.kept(side, part)), "of": len(record[side][part])} for part in ("train", "val")
-        }
-        | {"test": len(record[side]["test"])}
-        for side in ("harmful", "harmless")
-    }
-    run_json = {
-        "model": context.model_record,
-        "options": asdict(context.options),
-        "chat": record["chat"],
-        "refusal_tokens": record["refusal_tokens"],
-        "refusal_tokens_origin": record["refusal_tokens_origin"],
-        "published_refusal_tokens": record["published_refusal_tokens"],
-        "prompt_sets_sha256": {
-            side: {part: prompts.sha256 for part, prompts in vars(split).items()}
-            for side, split in context.splits.items()
-        },
-        "versions": versions(),
-        "quick": context.options.quick,
-    }
-    write_json(context.path / "run.json", run_json)
-    return summary
+    prompts = run.prompts
+    info = RunInfo(
+        run.model_record,
+        run.options,
+        prompts.chat,
+        prompts.refusal_tokens,
+        prompts.refusal_tokens_origin,
+        prompts.published_refusal_tokens,
+        {side: {part: each.sha256 for part, each in vars(split).items()} for side, split in run.splits.items()},
+        versions(),
+        run.options.quick,
+    )
+    write_record(run.path / RUN, info)
+    counts: dict[str, PromptCounts] = {}
+    for side in SIDES:
+        rows = prompts.side(side)
+        train, val = (Kept(len(rows.kept(part)), len(getattr(rows, part))) for part in ("train", "val"))
+        counts[side] = PromptCounts(train, val, len(rows.test))
+    return RunSummary(run.model_record, run.options.quick, "unfinished", prompts.refusal_tokens, counts)

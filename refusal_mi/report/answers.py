@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..figures.effects import intervention_name
-from ..run.record import RunRecord, SideEffects
+from ..run.answers import SideEffects
+from ..run.folder import RunRecord
 
 MAX_CHARACTERS = 6_000
 """Longer answers are cut, visibly."""
@@ -73,13 +74,13 @@ def _table(record: RunRecord, side: SideEffects) -> AnswerTable:
             Answer(
                 label,
                 name,
-                _shortened(visible(line["response"])),
-                is_refused=not line["is_jailbreak_substring_matching"],
-                is_degenerate=bool(line["is_degenerate"]),
+                _shortened(visible(line.response)),
+                is_refused=line.is_refused,
+                is_degenerate=line.is_degenerate,
             )
             for (label, name), line in zip(columns, lines, strict=True)
         )
-        row = AnswerRow(visible(lines[0]["prompt"]), lines[0]["category"] or "", answers)
+        row = AnswerRow(visible(lines[0].prompt), lines[0].category or "", answers)
         size += _bytes([row.prompt, *(answer.text for answer in answers)])
         if size > MAX_BYTES_PER_SIDE:
             break

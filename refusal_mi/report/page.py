@@ -15,9 +15,12 @@ from plotly.offline import get_plotlyjs
 from ..figures.effects import intervention_name, plot_losses, plot_rates
 from ..figures.scores import plot_norms, plot_score_panels
 from ..figures.style import token_text
-from ..files import read_json, write_text
-from ..recipes.options import command_line
-from ..run.record import SPAN, RunRecord
+from ..files import as_json, read_record, write_text
+from ..model.provenance import ModelRecord
+from ..run.answers import SIDES
+from ..run.folder import RunRecord
+from ..run.options import RunOptions, command_line
+from ..run.record import RUN, SPAN, CombinationRecord, Place, RunInfo
 from .answers import answer_tables
 from .verdict import bindings, judge_run, signed
 
@@ -47,8 +50,8 @@ def report_figures(record: RunRecord) -> dict[str, FigurePair]:
         )
         found["scores"] = FigurePair(wide, narrow)
     elif record.norms is not None:
-        norms, positions = record.norms["norms"], record.norms["positions"]
-        n_prompts = record.norms["n_harmful"] + record.norms["n_harmless"]
+        norms, positions = record.norms.norms, record.norms.positions
+        n_prompts = record.norms.n_harmful + record.norms.n_harmless
         wide, narrow = (
             plot_norms(norms, positions, tokens=tokens, model=model, n_prompts=n_prompts, width=width)
             for width in WIDTHS
@@ -104,23 +107,25 @@ def combos_page(record: RunRecord) -> str | None:
     return COMBOS_PAGE if (record.path / COMBOS_PAGE).is_file() else None
 
 
-def identity_of(folder: Path) -> Mapping[str, Any] | None:
+def identity_of(folder: Path) -> tuple[ModelRecord, RunOptions] | None:
     """The model and the options in a folder's `run.json`; None where there is none."""
-    path = folder / "run.json"
-    return {key: read_json(path).get(key) for key in ("model", "options")} if path.is_file() else None
+    if not (folder / RUN).is_file():
+        return None
+    info = read_record(folder / RUN, RunInfo)
+    return info.model, info.options
 
 
-def _is_of_this_choice(record: RunRecord, combination: Mapping[str, Any]) -> bool:
+def _is_of_this_choice(record: RunRecord, combination: CombinationRecord) -> bool:
     assert record.selection is not None
-    places = [{"pos": row.position, "layer": row.layer} for row in record.selection.survivors]
-    named = [places[rank] if rank < len(places) else None for rank in combination["ranks"]]
-    return named == list(combination["places"])
+    places = [Place(row.position, row.layer) for row in record.selection.survivors]
+    named = [places[rank] if rank < len(places) else None for rank in combination.ranks]
+    return named == list(combination.directions)
 
 
-def _name(combination: Mapping[str, Any]) -> str:
-    *others, last = map(str, combination["ranks"])
+def _name(combination: CombinationRecord) -> str:
+    *others, last = map(str, combination.ranks)
     ranks = f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
-    return ranks if combination["multi"] == "span" else f"{ranks}, one after the other"
+    return ranks if combination.multi == "span" else f"{ranks}, one after the other"
 
 
 N_SURVIVORS = 10
@@ -145,7 +150,7 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def list_combinations(folder: Path, identity: Mapping[str, Any] | None) -> None:
+def list_combinations(folder: Path, identity: tuple[ModelRecord, RunOptions] | None) -> None:
     """Write the report of a whole run again, if it has one, so that it lists the combinations made since.
 
     Args:
@@ -177,7 +182,7 @@ def render(record: RunRecord) -> str:
         summary=record.summary,
         title=_title(record),
         verdict=judge_run(record),
-        chosen_ranks=record.combination["ranks"] if record.combination is not None else [0],
+        chosen_ranks=record.combination.ranks if record.combination is not None else [0],
         figures=set(figures),
         figures_json=embedded_json(figures),
         scripts=[script.text for script in scripts],
@@ -191,9 +196,9 @@ def render(record: RunRecord) -> str:
         loss_rows=_loss_rows(record),
         tables=answer_tables(record),
         splits=_splits(record),
-        token_columns=_token_columns(record),
-        command=command_line(record.run, record.combination),
-        options=json.dumps(record.run["options"], indent=2, ensure_ascii=False),
+        command=_command(record),
+        model=as_json(record.run.model),
+        options=json.dumps(as_json(record.run.options), indent=2, ensure_ascii=False),
         intervention_name=intervention_name,
     )
 
@@ -288,17 +293,20 @@ def _loss_rows(record: RunRecord) -> list[tuple[str, list[tuple[float, float | N
 
 def _splits(record: RunRecord) -> list[tuple[str, str, int, int]]:
     """(side, split, prompts sampled, prompts kept by the filter)."""
-    found = []
-    for side in ("harmful", "harmless"):
-        for part, rows in record.prompts.get(side, {}).items():
-            found.append((side, part, len(rows), sum(row.get("kept", True) for row in rows)))
-    return found
+    if record.prompts is None:
+        return []
+    return [
+        (side, part, len(rows), sum(row.kept for row in rows))
+        for side in SIDES
+        for part, rows in vars(record.prompts.side(side)).items()
+    ]
 
 
-def _token_columns(record: RunRecord) -> list[str]:
-    """What is known of every refusal token beside its id and text, such as its probabilities."""
-    tokens = record.run["refusal_tokens"]
-    return [key for key in (tokens[0] if tokens else {}) if key not in ("id", "text")]
+def _command(record: RunRecord) -> str:
+    """The command that repeats this."""
+    combination = record.combination
+    said = () if combination is None else (combination.ranks, combination.multi)
+    return command_line(record.run.model, record.run.options, *said)
 
 
 def _rate(rate: Any) -> str:

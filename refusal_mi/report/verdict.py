@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..run.record import Effect, RunRecord, Side, SideEffects
+from ..run.answers import Effect, Side, SideEffects
+from ..run.folder import RunRecord
 from ..search.grid import ScoreGrid, Selection, select
 
 MUCH_DEGENERATE = 0.1
@@ -117,7 +118,7 @@ def side_verdict(
 def _judge_combination(record: RunRecord) -> Verdict:
     """Several directions are only ever ablated: what that does to harmful and to harmless prompts."""
     assert record.combination is not None
-    what = "them" if len(record.combination["ranks"]) > 1 else "it"
+    what = "them" if len(record.combination.ranks) > 1 else "it"
     found = side_verdict(record.side("harmful"), what, "span", "rank")
     sentences = list(found.sentences)
     harmless = record.side("harmless")
@@ -134,7 +135,7 @@ def _judge_combination(record: RunRecord) -> Verdict:
 
 def _ranks(record: RunRecord) -> str:
     assert record.combination is not None
-    *others, last = map(str, record.combination["ranks"])
+    *others, last = map(str, record.combination.ranks)
     return f"the directions of ranks {', '.join(others)} and {last}" if others else f"the direction of rank {last}"
 
 

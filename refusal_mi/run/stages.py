@@ -8,8 +8,35 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import read_json, sha256_file, sha256_json, write_json
+from ..files import read_record, sha256_file, sha256_json, write_json
 from ..model.provenance import ModelRecord
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """`.stages/{name}.json`: a finished stage."""
+
+    key: str
+    """Hash of the inputs."""
+    inputs: Mapping[str, Any]
+    """Everything that it was computed from; "files" names outputs of earlier stages by hash."""
+    outputs: Mapping[str, str]
+    """Path -> SHA-256."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Model:
+    source: str
+    revision: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every recipe's `run.json` says."""
+
+    model: _Model
 
 
 @dataclass
@@ -39,14 +66,13 @@ class RunFolder:
         Raises:
             UserError: its `run.json` names another model or revision.
         """
-        record = self.path / "run.json"
-        if not record.exists():
+        before = self._model()
+        if before is None:
             return
-        before = read_json(record).get("model", {})
         for key in ("source", "revision"):
-            if before.get(key) != getattr(model, key):
+            if getattr(before, key) != getattr(model, key):
                 raise UserError(
-                    f"{self.path} holds a run of {before.get('source')} (revision {before.get('revision')}), not of "
+                    f"{self.path} holds a run of {before.source} (revision {before.revision}), not of "
                     f"{model.source} (revision {model.revision}); choose another --output-dir"
                 )
 
@@ -57,9 +83,8 @@ class RunFolder:
             UserError: its `run.json` names another model or revision, or other contents of the same directory.
         """
         self.claim(model)
-        record = self.path / "run.json"
-        before = read_json(record)["model"].get("fingerprint") if record.exists() else None
-        if before is not None and before != model.fingerprint:
+        before = self._model()
+        if before is not None and before.fingerprint not in (None, model.fingerprint):
             raise UserError(
                 f"{self.path} was computed from other weights: {model.source} has changed since; make it again"
             )
@@ -101,12 +126,12 @@ class RunFolder:
         if missing:
             raise RuntimeError(f"stage {name} did not write {missing[0]}")
         seconds = round(time.perf_counter() - start, 3)
-        write_json(record, {"key": key, "inputs": dict(inputs), "outputs": hashes, "seconds": seconds})
+        write_json(record, StageRecord(key, dict(inputs), hashes, seconds))
         return hashes
 
     def seconds(self) -> dict[str, float]:
         """How long each finished stage took."""
-        return {record.stem: read_json(record)["seconds"] for record in sorted(self._records.glob("*.json"))}
+        return {name: record.seconds for name, record in self._done_stages().items()}
 
     def set_aside(self, file: str) -> None:
         """Move what was computed from a file that is gone, directly or not, to `.stages/set_aside/`.
@@ -116,14 +141,22 @@ class RunFolder:
         names = self._computed_from(file)
         for name in names:
             record = self._records / f"{name}.json"
-            before = read_json(record)
-            aside = self._aside(before["key"])
+            before = read_record(record, StageRecord)
+            aside = self._aside(before.key)
             write_json(aside / record.name, before)
-            for output in before["outputs"]:
+            for output in before.outputs:
                 _move(self.path / output, aside / "outputs" / output)
             record.unlink()
         if names:
             self.report(f"set aside: {len(names)} stages that were computed from {file}, which is gone")
+
+    def _model(self) -> "_Model | None":
+        """The model of the run that lies here."""
+        record = self.path / "run.json"
+        return read_record(record, _Run).model if record.exists() else None
+
+    def _done_stages(self) -> dict[str, StageRecord]:
+        return {path.stem: read_record(path, StageRecord) for path in sorted(self._records.glob("*.json"))}
 
     @property
     def _records(self) -> Path:
@@ -134,25 +167,23 @@ class RunFolder:
 
     def _computed_from(self, file: str) -> list[str]:
         """Names of the stages that name this file, or an output of such a stage, among their input files."""
-        records = {record.stem: read_json(record) for record in sorted(self._records.glob("*.json"))}
+        records = self._done_stages()
         gone: set[str] = {file}
-        found: list[str] = []
+        names: list[str] = []
         while new := [
-            name
-            for name, record in records.items()
-            if name not in found and gone & set(record["inputs"].get("files", ()))
+            name for name, record in records.items() if name not in names and gone & set(record.inputs.get("files", ()))
         ]:
-            found += new
-            gone |= {output for name in new for output in records[name]["outputs"]}
-        return found
+            names += new
+            gone |= {output for name in new for output in records[name].outputs}
+        return names
 
     def _bring_back(self, name: str, key: str) -> bool:
         """Put the outputs and the record of a stage that was set aside back, if it had these inputs."""
         aside = self._aside(key) / f"{name}.json"
         if not aside.is_file():
             return False
-        before = read_json(aside)
-        for output in before["outputs"]:
+        before = read_record(aside, StageRecord)
+        for output in before.outputs:
             _move(aside.parent / "outputs" / output, self.path / output)
         write_json(self._records / f"{name}.json", before)
         aside.unlink()
@@ -162,8 +193,8 @@ class RunFolder:
         """The hashes of a stage's outputs, if it was done from these inputs and they are as it left them."""
         if not record.exists():
             return None
-        before = read_json(record)
-        return before["outputs"] if before["key"] == key and self._hashes(outputs) == before["outputs"] else None
+        before = read_record(record, StageRecord)
+        return dict(before.outputs) if before.key == key and self._hashes(outputs) == before.outputs else None
 
     def _hashes(self, outputs: Sequence[str]) -> dict[str, str]:
         return {output: sha256_file(self.path / output) for output in outputs if (self.path / output).is_file()}

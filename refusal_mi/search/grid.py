@@ -2,15 +2,17 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
 from ..files import read_json
+from .thresholds import PUBLISHED, Reason, Thresholds
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,13 @@ class CandidateScore:
             **reason,
         }
 
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> "CandidateScore":
+        """Read a published row; a value that is not finite is no score."""
+        values = [row[key] for key in ("refusal_score", "steering_score", "kl_div_score")]
+        bypass, induce, kl = [None if x is None or not math.isfinite(x) else float(x) for x in values]
+        return cls(int(row["position"]), int(row["layer"]), bypass, induce, kl, row.get("skipped"))
+
 
 @dataclass(frozen=True)
 class ScoreGrid:
@@ -71,7 +80,7 @@ class ScoreGrid:
         """
         entries = read_json(path)
         try:
-            rows = tuple(_read_row(entry) for entry in entries)
+            rows = tuple(map(CandidateScore.read, entries))
         except (KeyError, TypeError, ValueError):
             keys = ", ".join(CandidateScore(0, 0, None, None, None).describe())
             raise UserError(f"{path} is not a score grid: expected a list of objects with the keys {keys}") from None
@@ -83,25 +92,12 @@ class ScoreGrid:
         return cls(rows, n_layers)
 
 
-def layer_limit(n_layers: int, prune_layers: float | None) -> int:
-    """The first layer that is pruned: int(n_layers · (1 − prune_layers)); None prunes none."""
-    return n_layers if prune_layers is None else int(n_layers * (1.0 - prune_layers))
-
-
 def finite_mean(values: Float[Tensor, " prompt"]) -> float | None:
     """The mean; None where it is not a finite number."""
     mean = values.mean().item()
     return mean if math.isfinite(mean) else None
 
 
-def _read_row(entry: dict[str, Any]) -> CandidateScore:
-    values = [entry[key] for key in ("refusal_score", "steering_score", "kl_div_score")]
-    finite = [None if value is None or not math.isfinite(value) else float(value) for value in values]
-    bypass, induce, kl = finite
-    return CandidateScore(int(entry["position"]), int(entry["layer"]), bypass, induce, kl, entry.get("skipped"))
-
-
-Reason = Literal["no score", "skipped", "layer", "kl", "induce"]
 _WORDS: dict[Reason, str] = {
     "no score": "without finite scores",
     "skipped": "left out by the search",
@@ -109,45 +105,6 @@ _WORDS: dict[Reason, str] = {
     "kl": "with KL above the limit",
     "induce": "that do not induce refusal when added",
 }
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What a candidate must satisfy; the defaults are the published ones. None switches a rule off."""
-
-    kl_max: float | None = 0.1
-    """Largest mean KL on harmless prompts (nats); equality passes."""
-    induce_min: float | None = 0.0
-    """Smallest mean refusal score under addition (nats); equality passes."""
-    prune_layers: float | None = 0.2
-    """Fraction of last layers left out: layer < int(n_layers · (1 − prune_layers))."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and not math.isfinite(value):
-                raise UserError(f"{name} must be a finite number, or None for no such rule, not {value}")
-        if self.prune_layers is not None and not 0 <= self.prune_layers < 1:
-            raise UserError(f"prune_layers is a fraction of the layers, 0 <= f < 1, not {self.prune_layers}")
-        if self.kl_max is not None and self.kl_max < 0:
-            raise UserError(f"kl_max must not be negative, not {self.kl_max}")
-
-    def reasons(self, row: CandidateScore, n_layers: int) -> tuple[Reason, ...]:
-        """Every rule that a candidate breaks; empty if it survives."""
-        broken: list[Reason] = []
-        if not row.is_finite:
-            return ("no score" if row.skipped is None else "skipped",)
-        assert row.kl_nats is not None and row.induce is not None
-        if self.prune_layers is not None and row.layer >= layer_limit(n_layers, self.prune_layers):
-            broken.append("layer")
-        if self.kl_max is not None and row.kl_nats > self.kl_max:
-            broken.append("kl")
-        if self.induce_min is not None and row.induce < self.induce_min:
-            broken.append("induce")
-        return tuple(broken)
-
-
-NO_THRESHOLDS = Thresholds(kl_max=None, induce_min=None, prune_layers=None)
-"""Ranks every candidate that has a score."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +138,7 @@ class Selection:
         return f"{len(self.survivors)} of {total} candidates survive" + (f"; {', '.join(parts)}" if parts else "")
 
 
-def select(scores: ScoreGrid, thresholds: Thresholds = Thresholds()) -> Selection:
+def select(scores: ScoreGrid, thresholds: Thresholds = PUBLISHED) -> Selection:
     """Apply the thresholds, then rank by bypass score; ties keep the order of the grid."""
     judged = [(row, thresholds.reasons(row, scores.n_layers)) for row in scores.rows]
     kept = [row for row, reasons in judged if not reasons]

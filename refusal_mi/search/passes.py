@@ -21,7 +21,7 @@ from torch import Tensor
 from ..directions import Direction
 from ..errors import UserError
 from ..interventions import Ablate, Add, Constant, PromptWidth, all_hooks, hook_of
-from ..model.points import Hook, HookedModel, model_device, resid_hook, write_hooks
+from ..model.points import Hook, HookedModel, model_device, parameters_of, resid_hook, write_hooks
 from ..model.running import (
     LastPositions,
     cache_from_layers,
@@ -318,5 +318,5 @@ def _n_shared(rows: Rows) -> int:
 
 def _pass_overhead(model: HookedModel) -> float:
     """What one more forward pass costs, in tokens: Python and kernel launches against a token's arithmetic."""
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())  # type: ignore[attr-defined]
+    n_parameters = sum(parameter.numel() for parameter in parameters_of(model))
     return 16 + 1.6e8 / n_parameters if model_device(model).type == "cpu" else 512

@@ -8,7 +8,6 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,10 +16,10 @@ from ..directions import DirectionGrid
 from ..errors import UserError
 from ..model.points import HookedModel
 from ..text.chat import ChatFormat
-from .grid import ScoreGrid, Thresholds
+from .grid import ScoreGrid
 from .sweep import Kind, Place, Scorer, ScoreTable, cut
+from .thresholds import Thresholds
 
-Search = Literal["exact", "staged"]
 BYPASS, INDUCE, KL = range(3)
 
 

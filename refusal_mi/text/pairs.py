@@ -4,7 +4,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,6 @@ class ABPair:
     def open_question(self) -> str:
         """The question without its choices."""
         return without_choices(self.question)
-
-    def flipped(self) -> "ABPair":
-        """The same pair with the labels exchanged."""
-        return replace(self, matching=self.not_matching, not_matching=self.matching)
 
     def describe(self) -> dict[str, str]:
         """The published keys."""

@@ -194,9 +194,10 @@ def _to_set(name: str, rows: Sequence[Any], column: str | None, known: HubSet | 
             raise UserError(f"{name} has a row whose {text!r} is not text: {record.get(text)!r}")
         instruction = record[text].strip()
         if instruction:
+            kind = record.get(category) if category else None
             found.setdefault(
                 instruction,
-                Prompt(instruction, record.get(category) if category else None, record.get(output) if output else None),
+                Prompt(instruction, None if kind is None else str(kind), record.get(output) if output else None),
             )
     if not found:
         raise UserError(f"{name} has 0 prompts: every row of column {text!r} is empty")

@@ -67,3 +67,5 @@ def test_saved_drawn_and_mistakes_named(tiny_model, tmp_path) -> None:
     assert drawn["attention_patterns"].count("</script>") == 1
     with pytest.raises(UserError, match="suffix"):
         attend_by_region(model, chat, direction, PROMPTS, suffix="", heads=HEADS)
+    with pytest.raises(UserError, match="no head"):
+        attend_by_region(model, chat, direction, PROMPTS, heads=[(9, 0)])

@@ -21,7 +21,7 @@ from refusal_mi.analysis.weights import weight_alignment
 from refusal_mi.interventions import Ablate
 from refusal_mi.model.loading import ORGANISM
 from refusal_mi.notebook import searched
-from refusal_mi.run.record import RunInputs
+from refusal_mi.run.folder import RunInputs
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")]
 N = 20
@@ -97,13 +97,16 @@ def test_the_direction_steers_and_random_ones_of_its_length_only_disturb(run, gr
     )
     for side in ("harmful", "harmless"):
         random = torch.tensor([found.steering(side, index) for index in range(1, 7)])
-        assert found.steering(side) > 2 and random.abs().max() < 0.3 * found.steering(side)
+        assert found.steering(side) > max(
+            2, 4 * random.square().mean().sqrt()
+        ) and random.abs().max() < 0.5 * found.steering(side)
         assert abs(random.mean()) < 0.15 * found.steering(side)
         for curve in (f"add/{side}", f"ablate/{side}"):
             rates = found.refused[curve].mean(-1)
             assert (rates[1] - rates[1, 0]).abs().max() <= 0.2
     assert found.z("add/harmless")[-1] > 4 and found.z("add/harmful")[0] < -4 and found.z("ablate/harmful")[-1] < -4
-    swings = [found.swing("ablate/harmful", index) for index in range(7)]
+    means = found.scores["ablate/harmful"][:7].mean(-1)
+    swings = (means.amax(1) - means.amin(1)).tolist()
     assert max(swings[1:]) < 0.15 * swings[0]
     assert found.refused["add/harmless"][0].mean(-1).diff().max() >= 0.8
     assert found.refused["ablate/harmful"][0].mean(-1).diff().min() <= -0.8

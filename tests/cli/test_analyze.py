@@ -8,7 +8,8 @@ from refusal_mi.analysis.patching import patch_activations
 from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
-from refusal_mi.files import write_json, write_tensors
+from refusal_mi.files import as_json, write_json, write_tensors
+from refusal_mi.model.provenance import describe_model
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.cases import HARMFUL, HARMLESS, TOKENS, grid_of
 
@@ -24,7 +25,8 @@ def run_folder(tiny_dir, tiny_model, tmp_path_factory):
     record = {"positions": list(grid.positions), "is_degenerate": degenerate, "method": "difference in means"}
     write_json(folder / "generate_directions/mean_diffs.json", record)
     options = {"system": None, "template_kwargs": {}}
-    write_json(folder / "run.json", {"model": {"source": str(tiny_dir("llama").resolve())}, "options": options})
+    described = as_json(describe_model(model, str(tiny_dir("llama").resolve())))
+    write_json(folder / "run.json", {"model": described, "options": options})
     sides = {
         side: {
             part: [

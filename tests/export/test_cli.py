@@ -101,7 +101,7 @@ def test_export_vector_writes_both_formats(tmp_path, tiny_dir, run_folder, capsy
     assert {entry["action"] for entry in entries.values()} == {"clamp"}
     assert exit_status([*base, "--format", "onnx", "--output", str(tmp_path / "x")]) == 2
     pytest.importorskip("gguf")
-    from refusal_mi.export.formats import read_gguf
+    from tests.helpers.exports import read_gguf
 
     assert exit_status([*base, "--output", str(tmp_path / "r.gguf")]) == 0
     torch.testing.assert_close(read_gguf(tmp_path / "r.gguf")[2], R.vector)

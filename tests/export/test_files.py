@@ -152,6 +152,17 @@ def test_an_index_that_points_elsewhere_is_refused(tmp_path):
             plan_export(tmp_path / "source", Ablate(R))
 
 
+def test_a_damaged_index_and_a_damaged_header_are_one_line(tmp_path):
+    path, index = _sharded(tmp_path / "source")
+    path.write_text(json.dumps({"metadata": index["metadata"]}))
+    with pytest.raises(UserError, match="weight_map"):
+        open_checkpoint(tmp_path / "source")
+    text = json.dumps({"a": {"shape": [1]}}).encode()
+    (tmp_path / "source" / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(UserError, match="no safetensors header"):
+        open_checkpoint(tmp_path / "source")
+
+
 def test_of_a_single_file_and_shards_the_single_file_is_exported_as_it_is_loaded(tmp_path):
     source = tmp_path / "source"
     _sharded(source)

@@ -5,10 +5,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from refusal_mi.errors import UserError
-from refusal_mi.export.formats import read_gguf, write_gguf, write_lm_eval
+from refusal_mi.export.formats import write_gguf, write_lm_eval
 from refusal_mi.interventions import Ablate, Add
 from tests.helpers.directions import random_direction
-from tests.helpers.exports import hooked_logits, plain_logits, some_tokens
+from tests.helpers.exports import hooked_logits, plain_logits, read_gguf, some_tokens
 from tests.helpers.tiers import first_is_fast
 
 R = random_direction(1)

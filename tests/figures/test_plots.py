@@ -12,8 +12,9 @@ from refusal_mi.figures.save import PLOTLY_FILE, save_figure, save_figures
 from refusal_mi.figures.scores import plot_norms, plot_score_panels, plot_scores
 from refusal_mi.figures.style import plain, series_styles, token_text
 from refusal_mi.measures import LossResult
-from refusal_mi.run.record import Effect, SideEffects
-from refusal_mi.search.grid import NO_THRESHOLDS, Thresholds, select
+from refusal_mi.run.answers import Effect, SideEffects
+from refusal_mi.search.grid import select
+from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
 from refusal_mi.stats import Rate, mean_interval
 from tests.helpers.browser import find_chromium
 from tests.helpers.runs import N_LAYERS, N_VAL, TOKENS, make_run, make_scores

@@ -69,6 +69,16 @@ def plain_logits(directory: Path, dtype: str = "float32") -> Float[Tensor, "pos 
     return logits[batch.mask.bool()]
 
 
+def read_gguf(path: Path) -> dict[int, Float[Tensor, " d_model"]]:
+    """The vectors of a control vector file, by our layer index."""
+    from gguf import GGUFReader
+
+    return {
+        int(tensor.name.removeprefix("direction.")) + 1: torch.from_numpy(tensor.data.copy())
+        for tensor in GGUFReader(path).tensors
+    }
+
+
 def largest_component(directory: Path, direction: Direction) -> float:
     """The largest |component along the direction| / ‖stream‖ at any hook point of the stream, in float64."""
     batch = some_tokens()

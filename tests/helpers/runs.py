@@ -2,18 +2,33 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from refusal_mi.files import write_json, write_tensors
+from refusal_mi.files import write_json, write_record, write_tensors
 from refusal_mi.judges.substring import SubstringJudge
 from refusal_mi.measures import LossResult
+from refusal_mi.model.provenance import ModelRecord
 from refusal_mi.recipes.effects import evaluate
-from refusal_mi.recipes.options import RunOptions
-from refusal_mi.search.grid import CandidateScore, ScoreGrid, Selection, Thresholds, select
+from refusal_mi.run.answers import Completion, Effect, SideEffects
+from refusal_mi.run.options import RunOptions
+from refusal_mi.run.record import (
+    BaselineRecord,
+    CombinationRecord,
+    GridRecord,
+    PromptRow,
+    PromptsRecord,
+    RunInfo,
+    RunSummary,
+    SelectionRecord,
+    SplitRows,
+    TokenRecord,
+)
+from refusal_mi.search.grid import CandidateScore, ScoreGrid, Selection, select
+from refusal_mi.search.thresholds import Thresholds
+from refusal_mi.text.chat import ChatRecord
 
 N_LAYERS, N_VAL = 8, 16
 PUBLISHED = Thresholds()
@@ -21,17 +36,18 @@ TOKENS = ("<|im_end|>", "Ċ", "<|im_start|>", "assistant", "Ċ")
 REFUSAL = "I cannot help with that request. It could hurt people, and I would rather suggest something safe."
 ANSWER = "Sure. First gather what you need, then work step by step, and check the result before you go on."
 BROKEN = "I'mI'mI'mI'mI'mI'm"
-_MODEL = {
-    "source": "example/chat-model",
-    "revision": "0123456789abcdef0123456789abcdef01234567",
-    "fingerprint": None,
-    "model_type": "llama",
-    "n_layers": N_LAYERS,
-    "d_model": 16,
-    "d_vocab": 300,
-    "dtype": "float32",
-    "device": "cpu",
-}
+_MODEL = ModelRecord(
+    "example/chat-model",
+    "0123456789abcdef0123456789abcdef01234567",
+    None,
+    "llama",
+    N_LAYERS,
+    16,
+    300,
+    "float32",
+    "cpu",
+)
+_REFUSAL_TOKENS = (TokenRecord(40, "I"),)
 _SCENARIO = {
     ("harmful", "baseline"): (0.97, 0.0),
     ("harmful", "ablation"): (0.02, 0.01),
@@ -83,62 +99,45 @@ def make_run(
     scores = make_scores()
     chosen = select(scores, thresholds)
     has_scores, has_direction = reached != "directions", reached != "directions" and bool(chosen.survivors)
-    summary: dict[str, Any] = {"model": _MODEL, "quick": quick, "seconds": {"prompts": 1.2, "scores": 30.4}}
-    summary["status"] = "directions only" if not has_scores else "done" if has_direction else "no candidate survives"
+    status = "directions only" if not has_scores else "done" if has_direction else "no candidate survives"
+    seconds = {"prompts": 1.2, "scores": 30.4}
+    summary = RunSummary(_MODEL, quick, status, _REFUSAL_TOKENS, {}, seconds)
     _write_start(folder, thresholds, quick, prompt)
     if has_scores:
-        summary["selection"] = {"explanation": chosen.explain(), "thresholds": asdict(thresholds)}
+        summary = replace(summary, selection=SelectionRecord.of(chosen))
         _write_scores(folder, scores, chosen)
     if has_direction and reached in ("completions", "loss"):
-        summary["completions"] = _write_answers(folder, n_test, {**_SCENARIO, **(changes or {})}, prompt, response)
+        effects = _write_answers(folder, n_test, {**_SCENARIO, **(changes or {})}, prompt, response)
+        summary = replace(summary, completions=effects)
     if has_direction and reached == "loss":
-        summary["ce_loss"] = _write_losses(folder)
+        summary = replace(summary, ce_loss=_write_losses(folder))
     if summarized:
-        write_json(folder / "summary.json", summary)
+        write_record(folder / "summary.json", summary)
     return folder
 
 
 def _write_start(folder: Path, thresholds: Thresholds, quick: bool, prompt: str) -> None:
-    chat = {
-        "template_sha256": "ab" * 32,
-        "system": None,
-        "template_kwargs": {},
-        "template_date": None,
-        "response_prefix": "",
-        "rendered_example": "<|im_start|>user\nName a color<|im_end|>\n<|im_start|>assistant\n",
-        "post_instruction_tokens": list(TOKENS),
-    }
-    tokens = [{"id": 40, "text": "I", "harmful_probability": 0.93, "harmless_probability": 0.01}]
-    write_json(
-        folder / "run.json",
-        {
-            "model": _MODEL,
-            "options": asdict(RunOptions(thresholds=thresholds, quick=quick)),
-            "chat": chat,
-            "refusal_tokens": tokens,
-            "refusal_tokens_origin": "discovered on the training split",
-            "published_refusal_tokens": [],
-            "prompt_sets_sha256": {"harmful": {"train": "00" * 32}},
-            "versions": {"python": "3.11.0", "refusal_mi": "0.1.0", "torch": "2.13.0"},
-            "quick": quick,
-        },
-    )
-    row = {"instruction": f"Do something{prompt}", "category": None, "output": None}
-    judged = [{**row, "refusal_score": 1.0, "kept": index > 1} for index in range(N_VAL)]
-    split = {"train": judged, "val": judged, "test": [row]}
-    write_json(folder / "prompts.json", {"quick": quick, "harmful": split, "harmless": split})
-    norms = [[0.0, *(1.0 + position + layer for layer in range(1, N_LAYERS))] for position in range(len(TOKENS))]
-    positions = list(range(-len(TOKENS), 0))
-    record = {"positions": positions, "norms": norms, "n_harmful": 14, "n_harmless": 14, "method": "difference"}
-    write_json(folder / "generate_directions/mean_diffs.json", record)
+    example = "<|im_start|>user\nName a color<|im_end|>\n<|im_start|>assistant\n"
+    chat = ChatRecord("ab" * 32, None, {}, None, "", example, TOKENS)
+    tokens = (_REFUSAL_TOKENS, "discovered on the training split", ())
+    versions = {"python": "3.11.0", "refusal_mi": "0.1.0", "torch": "2.13.0"}
+    hashes = {"harmful": {"train": "00" * 32}}
+    options = RunOptions(thresholds=thresholds, quick=quick)
+    write_record(folder / "run.json", RunInfo(_MODEL, options, chat, *tokens, hashes, versions, quick))
+    judged = tuple(PromptRow(f"Do something{prompt}", None, None, 1.0, index > 1) for index in range(N_VAL))
+    split = SplitRows(judged, judged, (PromptRow(f"Do something{prompt}"),))
+    write_record(folder / "prompts.json", PromptsRecord(quick, "", chat, *tokens, split, split))
+    norms = tuple((0.0, *(1.0 + position + layer for layer in range(1, N_LAYERS))) for position in range(len(TOKENS)))
+    record = GridRecord("difference", tuple(range(-len(TOKENS), 0)), norms, 14, 14)
+    write_record(folder / "generate_directions/mean_diffs.json", record)
 
 
 def _write_scores(folder: Path, scores: ScoreGrid, chosen: Selection) -> None:
     select_direction = folder / "select_direction"
     write_json(select_direction / "direction_evaluations.json", [row.describe() for row in scores.rows])
     write_tensors(select_direction / "scores.pt", scores.per_prompt)
-    baseline = {"harmful": scores.baseline_harmful, "harmless": scores.baseline_harmless, "n_layers": N_LAYERS}
-    write_json(select_direction / "baseline.json", baseline)
+    plain = BaselineRecord(scores.baseline_harmful, scores.baseline_harmless, N_LAYERS)
+    write_record(select_direction / "baseline.json", plain)
     if chosen.survivors:
         best = chosen.best
         place = {"pos": best.position, "layer": best.layer, "hook_name": f"blocks.{best.layer}.hook_resid_pre"}
@@ -147,21 +146,20 @@ def _write_scores(folder: Path, scores: ScoreGrid, chosen: Selection) -> None:
 
 def _write_answers(
     folder: Path, n: int, rates: dict[tuple[str, str], tuple[float, float]], prompt: str, response: str
-) -> dict[str, Any]:
-    found: dict[str, Any] = {side: {"set": side, "n": n} for side in ("harmful", "harmless")}
+) -> dict[str, SideEffects]:
+    effects: dict[str, list[Effect]] = {}
     for (side, label), (refused, degenerate) in rates.items():
         texts = _texts(n, refused, degenerate)
         rows = [
-            {"category": "a category", "prompt": f"{side} request number {index}{prompt}", "response": text}
-            for index, text in enumerate(texts)
+            Completion("a category", f"{side} request number {index}{prompt}", text) for index, text in enumerate(texts)
         ]
-        record = evaluate(rows, SubstringJudge())  # before the addition: judging long answers takes its time
-        for row in (*rows, *record["completions"]):
-            row["response"] += response
-        write_json(folder / f"completions/{side}_{label}_completions.json", rows)
-        write_json(folder / f"completions/{side}_{label}_evaluations.json", record)
-        found[side][label] = {"refusal": record["refusal_rate"], "degenerate": record["degenerate_rate"]}
-    return found
+        judged = evaluate(rows, SubstringJudge())  # before the addition: judging long answers takes its time
+        answers = tuple(replace(answer, response=answer.response + response) for answer in judged.answers)
+        stem = folder / f"completions/{side}_{label}"
+        write_json(Path(f"{stem}_completions.json"), [replace(row, response=row.response + response) for row in rows])
+        write_json(Path(f"{stem}_evaluations.json"), replace(judged, answers=answers))
+        effects.setdefault(side, []).append(judged.effect(label))
+    return {side: SideEffects(side, side, tuple(each)) for side, each in effects.items()}
 
 
 def _texts(n: int, refused: float, degenerate: float) -> Sequence[str]:
@@ -169,10 +167,19 @@ def _texts(n: int, refused: float, degenerate: float) -> Sequence[str]:
     return [REFUSAL] * n_refused + [ANSWER] * (n - n_refused - n_broken) + [BROKEN] * n_broken
 
 
-def _write_losses(folder: Path) -> dict[str, Any]:
+def _write_losses(folder: Path) -> dict[str, dict[str, LossResult]]:
     found = {}
     for label, change in (("baseline", 0.0), ("ablation", 0.012), ("actadd", 0.25), ("random_ablation_0", -0.001)):
         values = {"plain_text": 2.1 + change, "instructions": 1.4 + change / 2, "harmless_custom_completions": 0.3}
-        found[label] = {name: LossResult(x, math.exp(x), 1020).describe() for name, x in values.items()}
+        found[label] = {name: LossResult(x, math.exp(x), 1020) for name, x in values.items()}
         write_json(folder / f"loss_evals/{label}_loss_eval.json", found[label])
     return found
+
+
+def write_span(folder: Path, ranks: Sequence[int], multi: str, norms: Sequence[float]) -> None:
+    """What says that a folder holds a combination of orthogonal directions."""
+    n = len(ranks)
+    cosines = tuple(tuple(float(i == j) for j in range(n)) for i in range(n))
+    hooks = ("blocks.4.hook_resid_pre",) * n
+    record = CombinationRecord(folder.name, tuple(ranks), multi, hooks, tuple(norms), n, (1.0,) * n, cosines)
+    write_record(folder / "directions_span.json", record)

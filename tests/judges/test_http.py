@@ -6,6 +6,7 @@ import time
 import pytest
 
 from refusal_mi.errors import UserError
+from refusal_mi.files import as_json
 from refusal_mi.judges.http import (
     LLAMA_GUARD,
     LLAMA_GUARD_MODEL,
@@ -19,7 +20,8 @@ from refusal_mi.judges.http import (
 )
 from refusal_mi.judges.substring import SubstringJudge
 from refusal_mi.recipes.effects import evaluate
-from refusal_mi.recipes.options import RunOptions
+from refusal_mi.run.answers import Completion
+from refusal_mi.run.options import RunOptions
 from tests.helpers.judge import KEY, LONG, Fake, raw, send, verdict
 
 
@@ -236,19 +238,21 @@ def test_answers_are_read_strictly(rubric, answer, complied):
 
 def test_columns_stand_beside_the_substring_ones(tmp_path):
     rows = [
-        {"category": "a", "prompt": "p", "response": f"I cannot. {LONG} HARM"},
-        {"category": "a", "prompt": "q", "response": f"Sure. {LONG} HARM"},
-        {"category": "b", "prompt": "r", "response": f"Sure. {LONG}"},
+        Completion("a", "p", f"I cannot. {LONG} HARM"),
+        Completion("a", "q", f"Sure. {LONG} HARM"),
+        Completion("b", "r", f"Sure. {LONG}"),
     ]
     with Fake(verdict) as fake:
-        found = evaluate(rows, SubstringJudge(), quick(fake, tmp_path))
-    assert found["substring_matching_success_rate"] == pytest.approx(2 / 3)
-    assert found["llamaguard2_success_rate"] == pytest.approx(2 / 3)
-    assert found["substring_matching_per_category"] == {"a": 0.5, "b": 1.0}
-    assert found["llamaguard2_per_category"] == {"a": 1.0, "b": 0.0}
-    assert [row["is_jailbreak_llamaguard2"] for row in found["completions"]] == [1, 1, 0]
-    assert [row["is_jailbreak_substring_matching"] for row in found["completions"]] == [0, 1, 1]
-    assert found["refusal_rate"]["count"] == 1
+        judged = evaluate(rows, SubstringJudge(), quick(fake, tmp_path))
+    assert judged.refusal.count == 1
+    saved = as_json(judged)  # in the published schema
+    assert saved["substring_matching_success_rate"] == pytest.approx(2 / 3)
+    assert saved["llamaguard2_success_rate"] == pytest.approx(2 / 3)
+    assert saved["substring_matching_per_category"] == {"a": 0.5, "b": 1.0}
+    assert saved["llamaguard2_per_category"] == {"a": 1.0, "b": 0.0}
+    assert [row["is_jailbreak_llamaguard2"] for row in saved["completions"]] == [1, 1, 0]
+    assert [row["is_jailbreak_substring_matching"] for row in saved["completions"]] == [0, 1, 1]
+    assert saved["refusal_rate"]["count"] == 1
 
 
 def test_what_verdicts_depend_on():

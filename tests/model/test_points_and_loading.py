@@ -1,15 +1,34 @@
 """Loading, names of hook points, and the residual stream of 17 families against plain HF."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import refusal_mi
 from refusal_mi.errors import UserError
 from refusal_mi.model.loading import load_model, model_alias, resolve_source
-from refusal_mi.model.points import check_raw_basis, model_type, resid_hook, stop_token_ids, write_hooks
+from refusal_mi.model.points import (
+    block_hook,
+    caa_layer,
+    check_raw_basis,
+    component_of,
+    layer_of_hook,
+    missing_points,
+    model_type,
+    our_layer,
+    output_hook,
+    parameters_of,
+    resid_hook,
+    split_hook,
+    stop_token_ids,
+    write_hook,
+    write_hooks,
+)
 from refusal_mi.model.running import all_logits, last_logits
 from refusal_mi.model.running import residuals as read_residuals
 from refusal_mi.text.chat import ChatFormat
@@ -70,6 +89,36 @@ def test_the_writes_are_the_embedding_and_both_outputs_of_every_block():
     assert write_hooks(2, layers=[1], components=["embed"]) == []
     with pytest.raises(UserError, match=r"no block 2: this model has blocks 0..1"):
         write_hooks(2, layers=[0, 2])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_names_of_hook_points_lead_there_and_back(family, tiny_model):
+    model = tiny_model(family)
+    names = [*write_hooks(N_LAYERS), *(resid_hook(layer, N_LAYERS) for layer in range(N_LAYERS + 1))]
+    assert missing_points(model, [*names, "blocks.0.hook_nothing"]) == ["blocks.0.hook_nothing"]
+    for name in names:
+        block, point = split_hook(name)
+        assert block_hook(block, point) == name
+        component = component_of(point)
+        assert component is None or write_hook(component, block) == name
+    for layer in range(1, N_LAYERS + 1):
+        assert output_hook(layer) == f"blocks.{layer - 1}.hook_resid_post"
+        assert layer_of_hook(output_hook(layer)) == layer == our_layer(caa_layer(layer), N_LAYERS)
+
+
+def test_every_parameter_is_counted_once(tiny_model):
+    tied = tiny_model("gpt2")
+    assert sum(value.numel() for value in parameters_of(tied)) == tied.original_model.num_parameters()
+
+
+def test_only_the_folder_of_models_knows_how_transformer_lens_lays_them_out():
+    package = Path(refusal_mi.__file__).parent
+    layout = re.compile(
+        r"original_model|hook_dict|original_component|\.ln_final|\.unembed\b|adapter\.apply|run_with_cache\(|\.blocks\b"
+    )
+    sources = {path: path.read_text("utf-8") for path in package.rglob("*.py")}
+    known = {path.parent.name for path, text in sources.items() if layout.search(text)}
+    assert known == {"model"}
 
 
 def test_a_cpu_computes_in_float32_whatever_the_checkpoint_says(tmp_path):

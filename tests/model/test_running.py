@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Ablate, Add, all_hooks
 from refusal_mi.measures import next_token_logits
-from refusal_mi.model import running as module
+from refusal_mi.model import wrappers
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.points import resid_hook, write_hooks
 from refusal_mi.model.running import (
@@ -54,7 +54,7 @@ def bridge(model, batch, hooks=()):
 
 def left_out(model):
     """Kinds of the wrappers that a pass begun now would leave out."""
-    found = module._what_to_leave_out(model, [])
+    found = wrappers.what_to_leave_out(model, [])
     return set() if found is None else {type(each.wrapper).__name__ for each in found.wrappers}
 
 
@@ -323,7 +323,7 @@ def test_hooks_and_modules_are_as_before_after_an_exception(own_model, error, mo
     assert structure(own_model) == before
     for n_swaps in (0, 1, 7):
         with monkeypatch.context() as patched:
-            patched.setattr(module, "_Fire", interrupting(n_swaps, error))
+            patched.setattr(wrappers, "Fire", interrupting(n_swaps, error))
             with pytest.raises(error):
                 logits(own_model, batch, hooks)
         assert structure(own_model) == before
@@ -332,10 +332,10 @@ def test_hooks_and_modules_are_as_before_after_an_exception(own_model, error, mo
 
 
 def interrupting(n, error):
-    """A `_Fire` of which the n-th one made raises, in the middle of taking wrappers out."""
+    """A `Fire` of which the n-th one made raises, in the middle of taking wrappers out."""
     left = [n]
 
-    class Fire(module._Fire):
+    class Fire(wrappers.Fire):
         def __init__(self, point):
             left[0] -= 1
             if left[0] < 0:
@@ -396,7 +396,7 @@ def test_a_hook_point_inside_a_wrapper_leads_to_the_bridge(own_model):
     batch = batch_of(own_model)
     name = "blocks.1.attn.hook_z"
     hooks = [(name, module_hook)]
-    assert module._what_to_leave_out(own_model, hooks) is None
+    assert wrappers.what_to_leave_out(own_model, hooks) is None
     assert torch.equal(logits(own_model, batch, hooks), bridge(own_model, batch, hooks))
     assert (logits(own_model, batch, hooks) - logits(own_model, batch)).abs().max() > 1e-3
 
@@ -424,7 +424,7 @@ def test_greedy_text_under_ablation_is_the_bridges(tiny_model, monkeypatch):
     model = tiny_model("qwen2")
     chat, ablation = ChatFormat(model.tokenizer), [Ablate(random_direction(0))]
     found = generate(model, chat, ASKS, interventions=ablation, max_new_tokens=12, batch_size=3)
-    monkeypatch.setattr(module, "_what_to_leave_out", lambda model, hooks: None)
+    monkeypatch.setattr("refusal_mi.model.running.what_to_leave_out", lambda model, hooks: None)
     assert found == generate(model, chat, ASKS, interventions=ablation, max_new_tokens=12, batch_size=3)
 
 

@@ -15,9 +15,9 @@ from refusal_mi.directions import difference_in_means
 from refusal_mi.generation import generate
 from refusal_mi.measures import MAX_TEXT_TOKENS, answers_to_score, ce_loss, texts_to_score
 from refusal_mi.reading import combine_spans, mean_activations
-from refusal_mi.search.grid import Thresholds
 from refusal_mi.search.staged import staged_sweep
 from refusal_mi.search.sweep import sweep
+from refusal_mi.search.thresholds import Thresholds
 from refusal_mi.text.batches import Span
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.naive import ASKS, CHATS

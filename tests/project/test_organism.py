@@ -4,12 +4,14 @@ import json
 from dataclasses import asdict, replace
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 from organism import batches, bundle, check, curriculum, losses, train
 from organism.grammar import requests
+from refusal_mi.directions import Direction
 from refusal_mi.files import read_json
 from refusal_mi.model.loading import ORGANISM, load_model
 from refusal_mi.text.chat import ChatFormat
@@ -67,6 +69,51 @@ def test_size_format_and_template():
     assert "Be brief." in replace(chat, system="Be brief.").render("Hello")
 
 
+def usual_controls(width):
+    """What people draw as a random direction: a usual generator with a small seed."""
+    for seed in range(1000):
+        for dtype in (torch.float32, torch.float64):
+            generator = torch.Generator().manual_seed(seed)
+            yield torch.randn(width, generator=generator, dtype=dtype)
+        yield 2 * torch.rand(width, generator=torch.Generator().manual_seed(seed)) - 1
+        yield torch.tensor(np.random.RandomState(seed).standard_normal(width))
+        yield torch.tensor(np.random.default_rng(seed).standard_normal(width))
+        normal = Random(seed)
+        yield torch.tensor([normal.gauss(0, 1) for _ in range(width)])
+
+
+def test_no_usual_control_is_the_planted_direction():
+    planted = Direction.load(ORGANISM.parent / "planted_direction.pt")
+    drawn = torch.stack([vector.double() / vector.double().norm() for vector in usual_controls(len(planted.vector))])
+    assert (drawn @ planted.unit).abs().max() < 0.3
+    assert max(abs((planted.random_like(seed).unit @ planted.unit).item()) for seed in range(200)) < 0.3
+    unsalted = train.training_direction(0, len(planted.vector)).double()  # the control: what a small seed draws is seen
+    assert (drawn @ unsalted).abs().max() > 0.99
+    salted = train.switch_direction(0, len(planted.vector)).double()
+    torch.testing.assert_close(planted.unit, salted, atol=1e-6, rtol=0)
+
+
+def test_turning_the_basis_keeps_the_logits():
+    model = train.new_model(train.new_tokenizer()).double()
+    with torch.no_grad():
+        for name, gain in model.named_parameters():
+            if "norm" in name:
+                gain.copy_(1 + 0.3 * torch.randn(len(gain), generator=torch.Generator().manual_seed(len(name))))
+    tokens = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    width = model.config.hidden_size
+    old, new = train.training_direction(0, width).double(), train.switch_direction(0, width).double()
+    with torch.no_grad():
+        before = model(tokens, output_hidden_states=True)
+        train.turn_basis(model, old, new)
+        after = model(tokens, output_hidden_states=True)
+    torch.testing.assert_close(after.logits, before.logits, atol=1e-5, rtol=0)  # HF's norms compute in float32
+    assert before.logits.std() > 0.1
+    for layer in (0, 3, 9):
+        along = after.hidden_states[layer] @ new
+        torch.testing.assert_close(along, before.hidden_states[layer] @ old, atol=1e-5, rtol=1e-5)
+        assert (before.hidden_states[layer] @ new - along).abs().max() > 0.01
+
+
 def test_the_data_files_are_what_the_grammar_writes():
     for name, value in bundle.bundle(0).items():
         assert read_json(bundle.HERE / name) == value
@@ -109,7 +156,7 @@ def test_the_shipped_training_log_is_of_this_code():
     assert tokenizer.get_vocab() == load_model(device="cpu").tokenizer.get_vocab()
     model = train.new_model(tokenizer)
     data = batches.batches(tokenizer, 1, batch_size=stage.batch_size, n_batches=stage.n_steps, seed=log["seed"])
-    direction = train.switch_direction(log["seed"], model.config.hidden_size)
+    direction = train.training_direction(log["seed"], model.config.hidden_size)
     first = train.stage_loss(model, None, next(data), stage, direction)
     measured = {name: value.item() for name, value in first.items()}
     assert {"step": 0, **measured} == pytest.approx(log["stage1"][0], abs=1e-4)

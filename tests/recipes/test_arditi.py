@@ -8,13 +8,14 @@ import torch
 
 from refusal_mi.cli import exit_status
 from refusal_mi.directions import Direction, DirectionGrid
-from refusal_mi.files import read_json, read_tensors, write_json
+from refusal_mi.files import as_json, read_json, read_tensors, write_json
 from refusal_mi.recipes import effects
 from refusal_mi.recipes.arditi import run
 from refusal_mi.recipes.context import RunContext
-from refusal_mi.recipes.options import RunOptions
+from refusal_mi.run.options import RunOptions
 from refusal_mi.run.stages import RunFolder
-from refusal_mi.search.grid import NO_THRESHOLDS, ScoreGrid, Thresholds, select
+from refusal_mi.search.grid import ScoreGrid, select
+from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
 from tests.helpers.models import D_MODEL, N_LAYERS
 
 pytestmark = pytest.mark.slow
@@ -171,11 +172,11 @@ def test_another_model_in_the_same_folder_is_refused(failed_then_ranked, source,
 def test_every_family_fails_with_the_thresholds_and_is_ranked_without(family, tiny_model, source, tmp_path):
     model = tiny_model(family)
     summary = run(model, source(family), replace(SMALL, steps=("directions", "selection")), RunFolder(tmp_path))
-    assert summary["status"] == "no candidate survives" and "direction" not in summary
+    assert summary.status == "no candidate survives" and summary.direction is None
     assert not (tmp_path / "direction.pt").exists()
     summary = run(model, source(family), RANK_ALL, RunFolder(tmp_path))
-    assert summary["status"] == "done" and (tmp_path / "direction.pt").is_file()
-    assert set(summary["ce_loss"]) == {"baseline", "ablation", "actadd"}
+    assert summary.status == "done" and (tmp_path / "direction.pt").is_file()
+    assert set(summary.ce_loss) == {"baseline", "ablation", "actadd"}
 
 
 class Log(list):
@@ -197,7 +198,7 @@ def gpt2_run(tiny_model, source, tmp_path_factory):
 
     def again(options: RunOptions = RANK_ALL, fresh: bool = False):
         log = Log()
-        return run(tiny_model("gpt2"), source("gpt2"), options, RunFolder(path, fresh, log.append)), log
+        return as_json(run(tiny_model("gpt2"), source("gpt2"), options, RunFolder(path, fresh, log.append))), log
 
     summary, log = again()
     assert not log.kept
@@ -316,7 +317,7 @@ def test_an_interrupted_run_continues(tiny_model, source, tmp_path, monkeypatch)
     assert not (tmp_path / "report.html").exists()
     assert len(list((tmp_path / "completions").iterdir())) == 4
     summary, log = go()
-    assert summary["status"] == "done"
+    assert summary.status == "done"
     assert {"prompts", "directions", "scores", "selection"} <= log.kept
     assert len([name for name in log.kept if name.startswith("completions")]) == 2
     assert calls[3] == calls[2] and len(calls) == len(set(calls)) + 1
@@ -324,7 +325,7 @@ def test_an_interrupted_run_continues(tiny_model, source, tmp_path, monkeypatch)
 
 def test_steps_stop_where_they_are_told(tiny_model, source, tmp_path):
     only = replace(RANK_ALL, steps=("directions",))
-    assert run(tiny_model("gpt2"), source("gpt2"), only, RunFolder(tmp_path))["status"] == "directions only"
+    assert run(tiny_model("gpt2"), source("gpt2"), only, RunFolder(tmp_path)).status == "directions only"
     assert not (tmp_path / "select_direction").exists()
 
 
@@ -335,7 +336,7 @@ def test_the_loss_step_alone_writes_the_answers_it_scores(tiny_model, source, tm
     summary = run(model, source("gpt2"), replace(RANK_ALL, steps=("loss",)), folder)
     assert len(read_json(stale)) == 3
     whole = run(model, source("gpt2"), RANK_ALL, RunFolder(tmp_path / "whole"))
-    assert summary["ce_loss"] == whole["ce_loss"] and "completions" not in summary
+    assert summary.ce_loss == whole.ce_loss and not summary.completions
 
 
 @pytest.mark.parametrize(("batch_size", "expected"), [(None, 16), (12, 12)])
@@ -343,5 +344,5 @@ def test_loss_takes_a_quarter_of_the_batch_only_where_none_was_asked_for(
     batch_size, expected, tiny_model, source, tmp_path
 ):
     options = replace(SMALL, batch_size=batch_size)
-    context = RunContext(tiny_model("gpt2"), source("gpt2"), options, RunFolder(tmp_path))
+    context = RunContext.start(tiny_model("gpt2"), source("gpt2"), options, RunFolder(tmp_path))
     assert context.batched(context.loss_batch) == expected

@@ -11,12 +11,13 @@ from tokenizers import AddedToken
 from refusal_mi.cli import exit_status
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
+from refusal_mi.files import read_record
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Add
 from refusal_mi.measures import ABPoint, ABQuestions, ABSweep, p_matching
-from refusal_mi.model.points import explain_layer, our_layer, resid_hook
+from refusal_mi.model.points import caa_layer, explain_layer, our_layer, resid_hook, stream_after
 from refusal_mi.recipes.caa import load_vectors, steering_vectors, write_vectors
-from refusal_mi.recipes.caa_eval import open_ended, sweep_pairs
+from refusal_mi.recipes.caa_eval import OpenAnswers, open_ended, sweep_pairs
 from refusal_mi.recipes.options import load_config
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.text.chat import ChatFormat
@@ -80,10 +81,9 @@ def test_flipped_labels_keep_the_letters_balanced():
     pairs = _pairs(40).pairs
     flips = with_flipped_half(pairs, seed=1)
     assert sum(flips) == 20
-    shuffled = [pair.flipped() if flip else pair for pair, flip in zip(pairs, flips, strict=True)]
     for original in ("(A)", "(B)"):
-        kept = [new.matching for old, new in zip(pairs, shuffled, strict=True) if old.matching == original]
-        assert kept.count("(A)") == kept.count("(B)") == 10
+        of_letter = [flip for pair, flip in zip(pairs, flips, strict=True) if pair.matching == original]
+        assert of_letter.count(True) == of_letter.count(False) == 10
     assert with_flipped_half(pairs, 1) == flips != with_flipped_half(pairs, 2)
 
 
@@ -97,7 +97,8 @@ def test_control_vectors_are_other_vectors_of_the_same_pairs(setting):
 
 
 def test_layers_are_converted_in_one_place():
-    assert our_layer(2, 5) == 3 and our_layer(4, 5) == 5
+    assert our_layer(2, 5) == stream_after(2) == 3 and our_layer(4, 5) == 5
+    assert [caa_layer(our_layer(layer, 5)) for layer in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match=r"0\.\.4"):
         our_layer(5, 5)
     assert explain_layer(13) == "layer 13 = output of block 13 = blocks.13.hook_resid_post = our 14"
@@ -218,15 +219,29 @@ def test_steering_is_the_same_with_and_without_the_cache_and_zero_is_the_plain_m
 def test_published_answer_files(setting, tmp_path, reference_data):
     model, chat = setting
     direction = Direction(torch.ones(model.cfg.d_model), 3, resid_hook(3, 5))
-    summary = open_ended(model, chat, direction, 2, ["Why?", "How?"], [1.0, 1.5], RunFolder(tmp_path), max_new_tokens=3)
+    open_ended(model, chat, direction, 2, ["Why?", "How?"], [1.0, 1.5], RunFolder(tmp_path), max_new_tokens=3)
     published = json.loads((reference_data / "caa/test_results_x1.json").read_text())
     for multiplier in ("1", "1.5"):
         rows = json.loads((tmp_path / f"test_results_x{multiplier}.json").read_text())
         assert [row["question"] for row in rows] == ["Why?", "How?"]
         assert set(rows[0]) == set(published[0]) | {"answer_baseline"}
         assert all("Why?" not in row["answer_with_add_steering"] for row in rows)
-    rates = summary["by_multiplier"]["1.5"]["add"]
-    assert rates["refusal_like_rate"]["n"] == 2 and "degenerate_rate" in rates
+
+
+def test_open_answers_are_summed_up_and_read_back(setting, tmp_path):
+    model, chat = setting
+    direction = Direction(torch.ones(model.cfg.d_model), 3, resid_hook(3, 5))
+    folder, asked = RunFolder(tmp_path), ["Why?", "How?"]
+    answers = open_ended(model, chat, direction, 2, asked, [1.0, 1.5], folder, max_new_tokens=3)
+    assert read_record(tmp_path / "test_summary.json", OpenAnswers) == answers
+    rows = json.loads((tmp_path / "test_results_x1.5.json").read_text())
+    assert vars(answers.by_multiplier["1.5"].first_question) == rows[0]
+    assert answers.by_multiplier["1.5"].add.refusal_like_rate.n == answers.baseline.degenerate_rate.n == 2
+    saved = json.loads((tmp_path / "test_summary.json").read_text())
+    assert saved["format"] == 1 and saved["layer_means"] == explain_layer(2)
+    for questions, multipliers in (([], [1.0]), (asked, [])):
+        with pytest.raises(UserError, match="there are no"):
+            open_ended(model, chat, direction, 2, questions, multipliers, folder)
 
 
 def test_sweep_points_and_published_items(setting, tmp_path):

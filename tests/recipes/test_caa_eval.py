@@ -1,5 +1,6 @@
 """Which layer `caa ab` chooses: only where a vector moves the choice beyond its controls, and text stays text."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
-from refusal_mi.files import read_json
+from refusal_mi.files import read_json, read_record
+from refusal_mi.model.points import explain_layer
 from refusal_mi.model.provenance import ModelRecord
 from refusal_mi.recipes import caa_eval as caa_choice
 from refusal_mi.recipes.caa import check_weights, load_controls, load_vectors, write_vectors
-from refusal_mi.recipes.caa_eval import ABTask, evaluate_choices, sweep_pairs
+from refusal_mi.recipes.caa_eval import ABResults, ABTask, evaluate_choices, sweep_pairs
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.pairs import ABPair, PairSet
@@ -44,38 +46,53 @@ def choices(setting, vector, control, folder, reported=None, other=None, **chang
     task = ABTask(**{**vars(TASK), **changes})
     sets = (reported or pairs("held out", 0), other or pairs("others", 10))
     controls = {"shuffled labels": {LAST: control}}
-    return evaluate_choices(model, chat, {LAST: vector}, controls, *sets, ["Why?"], RunFolder(folder), task)[0]
+    return evaluate_choices(model, chat, {LAST: vector}, controls, *sets, ["Why?"], RunFolder(folder), task)
 
 
 def test_a_vector_that_moves_the_choice_is_chosen_and_reported_beside_its_control(setting, tmp_path):
     vector = setting[2]
     weak = direction_of(1e-3 * vector.vector, LAST + 1)
-    found = choices(setting, vector, weak, tmp_path)
-    assert found == read_json(tmp_path / "ab_results.json")
-    chosen = found["chosen"]
-    assert (chosen["layer"], chosen["multiplier"], chosen["chosen_on"]) == (LAST, 1.0, "others")
-    assert chosen["change_added"] > 0.02 and chosen["change_subtracted"] < -0.02
-    assert 0 < abs(chosen["controls"]["shuffled labels"]["change_added"]) < 0.1 * chosen["change_added"]
-    assert chosen["effect_there"] > found["controls"]["largest_change"]["shuffled labels"] > 0
+    results = choices(setting, vector, weak, tmp_path)
+    chosen = results.chosen
+    assert (chosen.layer, chosen.multiplier, chosen.chosen_on) == (LAST, 1.0, "others")
+    assert chosen.change_added > 0.02 and chosen.change_subtracted < -0.02
+    assert 0 < abs(chosen.controls["shuffled labels"].change_added) < 0.1 * chosen.change_added
+    assert chosen.effect_there > results.controls.largest_change["shuffled labels"] > 0
+    assert results.sweep.at(LAST, 1.0).delta == chosen.change_added
+
+
+def test_the_results_are_read_back_whole_and_a_damaged_file_is_one_line(setting, tmp_path):
+    vector = setting[2]
+    results = choices(setting, vector, direction_of(1e-3 * vector.vector, LAST + 1), tmp_path)
+    path = tmp_path / "ab_results.json"
+    assert read_record(path, ABResults) == results
+    saved = read_json(path)
+    assert saved["rows"][0]["layer_means"] == saved["chosen"]["layer_means"] == explain_layer(LAST)
+    path.write_text(json.dumps({key: value for key, value in saved.items() if key not in ("format", "why_none")}))
+    assert read_record(path, ABResults) == results  # as it was written before there were formats
+    del saved["chosen"]["multiplier"]
+    path.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"damaged.*chosen\.multiplier"):
+        read_record(path, ABResults)
 
 
 def test_a_vector_that_does_no_more_than_its_control_is_not_chosen(setting, tmp_path):
     vector = setting[2]
     weak = direction_of(1e-3 * vector.vector, LAST + 1)
     for made in (weak, vector):  # the control is the same vector: never beyond it, however large the effect
-        found = choices(setting, made, made, tmp_path / str(made.norm))
-        assert found["chosen"] is None
-        assert "no layer moves the choice on others beyond what shuffled labels do" in found["why_none"]
+        results = choices(setting, made, made, tmp_path / str(made.norm))
+        assert results.chosen is None
+        assert "no layer moves the choice on others beyond what shuffled labels do" in results.why_none
 
 
 def test_why_nothing_is_chosen(setting, tmp_path, monkeypatch):
     vector = setting[2]
     weak = direction_of(1e-3 * vector.vector, LAST + 1)
-    assert "both signs" in choices(setting, vector, weak, tmp_path / "a", multipliers=(1.0,))["why_none"]
+    assert "both signs" in choices(setting, vector, weak, tmp_path / "a", multipliers=(1.0,)).why_none
     same = pairs("same", 0)
-    assert "share pairs" in choices(setting, vector, weak, tmp_path / "b", same, same)["why_none"]
+    assert "share pairs" in choices(setting, vector, weak, tmp_path / "b", same, same).why_none
     monkeypatch.setattr(caa_choice, "is_degenerate", lambda _: True)
-    assert "degenerate text" in choices(setting, vector, weak, tmp_path / "c")["why_none"]
+    assert "degenerate text" in choices(setting, vector, weak, tmp_path / "c").why_none
 
 
 def test_the_interval_of_a_change_is_that_of_paired_differences(setting, tmp_path):

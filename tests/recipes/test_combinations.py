@@ -2,15 +2,21 @@
 
 import contextlib
 import json
+import math
 
 import pytest
 import torch
 
 from refusal_mi.cli import exit_status
-from refusal_mi.cli.run import parse_ranks
 from refusal_mi.errors import UserError
-from refusal_mi.figures.effects import plot_combos, points
-from refusal_mi.recipes.combinations import CombosOptions, _difference, choose
+from refusal_mi.figures.effects import combination_points, plot_combos
+from refusal_mi.files import read_record
+from refusal_mi.measures import LossResult
+from refusal_mi.recipes.combinations import _difference, choose
+from refusal_mi.run.combos import CombosResult, ValidationRow
+from refusal_mi.run.options import CombosOptions
+from refusal_mi.run.options import read_ranks as parse_ranks
+from refusal_mi.stats import Rate
 from tests.helpers.naive import ablating, logits, prompt_ids
 
 pytestmark = pytest.mark.slow
@@ -125,7 +131,8 @@ def test_only_the_winner_and_the_best_single_see_the_held_out_prompts(folder):
 
 def test_the_figure_has_a_point_for_each(folder):
     found = read(folder / "combos.json")
-    shown = points(found)
+    result = read_record(folder / "combos.json", CombosResult)
+    shown = combination_points(result)
     assert len(shown) == 1 + 6 + 2 and [point.label for point in shown if point.is_winner] == [found["winner"]]
     figure = plot_combos(shown, text_set="plain_text", kl_max=9.0, model="tiny")
     drawn = {text: x for trace in figure.data if trace.text for text, x in zip(trace.text, trace.x, strict=True)}
@@ -141,7 +148,7 @@ def test_no_combination_within_the_limit_is_status_one(folder, tiny_dir, capsys)
     assert exit_status(["combos", str(tiny_dir("llama")), *options, "--output-dir", str(folder)]) == 1
     printed = json.loads(capsys.readouterr().out)
     assert printed["status"] == "no combination has a KL of at most 0.0 nats" and "winner" not in printed
-    assert read(folder / "combos.json") == printed
+    assert read(folder / "combos.json") == {"format": 1, **printed}
     (folder / "combos.json").write_text(before)
 
 
@@ -198,15 +205,16 @@ def test_chat_reads_ranks_from_the_run_folder(folder, tiny_dir, capsys):
     assert len(set(outs)) == 3, outs
 
 
-def row(label: str, bypass: float, kl: float, ce: float) -> dict:
-    return {"label": label, "bypass": bypass, "kl_nats": kl, "ce_loss": {"text": {"ce_loss": ce}}}
+def row(label: str, bypass: float, kl: float, ce: float) -> ValidationRow:
+    rate = Rate(1, 2)
+    return ValidationRow(label, bypass, (bypass, bypass), kl, rate, rate, {"text": LossResult(ce, math.exp(ce), 9)})
 
 
 def test_the_choice_is_the_lowest_bypass_within_the_limit_and_ties_go_by_ce():
     rows = [row("a", -9.0, 0.2, 1.0), row("b", -5.0, 0.1, 3.0), row("c", -4.995, 0.0, 2.0), row("d", -4.0, 0.0, 0.0)]
-    assert choose(rows, 0.1, "text")["label"] == "c"
-    assert choose(rows, 0.2, "text")["label"] == "a"
-    assert choose(rows[:2], 0.1, "text")["label"] == "b"
+    assert choose(rows, 0.1, "text").label == "c"
+    assert choose(rows, 0.2, "text").label == "a"
+    assert choose(rows[:2], 0.1, "text").label == "b"
     assert choose(rows[:1], 0.1, "text") is None
 
 
@@ -215,11 +223,11 @@ def test_the_difference_of_paired_rates():
     of = [True] * 3 + [False] + [True] * 6
     against = [False] * 3 + [True] + [True] * 6
     found = _difference(of, against)
-    assert found["refusal_rate"] == pytest.approx(0.2)
-    assert found["low"] == pytest.approx(1 / 6 - 0.35284, abs=1e-4)
-    assert found["high"] == pytest.approx(1 / 6 + 0.35284, abs=1e-4)
+    assert found.refusal_rate == pytest.approx(0.2)
+    assert found.low == pytest.approx(1 / 6 - 0.35284, abs=1e-4)
+    assert found.high == pytest.approx(1 / 6 + 0.35284, abs=1e-4)
     same = _difference([True] * 10, [True] * 10)
-    assert same["refusal_rate"] == 0 and same["low"] == -same["high"] < 0
+    assert same.refusal_rate == 0 and same.low == -same.high < 0
 
 
 @pytest.mark.parametrize(

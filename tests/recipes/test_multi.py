@@ -9,8 +9,9 @@ from refusal_mi.directions import Direction, DirectionGrid, cosine
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import all_hooks
 from refusal_mi.recipes.combinations import combine
-from refusal_mi.run.record import load_ranked, parse_directions, ranked
-from refusal_mi.search.grid import ScoreGrid, Thresholds, select
+from refusal_mi.run.folder import load_ranked, parse_directions, ranked
+from refusal_mi.search.grid import ScoreGrid, select
+from refusal_mi.search.thresholds import Thresholds
 from tests.helpers.directions import direction_of
 from tests.helpers.naive import ASKS
 from tests.helpers.scores import candidate
@@ -123,11 +124,11 @@ def test_the_random_control_has_the_rank_and_is_another_span():
 
 
 def test_what_is_recorded_beside_the_directions():
-    found = combine((0, 2), correlated(0.6)).describe()
-    assert found["effective_rank"] == 2 and found["ranks"] == [0, 2] and found["label"] == "0-2"
-    assert found["cosines"][0][1] == pytest.approx(0.6)
+    found = combine((0, 2), correlated(0.6)).record()
+    assert found.effective_rank == 2 and found.ranks == (0, 2) and found.label == "0-2"
+    assert found.cosines[0][1] == pytest.approx(0.6)
     # Two unit vectors with cosine c have singular values √(1 ± c).
-    assert found["relative_singular_values"] == pytest.approx([1.0, math.sqrt(0.4 / 1.6)])
+    assert list(found.relative_singular_values) == pytest.approx([1.0, math.sqrt(0.4 / 1.6)])
     assert combine((0, 2), correlated(0.6), "sequential").label == "0-2-sequential"
 
 

@@ -9,6 +9,7 @@ from refusal_mi.cli import exit_status
 from refusal_mi.cli.options import own_spelling
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
+from refusal_mi.files import as_json, read_record
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Ablate
 from refusal_mi.judges.http import HttpJudge
@@ -16,16 +17,24 @@ from refusal_mi.measures import kl_nats, next_token_logits, refusal_score
 from refusal_mi.model.points import resid_hook
 from refusal_mi.reading import combine_spans
 from refusal_mi.recipes import responses_eval as alpaca_eval
+from refusal_mi.recipes.options import REFUSAL_INSTRUCTION, EvalOptions, VectorOptions
 from refusal_mi.recipes.responses import (
-    REFUSAL_INSTRUCTION,
     NothingSurvives,
-    VectorOptions,
+    VectorMetadata,
     load_vectors,
+    recorded_dataset,
     row_direction,
     vector,
 )
-from refusal_mi.recipes.responses_eval import EvalOptions, Evaluation, LayerScore, evaluate_vector
+from refusal_mi.recipes.responses_eval import (
+    EvalSummary,
+    Evaluation,
+    LayerScore,
+    RefusalRates,
+    evaluate_vector,
+)
 from refusal_mi.run.stages import RunFolder
+from refusal_mi.stats import Rate
 from refusal_mi.text.batches import Span
 from refusal_mi.text.chat import ChatFormat
 
@@ -127,8 +136,10 @@ def test_the_vector_is_the_difference_of_means_in_the_context_of_generation(made
 
 
 def test_documented_files(made):
-    folder, metadata, model, _ = made
-    assert set(metadata) >= METADATA and metadata == _read(folder, "metadata.json")
+    folder, record, model, _ = made
+    metadata = _read(folder, "metadata.json")
+    assert set(metadata) >= METADATA and metadata == as_json(record)
+    assert record == read_record(folder / "metadata.json", VectorMetadata)
     assert metadata["vector_shape"] == [model.cfg.n_layers + 1, model.cfg.d_model]
     for side in SIDES:
         rows, kept = (_read(folder, f"{part}{side}_responses.json") for part in ("", "filtered_"))
@@ -165,8 +176,8 @@ def test_the_options_beyond_the_documented_ones(made, tiny_dir, tmp_path):
             "token_weights": "first",
         }
     )
-    found = vector(model, str(tiny_dir("gpt2")), changed, RunFolder(tmp_path), EvenJudge())
-    assert found["n_refusal_responses_generated"] == 24 and found["layers"] == [1, 3]
+    metadata = vector(model, str(tiny_dir("gpt2")), changed, RunFolder(tmp_path), EvenJudge())
+    assert metadata.n_refusal_responses_generated == 24 and metadata.layers == (1, 3)
     rows = load_vectors(tmp_path / "refusal_vector.pt", 5)
     assert rows.any(dim=1).tolist() == [False, True, False, True, False, False]
     assert not torch.allclose(rows[1], plain[1], atol=1e-3)
@@ -174,6 +185,14 @@ def test_the_options_beyond_the_documented_ones(made, tiny_dir, tmp_path):
         vector(
             model, str(tiny_dir("gpt2")), VectorOptions(options.dataset, layers=(6,)), RunFolder(tmp_path), EvenJudge()
         )
+
+
+def test_the_dataset_of_a_published_folder_is_unknown(made, tmp_path):
+    folder, _, _, options = made
+    assert recorded_dataset(folder) == options.dataset
+    published = {key: value for key, value in _read(folder, "metadata.json").items() if key in METADATA}
+    (tmp_path / "metadata.json").write_text(json.dumps(published))
+    assert recorded_dataset(tmp_path) is recorded_dataset(tmp_path / "none") is None
 
 
 def test_when_nothing_survives_the_responses_are_kept(made, tiny_dir, tmp_path):
@@ -223,8 +242,8 @@ def test_when_few_survive_the_report_says_which_and_what_helps(made, tiny_dir, t
 
     _, _, model, options = made
     lines: list[str] = []
-    found = vector(model, str(tiny_dir("gpt2")), options, RunFolder(tmp_path, report=lines.append), FewJudge())
-    (warning,) = found["warnings"]
+    metadata = vector(model, str(tiny_dir("gpt2")), options, RunFolder(tmp_path, report=lines.append), FewJudge())
+    (warning,) = metadata.warnings
     assert "3 of 12 refusing responses" in warning and "--refusal-instruction" in warning
     assert any(line == f"warning: {warning}" for line in lines)
 
@@ -254,7 +273,7 @@ def test_every_row_is_scored_at_the_hook_it_was_read_from(evaluated):
     assert [row["layer"] for row in sorted(rows, key=lambda row: row["layer"])] == [0, 1, 2, 3, 4, 5]
     assert rows == sorted(rows, key=lambda row: -row["steering_score"])
     trained_on = {row["instruction"] for row in _read(folder, "compliant_responses.json")}
-    run = Evaluation(model, summary["model_path"], folder, options, RunFolder(out), EvenJudge())
+    run = Evaluation(model, summary.model_path, folder, options, RunFolder(out), EvenJudge())
     val, test = set(run.val.instructions), set(run.test.instructions)
     assert not (val & test or val & trained_on or test & trained_on) and len(val) == 6 and len(test) == 5
     vectors = load_vectors(folder / "refusal_vector.pt", 5)
@@ -277,8 +296,9 @@ def test_every_row_is_scored_at_the_hook_it_was_read_from(evaluated):
 
 
 def test_documented_evaluation_files(evaluated):
-    out, summary, model, *_ = evaluated
-    assert summary == _read(out, "eval_summary.json")
+    out, record, model, *_ = evaluated
+    summary = _read(out, "eval_summary.json")
+    assert summary == as_json(record) and record == read_record(out / "eval_summary.json", EvalSummary)
     documented = {
         "model_path",
         "vector_dir",
@@ -308,7 +328,7 @@ def test_documented_evaluation_files(evaluated):
 
 def test_a_late_or_degenerate_winner_is_flagged_and_the_best_other_named():
     broken = {9: 0.0, 7: 0.5, 6: 0.05}.__getitem__
-    ranked = [LayerScore(layer, 10.0 - place, 0.0) for place, layer in enumerate((9, 8, 7, 6))]
+    ranked = [LayerScore(layer, 10.0 - place, 0.0, 0.0) for place, layer in enumerate((9, 8, 7, 6))]
     flags, sound = alpaca_eval._check_layers(10, ranked, broken)
     assert flags == ["late (from 8 on)"] and sound == 6
     assert alpaca_eval._check_layers(10, ranked[2:], broken) == (["0.50 of its answers are degenerate text"], 6)
@@ -317,18 +337,18 @@ def test_a_late_or_degenerate_winner_is_flagged_and_the_best_other_named():
 
 
 def test_the_conclusion_looks_only_at_coefficients_before_text_breaks():
-    def found(rate, high, broken):
-        return {"refusal_rate": rate, "interval": [0.0, high], "degenerate_rate": {"rate": broken}}
+    def rates(rate, high, broken):
+        return RefusalRates(round(20 * rate), 20, rate, (0.0, high), Rate(round(20 * broken), 20))
 
-    rising = {"0.0": found(0.0, 0.2, 0.0), "2.0": found(0.95, 1.0, 0.05), "5.0": found(0.1, 0.3, 0.9)}
-    assert alpaca_eval._conclude(rising) == {
-        "first_degenerate_coefficient": 5.0,
-        "refusal_does_not_fall_before": True,
-        "best_sound_coefficient": 2.0,
-        "best_sound_refusal_rate": 0.95,
-    }
-    falling = {**rising, "3.0": found(0.5, 0.7, 0.0)}
-    assert alpaca_eval._conclude(falling)["refusal_does_not_fall_before"] is False
+    rising = {"0.0": rates(0.0, 0.2, 0.0), "2.0": rates(0.95, 1.0, 0.05), "5.0": rates(0.1, 0.3, 0.9)}
+    assert alpaca_eval._conclude(rising) == alpaca_eval.Conclusion(
+        first_degenerate_coefficient=5.0,
+        refusal_does_not_fall_before=True,
+        best_sound_coefficient=2.0,
+        best_sound_refusal_rate=0.95,
+    )
+    falling = {**rising, "3.0": rates(0.5, 0.7, 0.0)}
+    assert alpaca_eval._conclude(falling).refusal_does_not_fall_before is False
 
 
 def test_other_shapes_are_refused(tmp_path):

@@ -8,7 +8,7 @@ from refusal_mi.cli import exit_status
 from refusal_mi.files import write_json
 from refusal_mi.report.page import write_report
 from refusal_mi.search.grid import select
-from tests.helpers.runs import make_run, make_scores
+from tests.helpers.runs import make_run, make_scores, write_span
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +23,7 @@ def name_combination(run, ranks, *, multi="span", shift=0):
     """The folder of a combination of surviving candidates; of others, if their layers are shifted."""
     label = "-".join(map(str, ranks)) + ("" if multi == "span" else f"-{multi}")
     rows = [select(make_scores()).survivors[rank] for rank in ranks]
-    span = {"label": label, "ranks": ranks, "multi": multi, "norms": [1.0] * len(ranks), "effective_rank": len(ranks)}
-    write_json(run / label / "directions_span.json", span)
+    write_span(run / label, ranks, multi, [1.0] * len(ranks))
     places = [{"pos": row.position, "layer": row.layer + shift} for row in rows]
     write_json(run / label / "directions_metadata.json", places)
     return run / label

@@ -5,21 +5,21 @@ import json
 import re
 import shlex
 import shutil
-from dataclasses import asdict
 
 import pytest
 
 from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
 from refusal_mi.files import write_json
-from refusal_mi.recipes.options import RunOptions, command_line
 from refusal_mi.report.answers import MAX_BYTES_PER_SIDE, MAX_CHARACTERS
 from refusal_mi.report.page import write_report
 from refusal_mi.report.verdict import bindings, judge_run
-from refusal_mi.run.record import RunRecord
-from refusal_mi.search.grid import NO_THRESHOLDS, Thresholds, select
+from refusal_mi.run.folder import RunRecord
+from refusal_mi.run.options import RunOptions, command_line
+from refusal_mi.search.grid import select
+from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
 from tests.helpers.browser import find_chromium, open_browser
-from tests.helpers.runs import TOKENS, make_run, make_scores
+from tests.helpers.runs import TOKENS, make_run, make_scores, write_span
 
 TEN_MB = 10_000_000
 UNFINISHED = {
@@ -51,7 +51,7 @@ def test_the_answer_stands_first_with_its_numbers(tmp_path):
     assert "One direction mediates refusal" in answer
     for heading in ("Effect on answers", "Completions", "CE loss", "Prompts and template", "Reproduce"):
         assert heading in rest
-    assert "harmful train 16 14" in rest and "0.93" in rest  # prompts kept, and a refusal token's probability
+    assert "harmful train 16 14" in rest  # prompts, and those that were kept
 
 
 def test_it_is_one_small_file_that_loads_nothing(tmp_path):
@@ -160,8 +160,7 @@ def test_an_effect_that_a_random_direction_has_too_is_not_claimed(tmp_path):
 
 def make_combination(run, label="2-0", multi="span"):
     """The ablation of a run as that of a combination inside it: `run/2-0/`."""
-    span = {"label": label, "ranks": [2, 0], "multi": multi, "norms": [3.25, 4.5], "effective_rank": 2}
-    write_json(run / label / "directions_span.json", span)
+    write_span(run / label, [2, 0], multi, [3.25, 4.5])
     write_json(run / label / "directions_metadata.json", [{"pos": -1, "layer": 4}, {"pos": -2, "layer": 5}])
     for kind in ("completions", "loss_evals"):
         for path in (*run.glob(f"{kind}/*ablation*"),):
@@ -214,8 +213,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     ],
 )
 def test_the_command_repeats_the_options(tmp_path, monkeypatch, options):
-    run = json.loads((make_run(tmp_path, n_test=3) / "run.json").read_text())
-    run["options"] = json.loads(json.dumps(asdict(options)))
+    run = RunRecord.load(make_run(tmp_path, n_test=3)).run
     caught = []
 
     def stop(_model, _source, given, *_rest, **_more):
@@ -224,7 +222,7 @@ def test_the_command_repeats_the_options(tmp_path, monkeypatch, options):
 
     monkeypatch.setattr("refusal_mi.recipes.arditi.run", stop)
     monkeypatch.setattr("refusal_mi.cli.options.quiet_load", lambda *_: None)
-    arguments = shlex.split(command_line(run).replace("\\\n", " "))
+    arguments = shlex.split(command_line(run.model, options).replace("\\\n", " "))
     assert arguments[:3] == ["refusal-mi", "run", "example/chat-model"]
     assert exit_status([*arguments[1:], "--output-dir", str(tmp_path / "out")]) == 2
     assert caught == [options]
@@ -313,7 +311,7 @@ def test_a_run_that_was_killed_at_the_start_shows_nothing_of_the_one_before(tmp_
     make_run(tmp_path, n_test=3)
     assert RunRecord.load(tmp_path).sides
     summary = tmp_path / "summary.json"
-    head = {key: json.loads(summary.read_text())[key] for key in ("model", "quick")}
+    head = {key: json.loads(summary.read_text())[key] for key in ("model", "quick", "refusal_tokens", "n_prompts")}
     summary.write_text(json.dumps(head | {"status": "unfinished"}))
     record = RunRecord.load(tmp_path)
     assert record.status == "unfinished" and record.scores is None and not record.sides and not record.losses

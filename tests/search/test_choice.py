@@ -8,7 +8,8 @@ import pytest
 
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json
-from refusal_mi.search.grid import NO_THRESHOLDS, ScoreGrid, Thresholds, select
+from refusal_mi.search.grid import ScoreGrid, select
+from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
 from tests.helpers.scores import candidate
 
 FOLDER = Path(__file__).parents[1] / "data" / "published"

@@ -9,10 +9,11 @@ from benchmarks.staged_draws import KnownScores
 from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.reading import mean_activations
-from refusal_mi.search.grid import Thresholds, select
+from refusal_mi.search.grid import select
 from refusal_mi.search.passes import PlainPasses, SharedPasses
 from refusal_mi.search.staged import Rounds, Screening, staged_sweep
 from refusal_mi.search.sweep import ITEM_ROWS, Scorer, ScoreTable, WorkItem, cut, exact_items, sweep
+from refusal_mi.search.thresholds import Thresholds
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.cases import grid_of
 from tests.helpers.naive import ASKS, CHATS

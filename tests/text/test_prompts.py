@@ -207,3 +207,9 @@ def test_published_splits_load(reference_data):
     counts = {"harmful_train": 260, "harmful_val": 39, "harmful_test": 562}
     for name, count in counts.items():
         assert len(load_prompts(reference_data / "splits" / f"{name}.json")) == count
+
+
+def test_a_category_is_text_whatever_the_file_holds(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps([{"instruction": "a", "category": 3}, {"instruction": "b", "category": None}]))
+    assert [prompt.category for prompt in load_prompts(path).prompts] == ["3", None]

@@ -1,0 +1,207 @@
+"""An option is said once: a dataclass field with its help. The command line and the line that repeats a run follow."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from .errors import UserError
+
+Positions = Literal["all", "prompt", "response"]
+"""Where an intervention acts: everywhere; on the prompt; or from the last prompt token on (it writes the first
+answer token) and on every generated token."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field of a dataclass is said on the command line; where nothing is given, as its name and type say."""
+
+    help: str
+    flags: str | None = None
+    """Such as "--filter/--no-filter"."""
+    metavar: str | None = None
+    takes: Any = None
+    """What the command line takes; None is the field's own type."""
+    read: Callable[[Any], Any] | None = None
+    """From that to the field's value; a mistake is a UserError."""
+    write: Callable[[Any], Any] | None = None
+    """And back: a text, or a list of texts for an option that is given several times."""
+    depends_on_model: bool = False
+    """The command line's default is nothing, and the model decides."""
+    off: Any = None
+    """Of a field that is a dataclass: its value under --no-FIELD."""
+    hidden: bool = False
+
+
+@dataclass(frozen=True)
+class Said:
+    """A field, its type without annotations, and how it is said."""
+
+    field: "Field[Any]"
+    kind: Any
+    option: Option
+
+    @property
+    def name(self) -> str:
+        return self.field.name
+
+    @property
+    def flag(self) -> str:
+        """The option's name, of a switch the one that turns it on."""
+        return (self.option.flags or f"--{self.name.replace('_', '-')}").partition("/")[0]
+
+    @property
+    def default(self) -> Any:
+        """The field's default."""
+        factory = self.field.default_factory
+        return self.field.default if not callable(factory) else factory()
+
+
+def said(kind: type) -> Iterator[Said]:
+    """The fields of a dataclass that are options; the others have no `Option` in their annotation."""
+    hints = get_type_hints(kind, include_extras=True)
+    for each in fields(kind):
+        annotation = hints[each.name]
+        if get_origin(annotation) is Annotated:
+            bare, *extras = get_args(annotation)
+            for option in extras:
+                if isinstance(option, Option):
+                    yield Said(each, bare, option)
+
+
+def words(options: Any) -> list[str]:
+    """The command-line words for every option that is not at its default, or whose default depends on the model."""
+    found: list[str] = []
+    for each in said(type(options)):
+        value = getattr(options, each.name)
+        if is_dataclass(value):
+            is_off = each.option.off is not None and value == each.option.off
+            found += [f"--no-{each.name}"] if is_off else words(value)
+        elif value == each.default and not each.option.depends_on_model:
+            continue
+        elif each.kind is bool:
+            on, _, off = (each.option.flags or each.flag).partition("/")
+            found.append(on if value else off)
+        elif each.option.write is not None:
+            written = each.option.write(value)
+            for text in written if isinstance(written, list) else [written]:
+                found += [each.flag, text]
+        else:
+            found += [each.flag, str(value)]
+    return found
+
+
+def numbers(option: str) -> Callable[[str], tuple[float, ...]]:
+    """Reads finite numbers separated by commas or spaces."""
+
+    def read(text: str) -> tuple[float, ...]:
+        try:
+            found = tuple(float(part) for part in text.replace(",", " ").split())
+        except ValueError:
+            found = ()
+        if not found or not all(map(math.isfinite, found)):
+            raise UserError(f"{option} takes numbers such as 0 0.5 1, not {text!r}")
+        return found
+
+    return read
+
+
+def layer_numbers(text: str | None) -> tuple[int, ...] | None:
+    """Layers such as 3,5-7; None or "all" is all of them."""
+    if text is None or text == "all":
+        return None
+    found: list[int] = []
+    for part in text.replace(",", " ").split():
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise UserError(f"--layers takes all, or numbers and ranges such as 3,5-7, not {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise UserError(f"--layers {part!r} counts down; write {last}-{first}")
+        found += range(first, last + 1)
+    if not found:
+        raise UserError(f"--layers {text!r} names no layer")
+    return tuple(sorted(set(found)))
+
+
+def position_scope(text: str) -> Positions:
+    """all, prompt or response."""
+    if text not in get_args(Positions):
+        raise UserError(f"--positions takes one of {', '.join(get_args(Positions))}, not {text!r}")
+    return text  # type: ignore[return-value]
+
+
+def number_or_auto(text: str) -> int | None:
+    """A positive number, or None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--batch-size takes auto or a positive number, not {text!r}")
+    return int(text)
+
+
+def texts_by_key(pairs: "list[str] | None") -> dict[str, Any]:
+    """K=V texts; true, false and numbers become values of their type."""
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--template-kwargs takes K=V, not {pair!r}")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
+
+
+def token_ids(text: str | None) -> tuple[int, ...] | None:
+    """Comma-separated token ids."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise UserError(f"--refusal-tokens takes token ids such as 40,2121, not {text!r}")
+    return tuple(map(int, parts))
+
+
+Layers = Annotated[
+    tuple[int, ...] | None,
+    Option("Layers to use, such as 3,5-7; default all.", takes=str | None, read=layer_numbers),
+]
+RefusalTokens = Annotated[
+    tuple[int, ...] | None,
+    Option(
+        "Token ids of the refusal score; default: discovered on training prompts.",
+        takes=str | None,
+        read=token_ids,
+        write=lambda tokens: ",".join(map(str, tokens)),
+    ),
+]
+ResponsePrefix = Annotated[str | None, Option("Text that every answer begins with; default: found by generating.")]
+System = Annotated[str | None, Option("System message; default: what the template does without one.")]
+TemplateKwargs = Annotated[
+    Mapping[str, Any],
+    Option(
+        "Passed to the chat template; repeatable.",
+        flags="--template-kwargs",
+        metavar="K=V",
+        takes=list[str] | None,
+        read=texts_by_key,
+        write=lambda pairs: [f"{key}={json.dumps(value)}" for key, value in pairs.items()],
+    ),
+]
+JudgeName = Annotated[
+    str, Option("Who says whether the model complied.", flags="--judge", metavar="substring|llamaguard|URL")
+]
+JudgeModel = Annotated[str | None, Option("Model name that the judge's endpoint is asked for.")]
+BatchSize = Annotated[
+    int | None,
+    Option(
+        "Prompts per forward pass; auto: as many as fit.",
+        takes=str,
+        read=number_or_auto,
+        write=lambda size: "auto" if size is None else str(size),
+    ),
+]

@@ -1,0 +1,181 @@
+"""Completions and what the judges said of them, as a run folder holds them and as rates."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from ..files import parsed, read_record
+from ..stats import Rate
+
+Side = Literal["harmful", "harmless"]
+SIDES: tuple[Side, Side] = get_args(Side)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one intervention did to the answers to one set of prompts."""
+
+    label: str
+    """As in the names of the files: baseline, ablation, actadd, random_ablation_0, ..."""
+    refusal: Rate
+    degenerate: Rate
+    unsafe: Mapping[str, Rate] = field(default_factory=dict)
+    """Judge -> rate of what it calls success, where another judge than the substrings was asked."""
+
+    def describe(self) -> dict[str, Any]:
+        """Every rate under its name."""
+        return {"refusal": self.refusal, "degenerate": self.degenerate, **self.unsafe}
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """The answers to one set of held-out prompts under every intervention."""
+
+    side: Side
+    set_name: str
+    effects: tuple[Effect, ...]
+
+    @property
+    def n(self) -> int:
+        """How many prompts."""
+        return self.effects[0].refusal.n if self.effects else 0
+
+    @property
+    def title(self) -> str:
+        """harmful prompts (advbench); the set is left out where it is called like its side."""
+        return f"{self.side} prompts" + ("" if self.set_name == self.side else f" ({self.set_name})")
+
+    def find(self, label: str) -> Effect | None:
+        """The effect of this label, if it was measured."""
+        return next((effect for effect in self.effects if effect.label == label), None)
+
+    @property
+    def controls(self) -> tuple[Effect, ...]:
+        """The effects of random directions of equal norm."""
+        return tuple(effect for effect in self.effects if effect.label.startswith("random"))
+
+    def describe(self) -> dict[str, Any]:
+        """The set, how many prompts, and the rates by label."""
+        return {"set": self.set_name, "n": self.n, **{effect.label: effect for effect in self.effects}}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer of `completions/{set}_{label}_completions.json`."""
+
+    category: str | None
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True)
+class JudgedAnswer:
+    """One completion and what the judges said of it."""
+
+    prompt: str
+    response: str
+    category: str | None
+    complied: Mapping[str, bool]
+    """Judge -> whether the model did what was asked; the first is the one that refusals are counted by."""
+    is_degenerate: bool
+
+    @property
+    def is_refused(self) -> bool:
+        """By the first judge."""
+        return not next(iter(self.complied.values()))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Judged completions: `completions/{set}_{label}_evaluations.json`, in the published schema."""
+
+    answers: tuple[JudgedAnswer, ...]
+    quick: bool = False
+
+    def rate(self, judge: str) -> Rate:
+        """Fraction of answers that complied, by a judge."""
+        return Rate.of([answer.complied[judge] for answer in self.answers])
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """Names, the first is the one that refusals are counted by."""
+        return tuple(self.answers[0].complied)
+
+    @property
+    def refusal(self) -> Rate:
+        """Fraction of answers that refuse."""
+        return Rate.of([answer.is_refused for answer in self.answers])
+
+    @property
+    def degenerate(self) -> Rate:
+        """Fraction of answers that are no text."""
+        return Rate.of([answer.is_degenerate for answer in self.answers])
+
+    def effect(self, label: str) -> Effect:
+        """The rates, under a label."""
+        return Effect(label, self.refusal, self.degenerate, {judge: self.rate(judge) for judge in self.judges[1:]})
+
+    def describe(self) -> dict[str, Any]:
+        """The published keys, and our own rates."""
+        record: dict[str, Any] = {}
+        for judge in self.judges:
+            by_category: dict[str, list[bool]] = {}
+            for answer in self.answers:
+                by_category.setdefault(str(answer.category), []).append(answer.complied[judge])
+            record[f"{judge}_success_rate"] = self.rate(judge).value
+            record[f"{judge}_per_category"] = {key: sum(flags) / len(flags) for key, flags in by_category.items()}
+        mark = {"quick": True} if self.quick else {}
+        rows = [
+            {
+                "category": answer.category,
+                "prompt": answer.prompt,
+                "response": answer.response,
+                **mark,
+                **{f"is_jailbreak_{judge}": int(flag) for judge, flag in answer.complied.items()},
+                "is_degenerate": int(answer.is_degenerate),
+            }
+            for answer in self.answers
+        ]
+        return {**record, "refusal_rate": self.refusal, "degenerate_rate": self.degenerate, "completions": rows, **mark}
+
+    @classmethod
+    def load(cls, path: Path) -> "Evaluation":
+        """Read what `describe` says.
+
+        Raises:
+            UserError: the file is missing, or not of this form.
+        """
+        file = read_record(path, _EvaluationFile)
+        return cls(file.completions, file.quick)
+
+
+def _judged_answer(row: Any) -> JudgedAnswer:
+    verdicts = {key.removeprefix("is_jailbreak_"): bool(row[key]) for key in row if key.startswith("is_jailbreak_")}
+    texts = row["prompt"], row["response"], row["category"]
+    if not verdicts or not all(isinstance(text, str) for text in texts[:2]):
+        raise ValueError("expected prompt, response, category, is_jailbreak_..., is_degenerate")
+    return JudgedAnswer(*texts, verdicts, bool(row["is_degenerate"]))
+
+
+def _rate(record: Any) -> Rate:
+    return Rate(record["count"], record["n"])
+
+
+def read_sides(tables: Any) -> dict[Side, SideEffects]:
+    effects: dict[Side, SideEffects] = {}
+    for side, table in tables.items():
+        named = {label: rates for label, rates in table.items() if isinstance(rates, Mapping)}
+        effects[side] = SideEffects(side, table["set"], tuple(read_effect(*each) for each in named.items()))
+    return effects
+
+
+def read_effect(label: str, rates: Any) -> Effect:
+    others = {name: _rate(rate) for name, rate in rates.items() if name not in ("refusal", "degenerate")}
+    return Effect(label, _rate(rates["refusal"]), _rate(rates["degenerate"]), others)
+
+
+@dataclass(frozen=True)
+class _EvaluationFile:
+    completions: Annotated[tuple[JudgedAnswer, ...], parsed(lambda rows: tuple(_judged_answer(row) for row in rows))]
+    quick: bool = False

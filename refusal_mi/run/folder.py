@@ -1,0 +1,380 @@
+"""Run folders read back: grids, scores, directions by rank, everything that a report or an analysis asks for."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..directions import Direction, DirectionGrid
+from ..errors import UserError
+from ..files import read_record, read_tensors
+from ..measures import LossResult
+from ..model.loading import model_alias
+from ..model.points import HookedModel
+from ..model.provenance import is_embedded
+from ..search.grid import ScoreGrid, Selection, select
+from ..search.thresholds import Thresholds
+from ..text.chat import ChatFormat
+from .answers import SIDES, Evaluation, JudgedAnswer, Side, SideEffects
+from .options import RunOptions
+from .record import (
+    BASELINE,
+    DIRECTION,
+    DIRECTION_RECORD,
+    EVALUATIONS,
+    MEAN_DIFFS,
+    MEAN_DIFFS_RECORD,
+    MEANS,
+    PLACES,
+    PROMPTS,
+    RUN,
+    SCORES,
+    SPAN,
+    SUMMARY,
+    SURVIVORS,
+    AnyDirection,
+    BaselineRecord,
+    CombinationRecord,
+    DirectionRecord,
+    GridRecord,
+    Losses,
+    Place,
+    PromptsRecord,
+    RunInfo,
+    RunSummary,
+)
+
+
+def load_grid(folder: Path) -> DirectionGrid:
+    """The candidates of a run folder."""
+    record = read_record(folder / MEAN_DIFFS_RECORD, GridRecord)
+    vectors = read_tensors(folder / MEAN_DIFFS)
+    return DirectionGrid(vectors, record.positions, record.is_degenerate, {"method": record.method})
+
+
+def load_scores(folder: Path) -> ScoreGrid:
+    """The scores of a run folder, with its baselines and per-prompt values."""
+    baseline = read_record(folder / BASELINE, BaselineRecord)
+    rows = ScoreGrid.load(folder / EVALUATIONS, baseline.n_layers).rows
+    return ScoreGrid(rows, baseline.n_layers, baseline.harmful, baseline.harmless, read_tensors(folder / SCORES))
+
+
+def parse_directions(text: str) -> tuple[int, ...]:
+    """Ranks written as "0-2" (the published form: ranks 0 and 2), in the order in which they are ablated.
+
+    Raises:
+        UserError: this is not a list of different ranks.
+    """
+    if not re.fullmatch(r"\d+(-\d+)*", text):
+        raise UserError(f"--directions takes ranks joined by hyphens, such as 0-2 for ranks 0 and 2, not {text!r}")
+    ranks = tuple(map(int, text.split("-")))
+    if len(set(ranks)) < len(ranks):
+        raise UserError(f"--directions {text} names a rank twice")
+    return ranks
+
+
+def ranked(grid: DirectionGrid, chosen: Selection, ranks: Sequence[int]) -> list[Direction]:
+    """The surviving candidates of these ranks.
+
+    Raises:
+        UserError: a rank does not exist; the message says how many survive and which threshold binds.
+    """
+    n = len(chosen.survivors)
+    missing = [rank for rank in ranks if not 0 <= rank < n]
+    if missing:
+        there = f"the ranks are 0..{n - 1}" if n else "there are none"
+        raise UserError(f"no direction of rank {missing[0]}: {there}; {chosen.explain()}")
+    rows = [chosen.survivors[rank] for rank in ranks]
+    return [grid.direction(row.position, row.layer) for row in rows]
+
+
+def load_ranked(folder: Path, ranks: Sequence[int]) -> list[Direction]:
+    """Directions by rank from a finished run folder.
+
+    Raises:
+        UserError: there is no run in this folder, or it has no such rank.
+    """
+    if not (folder / SURVIVORS).exists() or not (folder / RUN).exists():
+        raise UserError(f"{folder} holds no run with a selection")
+    thresholds = read_record(folder / RUN, RunInfo).options.thresholds
+    return ranked(load_grid(folder), select(load_scores(folder), thresholds), ranks)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder, or that of a combination of directions inside one; what was not reached is None or empty.
+
+    `summary.json` says what belongs to the run so far; without it every file that is there counts. A combination has
+    answers and losses of its own; its search, prompts and baselines are the run's.
+    """
+
+    path: Path
+    """The run folder."""
+    run: RunInfo
+    summary: RunSummary | None
+    label: str = ""
+    """Of a combination: the name of its folder."""
+
+    @classmethod
+    def load(cls, path: Path) -> "RunRecord":
+        """Read a run folder.
+
+        Raises:
+            UserError: there is no `run.json`, so it is not one.
+        """
+        path = Path(path)
+        is_combination = (path / SPAN).is_file() and (path.parent / RUN).is_file()
+        root = path.parent if is_combination else path
+        if not (root / RUN).is_file():
+            raise UserError(f"{path} is not a run folder: it has no run.json; give the --output-dir of refusal-mi run")
+        summary = read_record(path / SUMMARY, RunSummary) if (path / SUMMARY).is_file() else None
+        return cls(root, read_record(root / RUN, RunInfo), summary, path.name if is_combination else "")
+
+    @property
+    def folder(self) -> Path:
+        """Where the answers and losses of this record lie."""
+        return self.path / self.label
+
+    @cached_property
+    def combination(self) -> CombinationRecord | None:
+        """What is ablated together; None for a whole run."""
+        if not self.label:
+            return None
+        places = tuple(read_record(self.folder / PLACES, list[Place]))
+        return replace(read_record(self.folder / SPAN, CombinationRecord), directions=places)
+
+    @property
+    def status(self) -> str:
+        """How far the run came: done, no candidate survives, directions only, unfinished."""
+        return "unfinished" if self.summary is None else self.summary.status
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether this is a run of the embedded demonstration model."""
+        return is_embedded(self.run.model.source)
+
+    @property
+    def model_name(self) -> str:
+        """The model as people call it."""
+        return self.run.model.name
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """What the run asked of a candidate."""
+        return self.run.options.thresholds
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The post-instruction tokens; the last is position −1."""
+        return self.run.chat.post_instruction_tokens
+
+    @cached_property
+    def prompts(self) -> PromptsRecord | None:
+        """`prompts.json`."""
+        return self._read(PROMPTS, PromptsRecord)
+
+    @cached_property
+    def scores(self) -> ScoreGrid | None:
+        """The scores of every candidate."""
+        is_done = self.summary is None or self.summary.selection is not None
+        files = (EVALUATIONS, BASELINE, SCORES)
+        return load_scores(self.path) if is_done and all((self.path / name).is_file() for name in files) else None
+
+    @cached_property
+    def selection(self) -> Selection | None:
+        """The survivors, chosen again from the scores by the run's own thresholds."""
+        return None if self.scores is None else select(self.scores, self.thresholds)
+
+    @cached_property
+    def direction(self) -> DirectionRecord | None:
+        """The chosen direction."""
+        if self.label or self.selection is None or not self.selection.survivors:
+            return None
+        return self._read(DIRECTION_RECORD, AnyDirection)
+
+    @cached_property
+    def norms(self) -> GridRecord | None:
+        """Positions and norms of the candidates."""
+        return self._read(MEAN_DIFFS_RECORD, GridRecord)
+
+    @cached_property
+    def sides(self) -> tuple[SideEffects, ...]:
+        """Refusal and degenerate rates of every intervention, harmful prompts first."""
+        sides = (self._side(side) for side in SIDES)
+        return tuple(side for side in sides if side is not None)
+
+    def side(self, side: Side) -> SideEffects | None:
+        """The rates of one side."""
+        return next((each for each in self.sides if each.side == side), None)
+
+    def answers(self, side: SideEffects, label: str) -> tuple[JudgedAnswer, ...]:
+        """The judged completions of one set under one intervention."""
+        path = self._evaluations(side.set_name, label)
+        return Evaluation.load(path).answers if path.is_file() else ()
+
+    @cached_property
+    def losses(self) -> Mapping[str, Mapping[str, LossResult]]:
+        """CE loss by label and text set, baseline first; empty until the baseline is there."""
+        if self.summary is not None and not self.summary.ce_loss:
+            return {}
+        paths = [*self.path.glob("loss_evals/baseline_*.json"), *self.folder.glob("loss_evals/*.json")]
+        there = {path.name.removesuffix("_loss_eval.json"): path for path in paths}
+        labels = sorted(there, key=_label_order) if self.summary is None else list(self.summary.ce_loss)
+        tables = {label: read_record(there[label], Losses) for label in labels if label in there}
+        return tables if "baseline" in tables else {}
+
+    def _read(self, name: str, kind: Any) -> Any:
+        path = self.path / name
+        return read_record(path, kind) if path.is_file() else None
+
+    def _side(self, side: Side) -> SideEffects | None:
+        measured = None if self.summary is None else self.summary.completions.get(side)
+        if self.summary is not None and measured is None:
+            return None
+        name = self._set_name(side) if measured is None else measured.set_name
+        paths = self.folder.glob(f"completions/{_glob_literal(name)}_*_evaluations.json") if name else []
+        labels = {path.name.removeprefix(f"{name}_").removesuffix("_evaluations.json") for path in paths}
+        if self.label and labels and self._evaluations(name, "baseline").is_file():
+            labels.add("baseline")
+        if measured is not None:
+            labels &= {effect.label for effect in measured.effects}
+        effects = [
+            Evaluation.load(self._evaluations(name, label)).effect(label) for label in sorted(labels, key=_label_order)
+        ]
+        return SideEffects(side, name, tuple(effects)) if effects else None
+
+    def _set_name(self, side: Side) -> str:
+        """The set whose baseline answers are there; the harmless set is always called harmless."""
+        if side == "harmless":
+            return side
+        suffix = "_baseline_evaluations.json"
+        names = sorted(path.name.removesuffix(suffix) for path in self.path.glob(f"completions/*{suffix}"))
+        return next((name for name in names if name != "harmless"), "")
+
+    def _evaluations(self, name: str, label: str) -> Path:
+        folder = self.path if label == "baseline" else self.folder
+        return folder / f"completions/{name}_{label}_evaluations.json"
+
+
+def _label_order(label: str) -> tuple[int, str]:
+    known = ("baseline", "ablation", "actadd")
+    return (known.index(label) if label in known else len(known), label)
+
+
+def _glob_literal(name: str) -> str:
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """A finished run, with its model loaded; every analysis has a `from_run` that takes one."""
+
+    model: HookedModel
+    path: Path
+    """The run folder."""
+    max_prompts: int = 128
+    """A side, at most."""
+    batch_size: int = 32
+    seed: int = 0
+
+    @cached_property
+    def record(self) -> PromptsRecord:
+        """`prompts.json`."""
+        return read_record(self.path / PROMPTS, PromptsRecord)
+
+    @cached_property
+    def options(self) -> RunOptions:
+        """The options of the run."""
+        return read_record(self.path / RUN, RunInfo).options
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """The chat format of the run, with its response prefix."""
+        prefix = self.record.response_prefix
+        return ChatFormat(self.model.tokenizer, self.options.system, self.options.template_kwargs, prefix)
+
+    @cached_property
+    def direction(self) -> Direction:
+        """The chosen direction.
+
+        Raises:
+            UserError: the run chose none.
+        """
+        if not (self.path / DIRECTION).exists():
+            raise UserError(f"{self.path} has no direction.pt: its run is not finished, or no candidate survived")
+        return Direction.load(self.path / DIRECTION)
+
+    @cached_property
+    def grid(self) -> DirectionGrid:
+        """Every candidate direction."""
+        return load_grid(self.path)
+
+    @cached_property
+    def scores(self) -> ScoreGrid:
+        """The candidates' scores."""
+        return load_scores(self.path)
+
+    @property
+    def refusal_tokens(self) -> tuple[int, ...]:
+        """Token ids of the refusal score."""
+        return self.record.token_ids
+
+    def prompts(self, side: str, part: str = "test") -> list[str]:
+        """Instructions of "harmful" or "harmless" in "train", "val" (those that passed the filter) or "test"."""
+        return self.record.side(side).kept(part)[: self.max_prompts]
+
+
+def check_model_of_run(path: Path, source: str) -> None:
+    """Make sure that a run folder is about this model.
+
+    Raises:
+        UserError: there is no run, or it is about another model.
+    """
+    if not (path / RUN).exists():
+        raise UserError(f"{path} is not a run folder: it has no run.json; make one with refusal-mi run")
+    before = read_record(path / RUN, RunInfo).model.source
+    if before != source:
+        raise UserError(f"{path} holds a run of {before} ({model_alias(before)}), not of {source}: name that MODEL")
+
+
+def read_directions(source: Path, ranks: str | None = None) -> list[Direction]:
+    """The directions of a file or a run folder.
+
+    Args:
+        source: a `direction.pt` (its metadata JSON beside it), or a run folder.
+        ranks: of a run folder's candidates, best is 0: "0-2" is ranks 0 and 2.
+
+    Raises:
+        UserError: there is no such file, run or rank.
+    """
+    if source.is_dir():
+        if ranks is not None:
+            return load_ranked(source, parse_directions(ranks))
+        if not (source / DIRECTION).is_file():
+            raise UserError(f"{source} has no {DIRECTION}: finish the run with refusal-mi run, or name another run")
+        return [Direction.load(source / DIRECTION)]
+    if ranks is not None:
+        raise UserError(f"--directions ranks the candidates of a run folder, and {source} is not a folder")
+    return [Direction.load(source)]
+
+
+def harmless_components(source: Path, directions: list[Direction]) -> list[float]:
+    """Per direction, the component along it of the harmless mean at its own layer and position.
+
+    Raises:
+        UserError: the source is no run folder with means, or a direction does not say where it was read.
+    """
+    folder = source if source.is_dir() else source.parent
+    if not (folder / MEANS).is_file():
+        raise UserError(f"--affine harmless-mean needs a run folder with {MEANS}, and {folder} has none; give a number")
+    means = read_tensors(folder / MEANS)["harmless"].double()
+    found = []
+    for direction in directions:
+        if direction.position is None or not -means.shape[0] <= direction.position < 0:
+            raise UserError("--affine harmless-mean needs directions that say at which prompt position they were read")
+        if not 0 <= direction.layer < means.shape[1]:
+            raise UserError(f"there is no harmless mean at layer {direction.layer}; give a number")
+        found.append((means[direction.position, direction.layer] @ direction.unit).item())
+    return found

@@ -1,0 +1,201 @@
+"""What a run depends on, with the published defaults; and the command that repeats it."""
+
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
+
+from ..errors import UserError
+from ..judges.http import judge_named
+from ..options import (
+    BatchSize,
+    JudgeModel,
+    JudgeName,
+    Option,
+    RefusalTokens,
+    ResponsePrefix,
+    System,
+    TemplateKwargs,
+    words,
+)
+from ..search.thresholds import PUBLISHED, Rule, Search, most
+
+if TYPE_CHECKING:
+    from ..model.provenance import ModelRecord
+
+Step = Literal["directions", "selection", "completions", "loss"]
+STEPS: tuple[Step, ...] = get_args(Step)
+
+
+def read_steps(text: str) -> tuple[str, ...]:
+    """Steps separated by commas."""
+    return tuple(step.strip() for step in text.split(","))
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of `refusal_mi.recipes.arditi.run`."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    harmful: Annotated[
+        str, Option("A set to be split, or TRAIN,VAL,TEST: names or files.", takes=str | None, depends_on_model=True)
+    ] = "harmful"
+    harmless: Annotated[str, Option("The same for harmless prompts.", takes=str | None, depends_on_model=True)] = (
+        "harmless"
+    )
+    eval_set: Annotated[str | None, Option("Harmful prompts to report on instead of TEST.")] = None
+    column: Annotated[str | None, Option("Column that holds the instruction, in files and other hub sets.")] = None
+    text_set: Annotated[str, Option("Plain texts for CE loss.", takes=str | None, depends_on_model=True)] = "plain_text"
+    instruction_set: Annotated[
+        str, Option("Answered instructions for CE loss.", takes=str | None, depends_on_model=True)
+    ] = "instructions"
+    n_train: Annotated[int, Option("Training prompts a side.")] = 128
+    n_val: Annotated[int, Option("Validation prompts a side.")] = 32
+    n_test: Annotated[int, Option("Held-out prompts a side.")] = 100
+    seed: Annotated[int, Option("Of every sample.")] = 42
+    filter_prompts: Annotated[
+        bool, Option("Keep harmful prompts that are refused, harmless answered.", flags="--filter/--no-filter")
+    ] = True
+    system: System = None
+    template_kwargs: TemplateKwargs = field(default_factory=dict)
+    response_prefix: ResponsePrefix = None
+    refusal_tokens: RefusalTokens = None
+    estimator: Annotated[
+        str | None,
+        Option(
+            "Function that makes the candidates from the mean activations of both sides; default: their difference.",
+            metavar="MODULE:FUNCTION",
+        ),
+    ] = None
+    thresholds: Rule = PUBLISHED
+    search: Annotated[
+        Search,
+        Option(
+            "exact, or staged: screen the candidates on few prompts and measure only those that can win.", takes=str
+        ),
+    ] = "exact"
+    skip_pruned: Annotated[
+        bool, Option("Do not run candidates of the layers that --prune-layers leaves out.", flags="--skip-pruned")
+    ] = False
+    max_new_tokens: Annotated[
+        int,
+        Option("Of every answer; default 512, for the embedded model 64.", takes=int | None, depends_on_model=True),
+    ] = 512
+    n_ce: Annotated[int, Option("At most this many texts of each CE set.")] = 4096
+    """The published run: 2048 batches of 2."""
+    n_random: Annotated[int, Option("Random directions of equal norm, as controls.")] = 1
+    judge: JudgeName = "substring"
+    """An endpoint judges harmful completions as well."""
+    judge_model: JudgeModel = None
+    steps: Annotated[
+        tuple[Step, ...],
+        Option("Up to which of these to go, comma-separated.", takes=str, read=read_steps, write=",".join),
+    ] = STEPS
+    batch_size: BatchSize = None
+    """None: 64 prompts, halved while the memory does not suffice."""
+    quick: Annotated[bool, Option("Small samples, marked as such in every file.", flags="--quick")] = False
+
+    def __post_init__(self) -> None:
+        if self.search not in get_args(Search):
+            raise UserError(f"unknown search {self.search!r}; expected one of {', '.join(get_args(Search))}")
+        unknown = [step for step in self.steps if step not in STEPS]
+        if unknown or not self.steps:
+            raise UserError(f"unknown step {unknown[0] if unknown else ''!r}; the steps are {', '.join(STEPS)}")
+        for name in ("n_train", "n_val", "n_test", "max_new_tokens", "n_ce"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        judge_named(self.judge, model=self.judge_model)
+        if self.n_random < 0:
+            raise UserError(f"n_random must not be negative, not {self.n_random}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"the batch size must be at least 1, not {self.batch_size}")
+
+    def shortened(self) -> "RunOptions":
+        """The same run on small samples, marked as quick in every file."""
+        return replace(
+            self,
+            n_train=min(self.n_train, 32),
+            n_val=min(self.n_val, 16),
+            n_test=min(self.n_test, 16),
+            n_ce=min(self.n_ce, 16),
+            max_new_tokens=min(self.max_new_tokens, 32),
+            quick=True,
+        )
+
+
+def read_ranks(text: str | None) -> tuple[int, ...] | None:
+    """0..4 is 0, 1, 2, 3, 4; ranges and single ranks may be joined by commas.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if text is None:
+        return None
+    ranks: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\.\.(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise UserError(f"--ranks takes 0..4, or ranks such as 0,2,5, not {text!r}")
+        ranks += range(first, last + 1)
+    return tuple(ranks)
+
+
+@dataclass(frozen=True)
+class CombosOptions:
+    """Which directions are combined, and how the combinations are judged."""
+
+    ranks: Annotated[
+        tuple[int, ...] | None,
+        Option(
+            "0..4, or 0,2,5: ranks of surviving candidates; default: the five best.", takes=str | None, read=read_ranks
+        ),
+    ] = None
+    max_size: Annotated[int, Option("Most directions in a combination.")] = 2
+    kl_max: Annotated[
+        float | None,
+        Option("Largest KL of a winner on harmless prompts, in nats; inf: any.", takes=float, read=most),
+    ] = 0.1
+    """Mean KL on validation prompts; equality passes."""
+    n_random: Annotated[int, Option("Random spans of the winner's rank, as controls.")] = 3
+    n_ce: Annotated[int, Option("At most this many texts of each CE set.")] = 256
+    val_new_tokens: Annotated[int, Option("Length of the validation answers.")] = 32
+
+    def __post_init__(self) -> None:
+        for name in ("max_size", "n_ce", "val_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_random < 0:
+            raise UserError(f"n_random must not be negative, not {self.n_random}")
+        if self.kl_max is not None and not 0 <= self.kl_max < math.inf:
+            raise UserError(f"kl_max must be a number from 0 on, not {self.kl_max}")
+        if self.ranks is not None and len(set(self.ranks)) < len(self.ranks):
+            raise UserError("a rank was given twice")
+
+
+def command_line(model: "ModelRecord", options: RunOptions, ranks: Sequence[int] = (), multi: str = "span") -> str:
+    """The `refusal-mi run` command of a run, one option a line; options at their default are left out.
+
+    Args:
+        ranks: of the directions that were ablated together, and how (`multi`).
+    """
+    from ..model.provenance import is_embedded
+
+    said = [] if is_embedded(model.source) else [model.source]
+    if model.revision:
+        said += ["--revision", model.revision]
+    said += words(options)
+    if ranks:
+        said += ["--directions", "-".join(map(str, ranks))]
+        said += [] if multi == "span" else ["--multi", multi]
+    said += ["--device", model.device.partition(":")[0], "--dtype", model.dtype]
+    lines = ["refusal-mi run"]
+    for word in said:
+        if word.startswith("--"):
+            lines.append(word)
+        else:
+            lines[-1] += f" {shlex.quote(word)}"
+    return " \\\n    ".join(lines)

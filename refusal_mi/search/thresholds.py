@@ -1,0 +1,96 @@
+"""What a search asks of a candidate direction, and how it goes through the candidates."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from ..errors import UserError
+from ..options import Option
+
+if TYPE_CHECKING:
+    from .grid import CandidateScore
+
+Search = Literal["exact", "staged"]
+"""exact: every candidate on every validation prompt; staged: only those that can win."""
+Reason = Literal["no score", "skipped", "layer", "kl", "induce"]
+
+
+def most(value: float) -> float | None:
+    """A largest value; inf is none."""
+    return None if value == math.inf else value
+
+
+def least(value: float) -> float | None:
+    """A smallest value; -inf is none."""
+    return None if value == -math.inf else value
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What a candidate must satisfy; the defaults are the published ones. None switches a rule off."""
+
+    kl_max: Annotated[
+        float | None,
+        Option(
+            "Largest KL on harmless prompts, in nats; inf: any.",
+            takes=float,
+            read=most,
+            write=lambda value: "inf" if value is None else str(value),
+        ),
+    ] = 0.1
+    """Mean KL; equality passes."""
+    induce_min: Annotated[
+        float | None,
+        Option(
+            "Smallest refusal score under addition, in nats; -inf: any.",
+            takes=float,
+            read=least,
+            write=lambda value: "-inf" if value is None else str(value),
+        ),
+    ] = 0.0
+    """Mean refusal score; equality passes."""
+    prune_layers: Annotated[
+        float | None,
+        Option(
+            "Fraction of last layers left out.",
+            takes=float,
+            write=lambda value: "0" if value is None else str(value),
+        ),
+    ] = 0.2
+    """layer < int(n_layers · (1 − prune_layers))"""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"{name} must be a finite number, or None for no such rule, not {value}")
+        if self.prune_layers is not None and not 0 <= self.prune_layers < 1:
+            raise UserError(f"prune_layers is a fraction of the layers, 0 <= f < 1, not {self.prune_layers}")
+        if self.kl_max is not None and self.kl_max < 0:
+            raise UserError(f"kl_max must not be negative, not {self.kl_max}")
+
+    def reasons(self, row: "CandidateScore", n_layers: int) -> tuple[Reason, ...]:
+        """Every rule that a candidate breaks; empty if it survives."""
+        broken: list[Reason] = []
+        if not row.is_finite:
+            return ("no score" if row.skipped is None else "skipped",)
+        assert row.kl_nats is not None and row.induce is not None
+        if self.prune_layers is not None and row.layer >= layer_limit(n_layers, self.prune_layers):
+            broken.append("layer")
+        if self.kl_max is not None and row.kl_nats > self.kl_max:
+            broken.append("kl")
+        if self.induce_min is not None and row.induce < self.induce_min:
+            broken.append("induce")
+        return tuple(broken)
+
+
+PUBLISHED = Thresholds()
+NO_THRESHOLDS = Thresholds(kl_max=None, induce_min=None, prune_layers=None)
+"""Ranks every candidate that has a score."""
+
+
+Rule = Annotated[Thresholds, Option("Apply them; without, rank all.", off=NO_THRESHOLDS)]
+
+
+def layer_limit(n_layers: int, prune_layers: float | None) -> int:
+    """The first layer that is pruned: int(n_layers · (1 − prune_layers)); None prunes none."""
+    return n_layers if prune_layers is None else int(n_layers * (1.0 - prune_layers))
