@@ -100,14 +100,14 @@ def named_estimator(name: str) -> Estimator:
         raise UserError(f"an estimator is named module:function, not {name!r}")
     sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(import_module(module), function, None)
+        function_named = getattr(import_module(module), function, None)
     except ImportError as error:
         raise UserError(f"cannot import the estimator {name}: {error}") from None
     finally:
         sys.path.remove(os.getcwd())
-    if not callable(found):
+    if not callable(function_named):
         raise UserError(f"{module} has no function {function!r}; an estimator is named module:function")
-    return found
+    return function_named
 
 
 def _checked(grid: Any, means: ActivationMeans) -> DirectionGrid:
