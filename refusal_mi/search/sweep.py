@@ -16,9 +16,9 @@ from ..measures import kl_nats, refusal_score
 from ..model.points import HookedModel, check_raw_basis
 from ..progress import track
 from ..text.chat import ChatFormat
-from .grid import CandidateScore, ScoreGrid, finite_mean
+from .grid import ScoreGrid, finite_mean
 from .passes import Passes, PlainPasses, choose_passes
-from .thresholds import layer_limit
+from .thresholds import CandidateScore, layer_limit
 
 Kind = Literal["ablate", "add"]
 Place = tuple[int, int]
