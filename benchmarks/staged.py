@@ -14,9 +14,9 @@ from benchmarks.sweep import PublishedSweep, Scores, find_candidates, last_posit
 from refusal_mi.directions import DirectionGrid, cosine
 from refusal_mi.measures import discover_refusal_tokens, next_token_logits
 from refusal_mi.model.loading import load_model
-from refusal_mi.search.grid import CandidateScore, ScoreGrid, select
+from refusal_mi.search.grid import ScoreGrid, select
 from refusal_mi.search.staged import staged_sweep
-from refusal_mi.search.thresholds import Thresholds
+from refusal_mi.search.thresholds import CandidateScore, Thresholds
 
 
 def as_grid(scores: Scores, n_layers: int) -> ScoreGrid:

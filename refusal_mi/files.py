@@ -48,7 +48,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, value: Any) -> None:
-    """`torch.save` a tensor, or a list or dict of tensors, each cloned to its own CPU storage."""
+    """`torch.save` a tensor, or a list or dict of them, each in a CPU storage of its own; equal ones, equal bytes."""
     import torch
 
     def own(item: Any) -> Any:
@@ -58,7 +58,18 @@ def write_tensors(path: Path, value: Any) -> None:
             return {key: own(entry) for key, entry in item.items()}
         return [own(entry) for entry in item]
 
-    write_whole(path, lambda temporary: torch.save(own(value), temporary))
+    write_saved(path, own(value))
+
+
+def write_saved(path: Path, value: Any) -> None:
+    """`torch.save`; its archive is not named after the file, so that equal values are equal bytes."""
+    import torch
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            torch.save(value, file)
+
+    write_whole(path, save)
 
 
 def read_json(path: Path) -> Any:
@@ -105,8 +116,8 @@ def read_record(path: Path, kind: Any) -> Any:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    found = read_json(path)
-    number = found.get("format", FORMAT) if isinstance(found, dict) else FORMAT
+    content = read_json(path)
+    number = content.get("format", FORMAT) if isinstance(content, dict) else FORMAT
     if number != FORMAT:
         raise UserError(f"{path} is of format {number!r}, and this version of refusal_mi reads format {FORMAT}")
     try:

@@ -168,7 +168,7 @@ def side_by_side(
     }
     table(
         [
-            {_PROMPT: prompt, **{name: found[index].text for name, found in columns.items()}}
+            {_PROMPT: prompt, **{name: answers[index].text for name, answers in columns.items()}}
             for index, prompt in enumerate(prompts)
         ]
     )

@@ -73,24 +73,24 @@ def said(kind: type) -> Iterator[Said]:
 
 def words(options: Any) -> list[str]:
     """The command-line words for every option that is not at its default, or whose default depends on the model."""
-    found: list[str] = []
+    line: list[str] = []
     for each in said(type(options)):
         value = getattr(options, each.name)
         if is_dataclass(value):
             is_off = each.option.off is not None and value == each.option.off
-            found += [f"--no-{each.name}"] if is_off else words(value)
+            line += [f"--no-{each.name}"] if is_off else words(value)
         elif value == each.default and not each.option.depends_on_model:
             continue
         elif each.kind is bool:
             on, _, off = (each.option.flags or each.flag).partition("/")
-            found.append(on if value else off)
+            line.append(on if value else off)
         elif each.option.write is not None:
             written = each.option.write(value)
             for text in written if isinstance(written, list) else [written]:
-                found += [each.flag, text]
+                line += [each.flag, text]
         else:
-            found += [each.flag, str(value)]
-    return found
+            line += [each.flag, str(value)]
+    return line
 
 
 def numbers(option: str) -> Callable[[str], tuple[float, ...]]:
@@ -98,12 +98,12 @@ def numbers(option: str) -> Callable[[str], tuple[float, ...]]:
 
     def read(text: str) -> tuple[float, ...]:
         try:
-            found = tuple(float(part) for part in text.replace(",", " ").split())
+            values = tuple(float(part) for part in text.replace(",", " ").split())
         except ValueError:
-            found = ()
-        if not found or not all(map(math.isfinite, found)):
+            values = ()
+        if not values or not all(map(math.isfinite, values)):
             raise UserError(f"{option} takes numbers such as 0 0.5 1, not {text!r}")
-        return found
+        return values
 
     return read
 
@@ -112,7 +112,7 @@ def layer_numbers(text: str | None) -> tuple[int, ...] | None:
     """Layers such as 3,5-7; None or "all" is all of them."""
     if text is None or text == "all":
         return None
-    found: list[int] = []
+    chosen: list[int] = []
     for part in text.replace(",", " ").split():
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None:
@@ -120,10 +120,10 @@ def layer_numbers(text: str | None) -> tuple[int, ...] | None:
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
             raise UserError(f"--layers {part!r} counts down; write {last}-{first}")
-        found += range(first, last + 1)
-    if not found:
+        chosen += range(first, last + 1)
+    if not chosen:
         raise UserError(f"--layers {text!r} names no layer")
-    return tuple(sorted(set(found)))
+    return tuple(sorted(set(chosen)))
 
 
 def position_scope(text: str) -> Positions:
@@ -144,16 +144,16 @@ def number_or_auto(text: str) -> int | None:
 
 def texts_by_key(pairs: "list[str] | None") -> dict[str, Any]:
     """K=V texts; true, false and numbers become values of their type."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise UserError(f"--template-kwargs takes K=V, not {pair!r}")
         try:
-            found[key] = json.loads(value)
+            values[key] = json.loads(value)
         except json.JSONDecodeError:
-            found[key] = value
-    return found
+            values[key] = value
+    return values
 
 
 def token_ids(text: str | None) -> tuple[int, ...] | None:

@@ -10,6 +10,7 @@ from ..analysis import KINDS
 from ..errors import UserError
 from ..options import number_or_auto
 from .options import (
+    SCIENCE_FAILED,
     AsJson,
     BatchSize,
     Device,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from ..run.folder import RunInputs, RunRecord
 
 FOLDER = "analysis"
-SCIENCE_FAILED = 1
 
 
 def analyze(

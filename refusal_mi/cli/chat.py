@@ -225,11 +225,11 @@ def _show_columns(conversations: "dict[str, Conversation]", text: str) -> None:
 
     def table() -> Table:
         # Not the full width: the terminal writes ^C behind the last line, and a line break there displaces the table.
-        found = Table(width=max(20, console.width - 3))
+        table = Table(width=max(20, console.width - 3))
         for label in answers:
-            found.add_column(Text(label), ratio=1, overflow="fold")
-        found.add_row(*(Text(printable(answer)) for answer in answers.values()))
-        return found
+            table.add_column(Text(label), ratio=1, overflow="fold")
+        table.add_row(*(Text(printable(answer)) for answer in answers.values()))
+        return table
 
     with Live(table(), console=console, auto_refresh=False) as live:
         for label, piece in _in_turns({label: each.ask(text) for label, each in conversations.items()}):
@@ -392,11 +392,13 @@ def _ablation_by_ranks(model: "HookedModel", source: str, folder: Path, text: st
 
     RunFolder(folder).check_weights(describe_model(model, source))
     ranks = parse_directions(text)
-    found = combine(ranks, load_ranked(folder, ranks), multi)  # type: ignore[arg-type]
-    places = ", ".join(f"({place.pos}, {place.layer})" for place in found.places)
+    combination = combine(ranks, load_ranked(folder, ranks), multi)  # type: ignore[arg-type]
+    places = ", ".join(f"({place.pos}, {place.layer})" for place in combination.places)
     noun = "direction" if len(ranks) == 1 else "directions"
     how = "" if multi == "span" else f", {multi}"
-    return Change(f"ablated {noun} {text} at (position, layer) {places}{how}", found.interventions, found.warning)
+    return Change(
+        f"ablated {noun} {text} at (position, layer) {places}{how}", combination.interventions, combination.warning
+    )
 
 
 def _ablation_of_file(model: "HookedModel", path: Path) -> Change:
@@ -418,20 +420,20 @@ def _steering_vector(model: "HookedModel", path: Path, layer: int | None) -> "Di
     from ..model.points import resid_hook
     from ..recipes.responses import load_vectors, row_direction
 
-    found = read_tensors(path)
+    tensor = read_tensors(path)
     if layer is not None:
         resid_hook(layer, model.cfg.n_layers)
-    if isinstance(found, Tensor) and found.ndim == 2 and len(found) > 1:
+    if isinstance(tensor, Tensor) and tensor.ndim == 2 and len(tensor) > 1:
         if layer is None:
-            raise UserError(f"{path} holds {len(found)} vectors, one per layer: choose one with --layer")
+            raise UserError(f"{path} holds {len(tensor)} vectors, one per layer: choose one with --layer")
         vector = row_direction(load_vectors(path, model.cfg.n_layers), layer)
     elif path.with_name(f"{path.stem}_metadata.json").exists():
         vector = Direction.load(path)
-    elif not isinstance(found, Tensor) or found.squeeze().ndim != 1:
+    elif not isinstance(tensor, Tensor) or tensor.squeeze().ndim != 1:
         raise UserError(f"{path} holds neither one vector of shape [d_model] nor one per layer")
     elif layer is None:
         raise UserError(f"nothing beside {path} says where the vector was read: say with --layer where to add it")
     else:
-        vector = Direction(found.squeeze().clone(), layer, resid_hook(layer, model.cfg.n_layers))
+        vector = Direction(tensor.squeeze().clone(), layer, resid_hook(layer, model.cfg.n_layers))
     Add(vector).hooks(model)
     return vector

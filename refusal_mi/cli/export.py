@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from .options import AsJson, Model, ModelPath, Revision, one_model
+from .options import SCIENCE_FAILED, AsJson, Model, ModelPath, Revision, one_model
 
 if TYPE_CHECKING:
     from ..interventions import Ablate, Add
 
-VERIFICATION_FAILED = 1
 DirectionSource = Annotated[
     Path | None, typer.Option(help="A direction.pt or a run folder; default: the folder runs/{alias} of MODEL.")
 ]
@@ -79,7 +78,7 @@ def export(
         print_json({**report.describe(), "path": str(report.path)})
     else:
         print_export(report)
-    return VERIFICATION_FAILED if report.is_verified is False else 0
+    return SCIENCE_FAILED if report.is_verified is False else 0
 
 
 def export_vector(

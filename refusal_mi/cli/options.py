@@ -30,25 +30,25 @@ _VALUE = re.compile(r"[-+]?[\d.][\d.,eE+-]*|all")
 
 def own_spelling(arguments: Sequence[str]) -> list[str]:
     """--model_path becomes --model-path; --multipliers -1 0 1 becomes --multipliers=-1,0,1, also when repeated."""
-    found: list[str] = []
+    spread: list[str] = []
     lists: dict[str, tuple[int, list[str]]] = {}
     rest = list(arguments)
     while rest:
         argument = _dashed(rest.pop(0))
         name, equals, value = argument.partition("=")
         if name not in LISTS:
-            found.append(argument)
+            spread.append(argument)
             continue
         given = [value] if equals else []
         while not equals and rest and _VALUE.fullmatch(rest[0]):
             given.append(rest.pop(0).strip(","))
         if not given:
-            found.append(argument)
+            spread.append(argument)
             continue
-        place, values = lists.setdefault(name, (len(found), []))
+        place, values = lists.setdefault(name, (len(spread), []))
         values += given
-        found[place : place + 1] = [f"{name}={','.join(values)}"]
-    return found
+        spread[place : place + 1] = [f"{name}={','.join(values)}"]
+    return spread
 
 
 def _dashed(argument: str) -> str:
@@ -237,7 +237,7 @@ class JudgeOptions:
         """As it was named, or the default."""
         return "substring" if self.judge is None else self.judge
 
-    def found(self, question: Literal["harm", "refusal"]) -> "Judge":
+    def build(self, question: Literal["harm", "refusal"]) -> "Judge":
         """The judge; a name that is none is a UserError."""
         from ..judges.http import judge_named
 

@@ -253,7 +253,7 @@ def judge(
     target = output or completions.with_name(f"{completions.stem.removesuffix('_completions')}_evaluations.json")
     if target.resolve() == completions.resolve():
         raise UserError(f"the verdicts would overwrite {completions}; name another file with --output")
-    named = judge.found("harm")
+    named = judge.build("harm")
     others = [] if isinstance(named, SubstringJudge) else [named]
     answers = [Completion(row.get("category"), row["prompt"], row["response"]) for row in rows]
     judged = evaluate(answers, SubstringJudge(), *others, quick=any(row.get("quick") for row in rows))

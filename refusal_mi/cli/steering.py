@@ -123,7 +123,7 @@ def test(
     folder = _folder(output_dir or _default(model, _CAA), fresh)
     named = layer if layer is not None else settings.target_layer
     chosen = _only_layer(by_layer, folder.path) if named is None else named
-    direction, verdict = vector_for(by_layer, chosen), judge.found("refusal")
+    direction, verdict = vector_for(by_layer, chosen), judge.build("refusal")
     loaded = model.load()
     check_weights(by_layer, describe_model(loaded, model.source))
     answers = open_ended(
@@ -282,7 +282,7 @@ def make(
     from .tables import print_facts, print_json
 
     options = given.over(VectorOptions(dataset=default_queries(model.source)))
-    verdict = judge.found("refusal")
+    verdict = judge.build("refusal")
     folder = _folder(output_dir or _default(model, _RESPONSES), fresh)
     try:
         metadata = vector(model.load(), model.source, options, folder, verdict)
@@ -325,7 +325,7 @@ def evaluate(
         )
     dataset = recorded_dataset(directory) or default_queries(model.source)
     options = given.over(EvalOptions(dataset=dataset))
-    verdict = judge.found("refusal")
+    verdict = judge.build("refusal")
     folder = _folder(output_dir or directory, fresh)
     summary = evaluate_vector(model.load(), model.source, directory, options, folder, verdict)
     if as_json:

@@ -113,17 +113,23 @@ def _rate(rate: Mapping[str, Any]) -> str:
 
 def print_export(report: "ExportReport") -> None:
     """What was exported, how closely it matches the hooks, and what its user should know."""
-    console, found = Console(), report.verification
+    console, check = Console(), report.verification
     table = Table(f"exported {report.kind}", "value")
     table.add_row("edited tensors", str(len(report.figures)))
-    if found is not None:
-        table.add_row("largest logit difference to the hooked model", f"{found.max_logit_difference:.1e}")
-        table.add_row("largest logit, largest change by the edit", f"{found.largest_logit:.1f}, {found.max_effect:.1e}")
-        table.add_row("mean KL to the float32 hooked model (nats)", f"{found.mean_kl_nats:.1e}")
-        table.add_row("equal greedy tokens", f"{found.same_greedy:.1%} of {found.n_prompts} prompts ({found.mode})")
-        table.add_row("within the limits", "yes" if found.passed else "NO")
+    if check is not None:
+        table.add_row("largest logit difference to the hooked model", f"{check.max_logit_difference:.1e}")
+        table.add_row(
+            "largest logit, largest change by the edit",
+            f"{check.largest_logit:.1f}, {check.max_effect:.1e}",
+        )
+        table.add_row("mean KL to the float32 hooked model (nats)", f"{check.mean_kl_nats:.1e}")
+        table.add_row(
+            "equal greedy tokens",
+            f"{check.same_greedy:.1%} of {check.n_prompts} prompts ({check.mode})",
+        )
+        table.add_row("within the limits", "yes" if check.passed else "NO")
     console.print(table)
-    for line in [*report.notes, *(found.failures if found is not None else ())]:
+    for line in [*report.notes, *(check.failures if check is not None else ())]:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"written: {report.path}", highlight=False, soft_wrap=True)
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_whole
+from ..files import write_saved, write_whole
 from ..interventions import Ablate, Add, check_width
 from ..model.points import EMBEDDING, caa_layer
 from ..model.writers import build_skeleton, family_of
@@ -95,7 +95,7 @@ def write_lm_eval(path: Path, intervention: Ablate | Add, config: Any, dtype: to
         model = build_skeleton(config)
         block = _in_base(list(blocks_of(model))[caa_layer(layer)], model)
         entries = {block: _entry("add", vector, intervention.coefficient)}
-    write_whole(path, lambda temporary: torch.save(entries, temporary))
+    write_saved(path, entries)
 
 
 def _entry(action: str, vector: Float[Tensor, " d_model"], coefficient: float) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..search.grid import CandidateScore, ScoreGrid
-from ..search.thresholds import NO_THRESHOLDS, Thresholds
+from ..search.grid import ScoreGrid
+from ..search.thresholds import NO_THRESHOLDS, CandidateScore, Thresholds
 from ..stats import mean_interval
 from .style import ACCENT, INK, MUTED, SHADE, WIDTH, SeriesStyle, finish, line, plain, position_label, series_styles
 

@@ -159,12 +159,12 @@ class HttpJudge:
         with ThreadPoolExecutor(self.n_workers) as pool:
             work = [pool.submit(self._verdict, *pair, stop) for pair in asked]
             try:
-                found = [task.result() for task in track(work, f"asking {urlsplit(self.url).hostname}")]
+                answers = [task.result() for task in track(work, f"asking {urlsplit(self.url).hostname}")]
             except BaseException:
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        verdicts = dict(zip(asked, found, strict=True))
+        verdicts = dict(zip(asked, answers, strict=True))
         return [verdicts.get(pair, False) for pair in pairs]
 
     def _verdict(self, prompt: str, response: str, stop: threading.Event) -> bool:

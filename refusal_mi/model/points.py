@@ -155,7 +155,7 @@ def resid_hook(layer: int, n_layers: int) -> str:
 
 def output_hook(layer: int) -> str:
     """The same stream, from layer 1 on, where the block below leaves it."""
-    return block_hook(caa_layer(layer), "hook_resid_post")
+    return caa_hook(caa_layer(layer))
 
 
 def write_hooks(
@@ -205,7 +205,7 @@ def caa_layer(our: int) -> int:
 
 def caa_hook(layer: int) -> str:
     """The hook point by CAA's name: the output of a block."""
-    return f"blocks.{layer}.hook_resid_post"
+    return block_hook(layer, "hook_resid_post")
 
 
 def explain_layer(layer: int) -> str:

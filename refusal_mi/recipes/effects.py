@@ -184,7 +184,7 @@ def losses(
 
 def texts_sha256(texts: Mapping[str, Sequence[ScoredText]]) -> dict[str, str]:
     """Hash of the tokens of every text set: what identifies them among a stage's inputs."""
-    return {name: sha256_json([[text.first, *text.token_ids] for text in found]) for name, found in texts.items()}
+    return {name: sha256_json([[text.first, *text.token_ids] for text in scored]) for name, scored in texts.items()}
 
 
 def loss_sets(options: RunOptions) -> tuple[PromptSet, PromptSet]:
@@ -196,7 +196,7 @@ def loss_sets(options: RunOptions) -> tuple[PromptSet, PromptSet]:
     plain, answered = load_prompts(options.text_set, limit=options.n_ce), load_prompts(options.instruction_set)
     if not any(prompt.output for prompt in answered.prompts):
         raise UserError(f"the instruction set {options.instruction_set} has no column of answers (such as output)")
-    texts, pairs = (found.sample(min(options.n_ce, len(found)), options.seed) for found in (plain, answered))
+    texts, pairs = (each.sample(min(options.n_ce, len(each)), options.seed) for each in (plain, answered))
     return texts, pairs
 
 
@@ -211,18 +211,18 @@ def loss_texts(
     """
     plain, answered = sets
     pairs = [(prompt.instruction, prompt.output) for prompt in answered.prompts if prompt.output]
-    found = {
+    texts = {
         plain.name: texts_to_score(run.chat, plain.instructions),
         answered.name: answers_to_score(run.chat, pairs),
     }
     if not own_answers:
-        return found
+        return texts
     if OWN_ANSWERS not in run.hashes:
         completions(run, "harmless", BASELINE)
     rows = read_record(run.path / OWN_ANSWERS, list[Completion])
     own = [(row.prompt, row.response) for row in rows if row.response]
     family = "alpaca" if run.splits["harmless"].train.name == "alpaca" else "harmless"
-    return found | {f"{family}_custom_completions": answers_to_score(run.chat, own)}
+    return texts | {f"{family}_custom_completions": answers_to_score(run.chat, own)}
 
 
 def _direction_file(labelled: Labelled) -> list[str]:

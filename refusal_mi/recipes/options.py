@@ -254,14 +254,14 @@ def load_config(path: Path | None) -> CAAConfig:
     import yaml
 
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from None
-    values = _flat(found or {}, path)
+    values = _flat(content or {}, path)
     unknown = sorted(set(values) - set(KEYS))
     if unknown:
         raise UserError(f"{path} has the unknown key {unknown[0]!r}; the known ones are {', '.join(KEYS)}")
@@ -285,11 +285,11 @@ def load_config(path: Path | None) -> CAAConfig:
     )
 
 
-def _flat(found: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(found, dict):
+def _flat(content: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(content, dict):
         raise UserError(f"{path} must hold keys and values; the known keys are {', '.join(KEYS)}")
     values: dict[str, Any] = {}
-    for key, value in found.items():
+    for key, value in content.items():
         if isinstance(value, dict):
             values |= {f"{key}.{inner}": entry for inner, entry in value.items()}
         else:

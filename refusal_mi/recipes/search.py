@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
+from uuid import uuid4
 
 from ..directions import ActivationMeans, DirectionGrid, Estimator, difference_in_means
 from ..errors import UserError
@@ -84,7 +85,7 @@ def find_directions(run: Prepared, estimator: Estimator | None = None) -> Direct
     about += run.estimate("pass", len(harmful) + len(harmless))
     inputs = run.inputs(harmful=harmful, harmless=harmless)
     if estimator is not difference_in_means:
-        inputs |= {"estimator": _name(estimator), "source": inspect.getsource(estimator)}  # type: ignore[arg-type]
+        inputs |= {"estimator": _name(estimator), "source": _source(estimator)}
     run.stage("directions", inputs, files, compute, about)
     return load_grid(run.path)
 
@@ -100,14 +101,14 @@ def named_estimator(name: str) -> Estimator:
         raise UserError(f"an estimator is named module:function, not {name!r}")
     sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(import_module(module), function, None)
-    except ImportError as error:
-        raise UserError(f"cannot import the estimator {name}: {error}") from None
+        function_named = getattr(import_module(module), function, None)
+    except Exception as error:  # whatever a stranger's module does when it is imported
+        raise UserError(f"cannot import the estimator {name}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
-    if not callable(found):
+    if not callable(function_named):
         raise UserError(f"{module} has no function {function!r}; an estimator is named module:function")
-    return found
+    return function_named
 
 
 def _checked(grid: Any, means: ActivationMeans) -> DirectionGrid:
@@ -124,7 +125,16 @@ def _checked(grid: Any, means: ActivationMeans) -> DirectionGrid:
 
 
 def _name(function: Any) -> str:
-    return f"{function.__module__}:{function.__qualname__}"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _source(function: Any) -> str:
+    """What tells whether the function has changed; of one that shows no source, never the same twice."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return f"unknown {uuid4()}"
 
 
 def score_directions(run: Prepared, grid: DirectionGrid) -> ScoreGrid:

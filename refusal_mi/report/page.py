@@ -38,7 +38,7 @@ class FigurePair:
 
 def report_figures(record: RunRecord) -> dict[str, FigurePair]:
     """Every figure that the run has data for, by name."""
-    found: dict[str, FigurePair] = {}
+    pictures: dict[str, FigurePair] = {}
     tokens, model, selection = record.tokens, record.model_name, record.selection
     if record.scores is not None and selection is not None:
         chosen = selection.survivors[0] if selection.survivors and not record.combination else None
@@ -48,7 +48,7 @@ def report_figures(record: RunRecord) -> dict[str, FigurePair]:
             )
             for columns in (3, 1)
         )
-        found["scores"] = FigurePair(wide, narrow)
+        pictures["scores"] = FigurePair(wide, narrow)
     elif record.norms is not None:
         norms, positions = record.norms.norms, record.norms.positions
         n_prompts = record.norms.n_harmful + record.norms.n_harmless
@@ -56,14 +56,14 @@ def report_figures(record: RunRecord) -> dict[str, FigurePair]:
             plot_norms(norms, positions, tokens=tokens, model=model, n_prompts=n_prompts, width=width)
             for width in WIDTHS
         )
-        found["norms"] = FigurePair(wide, narrow)
+        pictures["norms"] = FigurePair(wide, narrow)
     if record.sides:
         wide, narrow = (plot_rates(record.sides, model=model, columns=columns) for columns in (2, 1))
-        found["rates"] = FigurePair(wide, narrow)
+        pictures["rates"] = FigurePair(wide, narrow)
     if record.losses:
         wide, narrow = (plot_losses(record.losses, model=model, width=width) for width in WIDTHS)
-        found["losses"] = FigurePair(wide, narrow)
-    return found
+        pictures["losses"] = FigurePair(wide, narrow)
+    return pictures
 
 
 def embedded_json(figures: Mapping[str, FigurePair]) -> str:
@@ -93,13 +93,13 @@ def combinations_of(record: RunRecord) -> list[CombinationLink]:
     """The combinations of a whole run's present survivors, by label; those of an earlier choice are left out."""
     if record.label or record.selection is None:
         return []
-    found = []
+    links = []
     for span in sorted(record.path.glob(f"*/{SPAN}")):
         combination = RunRecord.load(span.parent).combination
         if combination is not None and _is_of_this_choice(record, combination):
             has_report = (span.parent / "report.html").is_file()
-            found.append(CombinationLink(_name(combination), f"{span.parent.name}/report.html" if has_report else None))
-    return found
+            links.append(CombinationLink(_name(combination), f"{span.parent.name}/report.html" if has_report else None))
+    return links
 
 
 def combos_page(record: RunRecord) -> str | None:
@@ -239,7 +239,7 @@ def _policy(scripts: Sequence[_Script]) -> str:
 
 
 def _headline_facts(record: RunRecord) -> list[Fact]:
-    found: list[Fact] = []
+    facts: list[Fact] = []
     for side, label, verb in _HEADLINE_EFFECTS:
         effects = record.side(side)  # type: ignore[arg-type]
         base, hit = (effects.find(name) if effects is not None else None for name in ("baseline", label))
@@ -249,17 +249,17 @@ def _headline_facts(record: RunRecord) -> list[Fact]:
         controls = ", ".join(f"{control.refusal.value:.2f}" for control in effects.controls)
         control = "direction" if record.combination is None else "span"
         beside = f"random {control} {controls}" if controls else "no control was run"
-        found.append(Fact(f"Refused, {side}", value, f"plain → {verb}; {beside}"))
+        facts.append(Fact(f"Refused, {side}", value, f"plain → {verb}; {beside}"))
         degenerate = f"{base.degenerate.value:.2f} → {hit.degenerate.value:.2f}"
-        found.append(Fact(f"Degenerate, {side}", degenerate, f"plain → {verb}"))
+        facts.append(Fact(f"Degenerate, {side}", degenerate, f"plain → {verb}"))
     best = record.selection.survivors[0] if record.selection is not None and record.selection.survivors else None
     if best is not None and record.combination is None:
-        found.append(Fact("KL under ablation", _number(best.kl_nats), "nats, harmless validation prompts"))
+        facts.append(Fact("KL under ablation", _number(best.kl_nats), "nats, harmless validation prompts"))
     if "ablation" in record.losses:
         for name, base_loss in list(record.losses["baseline"].items())[:1]:
             delta = record.losses["ablation"][name].ce_loss - base_loss.ce_loss
-            found.append(Fact("CE loss, ablated", signed(delta), f"nats per token, {name}"))
-    return found
+            facts.append(Fact("CE loss, ablated", signed(delta), f"nats per token, {name}"))
+    return facts
 
 
 def _bindings(record: RunRecord) -> list[tuple[str, str, int, int]]:
@@ -283,11 +283,11 @@ def _loss_rows(record: RunRecord) -> list[tuple[str, list[tuple[float, float | N
         (
             intervention_name(label, "harmful"),
             [
-                (found[name].ce_loss, None if label == "baseline" else found[name].ce_loss - base[name].ce_loss)
+                (by_text[name].ce_loss, None if label == "baseline" else by_text[name].ce_loss - base[name].ce_loss)
                 for name in base
             ],
         )
-        for label, found in record.losses.items()
+        for label, by_text in record.losses.items()
     ]
 
 

@@ -119,8 +119,8 @@ def _judge_combination(record: RunRecord) -> Verdict:
     """Several directions are only ever ablated: what that does to harmful and to harmless prompts."""
     assert record.combination is not None
     what = "them" if len(record.combination.ranks) > 1 else "it"
-    found = side_verdict(record.side("harmful"), what, "span", "rank")
-    sentences = list(found.sentences)
+    of_harmful = side_verdict(record.side("harmful"), what, "span", "rank")
+    sentences = list(of_harmful.sentences)
     harmless = record.side("harmless")
     if harmless is not None and harmless.find("baseline") is not None and harmless.find("ablation") is not None:
         sentences.append(_change(harmless, "ablation", f"Ablating {what}"))
@@ -129,7 +129,7 @@ def _judge_combination(record: RunRecord) -> Verdict:
         "works": "stops refusals",
         "partly": "lowers refusals",
         "broken": "changes refusals, but many of the changed answers are degenerate text",
-    }.get(found.outcome, "is not shown to stop refusals on the held-out prompts")
+    }.get(of_harmful.outcome, "is not shown to stop refusals on the held-out prompts")
     return Verdict(f"Ablating {_ranks(record)} {headline}.", tuple(sentences))
 
 
@@ -156,14 +156,14 @@ def bindings(scores: ScoreGrid, selection: Selection) -> list[tuple[str, str, in
         ("refusal score when added", rule.induce_min, "at least {} nats", "induce", replace(rule, induce_min=None)),
         ("source layer", rule.prune_layers, "", "layer", replace(rule, prune_layers=None)),
     ]
-    found = []
+    rules = []
     for name, limit, words, reason, without in limits:
         if limit is None:
             continue
         cut = int(scores.n_layers * (1.0 - (rule.prune_layers or 0.0)))
         text = words.format(f"{limit:g}") if words else f"below {cut} of {scores.n_layers}"
-        found.append((name, text, failed[reason], len(select(scores, without).survivors)))  # type: ignore[index]
-    return found
+        rules.append((name, text, failed[reason], len(select(scores, without).survivors)))  # type: ignore[index]
+    return rules
 
 
 def signed(value: float) -> str:
@@ -211,13 +211,13 @@ def _closest_control(side: SideEffects) -> Effect | None:
 
 
 def _cost(record: RunRecord) -> list[str]:
-    found = []
+    sentences = []
     assert record.selection is not None
     kl = record.selection.best.kl_nats
     if kl is not None and record.combination is None:
-        found.append(f"Ablation moves the next-token distribution on harmless prompts by {kl:.3g} nats of KL.")
+        sentences.append(f"Ablation moves the next-token distribution on harmless prompts by {kl:.3g} nats of KL.")
     if "ablation" in record.losses:
         base, ablated = record.losses["baseline"], record.losses["ablation"]
         deltas = [f"{signed(ablated[name].ce_loss - base[name].ce_loss)} on {name}" for name in base]
-        found.append(f"It changes the CE loss by {', '.join(deltas)} (nats per token).")
-    return found
+        sentences.append(f"It changes the CE loss by {', '.join(deltas)} (nats per token).")
+    return sentences

@@ -370,11 +370,11 @@ def harmless_components(source: Path, directions: list[Direction]) -> list[float
     if not (folder / MEANS).is_file():
         raise UserError(f"--affine harmless-mean needs a run folder with {MEANS}, and {folder} has none; give a number")
     means = read_tensors(folder / MEANS)["harmless"].double()
-    found = []
+    lengths = []
     for direction in directions:
         if direction.position is None or not -means.shape[0] <= direction.position < 0:
             raise UserError("--affine harmless-mean needs directions that say at which prompt position they were read")
         if not 0 <= direction.layer < means.shape[1]:
             raise UserError(f"there is no harmless mean at layer {direction.layer}; give a number")
-        found.append((means[direction.position, direction.layer] @ direction.unit).item())
-    return found
+        lengths.append((means[direction.position, direction.layer] @ direction.unit).item())
+    return lengths

@@ -8,8 +8,8 @@ from ..directions import Direction
 from ..files import parsed
 from ..measures import LossResult
 from ..model.provenance import ModelRecord
-from ..search.grid import CandidateScore, Selection
-from ..search.thresholds import Thresholds
+from ..search.grid import Selection
+from ..search.thresholds import CandidateScore, Thresholds
 from ..text.chat import ChatRecord
 from .answers import Side, SideEffects, read_sides
 from .options import RunOptions

@@ -2,57 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
 from ..files import read_json
-from .thresholds import PUBLISHED, Reason, Thresholds
-
-
-@dataclass(frozen=True)
-class CandidateScore:
-    """What ablating and adding one candidate does; None where its two means do not differ or a mean is not finite."""
-
-    position: int
-    layer: int
-    bypass: float | None
-    """Mean refusal score (nats) on harmful prompts under ablation: lower is better."""
-    induce: float | None
-    """Mean refusal score (nats) on harmless prompts with the raw direction added at its layer: higher is better."""
-    kl_nats: float | None
-    """Mean next-token KL(plain ‖ ablated) on harmless prompts: lower is better."""
-    skipped: str | None = None
-    """Why there are no scores, where the search left the candidate out."""
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether all three scores are numbers."""
-        return all(value is not None and math.isfinite(value) for value in (self.bypass, self.induce, self.kl_nats))
-
-    def describe(self) -> dict[str, float | int | str | None]:
-        """The published row, with the reason where the search left the candidate out."""
-        reason = {} if self.skipped is None else {"skipped": self.skipped}
-        return {
-            "position": self.position,
-            "layer": self.layer,
-            "refusal_score": self.bypass,
-            "steering_score": self.induce,
-            "kl_div_score": self.kl_nats,
-            **reason,
-        }
-
-    @classmethod
-    def read(cls, row: Mapping[str, Any]) -> "CandidateScore":
-        """Read a published row; a value that is not finite is no score."""
-        values = [row[key] for key in ("refusal_score", "steering_score", "kl_div_score")]
-        bypass, induce, kl = [None if x is None or not math.isfinite(x) else float(x) for x in values]
-        return cls(int(row["position"]), int(row["layer"]), bypass, induce, kl, row.get("skipped"))
+from .thresholds import PUBLISHED, CandidateScore, Reason, Thresholds
 
 
 @dataclass(frozen=True)

@@ -109,14 +109,14 @@ class PlainPasses:
         return torch.stack([self._logits([Add(direction)], prompts) for direction in directions])
 
     def _logits(self, interventions: Sequence[Ablate | Add], prompts: Sequence[int]) -> Float[Tensor, "prompt d_vocab"]:
-        found: list[Tensor] = [torch.empty(0)] * len(prompts)
+        logits: list[Tensor] = [torch.empty(0)] * len(prompts)
         rows = [self.rows[prompt] for prompt in prompts]
         with torch.no_grad(), running(self.model, all_hooks(self.model, interventions), keep_wrappers=True):
             for places in batches_by_length(rows, self.batch_size):
                 batch = left_pad([rows[place] for place in places], self.pad_id).to(model_device(self.model))
                 for place, row in zip(places, last_logits(self.model, batch), strict=True):
-                    found[place] = row
-        return torch.stack(found)
+                    logits[place] = row
+        return torch.stack(logits)
 
 
 SAME_PROBABILITY = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -133,8 +133,8 @@ def choose_passes(model: HookedModel, rows: Rows, pad_id: int, batch_size: int |
     plain, shared = PlainPasses(model, rows, pad_id, batch_size), SharedPasses(model, rows, pad_id, batch_size)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     probe, ends = _probe(model), sorted({order[0], order[-1]})
-    expected, found = (passes.added([probe], ends).double().softmax(-1) for passes in (plain, shared))
-    difference = (expected - found).abs().max().item()
+    expected, obtained = (passes.added([probe], ends).double().softmax(-1) for passes in (plain, shared))
+    difference = (expected - obtained).abs().max().item()
     if difference <= SAME_PROBABILITY.get(shared.plain(ends).dtype, 0.05):
         return shared
     warnings.warn(f"sharing work changes a probability by {difference:.1e} on this model: not shared", stacklevel=2)
@@ -181,8 +181,8 @@ class SharedPasses:
             for chunk, places in self._split(len(units), prompts, n_common):
                 batch = [self.rows[prompts[place]][n_common:] for place in places]
                 with running(self.model, AblateEach(units[chunk]).hooks(self.model)):
-                    found = self._run_rows(batch, _some(layers, chunk), len(units[chunk]), n_common)
-                _keep(logits[chunk], places, found)
+                    rows = self._run_rows(batch, _some(layers, chunk), len(units[chunk]), n_common)
+                _keep(logits[chunk], places, rows)
         return torch.stack([torch.stack(rows) for rows in logits])
 
     def _run_added(self, vectors: Float[Tensor, "direction d_model"], layer: int, prompts: Sequence[int]) -> Logits:
@@ -198,8 +198,8 @@ class SharedPasses:
                 batch = [self.rows[prompts[place]][n_common:] for place in places]
                 stream = _left_padded([self._streams[prompts[place]][layer, n_common:] for place in places])
                 with self._running_from(layer, AddEach(vectors[chunk], layer, stream)):
-                    found = self._run_rows(batch, _some(layers, chunk), len(vectors[chunk]), n_common)
-                _keep(logits[chunk], places, found)
+                    rows = self._run_rows(batch, _some(layers, chunk), len(vectors[chunk]), n_common)
+                _keep(logits[chunk], places, rows)
         return torch.stack([torch.stack(rows) for rows in logits])
 
     def _run_plain(self, prompts: Sequence[int], keep_streams: bool = False) -> None:
@@ -301,10 +301,10 @@ def _some(layers: Layers, chunk: slice) -> Layers:
     return [(keys[chunk], values[chunk]) for keys, values in layers]
 
 
-def _keep(logits: Sequence[list[Tensor]], places: Sequence[int], found: Logits) -> None:
+def _keep(logits: Sequence[list[Tensor]], places: Sequence[int], of_batch: Logits) -> None:
     for direction, rows in enumerate(logits):
         for line, place in enumerate(places):
-            rows[place] = found[direction, line]
+            rows[place] = of_batch[direction, line]
 
 
 def _left_padded(streams: Sequence[Float[Tensor, "_ d_model"]]) -> Float[Tensor, "prompt pos d_model"]:

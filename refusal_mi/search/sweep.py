@@ -16,9 +16,9 @@ from ..measures import kl_nats, refusal_score
 from ..model.points import HookedModel, check_raw_basis
 from ..progress import track
 from ..text.chat import ChatFormat
-from .grid import CandidateScore, ScoreGrid, finite_mean
+from .grid import ScoreGrid, finite_mean
 from .passes import Passes, PlainPasses, choose_passes
-from .thresholds import layer_limit
+from .thresholds import CandidateScore, layer_limit
 
 Kind = Literal["ablate", "add"]
 Place = tuple[int, int]
@@ -97,13 +97,13 @@ class Scorer:
         harmless = [index for index, prompt in enumerate(item.prompts) if prompt >= self.n_harmful]
         harmful = [index for index, prompt in enumerate(item.prompts) if prompt < self.n_harmful]
         plain = self.passes.plain([item.prompts[index] for index in harmless]) if harmless else None
-        found = torch.empty(len(self.token_sets), len(directions), len(item.prompts), dtype=torch.float64)
+        measured = torch.empty(len(self.token_sets), len(directions), len(item.prompts), dtype=torch.float64)
         for candidate, logits in enumerate(self.passes.ablated(directions, item.prompts)):
             if harmful:
-                found[:, candidate, harmful] = self._scores(logits[harmful])
+                measured[:, candidate, harmful] = self._scores(logits[harmful])
             if plain is not None:
-                found[:, candidate, harmless] = kl_nats(plain, logits[harmless]).cpu()
-        return found
+                measured[:, candidate, harmless] = kl_nats(plain, logits[harmless]).cpu()
+        return measured
 
     def _scores(self, logits: Float[Tensor, "prompt d_vocab"]) -> Float[Tensor, "token_set prompt"]:
         return torch.stack([refusal_score(logits, tokens).cpu().double() for tokens in self.token_sets])

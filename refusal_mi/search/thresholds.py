@@ -1,14 +1,12 @@
-"""What a search asks of a candidate direction, and how it goes through the candidates."""
+"""What is measured of a candidate direction, what a search asks of it, and how it goes through the candidates."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from ..errors import UserError
 from ..options import Option
-
-if TYPE_CHECKING:
-    from .grid import CandidateScore
 
 Search = Literal["exact", "staged"]
 """exact: every candidate on every validation prompt; staged: only those that can win."""
@@ -23,6 +21,46 @@ def most(value: float) -> float | None:
 def least(value: float) -> float | None:
     """A smallest value; -inf is none."""
     return None if value == -math.inf else value
+
+
+@dataclass(frozen=True)
+class CandidateScore:
+    """What ablating and adding one candidate does; None where its two means do not differ or a mean is not finite."""
+
+    position: int
+    layer: int
+    bypass: float | None
+    """Mean refusal score (nats) on harmful prompts under ablation: lower is better."""
+    induce: float | None
+    """Mean refusal score (nats) on harmless prompts with the raw direction added at its layer: higher is better."""
+    kl_nats: float | None
+    """Mean next-token KL(plain ‖ ablated) on harmless prompts: lower is better."""
+    skipped: str | None = None
+    """Why there are no scores, where the search left the candidate out."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all three scores are numbers."""
+        return all(value is not None and math.isfinite(value) for value in (self.bypass, self.induce, self.kl_nats))
+
+    def describe(self) -> dict[str, float | int | str | None]:
+        """The published row, with the reason where the search left the candidate out."""
+        reason = {} if self.skipped is None else {"skipped": self.skipped}
+        return {
+            "position": self.position,
+            "layer": self.layer,
+            "refusal_score": self.bypass,
+            "steering_score": self.induce,
+            "kl_div_score": self.kl_nats,
+            **reason,
+        }
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> "CandidateScore":
+        """Read a published row; a value that is not finite is no score."""
+        values = [row[key] for key in ("refusal_score", "steering_score", "kl_div_score")]
+        bypass, induce, kl = [None if x is None or not math.isfinite(x) else float(x) for x in values]
+        return cls(int(row["position"]), int(row["layer"]), bypass, induce, kl, row.get("skipped"))
 
 
 @dataclass(frozen=True)
@@ -68,7 +106,7 @@ class Thresholds:
         if self.kl_max is not None and self.kl_max < 0:
             raise UserError(f"kl_max must not be negative, not {self.kl_max}")
 
-    def reasons(self, row: "CandidateScore", n_layers: int) -> tuple[Reason, ...]:
+    def reasons(self, row: CandidateScore, n_layers: int) -> tuple[Reason, ...]:
         """Every rule that a candidate breaks; empty if it survives."""
         broken: list[Reason] = []
         if not row.is_finite:

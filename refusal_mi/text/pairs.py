@@ -102,8 +102,8 @@ def load_questions(source: str | Path) -> list[str]:
     name = str(source)
     if name in PAIR_SETS:
         return list(dict.fromkeys(pair.open_question for pair in load_pairs(name).pairs))
-    found = load_prompts(QUESTION_SETS.get(name, source)).instructions
-    return list(dict.fromkeys(map(without_choices, found)))
+    questions = load_prompts(QUESTION_SETS.get(name, source)).instructions
+    return list(dict.fromkeys(map(without_choices, questions)))
 
 
 def without_choices(question: str) -> str:

@@ -186,7 +186,7 @@ def _to_set(name: str, rows: Sequence[Any], column: str | None, known: HubSet | 
         )
     category = known.category if known else _optional_column(records[0], _CATEGORY_COLUMNS)
     output = known.output if known else _optional_column(records[0], _OUTPUT_COLUMNS)
-    found: dict[str, Prompt] = {}
+    by_instruction: dict[str, Prompt] = {}
     for record in records:
         if known and known.must_be_empty and str(record[known.must_be_empty] or "").strip():
             continue
@@ -195,13 +195,13 @@ def _to_set(name: str, rows: Sequence[Any], column: str | None, known: HubSet | 
         instruction = record[text].strip()
         if instruction:
             kind = record.get(category) if category else None
-            found.setdefault(
+            by_instruction.setdefault(
                 instruction,
                 Prompt(instruction, None if kind is None else str(kind), record.get(output) if output else None),
             )
-    if not found:
+    if not by_instruction:
         raise UserError(f"{name} has 0 prompts: every row of column {text!r} is empty")
-    return PromptSet(name, tuple(found.values()))
+    return PromptSet(name, tuple(by_instruction.values()))
 
 
 def _first_column(name: str, record: dict[str, Any], names: Sequence[str]) -> str:

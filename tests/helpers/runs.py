@@ -26,8 +26,8 @@ from refusal_mi.run.record import (
     SplitRows,
     TokenRecord,
 )
-from refusal_mi.search.grid import CandidateScore, ScoreGrid, Selection, select
-from refusal_mi.search.thresholds import Thresholds
+from refusal_mi.search.grid import ScoreGrid, Selection, select
+from refusal_mi.search.thresholds import CandidateScore, Thresholds
 from refusal_mi.text.chat import ChatRecord
 
 N_LAYERS, N_VAL = 8, 16

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from refusal_mi.search.grid import CandidateScore
+from refusal_mi.search.thresholds import CandidateScore
 
 TOKENS = (5, 40, 7)
 """Refusal tokens of a tiny model: any will do."""

@@ -2,12 +2,24 @@
 
 import json
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from refusal_mi.errors import UserError
-from refusal_mi.files import read_json, read_tensors, sha256_file, sha256_json, write_json, write_tensors, write_whole
+from refusal_mi.files import (
+    FORMAT,
+    read_json,
+    read_record,
+    read_tensors,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_record,
+    write_tensors,
+    write_whole,
+)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -85,6 +97,41 @@ def test_a_view_is_saved_with_its_own_storage(tmp_path):
     loaded = torch.load(tmp_path / "row.pt", weights_only=True)
     assert torch.equal(loaded, whole[3].detach()) and not loaded.requires_grad
     assert loaded.untyped_storage().nbytes() == 64 * 8
+
+
+def test_equal_tensors_are_equal_bytes_under_any_name(tmp_path):
+    value = {"a": torch.ones(2), "b": [torch.zeros(3, 1).T]}
+    paths = [tmp_path / "one.pt", tmp_path / "elsewhere" / "another name.pt"]
+    for path in paths:
+        write_tensors(path, value)
+        torch.save(value, path.with_suffix(".plain"))
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert paths[0].with_suffix(".plain").read_bytes() != paths[1].with_suffix(".plain").read_bytes()
+
+
+@dataclass(frozen=True)
+class Pair:
+    name: str
+    values: tuple[float, ...] = ()
+
+
+def test_a_record_comes_back_and_what_cannot_be_read_is_one_clear_line(tmp_path):
+    path, record = tmp_path / "pair.json", Pair("a", (1.0, 2.5))
+    write_record(path, record)
+    saved = read_json(path)
+    assert saved["format"] == FORMAT and read_record(path, Pair) == record
+    write_json(path, {key: value for key, value in saved.items() if key != "format"} | {"unknown": 1})
+    assert read_record(path, Pair) == record  # written before there was a number; a key that nothing reads
+    for damaged, line in (
+        (saved | {"format": FORMAT + 1}, rf"pair\.json is of format {FORMAT + 1}, .* reads format {FORMAT}"),
+        ({"values": []}, "damaged.*: name: Field required"),
+        (saved | {"values": ["x"]}, r"damaged.*: values\.0: "),
+        ([saved], "damaged.*: the whole: "),
+    ):
+        write_json(path, damaged)
+        with pytest.raises(UserError, match=line) as raised:
+            read_record(path, Pair)
+        assert "\n" not in str(raised.value)
 
 
 def test_dicts_and_lists_of_tensors_come_back(tmp_path):
