@@ -8,10 +8,11 @@ from refusal_mi.analysis.patching import patch_activations
 from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
-from refusal_mi.files import as_json, write_json, write_tensors
-from refusal_mi.model.provenance import describe_model
+from refusal_mi.files import write_json, write_record, write_tensors
+from refusal_mi.run.record import GridRecord
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.cases import HARMFUL, HARMLESS, TOKENS, grid_of
+from tests.helpers.runs import write_head
 
 
 @pytest.fixture(scope="module")
@@ -21,23 +22,12 @@ def run_folder(tiny_dir, tiny_model, tmp_path_factory):
     grid = grid_of(model, ChatFormat(model.tokenizer))
     grid.direction(-2, 3).save(folder / "direction.pt")
     write_tensors(folder / "generate_directions/mean_diffs.pt", grid.vectors)
-    degenerate = [list(row) for row in grid.is_degenerate]
-    record = {"positions": list(grid.positions), "is_degenerate": degenerate, "method": "difference in means"}
-    write_json(folder / "generate_directions/mean_diffs.json", record)
-    options = {"system": None, "template_kwargs": {}}
-    described = as_json(describe_model(model, str(tiny_dir("llama").resolve())))
-    write_json(folder / "run.json", {"model": described, "options": options})
-    sides = {
-        side: {
-            part: [
-                {"instruction": text, "category": None, "output": None, "kept": i != 0} for i, text in enumerate(texts)
-            ]
-            for part in ("train", "val", "test")
-        }
-        for side, texts in (("harmful", HARMFUL), ("harmless", HARMLESS))
-    }
-    tokens = [{"id": token, "text": "?"} for token in TOKENS]
-    write_json(folder / "prompts.json", {"response_prefix": "", "refusal_tokens": tokens, **sides})
+    norms = tuple(map(tuple, grid.vectors.norm(dim=-1).tolist()))
+    degenerate = tuple(map(tuple, grid.is_degenerate))
+    record = GridRecord("difference in means", grid.positions, norms, len(HARMFUL), len(HARMLESS), degenerate)
+    write_record(folder / "generate_directions/mean_diffs.json", record)
+    sides = {"harmful": HARMFUL, "harmless": HARMLESS}
+    write_head(folder, model, str(tiny_dir("llama").resolve()), sides, TOKENS)
     answers = [{"prompt": HARMFUL[1], "response": "I'm sorry", "category": None}]
     write_json(folder / "completions/harmful_baseline_completions.json", answers)
     return folder

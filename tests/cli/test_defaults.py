@@ -9,17 +9,16 @@ import pytest
 import torch
 
 from refusal_mi.cli import exit_status
-from refusal_mi.files import as_json, write_json, write_tensors
+from refusal_mi.files import write_json, write_tensors
 from refusal_mi.interventions import Ablate, Add
 from refusal_mi.judges.substring import SubstringJudge
-from refusal_mi.model.provenance import describe_model
 from refusal_mi.recipes.caa_eval import ABTask
 from refusal_mi.recipes.combinations import combine
 from refusal_mi.recipes.options import EvalOptions, VectorOptions, default_folder, default_options, default_queries
 from refusal_mi.run.options import CombosOptions, RunOptions
 from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
 from tests.helpers.directions import random_direction
-from tests.helpers.runs import make_run
+from tests.helpers.runs import make_run, write_head
 
 
 class Called(Exception):
@@ -161,8 +160,7 @@ def settings(intervention) -> dict:
 
 def test_analyze(call, tiny_dir, tiny_model):
     source = str(tiny_dir("llama").resolve())
-    record = {"model": as_json(describe_model(tiny_model("llama"), source)), "options": {}}
-    write_json(default_folder(source) / "run.json", record)
+    write_head(default_folder(source), tiny_model("llama"), source, {"harmful": (), "harmless": ()}, ())
     words = ("analyze", source, "--what", "lens")
     bound = call("refusal_mi.run.folder.RunInputs", *words)
     assert differing(bound) == set()

@@ -1,7 +1,7 @@
 """Run folders with the numbers of a model that refuses, without running one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import torch
 from refusal_mi.files import write_json, write_record, write_tensors
 from refusal_mi.judges.substring import SubstringJudge
 from refusal_mi.measures import LossResult
-from refusal_mi.model.provenance import ModelRecord
+from refusal_mi.model.points import HookedModel
+from refusal_mi.model.provenance import ModelRecord, describe_model
 from refusal_mi.recipes.effects import evaluate
 from refusal_mi.run.answers import Completion, Effect, SideEffects
 from refusal_mi.run.options import RunOptions
@@ -28,7 +29,7 @@ from refusal_mi.run.record import (
 )
 from refusal_mi.search.grid import ScoreGrid, Selection, select
 from refusal_mi.search.thresholds import CandidateScore, Thresholds
-from refusal_mi.text.chat import ChatRecord
+from refusal_mi.text.chat import ChatFormat, ChatRecord
 
 N_LAYERS, N_VAL = 8, 16
 PUBLISHED = Thresholds()
@@ -114,6 +115,22 @@ def make_run(
     if summarized:
         write_record(folder / "summary.json", summary)
     return folder
+
+
+def write_head(
+    folder: Path, model: HookedModel, source: str, sides: Mapping[str, Sequence[str]], tokens: Sequence[int]
+) -> None:
+    """`run.json` and `prompts.json` of a run of a loaded model, in which the first prompt of each split is left out.
+
+    Args:
+        sides: "harmful" and "harmless" -> their prompts, the same in every split.
+    """
+    chat = ChatFormat(model.tokenizer).record()
+    found = (tuple(TokenRecord(token, "?") for token in tokens), "given", ())
+    write_record(folder / "run.json", RunInfo(describe_model(model, source), RunOptions(), chat, *found, {}, {}))
+    rows = {side: tuple(PromptRow(text, kept=at > 0) for at, text in enumerate(texts)) for side, texts in sides.items()}
+    splits = (SplitRows(rows[side], rows[side], rows[side]) for side in ("harmful", "harmless"))
+    write_record(folder / "prompts.json", PromptsRecord(False, "", chat, *found, *splits))
 
 
 def _write_start(folder: Path, thresholds: Thresholds, quick: bool, prompt: str) -> None:
