@@ -6,7 +6,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
-ROLES = ("system", "user", "assistant")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -272,10 +272,11 @@ def _rows(chat: ChatFormat, index: int, pair: ABPair) -> list[_Row]:
     together = zip(matching.span.token_ids, other.span.token_ids, strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], together))
     first = min(shared, matching.n_prompt, other.n_prompt)
-    return [_answer_row(index, column, answer, first) for column, answer in enumerate((matching, other))]
+    return [answer_row(index, column, answer, first) for column, answer in enumerate((matching, other))]
 
 
-def _answer_row(index: int, column: int, answer: LetterSpan, first: int) -> _Row:
+def answer_row(index: int, column: int, answer: LetterSpan, first: int) -> _Row:
+    """The row that scores a whole answer, from its first token that the two answers do not share."""
     ids = answer.span.token_ids
     return _Row(index, column, ids, first, n_scored=len(ids) - first)
 

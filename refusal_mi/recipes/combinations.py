@@ -340,7 +340,7 @@ def _test(run: Prepared, winner: Combination, single: Combination | None, n_rand
         return test
     where = save_combination(run, single)
     alone = rates(run, "harmful", [labelled(single)], where).effects[1]
-    gap = _difference(_refused(run, winner), _refused(run, single))
+    gap = rate_difference(_refused(run, winner), _refused(run, single))
     return replace(test, single_best=alone, winner_minus_single=gap)
 
 
@@ -349,7 +349,7 @@ def _refused(run: Prepared, combination: Combination) -> list[bool]:
     return [answer.is_refused for answer in Evaluation.load(run.path / name).answers]
 
 
-def _difference(of: Sequence[bool], against: Sequence[bool]) -> Difference:
+def rate_difference(of: Sequence[bool], against: Sequence[bool]) -> Difference:
     """Difference of two rates on the same prompts, with the 95% interval of Agresti and Min (2005).
 
     Its half prompt more in each discordant cell keeps a width where the two never differ.

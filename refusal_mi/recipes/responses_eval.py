@@ -289,7 +289,7 @@ def evaluate_vector(
     allowed = [row for row in ranked if options.kl_max is None or row.kl_nats_ablation <= options.kl_max]
     summary: EvalSummary | NoLayer
     if allowed:
-        flags, sound = _check_layers(run.n_layers, allowed, run.degenerate_rate)
+        flags, sound = check_layers(run.n_layers, allowed, run.degenerate_rate)
         chosen = _pick(allowed, sound, options)
         if flags:
             folder.report(
@@ -300,7 +300,7 @@ def evaluate_vector(
         results, controls = _results(run, direction)
         summary = EvalSummary(
             **setting,
-            **vars(_conclude(results)),
+            **vars(conclude(results)),
             selected_layer=chosen.layer,
             selected_layer_steering_score=chosen.steering_score,
             hook_name=direction.hook_name,
@@ -335,7 +335,7 @@ def _setting(run: Evaluation, scores: LayerScores) -> EvalSetting:
     )
 
 
-def _check_layers(
+def check_layers(
     n_layers: int, ranked: Sequence[LayerScore], degenerate_rate: Callable[[int], float]
 ) -> tuple[list[str], int | None]:
     """What is wrong with the highest-scoring layer, and the best layer with which nothing is wrong."""
@@ -385,7 +385,7 @@ def _results(
     return results, controls
 
 
-def _conclude(results: dict[str, RefusalRates]) -> Conclusion:
+def conclude(results: dict[str, RefusalRates]) -> Conclusion:
     """Up to which coefficient text is sound, whether refusals only rise until there, and how far they rise."""
     by_coefficient = {float(key): rates for key, rates in results.items() if float(key) >= 0}
     rising = sorted(by_coefficient.items(), key=lambda each: each[0])

@@ -14,7 +14,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.files import read_record
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Add
-from refusal_mi.measures import ABPoint, ABQuestions, ABSweep, p_matching
+from refusal_mi.measures import ABPoint, ABQuestions, ABSweep, answer_row, p_matching
 from refusal_mi.model.points import caa_layer, explain_layer, our_layer, resid_hook, stream_after
 from refusal_mi.recipes.caa import load_vectors, steering_vectors, write_vectors
 from refusal_mi.recipes.caa_eval import OpenAnswers, open_ended, sweep_pairs
@@ -176,12 +176,9 @@ def test_merged_letters_are_scored_by_the_whole_answer(setting):
     by_letter = ABQuestions(chat, pairs).log_probabilities(model)
     questions = ABQuestions(chat, pairs)
     # The same model read as if its tokenizer merged: the rows of whole answers, one by one.
-    from refusal_mi import measures as ab_scores
 
     rows = [
-        ab_scores._answer_row(
-            index, column, locate_letter(chat, pair.question, answer), len(chat.encode(pair.question))
-        )
+        answer_row(index, column, locate_letter(chat, pair.question, answer), len(chat.encode(pair.question)))
         for index, pair in enumerate(pairs)
         for column, answer in enumerate((pair.matching, pair.not_matching))
     ]

@@ -12,7 +12,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.figures.effects import combination_points, plot_combos
 from refusal_mi.files import read_record
 from refusal_mi.measures import LossResult
-from refusal_mi.recipes.combinations import _difference, choose
+from refusal_mi.recipes.combinations import choose, rate_difference
 from refusal_mi.run.combos import CombosResult, ValidationRow
 from refusal_mi.run.options import CombosOptions
 from refusal_mi.run.options import read_ranks as parse_ranks
@@ -222,11 +222,11 @@ def test_the_difference_of_paired_rates():
     """Worked by hand: n = 10, 3 discordant one way, 1 the other; (b − c)/(n + 2) ± 1.96 √(5 − 4/12)/12."""
     of = [True] * 3 + [False] + [True] * 6
     against = [False] * 3 + [True] + [True] * 6
-    found = _difference(of, against)
+    found = rate_difference(of, against)
     assert found.refusal_rate == pytest.approx(0.2)
     assert found.low == pytest.approx(1 / 6 - 0.35284, abs=1e-4)
     assert found.high == pytest.approx(1 / 6 + 0.35284, abs=1e-4)
-    same = _difference([True] * 10, [True] * 10)
+    same = rate_difference([True] * 10, [True] * 10)
     assert same.refusal_rate == 0 and same.low == -same.high < 0
 
 

@@ -16,7 +16,7 @@ from refusal_mi.judges.http import HttpJudge
 from refusal_mi.measures import kl_nats, next_token_logits, refusal_score
 from refusal_mi.model.points import resid_hook
 from refusal_mi.reading import combine_spans
-from refusal_mi.recipes import responses_eval as alpaca_eval
+from refusal_mi.recipes import responses_eval
 from refusal_mi.recipes.options import REFUSAL_INSTRUCTION, EvalOptions, VectorOptions
 from refusal_mi.recipes.responses import (
     NothingSurvives,
@@ -329,11 +329,11 @@ def test_documented_evaluation_files(evaluated):
 def test_a_late_or_degenerate_winner_is_flagged_and_the_best_other_named():
     broken = {9: 0.0, 7: 0.5, 6: 0.05}.__getitem__
     ranked = [LayerScore(layer, 10.0 - place, 0.0, 0.0) for place, layer in enumerate((9, 8, 7, 6))]
-    flags, sound = alpaca_eval._check_layers(10, ranked, broken)
+    flags, sound = responses_eval.check_layers(10, ranked, broken)
     assert flags == ["late (from 8 on)"] and sound == 6
-    assert alpaca_eval._check_layers(10, ranked[2:], broken) == (["0.50 of its answers are degenerate text"], 6)
-    assert alpaca_eval._check_layers(10, ranked[3:], broken) == ([], 6)
-    assert alpaca_eval._check_layers(10, ranked[:2], broken) == (["late (from 8 on)"], None)
+    assert responses_eval.check_layers(10, ranked[2:], broken) == (["0.50 of its answers are degenerate text"], 6)
+    assert responses_eval.check_layers(10, ranked[3:], broken) == ([], 6)
+    assert responses_eval.check_layers(10, ranked[:2], broken) == (["late (from 8 on)"], None)
 
 
 def test_the_conclusion_looks_only_at_coefficients_before_text_breaks():
@@ -341,14 +341,14 @@ def test_the_conclusion_looks_only_at_coefficients_before_text_breaks():
         return RefusalRates(round(20 * rate), 20, rate, (0.0, high), Rate(round(20 * broken), 20))
 
     rising = {"0.0": rates(0.0, 0.2, 0.0), "2.0": rates(0.95, 1.0, 0.05), "5.0": rates(0.1, 0.3, 0.9)}
-    assert alpaca_eval._conclude(rising) == alpaca_eval.Conclusion(
+    assert responses_eval.conclude(rising) == responses_eval.Conclusion(
         first_degenerate_coefficient=5.0,
         refusal_does_not_fall_before=True,
         best_sound_coefficient=2.0,
         best_sound_refusal_rate=0.95,
     )
     falling = {**rising, "3.0": rates(0.5, 0.7, 0.0)}
-    assert alpaca_eval._conclude(falling).refusal_does_not_fall_before is False
+    assert responses_eval.conclude(falling).refusal_does_not_fall_before is False
 
 
 def test_other_shapes_are_refused(tmp_path):
