@@ -313,13 +313,12 @@ def test_hooks_and_modules_are_as_before_after_an_exception(own_model, error, mo
     hooks = all_hooks(own_model, [Ablate(random_direction(0))])
     plain = logits(own_model, batch)
 
-    def broken(change, positions, width, activation, hook):
+    def broken(activation, hook):
         raise error
 
-    with monkeypatch.context() as patched:
-        patched.setattr("refusal_mi.interventions._changed", broken)
-        with pytest.raises(error):
-            logits(own_model, batch, all_hooks(own_model, [Ablate(random_direction(0))]))
+    broken.__module__ = "refusal_mi.something"  # as if it were the package's own
+    with pytest.raises(error):
+        logits(own_model, batch, [*hooks, (resid_hook(3, N_LAYERS), broken)])
     assert structure(own_model) == before
     for n_swaps in (0, 1, 7):
         with monkeypatch.context() as patched:
