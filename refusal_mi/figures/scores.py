@@ -116,7 +116,7 @@ def plot_norms(
     n_prompts: int | None = None,
     width: int = WIDTH,
 ) -> go.Figure:
-    """Length of the difference of means against layer, one line per position.
+    """Length of the candidate directions against layer, one line per position.
 
     Args:
         norms: `[position][layer]`.
@@ -128,7 +128,7 @@ def plot_norms(
         hover = f"position {name}<br>layer %{{x}}<br>norm %{{y:.3g}}<extra></extra>"
         figure.add_trace(line(range(len(row)), row, name, style, hovertemplate=hover).update(line_width=_THIN))
     figure.update_xaxes(title="layer (stream entering the block)")
-    figure.update_yaxes(title="‖difference of means‖ (residual stream units)", rangemode="tozero")
+    figure.update_yaxes(title="‖candidate direction‖ (residual stream units)", rangemode="tozero")
     about = " · ".join(part for part in (plain(model), f"n = {n_prompts} prompts" if n_prompts else "") if part)
     title = "Length of the candidate directions"
     return finish(figure, title=title, about=about, height=420, legend_names=names, width=width)

@@ -15,7 +15,15 @@ from ..run.stages import RunFolder
 from .combinations import Multi, combine, evaluate_combination
 from .context import RunContext, prepare
 from .effects import BASELINE, interventions_on, loss_sets, loss_texts, losses, rates
-from .search import choose_direction, draw_scores, find_directions, record_run, score_directions
+from .search import (
+    choose_direction,
+    draw_scores,
+    find_directions,
+    name_of,
+    named_estimator,
+    record_run,
+    score_directions,
+)
 
 
 def run(
@@ -44,6 +52,10 @@ def run(
     """
     if directions and not {"completions", "loss"} & set(options.steps):
         raise UserError("--directions is about completions and CE loss: add completions or loss to --steps")
+    if estimator is not None:
+        options = replace(options, estimator=name_of(estimator))
+    elif options.estimator is not None:
+        estimator = named_estimator(options.estimator)  # one that does not exist shows now
     started = RunContext.start(model, source, options, folder)
     texts = loss_sets(options) if "loss" in options.steps else None  # a set that does not exist shows now
     context = prepare(started)

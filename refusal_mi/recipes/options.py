@@ -212,6 +212,8 @@ class EvalOptions:
             raise UserError(f"a coefficient was given twice: {self.coefficients}")
         if self.n_random < 0:
             raise UserError(f"n_random must not be negative, not {self.n_random}")
+        if not isinstance(self.layer, int):
+            read_layer(self.layer)
         if self.kl_max is not None and not 0 <= self.kl_max < math.inf:
             raise UserError(f"kl_max must be a number from 0 on, not {self.kl_max}")
 

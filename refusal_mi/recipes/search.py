@@ -1,13 +1,15 @@
 """Candidate directions, their scores, the choice among them and their pictures, as stages of a run."""
 
-import inspect
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 from uuid import uuid4
+
+import torch
 
 from ..directions import ActivationMeans, DirectionGrid, Estimator, difference_in_means
 from ..errors import UserError
@@ -66,11 +68,11 @@ def find_directions(run: Prepared, estimator: Estimator | None = None) -> Direct
             run.batched(lambda size: mean_activations(run.model, run.chat, instructions, batch_size=size))
             for instructions in (harmful, harmless)
         ]
-        grid = _checked(estimator(*means), means[0])
+        grid = difference_in_means(*means) if estimator is difference_in_means else _estimated(estimator, means)
         write_tensors(run.path / files[0], grid.vectors)
         write_tensors(run.path / files[2], {"harmful": means[0].means, "harmless": means[1].means})
         record = GridRecord(
-            METHOD if estimator is difference_in_means else _name(estimator),
+            METHOD if estimator is difference_in_means else name_of(estimator),
             grid.positions,
             tuple(map(tuple, grid.vectors.norm(dim=-1).tolist())),
             len(harmful),
@@ -85,7 +87,8 @@ def find_directions(run: Prepared, estimator: Estimator | None = None) -> Direct
     about += run.estimate("pass", len(harmful) + len(harmless))
     inputs = run.inputs(harmful=harmful, harmless=harmless)
     if estimator is not difference_in_means:
-        inputs |= {"estimator": _name(estimator), "source": _source(estimator)}
+        # What a function does depends on more than can be hashed: its candidates are made anew every time.
+        inputs |= {"estimator": name_of(estimator), "call": str(uuid4())}
     run.stage("directions", inputs, files, compute, about)
     return load_grid(run.path)
 
@@ -99,42 +102,44 @@ def named_estimator(name: str) -> Estimator:
     module, _, function = name.partition(":")
     if not module or not function:
         raise UserError(f"an estimator is named module:function, not {name!r}")
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)  # and there it stays: a function may import when it is called
     try:
         function_named = getattr(import_module(module), function, None)
-    except Exception as error:  # whatever a stranger's module does when it is imported
-        raise UserError(f"cannot import the estimator {name}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
+    except (Exception, SystemExit) as error:  # whatever a stranger's module does when it is imported
+        raise UserError(f"cannot import the estimator {name}: {type(error).__name__}: {error}") from error
     if not callable(function_named):
         raise UserError(f"{module} has no function {function!r}; an estimator is named module:function")
     return function_named
 
 
-def _checked(grid: Any, means: ActivationMeans) -> DirectionGrid:
-    """What an estimator gave, if it is a grid of the positions and layers that it was given."""
-    if not isinstance(grid, DirectionGrid) or (grid.positions, grid.vectors.shape) != (
-        means.positions,
-        means.means.shape,
+def _estimated(estimator: Estimator, means: Sequence[ActivationMeans]) -> DirectionGrid:
+    """What a user's function gives, if it is a grid of the positions and layers that it was given."""
+    harmful, harmless = means
+    try:
+        grid: Any = estimator(harmful, harmless)
+    except Exception as error:  # whatever a stranger's function does
+        raise UserError(f"the estimator {name_of(estimator)} failed: {type(error).__name__}: {error}") from error
+    shape = tuple(harmful.means.shape)
+    if (
+        not isinstance(grid, DirectionGrid)
+        or grid.positions != harmful.positions
+        or tuple(grid.vectors.shape) != shape
+        or (len(grid.is_degenerate), *{len(row) for row in grid.is_degenerate}) != shape[:2]
     ):
         raise UserError(
-            "an estimator gives a DirectionGrid with one vector for each position and layer of the activations: "
-            f"{tuple(means.means.shape)}"
+            f"an estimator gives a DirectionGrid with one vector for each position and layer, {shape}, "
+            "and says of each in is_degenerate whether there is none"
         )
-    return grid
+    is_zero = ~grid.vectors.flatten(2).any(-1)
+    return replace(grid, is_degenerate=tuple(map(tuple, (is_zero | torch.tensor(grid.is_degenerate)).tolist())))
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
+    """module:function, as an estimator is named on the command line."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}:{named.__qualname__}"
-
-
-def _source(function: Any) -> str:
-    """What tells whether the function has changed; of one that shows no source, never the same twice."""
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        return f"unknown {uuid4()}"
 
 
 def score_directions(run: Prepared, grid: DirectionGrid) -> ScoreGrid:

@@ -296,7 +296,7 @@ def _splits(record: RunRecord) -> list[tuple[str, str, int, int]]:
     if record.prompts is None:
         return []
     return [
-        (side, part, len(rows), sum(row.kept for row in rows))
+        (side, part, len(rows), sum(row.kept is not False for row in rows))
         for side in SIDES
         for part, rows in vars(record.prompts.side(side)).items()
     ]

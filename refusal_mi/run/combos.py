@@ -129,6 +129,7 @@ class CombosResult:
 
     def describe(self) -> dict[str, Any]:
         """What was reached; with a baseline also what is empty so far."""
-        always = ("combinations", "skipped") if self.baseline is not None else ()
+        always = {"combinations", "skipped"} if self.baseline is not None else set()
+        always |= {"random", "single_best"} if self.winner is not None else set()
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in values.items() if name in always or value not in (None, {}, (), "")}

@@ -195,7 +195,7 @@ def command_line(model: "ModelRecord", options: RunOptions, ranks: Sequence[int]
     lines = ["refusal-mi run"]
     for word in said:
         if word.startswith("--"):
-            lines.append(word)
+            lines.append(shlex.quote(word))
         else:
             lines[-1] += f" {shlex.quote(word)}"
     return " \\\n    ".join(lines)

@@ -43,8 +43,13 @@ class PromptRow:
     output: str | None = None
     refusal_score: float | None = None
     """Of the plain model, nats; None for held-out prompts."""
-    kept: bool = True
-    """Whether it passed the filter; held-out prompts are not filtered."""
+    kept: bool | None = None
+    """Whether it passed the filter; None for held-out prompts, which are not filtered."""
+
+    def describe(self) -> dict[str, Any]:
+        """All of it; a held-out prompt has no score and no filter."""
+        measured = {} if self.kept is None else {"refusal_score": self.refusal_score, "kept": self.kept}
+        return {"instruction": self.instruction, "category": self.category, "output": self.output, **measured}
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class SplitRows:
 
     def kept(self, part: str) -> list[str]:
         """Instructions of "train", "val" (those that passed the filter) or "test"."""
-        return [row.instruction for row in getattr(self, part) if row.kept]
+        return [row.instruction for row in getattr(self, part) if row.kept is not False]
 
 
 @dataclass(frozen=True)

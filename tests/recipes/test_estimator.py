@@ -10,8 +10,10 @@ from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, read_tensors
 from refusal_mi.recipes.arditi import run
+from refusal_mi.recipes.combinations import run_combos
 from refusal_mi.recipes.search import named_estimator
-from refusal_mi.run.options import RunOptions
+from refusal_mi.run.folder import RunRecord
+from refusal_mi.run.options import CombosOptions, RunOptions, command_line
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.search.thresholds import NO_THRESHOLDS
 
@@ -41,6 +43,19 @@ def scaled(harmful, harmless):
 def narrow(harmful, harmless):
     grid = difference_in_means(harmful, harmless)
     return replace(grid, vectors=grid.vectors[:, :1])
+
+def fails(harmful, harmless):
+    raise RuntimeError("no such thing")
+
+def lost(harmful, harmless):
+    grid = difference_in_means(harmful, harmless)
+    return replace(grid, vectors=float("nan") * grid.vectors)
+
+def unmarked(harmful, harmless):
+    return replace(difference_in_means(harmful, harmless), is_degenerate=())
+
+def late(harmful, harmless):
+    import no_such_helper_here
 
 number = 3
 """
@@ -77,13 +92,38 @@ def test_a_function_makes_the_candidates_that_are_scored(tiny_model, source, tmp
     torch.testing.assert_close(chosen.double(), turned_ones[0][best["pos"], best["layer"]])
 
 
-def test_another_estimator_in_the_same_folder_is_computed_again(tiny_model, source, tmp_path):
-    lines = []
-    for estimator in (None, turned, turned, lambda *means: turned(*means), None):
+def longer(factor):
+    def scaled(harmful, harmless):
+        grid = difference_in_means(harmful, harmless)
+        return replace(grid, vectors=factor * grid.vectors)
+
+    return scaled
+
+
+def test_what_a_function_gives_is_never_taken_from_an_earlier_one(tiny_model, source, tmp_path):
+    kept, norms = [], []
+    for estimator in (None, None, longer(1.0), longer(1.0), longer(3.0), None):
         said = []
         run(tiny_model("llama"), source, OPTIONS, RunFolder(tmp_path, False, said.append), estimator=estimator)
-        lines.append(any(line.startswith("directions") and "kept" in line for line in said))
-    assert lines == [False, False, True, False, False]
+        kept.append(
+            tuple(any(line.startswith(stage) and "kept" in line for line in said) for stage in ("directions", "scores"))
+        )
+        norms.append(candidates(tmp_path)[0].norm().item())
+    assert norms == pytest.approx([norms[0]] * 4 + [3 * norms[0], norms[0]])
+    # The same candidates have the same scores, which are kept.
+    assert kept == [(False, False), (True, True), (False, True), (False, True), (False, False), (False, False)]
+
+
+def test_a_run_says_which_function_it_used_and_other_commands_ask_for_it(tiny_model, source, tmp_path):
+    run(tiny_model("llama"), source, OPTIONS, RunFolder(tmp_path), estimator=turned)
+    record = RunRecord.load(tmp_path)
+    assert record.run.options.estimator == f"{__name__}:turned"
+    assert f"--estimator {__name__}:turned" in command_line(record.run.model, record.run.options)
+    before = candidates(tmp_path)
+    combos = CombosOptions(ranks=(0,), max_size=1, n_random=0, n_ce=2, val_new_tokens=2)
+    options = replace(record.run.options, n_ce=2, n_random=0, max_new_tokens=2)
+    run_combos(tiny_model("llama"), source, options, RunFolder(tmp_path), combos)
+    assert torch.equal(candidates(tmp_path)[0], before[0]) and candidates(tmp_path)[1] == before[1]
 
 
 def test_the_command_line_names_one_in_the_working_directory(source, tmp_path, monkeypatch):
@@ -104,7 +144,11 @@ def test_the_command_line_names_one_in_the_working_directory(source, tmp_path, m
         ("no_such_module_here:scaled", "cannot import the estimator no_such_module_here:scaled"),
         ("mine_there:absent", "mine_there has no function 'absent'"),
         ("mine_there:number", "mine_there has no function 'number'"),
-        ("mine_there:narrow", "a DirectionGrid with one vector for each position and layer"),
+        ("mine_there:fails", "the estimator mine_there:fails failed: RuntimeError: no such thing"),
+        ("mine_there:lost", "the estimator mine_there:lost failed: ValueError"),
+        ("mine_there:late", "the estimator mine_there:late failed: ModuleNotFoundError"),
+        ("mine_there:unmarked", "says of each in is_degenerate"),
+        ("mine_there:narrow", "a DirectionGrid with one vector for each position and layer, ("),
     ],
 )
 def test_what_is_no_estimator_is_one_line(source, tmp_path, monkeypatch, capsys, name, line):
@@ -115,8 +159,26 @@ def test_what_is_no_estimator_is_one_line(source, tmp_path, monkeypatch, capsys,
     assert line in errors and "Traceback" not in errors
 
 
-def test_an_error_inside_the_module_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [("broken", "1 / 0", ".*division by zero"), ("leaving", "raise SystemExit(3)", "SystemExit: 3")],
+)
+def test_an_error_inside_the_module_is_named(tmp_path, monkeypatch, name, text, line):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken_here.py").write_text("1 / 0\n")
-    with pytest.raises(UserError, match=r"cannot import the estimator broken_here:x: .*division by zero"):
-        named_estimator("broken_here:x")
+    (tmp_path / f"{name}_here.py").write_text(text)
+    with pytest.raises(UserError, match=rf"cannot import the estimator {name}_here:x: {line}"):
+        named_estimator(f"{name}_here:x")
+
+
+def test_a_vector_of_zeros_is_no_candidate(tiny_model, source, tmp_path):
+    def without_first(harmful, harmless):
+        grid = difference_in_means(harmful, harmless)
+        vectors = grid.vectors.clone()
+        vectors[0, 2] = 0
+        return replace(grid, vectors=vectors)
+
+    run(tiny_model("llama"), source, OPTIONS, RunFolder(tmp_path), estimator=without_first)
+    rows = read_json(tmp_path / "select_direction/direction_evaluations.json")
+    scores = {(row["position"], row["layer"]): row["refusal_score"] for row in rows}
+    first = min(position for position, _ in scores)
+    assert scores[first, 2] is None and scores[first, 3] is not None

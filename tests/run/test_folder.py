@@ -1,10 +1,14 @@
 """A run folder read back: with and without format numbers, and damaged."""
 
+import shlex
+
 import pytest
 
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, write_json
+from refusal_mi.model.provenance import ModelRecord
 from refusal_mi.run.folder import RunRecord
+from refusal_mi.run.options import RunOptions, command_line
 from tests.helpers.runs import make_run
 
 
@@ -36,3 +40,12 @@ def test_a_later_format_and_a_missing_part_are_one_line_that_names_the_file(tmp_
         with pytest.raises(UserError, match=line) as raised:
             RunRecord.load(tmp_path)
         assert "\n" not in str(raised.value)
+
+
+def test_a_command_to_copy_quotes_whatever_an_option_holds():
+    model = ModelRecord("some/model", None, None, "llama", 2, 8, 16, "float32", "cpu")
+    system = "--- be nice; echo $HOME"
+    command = command_line(model, RunOptions(system=system))
+    said = shlex.split(command.replace("\\\n", " "))
+    assert said[said.index("--system") + 1] == system
+    assert said[:3] == ["refusal-mi", "run", "some/model"]
