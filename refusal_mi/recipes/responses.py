@@ -123,7 +123,9 @@ class _Side:
         return [response for response, passed in zip(self.responses, self.passed, strict=True) if passed]
 
 
-def passes(responses: Sequence[Response], tokens: Sequence[ResponseTokens], side: str, judge: Judge) -> list[bool]:
+def did_as_asked(
+    responses: Sequence[Response], tokens: Sequence[ResponseTokens], side: str, judge: Judge
+) -> list[bool]:
     """Which responses are what their side should be, and not empty."""
     complied = judge.complied([row.instruction for row in responses], [row.response for row in responses])
     wanted = side == "compliant"
@@ -330,7 +332,7 @@ def _filter(folder: Path, saved: SavedTokens, judge: Judge) -> tuple[_Side, _Sid
     sides = []
     for name, file, tokens in zip(_SIDES, RESPONSES, (saved.compliant, saved.refusing), strict=True):
         responses = read_record(folder / file, list[Response])
-        sides.append(_Side(name, responses, tokens, passes(responses, tokens, name, judge)))
+        sides.append(_Side(name, responses, tokens, did_as_asked(responses, tokens, name, judge)))
     for file, side in zip(KEPT, sides, strict=True):
         write_json(folder / file, side.kept)
     return sides[0], sides[1]

@@ -128,7 +128,7 @@ class Rounds:
                     self.measure(kind, some, self.harmless[:few])
                     some = [place for place in some if not self.is_out(place)]
                 contenders += some
-            has_won = any(self.passes(place) for place in self.halved(contenders))
+            has_won = any(self.is_survivor(place) for place in self.halved(contenders))
         for place in self.table.open:
             if not self.table.is_exact(place):
                 self.table.reasons[place] = self.reason(place)
@@ -145,7 +145,7 @@ class Rounds:
             alive, lost = kept, [place for place in alive if place not in kept] + lost
         return alive + lost
 
-    def passes(self, place: Place) -> bool:
+    def is_survivor(self, place: Place) -> bool:
         """Measure everything; whether the candidate satisfies the thresholds."""
         self.measure("ablate", [place], self.harmful + self.harmless)
         self.measure("add", [place], self.harmless)
