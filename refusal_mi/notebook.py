@@ -115,8 +115,8 @@ def show_static(width: int = 1080) -> None:
     warnings.filterwarnings("ignore", message="IProgress not found")
     pio.renderers[_STATIC].width = width
     try:
+        go.Figure().to_image(format=_STATIC)  # says what is missing; a server without a browser would wait
         _keep_browser()
-        go.Figure().to_image(format=_STATIC)
     except (ImportError, RuntimeError, ValueError) as error:
         reason = "kaleido" if isinstance(error, (ImportError, ValueError)) else "Chrome or Chromium"
         message = f"figures are interactive only: static ones need {reason}; see refusal_mi.figures.save"
