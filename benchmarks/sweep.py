@@ -165,7 +165,8 @@ def main() -> None:
     template = f"{'long' if args.long_template else 'short'} template{', published prompts' if args.splits else ''}"
     n_tokens = sum(len(chat.encode(text)) for text in harmful + harmless) / (2 * N_VAL)
     embedded = args.model == "embedded"
-    must_reach = (2.0 if args.long_template else 1.8) if embedded else 3.0 if args.long_template or args.device == "cuda" else 1.8
+    saves_most = args.long_template or (args.device == "cuda" and not embedded)
+    must_reach = 1.8 if not saves_most else 2.0 if embedded else 3.0
     n_candidates = sum(not each for row in grid.is_degenerate for each in row)
     run = functools.partial(published.run, grid, harmful, harmless, REFUSAL_TOKENS)
     straightforward = run if embedded or args.device == "cuda" else measured(run)  # minutes at 110M on a CPU: once
