@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/refusal-mi run
 
-# Everything (under 4 minutes on 2 cores).
+# Everything (about 4 minutes on 2 cores).
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
