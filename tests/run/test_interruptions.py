@@ -90,7 +90,7 @@ def test_run_and_combos(interrupt, place, tiny_dir):
 
 def test_a_response_averaged_vector_and_its_evaluation(interrupt, place, tiny_dir, monkeypatch):
     model = ["--model_path", str(tiny_dir("gpt2")), "--dataset", "queries.json", "--device", "cpu"]
-    monkeypatch.setattr(alpaca, "passes", lambda rows, tokens, *_: [bool(entry.token_ids) for entry in tokens])
+    monkeypatch.setattr(alpaca, "did_as_asked", lambda rows, tokens, *_: [bool(entry.token_ids) for entry in tokens])
     sizes = ["--n_samples", "2", "--n_completions", "2", "--max_new_tokens", "4", "--output-dir", "v"]
     _, second, kept = interrupt(["vector", *model, *sizes], alpaca, "combine_spans", 1)
     assert "responses: done before, kept" in second
