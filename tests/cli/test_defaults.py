@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from refusal_mi.analysis import KINDS
 from refusal_mi.cli import exit_status
+from refusal_mi.errors import UserError
 from refusal_mi.files import write_json, write_tensors
 from refusal_mi.interventions import Ablate, Add
 from refusal_mi.judges.substring import SubstringJudge
@@ -17,6 +19,7 @@ from refusal_mi.recipes.combinations import combine
 from refusal_mi.recipes.options import EvalOptions, VectorOptions, default_folder, default_options, default_queries
 from refusal_mi.run.options import CombosOptions, RunOptions
 from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
+from refusal_mi.text.batches import START
 from tests.helpers.directions import random_direction
 from tests.helpers.runs import make_run, write_head
 
@@ -90,6 +93,8 @@ def test_select(call, tmp_path):
     off = ("--kl-max", "inf", "--induce-min", "-inf", "--prune-layers", "0")
     other = call("refusal_mi.search.grid.select", *words, *off).arguments["thresholds"]
     assert other == Thresholds(None, None, 0.0) != Thresholds()
+    assert call("refusal_mi.cli.tables.print_survivors", *words).arguments["top"] == 10
+    assert call("refusal_mi.cli.tables.print_survivors", *words, "--top", "3").arguments["top"] == 3
 
 
 def test_vector(call):
@@ -133,6 +138,8 @@ def test_chat(call, tiny_dir, tmp_path):
     model, direction = str(tiny_dir("llama").resolve()), random_direction(0)
     direction.save(tmp_path / "v.pt")
     assert differing(call("refusal_mi.generation.Conversation", "chat", model)) == set()
+    assert call("refusal_mi.cli.chat.Session", "chat", model).arguments["plain"] is None
+    assert call("refusal_mi.cli.chat.Session", "chat", model, "--compare").arguments["plain"] is not None
     steered = call("refusal_mi.generation.Conversation", "chat", model, "--steer", "v.pt").arguments
     ablated = call("refusal_mi.generation.Conversation", "chat", model, "--direction", "v.pt").arguments
     for found, expected in ((steered, Add(direction)), (ablated, Ablate(direction))):
@@ -166,6 +173,25 @@ def test_analyze(call, tiny_dir, tiny_model):
     assert differing(bound) == set()
     assert bound.arguments["path"] == default_folder(source)
     assert differing(call("refusal_mi.run.folder.RunInputs", *words, "--seed", "4")) == {"seed"}
+
+
+def test_analyze_does_everything_with_the_largest_batches_first(tiny_dir, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("refusal_mi.model.loading.quiet_load", lambda *_, **__: tiny_model("llama"))
+    source, asked = str(tiny_dir("llama").resolve()), []
+    write_head(default_folder(source), tiny_model("llama"), source, {"harmful": (), "harmless": ()}, ())
+
+    def refuse(run):
+        asked.append(run.batch_size)
+        raise UserError("not here")
+
+    for kind in KINDS:
+        monkeypatch.setattr(f"refusal_mi.analysis.{kind}.from_run", refuse)
+    assert exit_status(["analyze", source]) == 1
+    assert asked == [START] * len(KINDS)
+    asked.clear()
+    assert exit_status(["analyze", source, "--what", "lens,pca", "--batch-size", "5"]) == 1
+    assert asked == [5, 5]
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "adapter"])
