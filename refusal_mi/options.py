@@ -196,12 +196,10 @@ JudgeName = Annotated[
     str, Option("Who says whether the model complied.", flags="--judge", metavar="substring|llamaguard|URL")
 ]
 JudgeModel = Annotated[str | None, Option("Model name that the judge's endpoint is asked for.")]
-BatchSize = Annotated[
-    int | None,
-    Option(
-        "Prompts per forward pass; auto: as many as fit.",
-        takes=str,
-        read=number_or_auto,
-        write=lambda size: "auto" if size is None else str(size),
-    ),
-]
+BATCH_SIZE = Option(
+    "Prompts per forward pass; auto: as many as fit.",
+    takes=str,
+    read=number_or_auto,
+    write=lambda size: "auto" if size is None else str(size),
+)
+BatchSize = Annotated[int | None, BATCH_SIZE]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, get
 import typer
 
 from ..errors import UserError
-from ..options import JudgeModel, Option, System, TemplateKwargs, said
+from ..options import BATCH_SIZE, JudgeModel, Option, System, TemplateKwargs, said
 from ..search.thresholds import PUBLISHED, Rule
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ ModelPath = Annotated[str | None, typer.Option(help="The same as MODEL.", hidden
 Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's; float32 on a CPU), float32, bfloat16, ...")]
-BatchSize = Annotated[str, typer.Option(help="Prompts per forward pass; auto: as many as fit.")]
+BatchSize = Annotated[str, typer.Option(help=BATCH_SIZE.help)]
 OutputDir = Annotated[Path | None, typer.Option(help="The run folder itself; default runs/{alias}.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

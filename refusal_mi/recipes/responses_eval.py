@@ -17,6 +17,7 @@ from ..judges.substring import MAX_DEGENERATE, Judge, SubstringJudge, is_degener
 from ..measures import discover_refusal_tokens, kl_nats, next_token_logits, published_refusal_tokens, refusal_score
 from ..model.points import HookedModel, model_type
 from ..model.provenance import describe_model, versions
+from ..run.answers import Completion
 from ..run.stages import RunFolder
 from ..stats import Rate
 from ..text.chat import ChatFormat
@@ -50,15 +51,6 @@ class LayerScores:
     per_layer_scores: tuple[LayerScore, ...]
     """The highest steering score first."""
     refusal_tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """An answer, as published files hold them."""
-
-    category: str | None
-    prompt: str
-    response: str
 
 
 @dataclass(frozen=True)
