@@ -74,3 +74,11 @@ def reference_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs published files: REFUSAL_MI_REFERENCE_DATA names no folder")
     return Path(folder)
+
+
+@pytest.fixture
+def own_model(tiny_dir):
+    """A model that a test may change."""
+    from refusal_mi.model.loading import load_model
+
+    return load_model(tiny_dir("llama"), device="cpu")
