@@ -28,7 +28,9 @@ SAME_VALUE = {torch.float32: 1e-5, torch.float64: 1e-5}
 
 
 @contextmanager
-def running(model: HookedModel, hooks: Sequence[Hook] = (), *, keep_wrappers: bool = False) -> Iterator[None]:
+def running(
+    model: HookedModel, hooks: Sequence[Hook] = (), *, keep_wrappers: bool = False, keep_blocks: bool = False
+) -> Iterator[None]:
     """The model with hooks on, for passes of this thread alone: other threads that come through here wait.
 
     Meanwhile wrappers that nobody looks into are left out, where all hooks are this package's own: hooks of the caller
@@ -36,6 +38,7 @@ def running(model: HookedModel, hooks: Sequence[Hook] = (), *, keep_wrappers: bo
 
     Args:
         keep_wrappers: run the bridge as it is in any case: what everything else is compared with.
+        keep_blocks: keep the wrappers around whole blocks, for passes that read streams with `run_with_cache`.
     """
     path = _path(model)
     with path.lock:
@@ -44,7 +47,7 @@ def running(model: HookedModel, hooks: Sequence[Hook] = (), *, keep_wrappers: bo
         try:
             if outer is not None:
                 outer.put_back()
-            path.left_out = None if keep_wrappers else what_to_leave_out(bridge(model), on)
+            path.left_out = None if keep_wrappers else what_to_leave_out(bridge(model), on, keep_blocks=keep_blocks)
             if path.left_out is None:
                 with bridge(model).hooks(fwd_hooks=on):
                     yield
@@ -141,7 +144,7 @@ def residuals(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stops = not hooks and top > 0 and is_untouched(bridge(model))
-        stack.enter_context(running(model, hooks))
+        stack.enter_context(running(model, hooks, keep_blocks=True))
         if stops and top < n_layers:
             names = [output_hook(top) if layer == top else name for layer, name in zip(layers, names, strict=True)]
             options = {"stop_at_layer": top}
@@ -262,17 +265,23 @@ def running_from(model: HookedModel, layer: int, hooks: Sequence[Hook], n_output
     def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         return hidden_states if n_outputs == 0 else (hidden_states, *[None] * (n_outputs - 1))
 
+    below = _blocks(model)[:layer]
     with running(model, hooks), ExitStack() as stack:
-        for block in bridge(model).blocks[:layer]:
-            stack.enter_context(_forward_replaced(block.original_component, pass_on))
+        for block in below:
+            stack.enter_context(_forward_replaced(block, pass_on))
         yield
+
+
+def _blocks(model: HookedModel) -> list[nn.Module]:
+    """The live blocks, whether their wrappers are left out at this moment or not."""
+    return [getattr(block, "original_component", block) for block in bridge(model).blocks]
 
 
 def n_block_outputs(model: HookedModel) -> int:
     """How many values this architecture's blocks return in a tuple; 0 where they return the stream alone."""
     outputs: list[Any] = []
     token = torch.ones(1, 1, dtype=torch.long, device=model_device(model))
-    block = bridge(model).blocks[0].original_component
+    block = _blocks(model)[0]
     with torch.no_grad(), running(model):
         handle = block.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:

@@ -1,6 +1,6 @@
 """Which wrappers of a bridge a pass can leave out, because they only add hook points; out they go, and back again."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -83,13 +83,18 @@ class LeftOut:
             point._forward_hooks.clear()  # there were none: with hooks of others on, nothing is left out
 
 
-def what_to_leave_out(model: Any, hooks: Sequence[Hook]) -> LeftOut | None:
-    """What a pass of a bridge under these hooks can leave out; None where the bridge must run as it is."""
+def what_to_leave_out(model: Any, hooks: Sequence[Hook], *, keep_blocks: bool = False) -> LeftOut | None:
+    """What a pass of a bridge under these hooks can leave out; None where the bridge must run as it is.
+
+    Args:
+        keep_blocks: leave the wrappers around whole blocks in: their hook points are read, or the pass ends at one.
+    """
     if not all(_is_ours(function) for _, function in hooks) or not is_untouched(model):
         return None
-    wrappers = [each for block in model.blocks for each in _wrappers_in(block)]
+    inside = {block: list(_wrappers_in(block)) for block in model.blocks}
+    wrappers = [each for parts in inside.values() for each in parts]
     by_point = {id(each.wrapper.hook_out): each for each in wrappers}
-    streams = {id(point) for block in model.blocks for point in (block.hook_in, block.hook_out)}
+    streams = {id(point): block for block in model.blocks for point in (block.hook_in, block.hook_out)}
     points = []
     by_name = model.hook_dict if hooks else {}  # made anew at every call
     for name, function in hooks:
@@ -99,6 +104,10 @@ def what_to_leave_out(model: Any, hooks: Sequence[Hook]) -> LeftOut | None:
         elif id(point) not in streams:
             return None
         points.append((point, function))
+    if not keep_blocks:
+        read = {streams[id(point)] for point, _ in points if id(point) in streams}
+        bare = {block for block in inside if block not in read and _is_bare(block, inside[block])}
+        wrappers = [*_around(bare, model.original_model), *wrappers]
     return LeftOut(wrappers, list(hooks), points)
 
 
@@ -150,6 +159,21 @@ def _wrappers_in(block: Any) -> Iterator[Wrapper]:
             kept |= {id(module) for module in each.original.modules()}
         else:
             yield each
+
+
+def _is_bare(block: Any, parts: Sequence[Wrapper]) -> bool:
+    """Whether a block's wrapper holds nothing that a pass needs: everything in it is left out."""
+    return type(block).__name__ == "BlockBridge" and len(parts) == len(list(_walk(block.original_component))) > 0
+
+
+def _around(blocks: Collection[Any], model: nn.Module) -> Iterator[Wrapper]:
+    """The wrappers of whole blocks, wherever they stand in the list that the model goes through."""
+    for each in model.modules():
+        if isinstance(each, nn.ModuleList):
+            for name, child in each._modules.items():
+                if child in blocks:
+                    wrapper: Any = child
+                    yield Wrapper(each, name, wrapper, wrapper.original_component)
 
 
 def _walk(module: nn.Module) -> Iterator[Wrapper]:

@@ -58,6 +58,27 @@ def test_every_number_is_the_bridges_bit_for_bit(family, tiny_model):
     assert any("Attention" in kind for kind in left_out(model)) == (family in WITHOUT_ATTENTION_WRAPPERS)
 
 
+def test_blocks_lose_their_wrappers_but_where_a_stream_is_hooked_or_read(own_model):
+    def out(hooks, **options):
+        found = wrappers.what_to_leave_out(own_model, hooks, **options).wrappers
+        return [each.wrapper for each in found if type(each.wrapper).__name__ == "BlockBridge"]
+
+    ablation = all_hooks(own_model, [Ablate(random_direction(0), components=["attn", "mlp"])])
+    addition = all_hooks(own_model, [Add(random_direction(0), layer=3)])
+    blocks = list(own_model.blocks)
+    assert out(ablation) == blocks
+    assert out([*ablation, *addition]) == [*blocks[:3], *blocks[4:]]
+    assert out(all_hooks(own_model, [Ablate(random_direction(0))])) == blocks[1:]  # the first one reads the embedding
+    assert out(ablation, keep_blocks=True) == []
+    with running(own_model, ablation):
+        assert list(own_model.blocks) == [block.original_component for block in blocks]
+        streams = residuals(own_model, batch_of(own_model), [2], 1)
+    assert list(own_model.blocks) == blocks
+    with running(own_model, ablation, keep_wrappers=True):
+        expected = residuals(own_model, batch_of(own_model), [2], 1)
+    assert torch.equal(streams[0], expected[0])
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_other_dtypes_too(dtype, tiny_model):
     model = tiny_model("llama", dtype)
@@ -390,7 +411,7 @@ def test_greedy_text_under_ablation_is_the_bridges(tiny_model, monkeypatch):
     model = tiny_model("qwen2")
     chat, ablation = ChatFormat(model.tokenizer), [Ablate(random_direction(0))]
     found = generate(model, chat, ASKS, interventions=ablation, max_new_tokens=12, batch_size=3)
-    monkeypatch.setattr("refusal_mi.model.running.what_to_leave_out", lambda model, hooks: None)
+    monkeypatch.setattr("refusal_mi.model.running.what_to_leave_out", lambda model, hooks, **_: None)
     assert found == generate(model, chat, ASKS, interventions=ablation, max_new_tokens=12, batch_size=3)
 
 
