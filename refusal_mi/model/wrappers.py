@@ -1,6 +1,6 @@
 """Which wrappers of a bridge a pass can leave out, because they only add hook points; out they go, and back again."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -91,8 +91,9 @@ def what_to_leave_out(model: Any, hooks: Sequence[Hook], *, keep_blocks: bool = 
     """
     if not all(_is_ours(function) for _, function in hooks) or not is_untouched(model):
         return None
-    inside = {block: list(_wrappers_in(block)) for block in model.blocks}
-    wrappers = [each for parts in inside.values() for each in parts]
+    inside = {block: list(_walk(block.original_component)) for block in model.blocks}
+    loose = {block: list(_loose(block, parts)) for block, parts in inside.items()}
+    wrappers = [each for parts in loose.values() for each in parts]
     by_point = {id(each.wrapper.hook_out): each for each in wrappers}
     streams = {id(point): block for block in model.blocks for point in (block.hook_in, block.hook_out)}
     points = []
@@ -106,8 +107,10 @@ def what_to_leave_out(model: Any, hooks: Sequence[Hook], *, keep_blocks: bool = 
         points.append((point, function))
     if not keep_blocks:
         read = {streams[id(point)] for point, _ in points if id(point) in streams}
-        bare = {block for block in inside if block not in read and _is_bare(block, inside[block])}
-        wrappers = [*_around(bare, model.original_model), *wrappers]
+        for name, block in model.blocks._modules.items():
+            is_bare = type(block).__name__ == "BlockBridge" and len(loose[block]) == len(inside[block]) > 0
+            if is_bare and block not in read:
+                wrappers.append(Wrapper(model.blocks, name, block, block.original_component))
     return LeftOut(wrappers, list(hooks), points)
 
 
@@ -146,12 +149,11 @@ def _module_of(function: Any) -> str:
     return str(getattr(function, "__module__", ""))
 
 
-def _wrappers_in(block: Any) -> Iterator[Wrapper]:
-    """The wrappers inside a block that can be left out; whatever is inside one that cannot be stays."""
+def _loose(block: Any, wrappers: Sequence[Wrapper]) -> Iterator[Wrapper]:
+    """Those of the wrappers inside a block that can be left out; whatever is inside one that cannot be stays."""
     kind = type(block)
     if kind.__name__ not in ("BlockBridge", "ParallelBlockBridge") or not _is_of_transformer_lens(kind):
         return
-    wrappers = list(_walk(block.original_component))
     reached = {id(each.wrapper) for each in wrappers}
     kept: set[int] = set()
     for each in wrappers:  # from the outside in
@@ -159,21 +161,6 @@ def _wrappers_in(block: Any) -> Iterator[Wrapper]:
             kept |= {id(module) for module in each.original.modules()}
         else:
             yield each
-
-
-def _is_bare(block: Any, parts: Sequence[Wrapper]) -> bool:
-    """Whether a block's wrapper holds nothing that a pass needs: everything in it is left out."""
-    return type(block).__name__ == "BlockBridge" and len(parts) == len(list(_walk(block.original_component))) > 0
-
-
-def _around(blocks: Collection[Any], model: nn.Module) -> Iterator[Wrapper]:
-    """The wrappers of whole blocks, wherever they stand in the list that the model goes through."""
-    for each in model.modules():
-        if isinstance(each, nn.ModuleList):
-            for name, child in each._modules.items():
-                if child in blocks:
-                    wrapper: Any = child
-                    yield Wrapper(each, name, wrapper, wrapper.original_component)
 
 
 def _walk(module: nn.Module) -> Iterator[Wrapper]:
