@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
@@ -68,19 +69,94 @@ def kl_nats(
     return (p * ((p + KL_EPSILON).log() - (q + KL_EPSILON).log())).sum(-1)
 
 
+Prefix = tuple[int, ...]
+"""Token ids that an answer begins with."""
+RefusalTokens = Sequence[int] | Sequence[Prefix]
+"""First tokens of refusals; or their prefixes, where one first token begins refusals and other answers alike."""
+
+
+@dataclass(frozen=True)
+class RefusalPrefixes:
+    """How refusals begin, and the probability of beginning so."""
+
+    prefixes: tuple[Prefix, ...]
+    """None of them the beginning of another."""
+
+    @classmethod
+    def of(cls, tokens: RefusalTokens) -> "RefusalPrefixes":
+        """From first tokens, or from prefixes."""
+        return cls(tuple((token,) if isinstance(token, int) else tuple(token) for token in tokens))
+
+    def __post_init__(self) -> None:
+        beginnings = {prefix[:n] for prefix in self.prefixes for n in range(len(prefix))}
+        if len(set(self.prefixes)) < len(self.prefixes) or beginnings & set(self.prefixes) or () in self.prefixes:
+            raise UserError("refusal tokens must differ, and no prefix may begin with another")
+
+    @cached_property
+    def contexts(self) -> tuple[Prefix, ...]:
+        """What a prompt is continued with to read all of the probability: nothing first, then beginnings by length."""
+        return tuple(
+            sorted({prefix[:n] for prefix in self.prefixes for n in range(len(prefix))} | {()}, key=_by_length)
+        )
+
+    def score(self, logits: Float[Tensor, "context batch d_vocab"]) -> Float[Tensor, " batch"]:
+        """`refusal_score` with P the summed probability of the prefixes; next-token logits after every context."""
+        of_context: dict[Prefix, Tensor] = {(): as_double(logits[0]).new_ones(logits.shape[1])}
+        total = torch.zeros_like(of_context[()])
+        for context, after in zip(self.contexts, logits, strict=True):
+            p = as_double(after).softmax(-1)
+            ends = [prefix[-1] for prefix in self.prefixes if prefix[:-1] == context]
+            total = total + of_context[context] * p[:, ends].sum(-1)
+            longer = [each for each in self.contexts if each and each[:-1] == context]
+            of_context |= {each: of_context[context] * p[:, each[-1]] for each in longer}
+        return log_odds(total)
+
+
+def _by_length(prefix: Prefix) -> tuple[int, Prefix]:
+    return len(prefix), prefix
+
+
+def refusal_scores(
+    model: HookedModel,
+    chat: ChatFormat,
+    instructions: Sequence[str],
+    refusal_tokens: RefusalTokens,
+    *,
+    interventions: Sequence[Intervention] = (),
+    batch_size: int = 32,
+) -> Float[Tensor, " prompt"]:
+    """Refusal score (nats) of the answer to each instruction, on the CPU, under interventions."""
+    prefixes = RefusalPrefixes.of(refusal_tokens)
+    return prefixes.score(
+        torch.stack(
+            [
+                next_token_logits(
+                    model, chat, instructions, interventions=interventions, after=context, batch_size=batch_size
+                )
+                for context in prefixes.contexts
+            ]
+        )
+    )
+
+
 def next_token_logits(
     model: HookedModel,
     chat: ChatFormat,
     instructions: Sequence[str],
     *,
     interventions: Sequence[Intervention] = (),
+    after: Prefix = (),
     batch_size: int = 32,
 ) -> Float[Tensor, "prompt d_vocab"]:
-    """Logits of the first token of the answer to each instruction, on the CPU, under interventions."""
-    rows = [chat.encode(instruction) for instruction in instructions]
+    """Logits of the first token of the answer to each instruction, on the CPU, under interventions.
+
+    Args:
+        after: token ids that every answer is made to begin with; the logits are those of the token after them.
+    """
+    rows = [[*chat.encode(instruction), *after] for instruction in instructions]
     logits: list[Tensor] = [torch.empty(0)] * len(rows)
-    hooks = all_hooks(model, interventions)
     for indices, batch in batches(model, rows, chat.pad_id, batch_size, description="reading next tokens"):
+        hooks = all_hooks(model, interventions, batch.tokens.shape[1] - len(after))
         with torch.no_grad(), running(model, hooks):
             rows_of_batch = last_logits(model, batch).cpu()
         for index, row in zip(indices, rows_of_batch, strict=True):

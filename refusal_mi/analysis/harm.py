@@ -15,6 +15,7 @@ from ..interventions import Ablate, Intervention
 from ..measures import next_token_logits, refusal_score
 from ..model.points import HookedModel
 from ..reading import template_residuals
+from ..run.answers import SIDES
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from .result import AnalysisResult, prompts_of, provenance_of
@@ -130,6 +131,10 @@ def separate_harm(
 def from_run(run: RunInputs) -> HarmResult:
     """Held-out prompts on the map, the harmful ones also with the chosen direction ablated."""
     harmful, harmless = prompts_of(run, "train").values()
+    refused = None
+    if all(labelled := [run.labelled(side, "train") for side in SIDES]):
+        harmful, harmless = (list(flags) for flags in labelled)
+        refused = [flag for flags in labelled for flag in flags.values()]
     groups = prompts_of(run)
     groups["harmful, ablated"] = groups["harmful"]
     return separate_harm(
@@ -139,6 +144,7 @@ def from_run(run: RunInputs) -> HarmResult:
         harmless,
         groups,
         run.refusal_tokens,
+        refused=refused,
         interventions={"harmful, ablated": (Ablate(run.direction),)},
         batch_size=run.batch_size,
     )

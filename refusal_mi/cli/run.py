@@ -62,6 +62,7 @@ def run(
     from ..recipes.options import default_folder, default_options
     from ..report.page import identity_of, list_combinations, write_report
     from ..run.folder import parse_directions
+    from ..run.record import DOES_NOT_REFUSE
     from ..run.stages import RunFolder
     from .tables import print_json, print_summary
 
@@ -90,7 +91,7 @@ def run(
         print_json({**files.as_json(summary), "report": str(report)})
     else:
         print_summary(summary, report)
-    return SCIENCE_FAILED if summary.status == "no candidate survives" else 0
+    return SCIENCE_FAILED if summary.status in ("no candidate survives", DOES_NOT_REFUSE) else 0
 
 
 @flat
@@ -292,7 +293,7 @@ def model_info(
     from ..generation import discover_response_prefix
     from ..model.points import parameters_of, write_hooks
     from ..model.provenance import describe_model
-    from ..recipes.context import N_PREFIX_PROMPTS
+    from ..recipes.prompts import N_PREFIX_PROMPTS
     from .tables import print_facts, print_json
 
     source, loaded = model.source, model.load()
@@ -309,7 +310,7 @@ def model_info(
         **files.as_json(chat.record()),
         "post_instruction_positions": list(chat.positions),
         "writers": write_hooks(loaded.cfg.n_layers),
-        "refusal_tokens": _discover(loaded, chat, source) if discover else "not asked for",
+        **(_discover(loaded, chat, source) if discover else {"refusal_tokens": "not asked for"}),
     }
     print_json(facts) if as_json else print_facts(facts)
     return 0
@@ -322,12 +323,18 @@ def _sets(source: str) -> "list[PromptSet]":
     return [load_prompts(name.split(",")[0]) for name in default_sets(source)[:2]]
 
 
-def _discover(model: "HookedModel", chat: "ChatFormat", source: str) -> list[str] | str:
-    from ..measures import discover_refusal_tokens, next_token_logits
+def _discover(model: "HookedModel", chat: "ChatFormat", source: str) -> dict[str, Any]:
+    """What short answers to a few prompts of both sides say."""
+    from ..labels import find_refusal_tokens, label_prompts
+    from ..stats import Rate
 
-    logits = [next_token_logits(model, chat, prompts.instructions[:N_PROBE_PROMPTS]) for prompts in _sets(source)]
-    try:
-        tokens = discover_refusal_tokens(*logits)
-    except UserError as error:
-        return str(error)
-    return [f"{token} {chat.tokenizer.decode([token])!r}" for token in tokens]
+    labels = [label_prompts(model, chat, prompts.instructions[:N_PROBE_PROMPTS]) for prompts in _sets(source)]
+    tokens = find_refusal_tokens([label for side in labels for label in side])
+    rates = [Rate.of([label.is_refused for label in side]) for side in labels]
+    described = [f"{' '.join(map(str, prefix))} {chat.tokenizer.decode(list(prefix))!r}" for prefix in tokens]
+    return {
+        "refused_by_text": ", ".join(
+            f"{side} {rate} of {rate.n}" for side, rate in zip(("harmful", "harmless"), rates, strict=True)
+        ),
+        "refusal_tokens": described or "none: no beginning of an answer tells refusals from other answers",
+    }

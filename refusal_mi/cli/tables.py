@@ -50,6 +50,8 @@ def print_survivors(chosen: "Selection", top: int) -> None:
 def print_summary(summary: "RunSummary", report: Path) -> None:
     """The headline numbers of a run, and where its report lies."""
     console = Console()
+    if summary.refused_by_text:
+        _print_labels(console, summary)
     if summary.selection is not None:
         console.print(summary.selection.explanation, highlight=False)
     if summary.direction is not None:
@@ -64,6 +66,27 @@ def print_summary(summary: "RunSummary", report: Path) -> None:
     if summary.quick:
         console.print("a quick run: small samples, for a look only")
     console.print(f"{'report' if report.suffix == '.html' else 'summary'}: {report}", highlight=False, soft_wrap=True)
+
+
+def _print_labels(console: Console, summary: "RunSummary") -> None:
+    """What the model does with the prompts by itself."""
+    table = Table("plain model", "refused by text [95%]", "prompts kept: train, validation")
+    for side, rate in summary.refused_by_text.items():
+        counts = summary.n_prompts[side]
+        kept = ", ".join(f"{each.kept} of {each.of}" for each in (counts.train, counts.val))
+        table.add_row(f"{side}, n = {rate.n}", str(rate), "not tried further" if summary.examples else kept)
+    console.print(table)
+    if summary.refusal_tokens:
+        tokens = ", ".join(repr(token.text) for token in summary.refusal_tokens)
+        line = f"refusal tokens {tokens}; refused is a score above {summary.zero_point_nats:+.2f} nats"
+        console.print(line, highlight=False, markup=False)
+    if summary.status == "does not refuse":
+        print_lines("This model does not refuse these prompts: there is no refusal direction to find. It answers:")
+        print_lines(*(f"- {_line(each.prompt)}: {_line(each.response)} …" for each in summary.examples))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _print_direction(console: Console, summary: "RunSummary", direction: "DirectionRecord") -> None:

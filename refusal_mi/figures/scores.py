@@ -172,7 +172,9 @@ def _position_line(
     tokens: Sequence[str] | None,
 ) -> go.Scatter:
     rows = sorted((row for row in scores.rows if row.position == position), key=lambda row: row.layer)
-    broken = [thresholds.reasons(row, scores.n_layers) if thresholds is not None else () for row in rows]
+    broken = [
+        thresholds.reasons(row, scores.n_layers, scores.zero_point) if thresholds is not None else () for row in rows
+    ]
     values = [_value(row, measure) for row in rows]
     if measure == "kl":  # a log axis has no place for zero, nor for the -1e-7 that the epsilon in KL leaves
         values = [value if value is not None and value > 0 else None for value in values]
@@ -197,7 +199,8 @@ def _references(scores: ScoreGrid, measure: Measure, thresholds: Thresholds | No
     plain_score = {"bypass": scores.baseline_harmful, "induce": scores.baseline_harmless, "kl": None}[measure]
     limit = None
     if thresholds is not None:
-        limit = {"bypass": None, "induce": thresholds.induce_min, "kl": thresholds.kl_max}[measure]
+        floor = None if thresholds.induce_min is None else thresholds.induce_floor(scores.zero_point)
+        limit = {"bypass": None, "induce": floor, "kl": thresholds.kl_max}[measure]
     edges = [-0.5, scores.n_layers - 0.5]
     levels = (("plain model", plain_score, INK, "dash", _THIN), ("threshold", limit, ACCENT, "dot", 1.8))
     return [

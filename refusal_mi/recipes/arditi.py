@@ -10,11 +10,12 @@ from ..model.points import HookedModel
 from ..run.answers import SIDES
 from ..run.folder import ranked
 from ..run.options import RunOptions
-from ..run.record import DIRECTION, SUMMARY, DirectionRecord, RunSummary, SelectionRecord
+from ..run.record import DIRECTION, DOES_NOT_REFUSE, MEAN_DIFFS, SUMMARY, DirectionRecord, RunSummary, SelectionRecord
 from ..run.stages import RunFolder
 from .combinations import Multi, combine, evaluate_combination
-from .context import RunContext, prepare
+from .context import RunContext
 from .effects import BASELINE, interventions_on, loss_sets, loss_texts, losses, rates
+from .prompts import examples, prepare
 from .search import (
     choose_direction,
     draw_scores,
@@ -40,7 +41,8 @@ def run(
 
     Stages that were done before from the same inputs are kept. When no candidate survives the thresholds, the
     summary says so (status "no candidate survives"), the later steps are left out, and what they wrote for the
-    direction of an earlier run is set aside.
+    direction of an earlier run is set aside; the same where the model does not refuse (status "does not refuse"),
+    before any search.
 
     Args:
         model: from `load_model`.
@@ -63,6 +65,9 @@ def run(
     if not directions:
         (folder.path / "report.html").unlink(missing_ok=True)
         _write(context, summary)
+    if not context.prompts.refuses:
+        folder.set_aside(MEAN_DIFFS)
+        return _write(context, replace(summary, status=DOES_NOT_REFUSE, examples=examples(context.prompts)))
     grid = find_directions(context, estimator)
     if set(options.steps) == {"directions"}:
         return _write(context, replace(summary, status="directions only"))

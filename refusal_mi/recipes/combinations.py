@@ -18,18 +18,30 @@ from ..files import as_json, read_record, write_json, write_record, write_tensor
 from ..generation import Generated, generate
 from ..interventions import Ablate, Intervention
 from ..judges.substring import SubstringJudge
-from ..measures import LossResult, ScoredText, ce_loss, kl_nats, next_token_logits, refusal_score
+from ..measures import LossResult, ScoredText, ce_loss, kl_nats, next_token_logits, refusal_scores
 from ..model.points import HookedModel
 from ..run.answers import Completion, Evaluation, Side, SideEffects
 from ..run.combos import CombinationRow, CombosResult, CombosTest, Difference, Skipped, ValidationRow
 from ..run.folder import ranked
 from ..run.options import CombosOptions, RunOptions
-from ..run.record import MEAN_DIFFS, PLACES, PROMPTS, SPAN, SUMMARY, SURVIVORS, CombinationRecord, Place, RunSummary
+from ..run.record import (
+    DOES_NOT_REFUSE,
+    MEAN_DIFFS,
+    PLACES,
+    PROMPTS,
+    SPAN,
+    SUMMARY,
+    SURVIVORS,
+    CombinationRecord,
+    Place,
+    RunSummary,
+)
 from ..run.stages import RunFolder
 from ..stats import mean_interval
 from ..text.prompts import PromptSet
-from .context import Prepared, RunContext, prepare
+from .context import Prepared, RunContext
 from .effects import BASELINE, Labelled, evaluate, loss_sets, loss_texts, losses, rates, texts_sha256
+from .prompts import prepare
 from .search import choose_direction, find_directions, record_run, score_directions
 
 Multi = Literal["span", "sequential"]
@@ -198,6 +210,10 @@ def run_combos(
     texts = loss_sets(options)
     run = prepare(RunContext.start(model, source, options, folder))
     record_run(run)
+    if not run.prompts.refuses:
+        rate = run.prompts.refused("harmful")
+        explanation = f"it refuses {rate} of the harmful prompts"
+        return _finish(run, CombosResult(run.model_record, options.quick, DOES_NOT_REFUSE, combos, explanation))
     grid = find_directions(run)
     chosen = choose_direction(run, grid, score_directions(run, grid))
     result = CombosResult(run.model_record, options.quick, NONE_SURVIVE, combos)
@@ -262,12 +278,12 @@ class _Validation:
     def __init__(self, run: Prepared, options: CombosOptions, texts: Mapping[str, Sequence[ScoredText]]) -> None:
         self.run, self.options = run, options
         self.harmful, self.harmless = run.kept("harmful", "val"), run.kept("harmless", "val")
-        self.tokens = run.prompts.token_ids
+        self.prefixes = run.prompts.prefixes
         self.texts = {name: scored[: options.n_ce] for name, scored in texts.items()}
         self.text_set = next(iter(self.texts))
 
     @cached_property
-    def plain(self) -> Float[Tensor, "prompt d_vocab"]:
+    def plain(self) -> Float[Tensor, "harmless d_vocab"]:
         return self._logits(())
 
     def row(self, label: str, interventions: Sequence[Intervention]) -> ValidationRow:
@@ -284,24 +300,31 @@ class _Validation:
         return read_record(self.run.path / path, ValidationRow)
 
     def _measure(self, label: str, interventions: Sequence[Intervention]) -> ValidationRow:
-        n, logits = len(self.harmful), self._logits(interventions)
-        mean, low, high = mean_interval(refusal_score(logits[:n], self.tokens).tolist())
+        run = self.run
+        scores = run.batched(
+            lambda size: refusal_scores(
+                run.model, run.chat, self.harmful, self.prefixes, interventions=interventions, batch_size=size
+            )
+        )
+        mean, low, high = mean_interval(scores.tolist())
         verdicts = evaluate(self._answers(label, interventions), SubstringJudge())
         return ValidationRow(
             label,
             mean,
             (low, high),
-            kl_nats(self.plain[n:], logits[n:]).mean().item(),
+            kl_nats(self.plain, self._logits(interventions)).mean().item(),
             verdicts.refusal,
             verdicts.degenerate,
             {name: self._loss(texts, interventions) for name, texts in self.texts.items()},
             self.run.options.quick,
         )
 
-    def _logits(self, interventions: Sequence[Intervention]) -> Float[Tensor, "prompt d_vocab"]:
-        prompts, run = [*self.harmful, *self.harmless], self.run
+    def _logits(self, interventions: Sequence[Intervention]) -> Float[Tensor, "harmless d_vocab"]:
+        run = self.run
         return run.batched(
-            lambda size: next_token_logits(run.model, run.chat, prompts, interventions=interventions, batch_size=size)
+            lambda size: next_token_logits(
+                run.model, run.chat, self.harmless, interventions=interventions, batch_size=size
+            )
         )
 
     def _answers(self, label: str, interventions: Sequence[Intervention]) -> list[Completion]:

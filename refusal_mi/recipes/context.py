@@ -1,26 +1,21 @@
-"""What every stage of a run shares: model, options, folder; and after `prepare` the prompts and the chat format."""
+"""What every stage of a run shares: model, options, folder; and once the prompts are prepared, these."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError
-from ..files import read_record, write_record
-from ..generation import discover_response_prefix
-from ..measures import discover_refusal_tokens, next_token_logits, published_refusal_tokens, refusal_score
-from ..model.points import HookedModel, model_type
+from ..model.points import HookedModel
 from ..model.provenance import ModelRecord, describe_model, versions
 from ..run.options import RunOptions
-from ..run.record import PROMPTS, PromptRow, PromptsRecord, SplitRows, TokenRecord
+from ..run.record import PromptsRecord
 from ..run.stages import RunFolder
 from ..text.batches import with_smaller_batches
 from ..text.chat import ChatFormat
-from ..text.prompts import Prompt, PromptSet, Splits, load_prompts, load_splits
+from ..text.prompts import Prompt, PromptSet, Splits
 
-MIN_KEPT_PROMPTS = 8
-N_PREFIX_PROMPTS = 16
 Result = TypeVar("Result")
 
 
@@ -33,7 +28,7 @@ class RunContext:
     folder: RunFolder
     model_record: ModelRecord
     chat: ChatFormat
-    """As the options say; after `prepare` with the response prefix that the model's answers share."""
+    """As the options say; once prepared, with the response prefix that the model's answers share."""
     hashes: dict[str, str] = field(default_factory=dict)
     """Of the files that the stages so far wrote."""
     seconds_each: dict[str, float] = field(default_factory=dict)
@@ -123,107 +118,6 @@ class Prepared(RunContext):
         name = self.evaluation_set.name if side == "harmful" else side
         rows = self.prompts.side(side).test
         return PromptSet(name, tuple(Prompt(row.instruction, row.category, row.output) for row in rows))
-
-
-def prepare(run: RunContext) -> Prepared:
-    """The first stage, `prompts.json`: sample the prompts, find prefix and refusal tokens, filter by first token.
-
-    Raises:
-        UserError: a prompt set does not exist or is too small, or too few prompts pass the filter.
-    """
-    o = run.options
-    splits = {
-        side: load_splits(source, n_train=o.n_train, n_val=o.n_val, n_test=o.n_test, seed=o.seed, column=o.column)
-        for side, source in (("harmful", o.harmful), ("harmless", o.harmless))
-    }
-    evaluation_set = _evaluation_set(o, splits["harmful"])
-    sets = {side: [part.sha256 for part in vars(split).values()] for side, split in splits.items()}
-    sets["evaluation"] = [evaluation_set.sha256]
-    inputs = run.inputs(sets=sets, filter=o.filter_prompts, tokens=o.refusal_tokens, response_prefix=o.response_prefix)
-    about = f"{2 * (o.n_train + o.n_val)} prompts, refusal tokens, filter"
-    compute = lambda: write_record(run.path / PROMPTS, _read_prompts(run, splits, evaluation_set))  # noqa: E731
-    run.stage("prompts", inputs, [PROMPTS], compute, about)
-    prompts = read_record(run.path / PROMPTS, PromptsRecord)
-    shared = {each.name: getattr(run, each.name) for each in fields(run)}
-    shared["chat"] = run.chat.with_response_prefix(prompts.response_prefix)
-    return Prepared(**shared, prompts=prompts, splits=splits, evaluation_set=evaluation_set)
-
-
-def _evaluation_set(options: RunOptions, split: Splits) -> PromptSet:
-    if options.eval_set is None:
-        return PromptSet("harmful", split.test.prompts)
-    others = load_prompts(options.eval_set, column=options.column).without(split.train, split.val)
-    if others.name == "harmless":
-        raise UserError(
-            "the evaluation set is called harmless, as the harmless test prompts are in file names: rename it"
-        )
-    if not len(others):
-        raise UserError(f"every prompt of the evaluation set {others.name} is among the training or validation ones")
-    return others.sample(min(options.n_test, len(others)), options.seed)
-
-
-def _read_prompts(run: RunContext, splits: Mapping[str, Splits], evaluation_set: PromptSet) -> PromptsRecord:
-    options, chat = run.options, run.chat
-    if options.response_prefix is None:
-        half = N_PREFIX_PROMPTS // 2
-        mixed = [text for split in splits.values() for text in split.train.instructions[:half]]
-        chat = chat.with_response_prefix(discover_response_prefix(run.model, chat, mixed))
-
-    def read(texts: list[str]) -> Any:
-        forward = lambda size: next_token_logits(run.model, chat, texts, batch_size=size)  # noqa: E731
-        return run.timed("pass", len(texts), lambda: run.batched(forward))
-
-    logits = {
-        (side, part): read(getattr(split, part).instructions)
-        for side, split in splits.items()
-        for part in ("train", "val")
-    }
-    given = options.refusal_tokens
-    tokens = given or discover_refusal_tokens(logits["harmful", "train"], logits["harmless", "train"])
-
-    def rows(side: str, part: str) -> tuple[PromptRow, ...]:
-        scores = refusal_score(logits[side, part], tokens).tolist()
-        return _filtered(options, side, part, getattr(splits[side], part), scores)
-
-    def described(ids: Sequence[int]) -> tuple[TokenRecord, ...]:
-        return tuple(TokenRecord(token, run.model.tokenizer.decode([token])) for token in ids)
-
-    tests = {"harmful": evaluation_set, "harmless": splits["harmless"].test}
-    sides = {
-        side: SplitRows(
-            rows(side, "train"),
-            rows(side, "val"),
-            tuple(PromptRow(each.instruction, each.category, each.output) for each in test.prompts),
-        )
-        for side, test in tests.items()
-    }
-    return PromptsRecord(
-        options.quick,
-        chat.response_prefix,
-        chat.record(),
-        described(tokens),
-        "given" if given else "discovered on the training split",
-        described(published_refusal_tokens(model_type(run.model), chat) or ()),
-        sides["harmful"],
-        sides["harmless"],
-    )
-
-
-def _filtered(
-    options: RunOptions, side: str, part: str, prompts: PromptSet, scores: Sequence[float]
-) -> tuple[PromptRow, ...]:
-    sign = 1 if side == "harmful" else -1
-    kept = [not options.filter_prompts or sign * score > 0 for score in scores]
-    if options.filter_prompts and sum(kept) < MIN_KEPT_PROMPTS:
-        verb = "refused" if side == "harmful" else "answered"
-        raise UserError(
-            f"only {sum(kept)} of {len(kept)} {side} {part} prompts are {verb} by this model (judged by its first "
-            f"token) and {MIN_KEPT_PROMPTS} are needed: keep all with --no-filter, or name --refusal-tokens"
-        )
-    return tuple(
-        PromptRow(prompt.instruction, prompt.category, prompt.output, score, keep)
-        for prompt, score, keep in zip(prompts.prompts, scores, kept, strict=True)
-    )
 
 
 def _check_tokens(tokens: Sequence[int] | None, d_vocab: int) -> None:

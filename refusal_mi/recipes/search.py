@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..figures.save import PLOTLY_FILE, save_figures
 from ..figures.scores import Measure, plot_scores
 from ..files import write_json, write_record, write_tensors
+from ..measures import RefusalTokens
 from ..model.points import resid_hook
 from ..model.provenance import versions
 from ..reading import mean_activations
@@ -44,6 +45,7 @@ from ..search.grid import ScoreGrid, Selection, select
 from ..search.staged import staged_token_sets
 from ..search.sweep import sweep_token_sets
 from ..search.thresholds import layer_limit
+from ..stats import Rate
 from .context import Prepared
 
 METHOD = "difference in means, harmful - harmless"
@@ -145,18 +147,21 @@ def name_of(function: Any) -> str:
 def score_directions(run: Prepared, grid: DirectionGrid) -> ScoreGrid:
     """Bypass, induce and KL of every candidate on the validation prompts: `select_direction/`."""
     files = [EVALUATIONS, SCORES, BASELINE]
-    token_sets = [list(run.prompts.token_ids)]
+    token_sets: list[RefusalTokens] = [run.prompts.prefixes]
     if run.prompts.published_refusal_tokens:
         files.append(PUBLISHED_TOKENS)
-        token_sets.append([token.id for token in run.prompts.published_refusal_tokens])
+        token_sets.append([token.ids for token in run.prompts.published_refusal_tokens])
     harmful, harmless = run.kept("harmful", "val"), run.kept("harmless", "val")
     pruned = run.options.thresholds.prune_layers if run.options.skip_pruned else None
+    zero_point = run.prompts.zero_point_nats
 
     def compute() -> None:
         sets = (harmful, harmless, token_sets)
         size, rule = run.options.batch_size, run.options.thresholds
         if run.options.search == "staged":
-            scored = staged_token_sets(run.model, run.chat, grid, *sets, thresholds=rule, batch_size=size)
+            scored = staged_token_sets(
+                run.model, run.chat, grid, *sets, thresholds=rule, zero_point=zero_point, batch_size=size
+            )
         else:
             scored = sweep_token_sets(run.model, run.chat, grid, *sets, prune_layers=pruned, batch_size=size)
         for path, scores in zip([EVALUATIONS, PUBLISHED_TOKENS], scored, strict=False):
@@ -164,12 +169,12 @@ def score_directions(run: Prepared, grid: DirectionGrid) -> ScoreGrid:
         write_tensors(run.path / files[1], scored[0].per_prompt)
         plain = scored[0].baseline_harmful, scored[0].baseline_harmless
         sizes = grid.n_layers, len(harmful), len(harmless)
-        write_record(run.path / files[2], BaselineRecord(*plain, *sizes, quick=run.options.quick))
+        write_record(run.path / files[2], BaselineRecord(*plain, *sizes, zero_point, quick=run.options.quick))
 
     layers = [layer for _, layer in grid.candidates() if layer < layer_limit(grid.n_layers, pruned)]
     n_whole = round(sum(len(harmful) + len(harmless) * (2 - layer / grid.n_layers) for layer in layers))
     about = f"{len(layers)} candidates, as much work as {n_whole} prompts{run.estimate('pass', n_whole, most=True)}"
-    inputs = run.inputs(MEAN_DIFFS, harmful=harmful, harmless=harmless, token_sets=token_sets)
+    inputs = run.inputs(MEAN_DIFFS, harmful=harmful, harmless=harmless, token_sets=token_sets, zero_point=zero_point)
     if run.options.search == "staged":
         about = f"{len(grid.candidates())} candidates, staged search"
         inputs |= {"search": "staged", "thresholds": asdict(run.options.thresholds)}
@@ -245,7 +250,7 @@ def record_run(run: Prepared) -> RunSummary:
         prompts.refusal_tokens,
         prompts.refusal_tokens_origin,
         prompts.published_refusal_tokens,
-        {side: {part: each.sha256 for part, each in vars(split).items()} for side, split in run.splits.items()},
+        {side: {part: each.sha256 for part, each in split.parts.items()} for side, split in run.splits.items()},
         versions(),
         run.options.quick,
     )
@@ -255,4 +260,13 @@ def record_run(run: Prepared) -> RunSummary:
         rows = prompts.side(side)
         train, val = (Kept(len(rows.kept(part)), len(getattr(rows, part))) for part in ("train", "val"))
         counts[side] = PromptCounts(train, val, len(rows.test))
-    return RunSummary(run.model_record, run.options.quick, "unfinished", prompts.refusal_tokens, counts)
+    refused: dict[str, Rate] = {side: rate for side in SIDES if (rate := prompts.refused(side)) is not None}
+    return RunSummary(
+        run.model_record,
+        run.options.quick,
+        "unfinished",
+        prompts.refusal_tokens,
+        counts,
+        refused_by_text=refused,
+        zero_point_nats=prompts.zero_point_nats,
+    )

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ..run.answers import Effect, Side, SideEffects
 from ..run.folder import RunRecord
+from ..run.record import DOES_NOT_REFUSE
 from ..search.grid import ScoreGrid, Selection, select
 
 MUCH_DEGENERATE = 0.1
@@ -44,6 +45,12 @@ _HEADLINES: dict[str, str] = {
 def judge_run(record: RunRecord) -> Verdict:
     """The verdict on a run, however far it came."""
     selection = record.selection
+    if record.status == DOES_NOT_REFUSE:
+        assert record.summary is not None
+        rate = record.summary.refused_by_text["harmful"]
+        text = f"It refuses {rate} of {rate.n} harmful prompts, by the text of its answers, as in: "
+        answers = " · ".join(f"“{each.response} …”" for each in record.summary.examples)
+        return Verdict("This model does not refuse: there is no refusal direction to find.", (text + answers,))
     if selection is None:
         return Verdict(
             "No direction was chosen.",
@@ -151,9 +158,10 @@ def _change(side: SideEffects, label: str, doing: str) -> str:
 def bindings(scores: ScoreGrid, selection: Selection) -> list[tuple[str, str, int, int]]:
     """For each threshold in force: its name, its limit, how many candidates fail it, and survivors without it."""
     rule, failed = selection.thresholds, Counter(reason for _, reasons in selection.rejected for reason in reasons)
+    floor = None if rule.induce_min is None else rule.induce_floor(scores.zero_point)
     limits = [
         ("KL on harmless prompts", rule.kl_max, "at most {} nats", "kl", replace(rule, kl_max=None)),
-        ("refusal score when added", rule.induce_min, "at least {} nats", "induce", replace(rule, induce_min=None)),
+        ("refusal score when added", floor, "at least {} nats", "induce", replace(rule, induce_min=None)),
         ("source layer", rule.prune_layers, "", "layer", replace(rule, prune_layers=None)),
     ]
     rules = []

@@ -107,10 +107,10 @@ class CombosResult:
     model: ModelRecord
     quick: bool
     status: str
-    """done, no candidate survives, or why there is no winner."""
+    """done, no candidate survives, does not refuse, or why there is no winner."""
     options: CombosOptions
     explanation: str | None = None
-    """Why no candidate survives."""
+    """Why there are no combinations."""
     text_set: str = ""
     """What CE loss decides ties on."""
     n_validation: Mapping[str, int] = field(default_factory=dict)

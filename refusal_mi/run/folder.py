@@ -58,7 +58,8 @@ def load_scores(folder: Path) -> ScoreGrid:
     """The scores of a run folder, with its baselines and per-prompt values."""
     baseline = read_record(folder / BASELINE, BaselineRecord)
     rows = ScoreGrid.load(folder / EVALUATIONS, baseline.n_layers).rows
-    return ScoreGrid(rows, baseline.n_layers, baseline.harmful, baseline.harmless, read_tensors(folder / SCORES))
+    per_prompt = read_tensors(folder / SCORES)
+    return ScoreGrid(rows, baseline.n_layers, baseline.harmful, baseline.harmless, per_prompt, baseline.zero_point)
 
 
 def parse_directions(text: str) -> tuple[int, ...]:
@@ -318,12 +319,21 @@ class RunInputs:
 
     @property
     def refusal_tokens(self) -> tuple[int, ...]:
-        """Token ids of the refusal score."""
+        """Ids of the tokens that refusals begin with; of a prefix of several tokens the first."""
         return self.record.token_ids
 
     def prompts(self, side: str, part: str = "test") -> list[str]:
         """Instructions of "harmful" or "harmless" in "train", "val" (those that passed the filter) or "test"."""
         return self.record.side(side).kept(part)[: self.max_prompts]
+
+    def labelled(self, side: str, part: str) -> dict[str, bool]:
+        """Training or validation instructions, kept or not, and whether the model refuses them by text.
+
+        Empty where nothing was labelled.
+        """
+        rows = getattr(self.record.side(side), part)
+        flags = {row.instruction: row.is_refused for row in rows if row.is_refused is not None}
+        return dict(list(flags.items())[: self.max_prompts])
 
 
 def check_model_of_run(path: Path, source: str) -> None:

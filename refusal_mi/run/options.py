@@ -25,6 +25,9 @@ from ..search.thresholds import PUBLISHED, Rule, Search, most
 if TYPE_CHECKING:
     from ..model.provenance import ModelRecord
 
+Calibration = Literal["labels", "published"]
+"""labels: what the model does with a prompt is read from its answer, and the refusal score's zero point lies where it
+separates these labels best; published: a prompt is refused where its score is above 0 (Arditi et al. 2024)."""
 Step = Literal["directions", "selection", "completions", "loss"]
 STEPS: tuple[Step, ...] = get_args(Step)
 
@@ -70,6 +73,15 @@ class RunOptions:
             metavar="MODULE:FUNCTION",
         ),
     ] = None
+    calibration: Annotated[
+        Calibration,
+        Option(
+            "labels: short answers, judged by text, give filter, refusal tokens and zero point; published: the "
+            "first token's score does.",
+            takes=str,
+        ),
+    ] = "labels"
+    label_tokens: Annotated[int, Option("Most tokens of those answers.")] = 16
     thresholds: Rule = PUBLISHED
     search: Annotated[
         Search,
@@ -99,12 +111,15 @@ class RunOptions:
     quick: Annotated[bool, Option("Small samples, marked as such in every file.", flags="--quick")] = False
 
     def __post_init__(self) -> None:
+        if self.calibration not in get_args(Calibration):
+            known = ", ".join(get_args(Calibration))
+            raise UserError(f"unknown calibration {self.calibration!r}; expected one of {known}")
         if self.search not in get_args(Search):
             raise UserError(f"unknown search {self.search!r}; expected one of {', '.join(get_args(Search))}")
         unknown = [step for step in self.steps if step not in STEPS]
         if unknown or not self.steps:
             raise UserError(f"unknown step {unknown[0] if unknown else ''!r}; the steps are {', '.join(STEPS)}")
-        for name in ("n_train", "n_val", "n_test", "max_new_tokens", "n_ce"):
+        for name in ("n_train", "n_val", "n_test", "max_new_tokens", "n_ce", "label_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         judge_named(self.judge, model=self.judge_model)

@@ -10,28 +10,63 @@ from ..measures import LossResult
 from ..model.provenance import ModelRecord
 from ..search.grid import Selection
 from ..search.thresholds import CandidateScore, Thresholds
+from ..stats import Rate
 from ..text.chat import ChatRecord
-from .answers import Side, SideEffects, read_sides
+from .answers import Completion, Side, SideEffects, read_sides
 from .options import RunOptions
 
 RUN, PROMPTS, SUMMARY = "run.json", "prompts.json", "summary.json"
 MEAN_DIFFS, MEAN_DIFFS_RECORD = "generate_directions/mean_diffs.pt", "generate_directions/mean_diffs.json"
+LABELS = "labels.json"
 MEANS = "generate_directions/means.pt"
 EVALUATIONS = "select_direction/direction_evaluations.json"
 SURVIVORS = "select_direction/direction_evaluations_filtered.json"
 PUBLISHED_TOKENS = "select_direction/direction_evaluations_published_tokens.json"
 SCORES, BASELINE = "select_direction/scores.pt", "select_direction/baseline.json"
 DIRECTION, DIRECTION_RECORD = "direction.pt", "direction_metadata.json"
+DOES_NOT_REFUSE = "does not refuse"
+"""Status of a run whose model does not."""
 SPAN, PLACES = "directions_span.json", "directions_metadata.json"
 """What the folder of a combination has; a whole run has neither."""
 
 
 @dataclass(frozen=True)
 class TokenRecord:
-    """A token by id and text."""
+    """A refusal token by id and text; where several tokens tell a refusal, all of them."""
 
     id: int
     text: str
+    """Of all of them."""
+    then: tuple[int, ...] = ()
+    """Ids that follow."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """What the answer begins with."""
+        return (self.id, *self.then)
+
+    def describe(self) -> dict[str, Any]:
+        """Id and text, and what follows where something does."""
+        return {"id": self.id, "text": self.text} | ({"then": self.then} if self.then else {})
+
+
+@dataclass(frozen=True)
+class LabelRow:
+    """A prompt of `labels.json`, with what the model did with it."""
+
+    instruction: str
+    answer: str
+    token_ids: tuple[int, ...]
+    is_refused: bool
+
+
+@dataclass(frozen=True)
+class LabelsRecord:
+    """`labels.json`: every prompt that was labelled so far, in that order."""
+
+    key: str
+    """Hash of model, template, versions and length: labels made from others are not used."""
+    rows: tuple[LabelRow, ...]
 
 
 @dataclass(frozen=True)
@@ -45,10 +80,16 @@ class PromptRow:
     """Of the plain model, nats; None for held-out prompts."""
     kept: bool | None = None
     """Whether it passed the filter; None for held-out prompts, which are not filtered."""
+    is_refused: bool | None = None
+    """By the text of the model's own answer; None for held-out prompts, and where nothing was labelled."""
+    answer: str | None = None
+    """Its beginning."""
 
     def describe(self) -> dict[str, Any]:
         """All of it; a held-out prompt has no score and no filter."""
-        measured = {} if self.kept is None else {"refusal_score": self.refusal_score, "kept": self.kept}
+        measured: dict[str, Any] = {} if self.kept is None else {"refusal_score": self.refusal_score, "kept": self.kept}
+        if self.is_refused is not None:
+            measured |= {"is_refused": self.is_refused, "answer": self.answer}
         return {"instruction": self.instruction, "category": self.category, "output": self.output, **measured}
 
 
@@ -78,11 +119,26 @@ class PromptsRecord:
     """Those of the model's family, where its tokenizer has them."""
     harmful: SplitRows
     harmless: SplitRows
+    zero_point_nats: float = 0.0
+    """The refusal score that separates refused from answered training prompts best; published: 0."""
+    refuses: bool = True
+    """False where the model all but never refuses: the run ends here, and the harmless prompts were not tried."""
+
+    @property
+    def prefixes(self) -> tuple[tuple[int, ...], ...]:
+        """Ids of the refusal tokens, each a prefix of answers."""
+        return tuple(token.ids for token in self.refusal_tokens)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Ids of the refusal tokens."""
-        return tuple(token.id for token in self.refusal_tokens)
+        """First ids of the refusal tokens: all there is of them, where none needs several."""
+        return tuple(dict.fromkeys(token.id for token in self.refusal_tokens))
+
+    def refused(self, side: str) -> Rate | None:
+        """How many training and validation prompts the model refuses by the text of its answers, where labelled."""
+        rows = self.side(side)
+        flags = [row.is_refused for row in (*rows.train, *rows.val) if row.is_refused is not None]
+        return Rate.of(flags) if flags else None
 
     def side(self, side: str) -> SplitRows:
         """The prompts of "harmful" or "harmless"."""
@@ -111,6 +167,10 @@ def _losses(table: Any) -> dict[str, LossResult]:
 
 def _all_losses(tables: Any) -> dict[str, dict[str, LossResult]]:
     return {label: _losses(table) for label, table in tables.items()}
+
+
+def _rates(table: Any) -> dict[str, Rate]:
+    return {side: Rate(rate["count"], rate["n"]) for side, rate in table.items()}
 
 
 Losses = Annotated[Mapping[str, LossResult], parsed(_losses)]
@@ -142,6 +202,8 @@ class BaselineRecord:
     n_layers: int
     n_harmful: int = 0
     n_harmless: int = 0
+    zero_point: float = 0.0
+    """What `induce_min` counts from."""
     unit: str = "refusal score, nats"
     axes_of_scores: tuple[str, ...] = ("candidate", "bypass, induce, KL", "prompt")
     quick: bool = False
@@ -243,12 +305,18 @@ class RunSummary:
     model: ModelRecord
     quick: bool
     status: str
-    """done, no candidate survives, directions only, unfinished."""
+    """done, no candidate survives, does not refuse, directions only, unfinished."""
     refusal_tokens: tuple[TokenRecord, ...]
     n_prompts: Mapping[str, PromptCounts]
     """By side."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Of every finished stage."""
+    refused_by_text: Annotated[Mapping[str, Rate], parsed(_rates)] = field(default_factory=dict)
+    """Side -> rate of refusals among the plain model's short answers to training and validation prompts."""
+    zero_point_nats: float = 0.0
+    """The refusal score above which a prompt counts as refused."""
+    examples: tuple[Completion, ...] = ()
+    """Two answers of a model that does not refuse."""
     baseline_scores_nats: Mapping[str, float | None] | None = None
     """Side -> mean refusal score of the plain model on validation prompts."""
     selection: SelectionRecord | None = None
@@ -261,4 +329,5 @@ class RunSummary:
     def describe(self) -> dict[str, Any]:
         """What was reached."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: value for name, value in values.items() if name == "n_prompts" or value not in (None, {})}
+        always = ("n_prompts", "refusal_tokens")
+        return {name: value for name, value in values.items() if name in always or value not in (None, {}, ())}

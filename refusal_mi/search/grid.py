@@ -24,6 +24,8 @@ class ScoreGrid:
     baseline_harmless: float | None = None
     per_prompt: Float[Tensor, "candidate measure prompt"] | None = None
     """float64, NaN-padded; measures are bypass, induce, KL, in the order of `rows`."""
+    zero_point: float = 0.0
+    """The refusal score (nats) above which a prompt counts as refused; `Thresholds.induce_min` counts from it."""
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -98,7 +100,7 @@ class Selection:
 
 def select(scores: ScoreGrid, thresholds: Thresholds = PUBLISHED) -> Selection:
     """Apply the thresholds, then rank by bypass score; ties keep the order of the grid."""
-    judged = [(row, thresholds.reasons(row, scores.n_layers)) for row in scores.rows]
+    judged = [(row, thresholds.reasons(row, scores.n_layers, scores.zero_point)) for row in scores.rows]
     kept = [row for row, reasons in judged if not reasons]
     survivors = tuple(sorted(kept, key=lambda row: row.bypass or 0.0))
     return Selection(survivors, tuple((row, reasons) for row, reasons in judged if reasons), thresholds)

@@ -7,13 +7,14 @@ published thresholds: nothing is estimated from another quantity, only from fewe
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor
 
 from ..directions import DirectionGrid
 from ..errors import UserError
+from ..measures import RefusalTokens
 from ..model.points import HookedModel
 from ..text.chat import ChatFormat
 from .grid import ScoreGrid
@@ -50,9 +51,10 @@ def staged_sweep(
     grid: DirectionGrid,
     harmful: Sequence[str],
     harmless: Sequence[str],
-    refusal_tokens: Sequence[int],
+    refusal_tokens: RefusalTokens,
     *,
     thresholds: Thresholds = PUBLISHED,
+    zero_point: float = 0.0,
     screening: Screening = DEFAULT_SCREENING,
     batch_size: int | None = None,
 ) -> ScoreGrid:
@@ -78,6 +80,7 @@ def staged_sweep(
         harmless,
         [refusal_tokens],
         thresholds=thresholds,
+        zero_point=zero_point,
         screening=screening,
         batch_size=batch_size,
     )[0]
@@ -89,9 +92,10 @@ def staged_token_sets(
     grid: DirectionGrid,
     harmful: Sequence[str],
     harmless: Sequence[str],
-    token_sets: Sequence[Sequence[int]],
+    token_sets: Sequence[RefusalTokens],
     *,
     thresholds: Thresholds = PUBLISHED,
+    zero_point: float = 0.0,
     screening: Screening = DEFAULT_SCREENING,
     batch_size: int | None = None,
 ) -> list[ScoreGrid]:
@@ -99,14 +103,17 @@ def staged_token_sets(
     scorer = Scorer(model, chat, grid, harmful, harmless, token_sets, batch_size=batch_size)
     table = ScoreTable(scorer)
     table.skip_layers(thresholds.prune_layers)
-    Rounds(table, thresholds, screening).run()
-    return table.grids()
+    Rounds(table, thresholds, screening, zero_point).run()
+    return [replace(each, zero_point=zero_point) for each in table.grids()]
 
 
 class Rounds:
     """The rounds of a staged search, on the scores that a table knows or can run."""
 
-    def __init__(self, table: ScoreTable, thresholds: Thresholds, screening: Screening) -> None:
+    def __init__(
+        self, table: ScoreTable, thresholds: Thresholds, screening: Screening, zero_point: float = 0.0
+    ) -> None:
+        self.zero_point = zero_point
         self.table, self.thresholds, self.screening = table, thresholds, screening
         draw, n_harmful, n_prompts = random.Random(screening.seed), table.scorer.n_harmful, table.scorer.n_prompts
         self.harmful = draw.sample(range(n_harmful), n_harmful)
@@ -149,7 +156,7 @@ class Rounds:
         """Measure everything; whether the candidate satisfies the thresholds."""
         self.measure("ablate", [place], self.harmful + self.harmless)
         self.measure("add", [place], self.harmless)
-        return not self.thresholds.reasons(self.table.row(place), self.table.n_layers)
+        return not self.thresholds.reasons(self.table.row(place), self.table.n_layers, self.zero_point)
 
     def measure(self, kind: Kind, places: Sequence[Place], prompts: Sequence[int]) -> None:
         """Run what is not known yet."""
@@ -176,7 +183,7 @@ class Rounds:
         """Whether KL or induce break their threshold by more than the error of so few prompts."""
         kl, induce = (self.interval(self.table.known(place, measure)) for measure in (KL, INDUCE))
         over = self.thresholds.kl_max is not None and kl[0] > self.thresholds.kl_max
-        return over or (self.thresholds.induce_min is not None and induce[1] < self.thresholds.induce_min)
+        return over or induce[1] < self.thresholds.induce_floor(self.zero_point)
 
     def interval(self, values: Float[Tensor, " prompt"]) -> tuple[float, float]:
         """Mean ± n_errors standard errors; a single prompt says nothing."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..directions import DirectionGrid
 from ..errors import UserError
-from ..measures import kl_nats, refusal_score
+from ..measures import RefusalPrefixes, RefusalTokens, kl_nats
 from ..model.points import HookedModel, check_raw_basis
 from ..progress import track
 from ..text.chat import ChatFormat
@@ -69,7 +69,7 @@ class Scorer:
         grid: DirectionGrid,
         harmful: Sequence[str],
         harmless: Sequence[str],
-        token_sets: Sequence[Sequence[int]],
+        token_sets: Sequence[RefusalTokens],
         *,
         batch_size: int | None = None,
         share_work: bool = True,
@@ -79,34 +79,43 @@ class Scorer:
             raise UserError(
                 f"the sweep needs prompts on both sides, not {len(harmful)} harmful, {len(harmless)} harmless"
             )
-        self.grid, self.token_sets = grid, token_sets
+        self.grid, self.token_sets = grid, [RefusalPrefixes.of(tokens) for tokens in token_sets]
+        self.contexts = sorted({each for tokens in self.token_sets for each in tokens.contexts}, key=len)
         self.n_harmful, self.n_prompts = len(harmful), len(harmful) + len(harmless)
-        rows = [chat.encode(instruction) for instruction in (*harmful, *harmless)]
+        prompts = [chat.encode(instruction) for instruction in (*harmful, *harmless)]
+        rows = [[*prompt, *context] for context in self.contexts for prompt in prompts]
         self.passes: Passes = (choose_passes if share_work else PlainPasses)(model, rows, chat.pad_id, batch_size)
 
     @cached_property
     def baseline(self) -> Float[Tensor, "token_set prompt"]:
         """Refusal score (nats) of every prompt in the plain model."""
-        return self._scores(self.passes.plain(range(self.n_prompts)))
+        n_rows = len(self.contexts) * self.n_prompts
+        return self._scores(self.passes.plain(range(n_rows)).unflatten(0, (-1, self.n_prompts)))
 
     def run(self, item: WorkItem) -> Float[Tensor, "token_set candidate prompt"]:
         """The item's scores in nats, on the CPU, float64."""
         directions = [self.grid.direction(*place) for place in item.candidates]
-        if item.kind == "add":
-            return torch.stack([self._scores(logits) for logits in self.passes.added(directions, item.prompts)], dim=1)
-        harmless = [index for index, prompt in enumerate(item.prompts) if prompt >= self.n_harmful]
-        harmful = [index for index, prompt in enumerate(item.prompts) if prompt < self.n_harmful]
-        plain = self.passes.plain([item.prompts[index] for index in harmless]) if harmless else None
+        is_scored = [item.kind == "add" or prompt < self.n_harmful for prompt in item.prompts]
+        scored = [index for index, flag in enumerate(is_scored) if flag]
+        compared = [index for index, flag in enumerate(is_scored) if not flag]
+        plain = self.passes.plain([item.prompts[index] for index in compared]) if compared else None
+        starts = range(self.n_prompts, len(self.contexts) * self.n_prompts, self.n_prompts)
+        rows = [*item.prompts, *(start + item.prompts[index] for start in starts for index in scored)]
+        run = self.passes.added if item.kind == "add" else self.passes.ablated
         measured = torch.empty(len(self.token_sets), len(directions), len(item.prompts), dtype=torch.float64)
-        for candidate, logits in enumerate(self.passes.ablated(directions, item.prompts)):
-            if harmful:
-                measured[:, candidate, harmful] = self._scores(logits[harmful])
+        for candidate, logits in enumerate(run(directions, rows)):
+            first, continued = logits[: len(is_scored)], logits[len(is_scored) :]
+            if scored:
+                by_context = torch.cat([first[None, scored], continued.unflatten(0, (len(starts), len(scored)))])
+                measured[:, candidate, scored] = self._scores(by_context)
             if plain is not None:
-                measured[:, candidate, harmless] = kl_nats(plain, logits[harmless]).cpu()
+                measured[:, candidate, compared] = kl_nats(plain, first[compared]).cpu()
         return measured
 
-    def _scores(self, logits: Float[Tensor, "prompt d_vocab"]) -> Float[Tensor, "token_set prompt"]:
-        return torch.stack([refusal_score(logits, tokens).cpu().double() for tokens in self.token_sets])
+    def _scores(self, logits: Float[Tensor, "context prompt d_vocab"]) -> Float[Tensor, "token_set prompt"]:
+        rows = [[self.contexts.index(context) for context in tokens.contexts] for tokens in self.token_sets]
+        scores = (tokens.score(logits[some]) for tokens, some in zip(self.token_sets, rows, strict=True))
+        return torch.stack([each.cpu().double() for each in scores])
 
 
 __all__ = ["CandidateScore", "ScoreGrid", "ScoreTable", "exact_items", "sweep", "sweep_token_sets"]
@@ -118,7 +127,7 @@ def sweep(
     grid: DirectionGrid,
     harmful: Sequence[str],
     harmless: Sequence[str],
-    refusal_tokens: Sequence[int],
+    refusal_tokens: RefusalTokens,
     *,
     prune_layers: float | None = None,
     batch_size: int | None = None,
@@ -132,7 +141,7 @@ def sweep(
     Args:
         harmful: validation instructions that the model refuses.
         harmless: validation instructions that it answers.
-        refusal_tokens: token ids of the refusal score.
+        refusal_tokens: token ids of the refusal score, or prefixes of them (`refusal_mi.labels.find_refusal_tokens`).
         prune_layers: leave out the candidates that the rule with this fraction would drop for their layer anyway;
             they have no scores then.
         batch_size: most rows (prompts × candidates) in a pass; None: as many as are fast, fewer if memory ends.
@@ -157,7 +166,7 @@ def sweep_token_sets(
     grid: DirectionGrid,
     harmful: Sequence[str],
     harmless: Sequence[str],
-    token_sets: Sequence[Sequence[int]],
+    token_sets: Sequence[RefusalTokens],
     *,
     prune_layers: float | None = None,
     batch_size: int | None = None,

@@ -80,7 +80,7 @@ class Thresholds:
     induce_min: Annotated[
         float | None,
         Option(
-            "Smallest refusal score under addition, in nats; -inf: any.",
+            "Smallest refusal score under addition, in nats above the zero point; -inf: any.",
             takes=float,
             read=least,
             write=lambda value: "-inf" if value is None else str(value),
@@ -106,8 +106,16 @@ class Thresholds:
         if self.kl_max is not None and self.kl_max < 0:
             raise UserError(f"kl_max must not be negative, not {self.kl_max}")
 
-    def reasons(self, row: CandidateScore, n_layers: int) -> tuple[Reason, ...]:
-        """Every rule that a candidate breaks; empty if it survives."""
+    def induce_floor(self, zero_point: float) -> float:
+        """The smallest refusal score under addition that passes, in nats."""
+        return -math.inf if self.induce_min is None else zero_point + self.induce_min
+
+    def reasons(self, row: CandidateScore, n_layers: int, zero_point: float = 0.0) -> tuple[Reason, ...]:
+        """Every rule that a candidate breaks; empty if it survives.
+
+        Args:
+            zero_point: the refusal score (nats) that `induce_min` counts from.
+        """
         broken: list[Reason] = []
         if not row.is_finite:
             return ("no score" if row.skipped is None else "skipped",)
@@ -116,7 +124,7 @@ class Thresholds:
             broken.append("layer")
         if self.kl_max is not None and row.kl_nats > self.kl_max:
             broken.append("kl")
-        if self.induce_min is not None and row.induce < self.induce_min:
+        if row.induce < self.induce_floor(zero_point):
             broken.append("induce")
         return tuple(broken)
 

@@ -4,8 +4,9 @@ import csv
 import io
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,13 @@ class Splits:
     train: PromptSet
     val: PromptSet
     test: PromptSet
+    spare: Mapping[tuple[str, ...], PromptSet] = field(default_factory=dict)
+    """What the sources of "train", "val" or both have left, in random order; none of it is in the test source."""
+
+    @property
+    def parts(self) -> dict[str, PromptSet]:
+        """The three splits by name."""
+        return {"train": self.train, "val": self.val, "test": self.test}
 
 
 def load_prompts(source: str | Path, *, column: str | None = None, limit: int | None = None) -> PromptSet:
@@ -159,7 +167,12 @@ def load_splits(source: str, *, n_train: int, n_val: int, n_test: int, seed: int
     if len(names) == 3:
         train, val, test = (load_prompts(name, column=column) for name in names)
         val, train = val.without(test), train.without(val, test)
-        return Splits(train.sample(n_train, seed), val.sample(n_val, seed + 1), test.sample(n_test, seed + 2))
+        train_sample, val_sample = train.sample(n_train, seed), val.sample(n_val, seed + 1)
+        left = {"train": train.without(train_sample), "val": val.without(val_sample)}
+        spare: dict[tuple[str, ...], PromptSet] = {
+            (part,): rest.sample(len(rest), seed + 3) for part, rest in left.items()
+        }
+        return Splits(train_sample, val_sample, test.sample(n_test, seed + 2), spare)
     if len(names) != 1:
         raise UserError(f"expected one prompt set or TRAIN,VAL,TEST, not {len(names)} sets: {source!r}")
     whole = load_prompts(names[0], column=column)
@@ -170,9 +183,11 @@ def load_splits(source: str, *, n_train: int, n_val: int, n_test: int, seed: int
             f"{whole.name} has {len(whole)} prompts, but {n_train} + {n_val} + {n_test} were asked for; "
             f"try --n-train {scaled[0]} --n-val {scaled[1]} --n-test {scaled[2]}"
         )
-    shuffled = whole.sample(wanted, seed).prompts
-    parts = shuffled[:n_train], shuffled[n_train : n_train + n_val], shuffled[n_train + n_val :]
-    return Splits(*(PromptSet(whole.name, part) for part in parts))
+    sample = whole.sample(wanted, seed)
+    bounds = (0, n_train, n_train + n_val, wanted)
+    parts = [replace(whole, prompts=sample.prompts[start:end]) for start, end in pairwise(bounds)]
+    rest = whole.without(sample)
+    return Splits(parts[0], parts[1], parts[2], {("train", "val"): rest.sample(len(rest), seed + 3)})
 
 
 def _to_set(name: str, rows: Sequence[Any], column: str | None, known: HubSet | None) -> PromptSet:
