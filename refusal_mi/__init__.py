@@ -32,11 +32,15 @@ if TYPE_CHECKING:
     from .judges.substring import SubstringJudge as SubstringJudge
     from .judges.substring import is_degenerate as is_degenerate
     from .judges.substring import is_refusal as is_refusal
+    from .labels import find_refusal_tokens as find_refusal_tokens
+    from .labels import label_prompts as label_prompts
+    from .labels import zero_point as zero_point
     from .measures import ce_loss as ce_loss
     from .measures import discover_refusal_tokens as discover_refusal_tokens
     from .measures import kl_nats as kl_nats
     from .measures import next_token_logits as next_token_logits
     from .measures import refusal_score as refusal_score
+    from .measures import refusal_scores as refusal_scores
     from .model.loading import load_model as load_model
     from .reading import mean_activations as mean_activations
     from .search.grid import select as select
@@ -66,10 +70,12 @@ _HOME = {
     "difference_in_means": "directions",
     "discover_refusal_tokens": "measures",
     "export_checkpoint": "export.export",
+    "find_refusal_tokens": "labels",
     "generate": "generation",
     "is_degenerate": "judges.substring",
     "is_refusal": "judges.substring",
     "kl_nats": "measures",
+    "label_prompts": "labels",
     "load_model": "model.loading",
     "load_prompts": "text.prompts",
     "load_splits": "text.prompts",
@@ -78,8 +84,10 @@ _HOME = {
     "orthogonalize_": "export.export",
     "plot_scores": "figures.scores",
     "refusal_score": "measures",
+    "refusal_scores": "measures",
     "select": "search.grid",
     "sweep": "search.sweep",
+    "zero_point": "labels",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -3,18 +3,27 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..files import read_record, sha256_file, write_json
+from ..files import parsed, read_record, sha256_file, write_json
 from ..generation import generate
 from ..interventions import Ablate, Add
 from ..judges.substring import MAX_DEGENERATE, Judge, SubstringJudge, is_degenerate
-from ..measures import discover_refusal_tokens, kl_nats, next_token_logits, published_refusal_tokens, refusal_score
+from ..labels import Label, find_refusal_tokens
+from ..measures import (
+    Prefix,
+    RefusalPrefixes,
+    RefusalTokens,
+    kl_nats,
+    next_token_logits,
+    published_refusal_tokens,
+    refusal_scores,
+)
 from ..model.points import HookedModel, model_type
 from ..model.provenance import describe_model, versions
 from ..run.answers import Completion
@@ -50,7 +59,7 @@ class LayerScores:
     """Of the plain model, in nats."""
     per_layer_scores: tuple[LayerScore, ...]
     """The highest steering score first."""
-    refusal_tokens: tuple[int, ...]
+    refusal_tokens: Annotated[tuple[Prefix, ...], parsed(lambda tokens: RefusalPrefixes.of(tokens).prefixes)]
 
 
 @dataclass(frozen=True)
@@ -182,17 +191,15 @@ class Evaluation:
     def _write_scores(self) -> None:
         tokens = self.options.refusal_tokens or self._find_refusal_tokens()
         prompts = self.val.instructions
-        plain = self._logits(prompts)
-        baseline = refusal_score(plain, tokens).mean().item()
+        plain, baseline = self._logits(prompts), self._scores(prompts, tokens)
         rows = []
         for layer in self.rows():
             direction = row_direction(self.vectors, layer)
-            logits = self._logits(prompts, (Add(direction, positions=self.options.positions),))
-            added = refusal_score(logits, tokens).mean().item()
+            added = self._scores(prompts, tokens, (Add(direction, positions=self.options.positions),))
             kl = kl_nats(plain, self._logits(prompts, (Ablate(direction),))).mean().item()
             rows.append(LayerScore(layer, added, added - baseline, kl))
         ranked = sorted(rows, key=lambda row: -row.steering_score)
-        write_json(self.folder.path / SCORES, LayerScores(baseline, tuple(ranked), tokens))
+        write_json(self.folder.path / SCORES, LayerScores(baseline, tuple(ranked), RefusalPrefixes.of(tokens).prefixes))
 
     def answers(
         self, name: str, file: str, queries: PromptSet, direction: Direction, coefficient: float
@@ -242,17 +249,34 @@ class Evaluation:
         batch_size = self.options.batch_size
         return next_token_logits(self.model, self.chat, prompts, interventions=interventions, batch_size=batch_size)
 
-    def _find_refusal_tokens(self) -> tuple[int, ...]:
-        files = [self.vector_dir / file for file in KEPT]
-        if not all(file.exists() for file in files):
-            published = published_refusal_tokens(model_type(self.model), self.chat)
-            if published is None:
-                raise UserError(f"{files[0].name} is not in {self.vector_dir}: name the tokens with --refusal-tokens")
-            return published
-        answered, refused = (
-            self._logits(list(dict.fromkeys(row.prompt for row in read_record(file, list[Response])))) for file in files
+    def _scores(self, prompts: Sequence[str], tokens: RefusalTokens, interventions: Sequence[Add] = ()) -> float:
+        """Mean refusal score, nats."""
+        size = self.options.batch_size
+        return (
+            refusal_scores(self.model, self.chat, prompts, tokens, interventions=interventions, batch_size=size)
+            .mean()
+            .item()
         )
-        return discover_refusal_tokens(refused, answered)
+
+    def _find_refusal_tokens(self) -> tuple[Prefix, ...]:
+        """How the kept refusals begin and the kept answers do not; without them the published tokens."""
+        files = [self.vector_dir / file for file in KEPT]
+        if all(file.exists() for file in files):
+            rows = [read_record(file, list[Response]) for file in files]
+            labels = [self._label(row, is_refused=index == 1) for index, side in enumerate(rows) for row in side]
+            if found := find_refusal_tokens(labels):
+                return found
+        published = published_refusal_tokens(model_type(self.model), self.chat)
+        if published is None:
+            raise UserError(
+                f"the responses in {self.vector_dir} do not tell how refusals begin: name the tokens with "
+                "--refusal-tokens"
+            )
+        return tuple((token,) for token in published)
+
+    def _label(self, row: Response, *, is_refused: bool) -> Label:
+        ids, first = self.chat.encode_answered(row.prompt, row.response)
+        return Label(row.response, tuple(ids[first:]), is_refused)
 
 
 LATE = 0.8
@@ -320,7 +344,7 @@ def _setting(run: Evaluation, scores: LayerScores) -> EvalSetting:
         n_test_samples=options.n_test_samples,
         layer_selection_method="given" if isinstance(options.layer, int) else "steering_based",
         baseline_refusal_score=scores.baseline_refusal_score,
-        refusal_tokens=tuple(run.model.tokenizer.decode([token]) for token in scores.refusal_tokens),
+        refusal_tokens=tuple(run.model.tokenizer.decode(list(prefix)) for prefix in scores.refusal_tokens),
         training_queries_known=run.training_is_known,
         judge=run.judge.name,
         options=options,

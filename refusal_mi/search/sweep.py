@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -130,6 +130,7 @@ def sweep(
     refusal_tokens: RefusalTokens,
     *,
     prune_layers: float | None = None,
+    zero_point: float = 0.0,
     batch_size: int | None = None,
     share_work: bool = True,
 ) -> ScoreGrid:
@@ -144,10 +145,11 @@ def sweep(
         refusal_tokens: token ids of the refusal score, or prefixes of them (`refusal_mi.labels.find_refusal_tokens`).
         prune_layers: leave out the candidates that the rule with this fraction would drop for their layer anyway;
             they have no scores then.
+        zero_point: the refusal score (nats) above which this model counts as refusing (`refusal_mi.zero_point`).
         batch_size: most rows (prompts × candidates) in a pass; None: as many as are fast, fewer if memory ends.
         share_work: False runs every prompt in full for every candidate: slow, the same scores up to rounding.
     """
-    return sweep_token_sets(
+    (scores,) = sweep_token_sets(
         model,
         chat,
         grid,
@@ -157,7 +159,8 @@ def sweep(
         prune_layers=prune_layers,
         batch_size=batch_size,
         share_work=share_work,
-    )[0]
+    )
+    return replace(scores, zero_point=zero_point)
 
 
 def sweep_token_sets(
