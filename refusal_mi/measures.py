@@ -71,7 +71,7 @@ def kl_nats(
 
 Prefix = tuple[int, ...]
 """Token ids that an answer begins with."""
-RefusalTokens = Sequence[int] | Sequence[Prefix]
+RefusalTokens = Sequence[int] | Sequence[Sequence[int]]
 """First tokens of refusals; or their prefixes, where one first token begins refusals and other answers alike."""
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 import pytest
 
 from refusal_mi.cli import exit_status
+from refusal_mi.labels import Label
 from tests.helpers.models import save_tiny
 
 SIZES = ["--n-train=10", "--n-val=8", "--n-test=2", "--no-filter", "--refusal-tokens=5,40", "--response-prefix="]
@@ -27,12 +28,12 @@ def fails(arguments, capsys) -> str:
 
 @pytest.fixture
 def run_fails(tiny_dir, tmp_path, capsys):
-    """Run on a tiny model with more arguments; it must fail and leave no folder behind."""
+    """Run on a tiny model with more arguments; it must fail and leave nothing behind but what is `kept`."""
 
-    def fail(*arguments, model=None):
+    def fail(*arguments, model=None, kept=()):
         folder = tmp_path / "out"
         line = fails(["run", model or tiny_dir("gpt2"), *SIZES, "--output-dir", folder, *arguments], capsys)
-        assert not folder.exists()
+        assert [file.name for file in folder.rglob("*")] == list(kept)
         return line
 
     return fail
@@ -119,7 +120,7 @@ def test_a_system_message_that_the_template_refuses(run_fails, tmp_path):
 
 
 def test_fewer_than_8_prompts_after_the_filter_names_no_filter(run_fails):
-    line = run_fails("--filter")
+    line = run_fails("--filter", kept=["labels.json"])
     assert "--no-filter" in line and "8 are needed" in line
 
 
@@ -129,7 +130,7 @@ def test_a_model_that_does_not_refuse_names_refusal_tokens(tiny_dir, tmp_path, c
     sizes = ["--n-train=6", "--n-val=3", "--n-test=3", "--no-filter", "--response-prefix="]
     folder = tmp_path / "out"
     line = fails(["run", tiny_dir("gpt2"), *arguments, *sizes, "--output-dir", folder], capsys)
-    assert "--refusal-tokens" in line and not folder.exists()
+    assert "--refusal-tokens" in line and [file.name for file in folder.iterdir()] == ["labels.json"]
 
 
 ROW = {"position": -1, "refusal_score": 1.0, "steering_score": 2.0, "kl_div_score": 0.05}
@@ -196,11 +197,13 @@ def test_model_info_shows_what_the_package_sees(tiny_dir, tmp_path, capsys):
 def test_model_info_looks_for_refusal_tokens_after_the_response_prefix(tiny_dir, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr("refusal_mi.generation.discover_response_prefix", lambda *_: "Ok ")
-    monkeypatch.setattr("refusal_mi.measures.next_token_logits", lambda model, chat, asks: seen.append(chat))
-    monkeypatch.setattr("refusal_mi.measures.discover_refusal_tokens", lambda *_: (5,))
+    answers = [Label("I cannot", (5, 6), True), Label("Sure", (7,), False)]
+    monkeypatch.setattr("refusal_mi.labels.label_prompts", lambda model, chat, asks: seen.append(chat) or answers)
     assert exit_status(["model-info", str(tiny_dir("gpt2")), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [chat.response_prefix for chat in seen] == ["Ok ", "Ok "] and facts["response_prefix"] == "Ok "
+    assert len(facts["refusal_tokens"]) == 1 and facts["refusal_tokens"][0].startswith("5 ")
+    assert facts["refused_by_text"] == "harmful 0.50 [0.09, 0.91] of 2, harmless 0.50 [0.09, 0.91] of 2"
     assert facts["post_instruction_positions"] == list(range(-8, 0))
 
 

@@ -7,6 +7,7 @@ import torch
 
 from refusal_mi.errors import UserError
 from refusal_mi.files import write_json
+from refusal_mi.measures import RefusalPrefixes
 from refusal_mi.search.grid import ScoreGrid
 from refusal_mi.search.sweep import sweep, sweep_token_sets
 from refusal_mi.text.chat import ChatFormat
@@ -101,9 +102,7 @@ def test_candidates_without_a_direction_have_no_score_and_are_still_listed(tiny_
 def test_a_score_that_is_not_finite_is_no_score(tiny_model, monkeypatch, tmp_path):
     model = tiny_model("gpt2")
     chat, grid = candidates(model)
-    monkeypatch.setattr(
-        "refusal_mi.search.sweep.refusal_score", lambda logits, _: torch.full((len(logits),), torch.inf)
-    )
+    monkeypatch.setattr(RefusalPrefixes, "score", lambda _, logits: torch.full((logits.shape[1],), torch.inf))
     scores = sweep(model, chat, grid, HARMFUL, HARMLESS, TOKENS)
     assert scores.rows[8].bypass is None and scores.rows[8].kl_nats is not None
     assert scores.baseline_harmful is None and scores.baseline_harmless is None
