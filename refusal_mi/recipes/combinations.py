@@ -16,7 +16,7 @@ from ..directions import Direction, cosine
 from ..errors import UserError
 from ..files import as_json, read_record, write_json, write_record, write_tensors
 from ..generation import Generated, generate
-from ..interventions import Ablate, Intervention
+from ..interventions import Ablate, AblateInTurn, Intervention
 from ..judges.substring import SubstringJudge
 from ..measures import LossResult, ScoredText, ce_loss, kl_nats, next_token_logits, refusal_score
 from ..model.points import HookedModel
@@ -34,8 +34,8 @@ from .search import choose_direction, find_directions, record_run, score_directi
 
 Multi = Literal["span", "sequential"]
 """How several directions are ablated. "span" leaves nothing of any of them. "sequential", the published way, projects
-them out one after the other at every write: the order matters, and of two directions with cosine c the first keeps
-c·√(1 − c²) of its scale (0.48 at c = 0.79)."""
+them out one after the other at every block's input and at every write (`AblateInTurn`): the order matters, something
+of the first one stays, and no edited weights do the same."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Combination:
     @property
     def interventions(self) -> tuple[Intervention, ...]:
         """What is done to the model."""
-        return (self.span,) if self.multi == "span" else tuple(map(Ablate, self.directions))
+        return (self.span if self.multi == "span" else AblateInTurn(self.directions),)
 
     @property
     def effective_rank(self) -> int:
@@ -141,6 +141,8 @@ def save_combination(run: Prepared, combination: Combination) -> str:
 def labelled(combination: Combination, seed: int | None = None) -> Labelled:
     """The ablation of a combination, or of a random span of its rank, under the published label."""
     file, record = f"{combination.label}/directions.pt", {"multi": combination.multi}
+    if combination.multi == "sequential":
+        record["sites"] = "block inputs, attention, MLP"
     if seed is None:
         return Labelled("ablation", combination.interventions, record, file)
     rank = {"seed": seed, "rank": combination.effective_rank}
