@@ -173,8 +173,7 @@ def evaluate_combination(
             "harmless": rates(run, "harmless", [ablation], where),
         }
         summary = replace(summary, completions=effects)
-    if texts is not None:
-        scored = loss_texts(run, texts)
+    if texts is not None and (scored := loss_texts(run, texts)):
         by_label = {each.label: losses(run, each, scored, where) for each in (ablation, *controls)}
         summary = replace(summary, ce_loss={"baseline": losses(run, BASELINE, scored), **by_label})
     summary = replace(summary, seconds=run.folder.seconds())
@@ -197,8 +196,11 @@ def run_combos(
     with the lowest CE loss on plain text. Choosing the best of many on the prompts that it is reported on would
     overstate it. Returns what `combos.json` holds; the search is the run's own.
     """
-    texts = loss_sets(options)
+    sets = loss_sets(options)
     run = prepare(RunContext.start(model, source, options, folder))
+    texts = loss_texts(run, sets, own_answers=False)
+    if not texts:
+        raise UserError("combos decides ties by CE loss, and neither the run's text set nor its answers can be scored")
     record_run(run)
     grid = find_directions(run)
     chosen = choose_direction(run, grid, score_directions(run, grid))
@@ -207,7 +209,7 @@ def run_combos(
         return _finish(run, replace(result, explanation=chosen.explain()))
     ranks = combos.ranks or tuple(range(min(N_BEST, len(chosen.survivors))))
     by_rank = dict(zip(ranks, ranked(grid, chosen, ranks), strict=True))
-    validation = _Validation(run, combos, loss_texts(run, texts, own_answers=False))
+    validation = _Validation(run, combos, texts)
     baseline = validation.row("baseline", ())
     there: dict[str, Combination] = {}
     rows: list[CombinationRow] = []
