@@ -44,8 +44,8 @@ def run(
     multi: Annotated[
         str | None,
         typer.Option(
-            help="span (default): project out the span of --directions; sequential: one after the other, as "
-            "published, which leaves half of the first one's scale where two have cosine 0.79."
+            help="span (default): project out the span of --directions; sequential: one after the other at every "
+            "block's input and write, as published, which leaves a little of the first and cannot be exported."
         ),
     ] = None,
     fresh: Fresh = False,
@@ -290,7 +290,7 @@ def model_info(
     """
     from .. import files
     from ..generation import discover_response_prefix
-    from ..model.points import parameters_of, write_hooks
+    from ..model.points import explain_writes, parameters_of, write_hooks
     from ..model.provenance import describe_model
     from ..recipes.context import N_PREFIX_PROMPTS
     from .tables import print_facts, print_json
@@ -311,7 +311,11 @@ def model_info(
         "writers": write_hooks(loaded.cfg.n_layers),
         "refusal_tokens": _discover(loaded, chat, source) if discover else "not asked for",
     }
-    print_json(facts) if as_json else print_facts(facts)
+    if as_json:
+        print_json(facts)
+    else:
+        facts["writers"] = explain_writes(loaded.cfg.n_layers)
+        print_facts({key: value for key, value in facts.items() if value not in (None, "", {})})
     return 0
 
 
