@@ -37,7 +37,8 @@ class Ablate:
     x ← x − strength · Q Qᵀ x at the token embedding, every attention output and every MLP output, Q an orthonormal
     basis of the directions. At strength 1 over all layers nothing of the direction is left anywhere in the stream
     (Arditi et al. 2024, section 2.4). A list of several `Ablate` is not the same: one after the other, the later
-    projections put back part of what the earlier ones removed, unless the directions are orthogonal.
+    projections put back part of what the earlier ones removed, unless the directions are orthogonal. `AblateInTurn`
+    is the published form of that.
     """
 
     directions: Direction | Sequence[Direction]
@@ -105,6 +106,29 @@ class Ablate:
         if self.offset is not None:
             offset = Constant(self.offset)
             hooks.insert(1, (names[0], hook_of(lambda x: x + offset.beside(x), self.positions, prompt_width)))
+        return hooks
+
+
+@dataclass(frozen=True)
+class AblateInTurn:
+    """Project directions out one after the other, as published for several: hooks alone can do it.
+
+    x ← x − d̂ d̂ᵀ x for each direction in turn, at the input of every block, every attention output and every MLP
+    output. The order matters. Of the first of two directions with cosine c, a projection of both leaves
+    c·√(1 − c²) of an isotropic stream's scale and each further one c² of that: the stream is projected again at every
+    block, which is why no edit of what is written does the same.
+    """
+
+    directions: Sequence[Direction]
+
+    def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
+        """One hook per direction at every block's input and at every write."""
+        n_layers = model.cfg.n_layers
+        inputs = [resid_hook(layer, n_layers) for layer in range(1, n_layers)]
+        hooks: list[Hook] = []
+        for direction in self.directions:
+            writes = Ablate(direction).hooks(model, prompt_width)
+            hooks += [*writes, *((name, writes[0][1]) for name in inputs)]
         return hooks
 
 

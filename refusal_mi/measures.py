@@ -253,7 +253,14 @@ def ce_loss(
     batch_size: int = 8,
     description: str = "CE loss",
 ) -> LossResult:
-    """Cross-entropy (nats per token) of `texts`; every predicted token counts once, summed in float64."""
+    """Cross-entropy (nats per token) of `texts`; every predicted token counts once, summed in float64.
+
+    Raises:
+        UserError: no text has a token to predict, or the loss is not finite.
+    """
+    texts = [text for text in texts if text.first < len(text.token_ids)]
+    if not texts:
+        raise UserError(f"{description} needs at least one text with a token to predict; these are all empty")
     total, count = 0.0, 0
     most_tokens = PASS_TOKENS.get(model_device(model).type, PASS_TOKENS["cpu"])
     rows = [text.token_ids for text in texts]

@@ -79,8 +79,12 @@ def test_empty_answers_and_texts_are_left_out(tiny_model):
     model = tiny_model("gpt2")
     chat = ChatFormat(model.tokenizer)
     assert answers_to_score(chat, [("Hi", "")]) == [] and texts_to_score(chat, ["", "x"]) == []
-    with pytest.raises(UserError, match="at least one prompt or text"):
-        ce_loss(model, chat, [])
+    empty, text = ScoredText((1, 2, 3), 3), ScoredText((4, 5, 6, 7), 2)
+    for nothing in ([], [empty], [empty, empty]):
+        with pytest.raises(UserError, match="needs at least one text with a token to predict"):
+            ce_loss(model, chat, nothing)
+    assert ce_loss(model, chat, [empty, text, empty]) == ce_loss(model, chat, [text])
+    assert ce_loss(model, chat, [text]) != ce_loss(model, chat, [ScoredText(text.token_ids, 1)])
 
 
 def test_a_loss_that_is_no_number_is_an_error(tiny_model):

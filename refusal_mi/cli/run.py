@@ -44,8 +44,9 @@ def run(
     multi: Annotated[
         str | None,
         typer.Option(
-            help="span (default): project out the span of --directions; sequential: one after the other, as "
-            "published, which leaves half of the first one's scale where two have cosine 0.79."
+            help="span (default): project out the span of --directions; sequential: one after the other at every "
+            "block's input and write, as published, which leaves some of the first (3-8% of its size on the embedded "
+            "model) and cannot be exported."
         ),
     ] = None,
     fresh: Fresh = False,
@@ -291,7 +292,7 @@ def model_info(
     """
     from .. import files
     from ..generation import discover_response_prefix
-    from ..model.points import parameters_of, write_hooks
+    from ..model.points import explain_writes, parameters_of, write_hooks
     from ..model.provenance import describe_model
     from ..recipes.prompts import N_PREFIX_PROMPTS
     from .tables import print_facts, print_json
@@ -312,7 +313,11 @@ def model_info(
         "writers": write_hooks(loaded.cfg.n_layers),
         **(_discover(loaded, chat, source) if discover else {"refusal_tokens": "not asked for"}),
     }
-    print_json(facts) if as_json else print_facts(facts)
+    if as_json:
+        print_json(facts)
+    else:
+        facts["writers"] = explain_writes(loaded.cfg.n_layers)
+        print_facts({key: value for key, value in facts.items() if value not in (None, "", {})})
     return 0
 
 

@@ -176,6 +176,13 @@ def write_hooks(
     return names + [write_hook(part, block) for block in blocks for part in _WRITES if part in components]
 
 
+def explain_writes(n_layers: int) -> str:
+    """How many `write_hooks` there are of each kind, and their names with the blocks as a range."""
+    blocks = f"blocks.{{0..{n_layers - 1}}}"
+    names = ", ".join([EMBEDDING, *(f"{blocks}.{point}" for point in _WRITES.values())])
+    return f"embedding, {n_layers} attention outputs, {n_layers} MLP outputs ({names})"
+
+
 def our_layer(caa_layer: int, n_layers: int) -> int:
     """The stream entering block L + 1 is the output of block L.
 

@@ -89,8 +89,7 @@ def run(
         effects = {side: rates(context, side, interventions_on(side, direction, options.n_random)) for side in SIDES}
         summary = replace(summary, completions=effects)
         _write(context, summary)
-    if texts is not None:
-        scored = loss_texts(context, texts)
+    if texts is not None and (scored := loss_texts(context, texts)):
         labels = [BASELINE, *interventions_on("harmful", direction, options.n_random)]
         by_label = {labelled.label: losses(context, labelled, scored) for labelled in labels}
         summary = replace(summary, ce_loss=by_label)

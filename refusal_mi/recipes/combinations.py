@@ -16,7 +16,7 @@ from ..directions import Direction, cosine
 from ..errors import UserError
 from ..files import as_json, read_record, write_json, write_record, write_tensors
 from ..generation import Generated, generate
-from ..interventions import Ablate, Intervention
+from ..interventions import Ablate, AblateInTurn, Intervention
 from ..judges.substring import SubstringJudge
 from ..measures import LossResult, ScoredText, ce_loss, kl_nats, next_token_logits, refusal_scores
 from ..model.points import HookedModel
@@ -46,8 +46,9 @@ from .search import choose_direction, find_directions, record_run, score_directi
 
 Multi = Literal["span", "sequential"]
 """How several directions are ablated. "span" leaves nothing of any of them. "sequential", the published way, projects
-them out one after the other at every write: the order matters, and of two directions with cosine c the first keeps
-c·√(1 − c²) of its scale (0.48 at c = 0.79)."""
+them out one after the other at every block's input and at every write (`AblateInTurn`): the order matters, some of the
+first one stays (of ranks 0 and 2 of the embedded model 3–8% of its size on harmful prompts, at the blocks from its own
+layer on), and no edited weights do the same."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Combination:
     @property
     def interventions(self) -> tuple[Intervention, ...]:
         """What is done to the model."""
-        return (self.span,) if self.multi == "span" else tuple(map(Ablate, self.directions))
+        return (self.span if self.multi == "span" else AblateInTurn(self.directions),)
 
     @property
     def effective_rank(self) -> int:
@@ -152,7 +153,9 @@ def save_combination(run: Prepared, combination: Combination) -> str:
 
 def labelled(combination: Combination, seed: int | None = None) -> Labelled:
     """The ablation of a combination, or of a random span of its rank, under the published label."""
-    file, record = f"{combination.label}/directions.pt", {"multi": combination.multi}
+    file, record = f"{combination.label}/directions.pt", dict[str, str](multi=combination.multi)
+    if combination.multi == "sequential":
+        record["sites"] = "block inputs, attention, MLP"
     if seed is None:
         return Labelled("ablation", combination.interventions, record, file)
     rank = {"seed": seed, "rank": combination.effective_rank}
@@ -183,8 +186,7 @@ def evaluate_combination(
             "harmless": rates(run, "harmless", [ablation], where),
         }
         summary = replace(summary, completions=effects)
-    if texts is not None:
-        scored = loss_texts(run, texts)
+    if texts is not None and (scored := loss_texts(run, texts)):
         by_label = {each.label: losses(run, each, scored, where) for each in (ablation, *controls)}
         summary = replace(summary, ce_loss={"baseline": losses(run, BASELINE, scored), **by_label})
     summary = replace(summary, seconds=run.folder.seconds())
@@ -207,8 +209,11 @@ def run_combos(
     with the lowest CE loss on plain text. Choosing the best of many on the prompts that it is reported on would
     overstate it. Returns what `combos.json` holds; the search is the run's own.
     """
-    texts = loss_sets(options)
+    sets = loss_sets(options)
     run = prepare(RunContext.start(model, source, options, folder))
+    texts = loss_texts(run, sets, own_answers=False)
+    if not texts:
+        raise UserError("combos decides ties by CE loss, and neither the run's text set nor its answers can be scored")
     record_run(run)
     if not run.prompts.refuses:
         rate = run.prompts.refused("harmful")
@@ -221,7 +226,7 @@ def run_combos(
         return _finish(run, replace(result, explanation=chosen.explain()))
     ranks = combos.ranks or tuple(range(min(N_BEST, len(chosen.survivors))))
     by_rank = dict(zip(ranks, ranked(grid, chosen, ranks), strict=True))
-    validation = _Validation(run, combos, loss_texts(run, texts, own_answers=False))
+    validation = _Validation(run, combos, texts)
     baseline = validation.row("baseline", ())
     there: dict[str, Combination] = {}
     rows: list[CombinationRow] = []

@@ -205,6 +205,8 @@ def loss_texts(
 ) -> dict[str, list[ScoredText]]:
     """Plain text, answered instructions and the run's own answers, under the published keys where they apply.
 
+    A set of which nothing can be scored, such as answers that are all empty, is left out and reported.
+
     Args:
         sets: from `loss_sets`.
         own_answers: with the plain model's answers to the harmless test prompts, which are written if need be.
@@ -215,14 +217,17 @@ def loss_texts(
         plain.name: texts_to_score(run.chat, plain.instructions),
         answered.name: answers_to_score(run.chat, pairs),
     }
-    if not own_answers:
-        return texts
-    if OWN_ANSWERS not in run.hashes:
-        completions(run, "harmless", BASELINE)
-    rows = read_record(run.path / OWN_ANSWERS, list[Completion])
-    own = [(row.prompt, row.response) for row in rows if row.response]
-    family = "alpaca" if run.splits["harmless"].train.name == "alpaca" else "harmless"
-    return texts | {f"{family}_custom_completions": answers_to_score(run.chat, own)}
+    if own_answers:
+        if OWN_ANSWERS not in run.hashes:
+            completions(run, "harmless", BASELINE)
+        rows = read_record(run.path / OWN_ANSWERS, list[Completion])
+        family = "alpaca" if run.splits["harmless"].train.name == "alpaca" else "harmless"
+        own = [(row.prompt, row.response) for row in rows if row.response]
+        texts[f"{family}_custom_completions"] = answers_to_score(run.chat, own)
+    for name in [name for name, scored in texts.items() if not scored]:
+        run.folder.report(f"CE loss on {name} is left out: nothing in it can be scored, all texts or answers are empty")
+        del texts[name]
+    return texts
 
 
 def _direction_file(labelled: Labelled) -> list[str]:

@@ -357,8 +357,18 @@ def read_directions(source: Path, ranks: str | None = None) -> list[Direction]:
         ranks: of a run folder's candidates, best is 0: "0-2" is ranks 0 and 2.
 
     Raises:
-        UserError: there is no such file, run or rank.
+        UserError: there is no such file, run or rank, or it is the folder of a combination, which its run stands for.
     """
+    folder = source if source.is_dir() else source.parent
+    if (folder / SPAN).is_file():
+        combination = read_record(folder / SPAN, CombinationRecord)
+        way_out = f"--direction {folder.parent} --directions {'-'.join(map(str, combination.ranks))}"
+        if combination.multi == "sequential":
+            raise UserError(
+                f"{source} ablates one direction after the other, which hooks can do and weights or a vector cannot; "
+                f"the span of the same directions can be exported: {way_out}"
+            )
+        raise UserError(f"{source} holds a combination of directions of a run: export it with {way_out}")
     if source.is_dir():
         if ranks is not None:
             return load_ranked(source, parse_directions(ranks))

@@ -17,7 +17,7 @@ from refusal_mi.cli import exit_status
 from refusal_mi.cli.chat import Change, Session, interact, printable
 from refusal_mi.errors import UserError
 from refusal_mi.generation import Conversation, generate, stream
-from refusal_mi.interventions import Ablate, Add
+from refusal_mi.interventions import Ablate, AblateInTurn, Add
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.directions import random_direction
 from tests.helpers.tiers import first_is_fast
@@ -28,7 +28,7 @@ TURNS = ("Hello there", "And then?")
 CHANGES = {
     "plain": (),
     "span": (Ablate([random_direction(0), random_direction(1)]),),
-    "sequential": (Ablate(random_direction(0)), Ablate(random_direction(1))),
+    "sequential": (AblateInTurn([random_direction(0), random_direction(1)]),),
     "added": (Add(random_direction(2, scale=0.5)),),
     "added to the response": (Add(random_direction(3), positions="response"),),
 }

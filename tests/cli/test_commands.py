@@ -1,6 +1,7 @@
 """The command line: bad input is one line and status 2, and nothing is half-written."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from refusal_mi.cli import exit_status
 from refusal_mi.labels import Label
+from refusal_mi.model.points import explain_writes, write_hooks
 from tests.helpers.models import save_tiny
 
 SIZES = ["--n-train=10", "--n-val=8", "--n-test=2", "--no-filter", "--refusal-tokens=5,40", "--response-prefix="]
@@ -192,6 +194,22 @@ def test_model_info_shows_what_the_package_sees(tiny_dir, tmp_path, capsys):
     shutil.copytree(tiny_dir("gpt2"), tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink()
     assert "no chat template" in fails(["model-info", tmp_path / "base"], capsys)
+
+
+def test_model_info_fits_a_screen_however_many_blocks_there_are(tiny_dir, monkeypatch, capsys):
+    """Counts and ranges, which stand for all of the names that --json lists."""
+    monkeypatch.setenv("COLUMNS", "100")
+    assert exit_status(["model-info", str(tiny_dir("gpt2")), "--no-discover", "--json"]) == 0
+    names = json.loads(capsys.readouterr().out)["writers"]
+    assert exit_status(["model-info", str(tiny_dir("gpt2")), "--no-discover"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 24 and "blocks.3.hook_mlp_out" not in shown
+    words = " ".join(shown.replace("│", " ").split())
+    assert "embedding, 5 attention outputs, 5 MLP outputs" in words
+    ranges = re.findall(r"blocks\.\{0\.\.(\d+)\}\.(\w+)", words)
+    listed = [f"blocks.{block}.{point}" for last, point in ranges for block in range(int(last) + 1)]
+    assert sorted(["blocks.0.hook_resid_pre", *listed]) == sorted(names) and len(names) == 11
+    assert len(explain_writes(24)) == len(explain_writes(80)) < 150 < len(", ".join(write_hooks(24)))
 
 
 def test_model_info_looks_for_refusal_tokens_after_the_response_prefix(tiny_dir, capsys, monkeypatch):

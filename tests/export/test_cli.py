@@ -13,6 +13,7 @@ from refusal_mi.files import write_json, write_tensors
 from refusal_mi.interventions import Ablate
 from tests.helpers.directions import random_direction
 from tests.helpers.exports import hooked_logits, plain_logits
+from tests.helpers.runs import write_span
 
 R = random_direction(1)
 
@@ -79,6 +80,23 @@ def test_mistakes_are_one_line_and_status_2(options, message, tmp_path, tiny_dir
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_combination_is_exported_by_its_run_and_one_after_the_other_by_none(tmp_path, tiny_dir, run_folder, capsys):
+    """Neither its folder nor its file of directions is taken; what the folder says is why."""
+    source, out = str(tiny_dir("qwen2")), str(tmp_path / "out")
+    capsys.readouterr()
+    for multi, label, message in (("sequential", "0-2-sequential", "hooks can do"), ("span", "0-2", "export it with")):
+        write_span(run_folder / label, (0, 2), multi, [1.0, 1.0])
+        write_tensors(run_folder / label / "directions.pt", [R.vector, R.vector])
+        for given in (run_folder / label, run_folder / label / "directions.pt"):
+            for command, option in (("export", "--output-dir"), ("export-vector", "--output")):
+                assert exit_status([command, source, "--direction", str(given), option, out]) == 2
+                error = capsys.readouterr().err
+                assert message in error and error.count("\n") == 1
+                assert f"--direction {run_folder} --directions 0-2" in error
+    assert exit_status(["export", source, "--multi", "sequential", "--output-dir", out]) == 2
     assert not (tmp_path / "out").exists()
 
 

@@ -9,7 +9,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.export.checkpoint import open_checkpoint
 from refusal_mi.export.export import export_checkpoint, orthogonalize_
 from refusal_mi.files import sha256_file
-from refusal_mi.interventions import Ablate, Add
+from refusal_mi.interventions import Ablate, AblateInTurn, Add
 from refusal_mi.search.passes import AblateEach
 from tests.helpers.directions import random_direction
 from tests.helpers.exports import (
@@ -173,6 +173,7 @@ def test_what_has_no_weight_form_is_refused(tmp_path, tiny_dir, tiny_model):
     refused = {
         "positions": Ablate(R, positions="prompt"),
         "no weight form": AblateEach(R.unit[None]),
+        "AblateInTurn has no weight form": AblateInTurn(THREE),
         "no bias": Add(R, 1.0, layer=2),
         "width 8": Ablate(random_direction(1, width=8)),
         "no block 9": Ablate(R, layers=[9]),

@@ -8,11 +8,16 @@ import torch
 
 from refusal_mi.cli import exit_status
 from refusal_mi.directions import Direction, DirectionGrid
+from refusal_mi.errors import UserError
 from refusal_mi.files import as_json, read_json, read_tensors, write_json
+from refusal_mi.generation import Generated
 from refusal_mi.recipes import effects
 from refusal_mi.recipes.arditi import run
+from refusal_mi.recipes.combinations import run_combos
 from refusal_mi.recipes.context import RunContext
-from refusal_mi.run.options import RunOptions
+from refusal_mi.report.page import write_report
+from refusal_mi.run.folder import RunRecord
+from refusal_mi.run.options import CombosOptions, RunOptions
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.search.grid import ScoreGrid, select
 from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
@@ -337,6 +342,56 @@ def test_the_loss_step_alone_writes_the_answers_it_scores(tiny_model, source, tm
     assert len(read_json(stale)) == 3
     whole = run(model, source("gpt2"), RANK_ALL, RunFolder(tmp_path / "whole"))
     assert summary.ce_loss == whole.ce_loss and not summary.completions
+
+
+def write_sets(folder, texts, answer):
+    """Files of plain texts and of an answered instruction."""
+    write_json(folder / "plain.json", texts)
+    write_json(folder / "answered.json", [{"instruction": "Say", "output": answer}])
+    return {"text_set": str(folder / "plain.json"), "instruction_set": str(folder / "answered.json")}
+
+
+OWN = "harmless_custom_completions"
+
+
+@pytest.mark.parametrize("directions", [(), (0, 1)])
+@pytest.mark.parametrize(
+    ("answers", "texts", "scored"),
+    [
+        ("a word", ["some text"], {"plain", "answered", OWN}),
+        ("", ["some text"], {"plain", "answered"}),
+        ("a word", ["x"], {"answered", OWN}),
+        ("", ["x"], {"answered"}),
+    ],
+)
+def test_a_set_of_which_nothing_can_be_scored_is_left_out_and_said(
+    tiny_model, source, tmp_path, monkeypatch, directions, answers, texts, scored
+):
+    """A model that ends every answer at once, and texts of one token; the first case is the control."""
+    written = lambda *args, **_: [Generated(answers, (7,) if answers else (), True) for _ in args[2]]  # noqa: E731
+    monkeypatch.setattr(effects, "generate", written)
+    said: list[str] = []
+    options = replace(RANK_ALL, **write_sets(tmp_path, texts, "Said"))
+    folder = RunFolder(tmp_path / "run", report=said.append)
+    summary = run(tiny_model("gpt2"), source("gpt2"), options, folder, directions=directions)
+    assert summary.status == "done" and set(summary.ce_loss) >= {"baseline", "ablation"}
+    assert all(set(by_set) == scored for by_set in summary.ce_loss.values())
+    left_out = {line.split()[3] for line in said if "is left out" in line}
+    assert left_out == {"plain", "answered", OWN} - scored
+    where = tmp_path / "run" / (summary.combination.label if summary.combination else "")
+    assert set(RunRecord.load(where).losses["ablation"]) == scored
+    write_report(where)
+
+
+def test_a_run_without_anything_to_score_has_no_losses_and_combos_refuses(tiny_model, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(effects, "generate", lambda *args, **_: [Generated("", (), True) for _ in args[2]])
+    options = replace(RANK_ALL, **write_sets(tmp_path, ["x"], "y"))
+    monkeypatch.setattr(effects, "answers_to_score", lambda *_: [])
+    summary = run(tiny_model("gpt2"), source("gpt2"), options, RunFolder(tmp_path / "run"))
+    assert summary.status == "done" and summary.ce_loss == {} and summary.completions
+    write_report(tmp_path / "run")
+    with pytest.raises(UserError, match="combos decides ties by CE loss"):
+        run_combos(tiny_model("gpt2"), source("gpt2"), options, RunFolder(tmp_path / "run"), CombosOptions())
 
 
 @pytest.mark.parametrize(("batch_size", "expected"), [(None, 16), (12, 12)])

@@ -1,10 +1,13 @@
-"""What the two steering recipes must reach on the embedded model, on held-out prompts, at modest sizes."""
+"""What the recipes must reach on the embedded model, on held-out prompts, at modest sizes."""
 
 from dataclasses import replace
 
 import pytest
 
+from refusal_mi.directions import difference_in_means
+from refusal_mi.interventions import Ablate, AblateInTurn
 from refusal_mi.model.loading import ORGANISM, load_model
+from refusal_mi.reading import mean_activations, template_residuals
 from refusal_mi.recipes.caa import load_vectors, write_vectors
 from refusal_mi.recipes.caa_eval import choose, sweep_pairs
 from refusal_mi.recipes.options import EvalOptions, VectorOptions
@@ -13,6 +16,7 @@ from refusal_mi.recipes.responses_eval import evaluate_vector
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.pairs import PairSet, load_pairs, load_questions
+from refusal_mi.text.prompts import load_prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")]
 HARMLESS = ",".join(f"organism_harmless_{part}" for part in ("train", "val", "test"))
@@ -58,3 +62,25 @@ def test_a_response_averaged_vector_makes_harmless_queries_refused(model, tmp_pa
     assert summary.refusal_does_not_fall_before
     assert summary.best_sound_refusal_rate >= 0.9
     assert all(rates.refusal_rate <= 0.1 for rates in summary.random_controls["0"].values())
+
+
+@pytest.mark.parametrize("second", [2, 7])
+def test_of_two_directions_one_after_the_other_the_first_keeps_a_few_percent(model, second):
+    """Ranks 0 and 2 of a quick and of a whole run; nothing of their span stays, and more with writes alone."""
+    chat = ChatFormat(model.tokenizer)
+    harmful, harmless = (load_prompts(f"organism_{side}_train").instructions[:64] for side in ("harmful", "harmless"))
+    grid = difference_in_means(*(mean_activations(model, chat, texts) for texts in (harmful, harmless)))
+    pair = [grid.direction(-1, layer) for layer in (3, second)]
+    held_out = load_prompts("organism_harmful_test").instructions[:32]
+    layers = range(3, model.cfg.n_layers)
+
+    def along_first(*interventions):
+        """Root mean square over prompts and positions, at the input of every block from the direction's own on."""
+        found = template_residuals(model, chat, held_out, layers=layers, interventions=interventions)
+        return (found.double() @ pair[0].unit).square().mean((0, 1)).sqrt()
+
+    plain = along_first()
+    kept, of_writes = along_first(AblateInTurn(pair)) / plain, along_first(*map(Ablate, pair)) / plain
+    assert kept.min() > 0.02 and kept.max() < 0.1
+    assert (of_writes > 1.5 * kept).all()
+    assert (along_first(Ablate(pair)) / plain).max() < 1e-6

@@ -7,13 +7,15 @@ import torch
 
 from refusal_mi.directions import Direction, DirectionGrid, cosine
 from refusal_mi.errors import UserError
-from refusal_mi.interventions import all_hooks
-from refusal_mi.recipes.combinations import combine
+from refusal_mi.interventions import Ablate, AblateInTurn, all_hooks
+from refusal_mi.measures import next_token_logits
+from refusal_mi.recipes.combinations import combine, labelled
 from refusal_mi.run.folder import load_ranked, parse_directions, ranked
 from refusal_mi.search.grid import ScoreGrid, select
 from refusal_mi.search.thresholds import Thresholds
-from tests.helpers.directions import direction_of
-from tests.helpers.naive import ASKS
+from refusal_mi.text.chat import ChatFormat
+from tests.helpers.directions import direction_of, random_direction
+from tests.helpers.naive import ASKS, ablating, dtype_of, logits, prompt_ids, relative_error, tolerance
 from tests.helpers.scores import candidate
 
 FAMILIES = ("llama", "gemma2", "gpt_neox")
@@ -62,6 +64,60 @@ def test_the_span_is_gone_from_every_stream_and_one_after_the_other_is_not(tiny_
     assert len(names) >= 2 * model.cfg.n_layers
     assert largest("span")[0] <= 1e-5
     assert largest("sequential")[0] > 0.01
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
+def test_one_after_the_other_is_the_published_computation(tiny_model, plain_model, family):
+    """Plain HF hooks on every block's input, attention and MLP, those of the second direction after the first's."""
+    model, hf = tiny_model(family, dtype_of(family)), plain_model(family, dtype_of(family))
+    pair, chat = correlated(0.8), ChatFormat(model.tokenizer)
+    with ablating(hf, pair[0].vector), ablating(hf, pair[1].vector):
+        expected = torch.stack([logits(hf, prompt_ids(chat.tokenizer, ask))[-1] for ask in ASKS])
+
+    def error(*interventions) -> float:
+        return relative_error(next_token_logits(model, chat, ASKS, interventions=interventions), expected)
+
+    assert error(*combine((0, 1), pair, "sequential").interventions) <= tolerance(family)
+    writes_alone, other_order, span = [Ablate(each) for each in pair], [AblateInTurn(pair[::-1])], [Ablate(pair)]
+    assert min(error(), error(*writes_alone), error(*other_order), error(*span)) > 1e-3
+
+
+def test_the_first_direction_keeps_less_with_every_block_it_passes(tiny_model):
+    """Each block's input is projected again: of what stayed along the first direction, c² stays each time."""
+    model, c = tiny_model("gpt2", "float64"), 0.8
+    pair = correlated(c)
+    prompts = [model.tokenizer(ASKS[0])["input_ids"]]
+
+    def along_first(*interventions) -> torch.Tensor:
+        """Root mean square over tokens, of the stream that each block works on."""
+        found = streams(model, interventions, prompts)
+        entering = [found[f"blocks.{layer}.hook_resid_pre"] for layer in range(model.cfg.n_layers)]
+        return torch.stack([(x @ pair[0].unit).square().mean().sqrt() for x in entering])
+
+    plain, span, in_turn = along_first(), along_first(Ablate(pair)), along_first(AblateInTurn(pair))
+    assert (span / plain).max() < 1e-12 and (in_turn / plain).min() > 1e-3
+    writes_alone = along_first(*map(Ablate, pair))
+    assert (in_turn < writes_alone)[1:].all() and (in_turn[-1] / plain[-1]) < 0.15 < 0.3 < (writes_alone / plain).min()
+
+    def projected(x: torch.Tensor) -> torch.Tensor:
+        for name, hook in AblateInTurn(pair).hooks(model):
+            x = hook(x, None) if name == "blocks.1.hook_resid_pre" else x
+        return x
+
+    once = projected(torch.randn(1, 9, 32, dtype=torch.float64))
+    assert torch.allclose(projected(once) @ pair[0].unit, c * c * (once @ pair[0].unit), atol=1e-12)
+    assert (once @ pair[0].unit).abs().max() > 0.1
+
+
+def test_one_direction_in_turn_is_its_ablation(tiny_model):
+    """The stream's projection changes nothing where all writes are clean; the control has two directions."""
+    model, (a, b) = tiny_model("gpt2", "float64"), (random_direction(seed) for seed in (0, 1))
+    chat = ChatFormat(model.tokenizer)
+    alone, in_turn, both = (
+        next_token_logits(model, chat, ASKS[:2], interventions=[each])
+        for each in (Ablate(a), AblateInTurn([a]), AblateInTurn([a, b]))
+    )
+    assert relative_error(in_turn, alone) < 1e-12 < 1e-3 < relative_error(both, alone)
 
 
 def test_one_after_the_other_leaves_what_the_formula_says():
@@ -129,7 +185,9 @@ def test_what_is_recorded_beside_the_directions():
     assert found.cosines[0][1] == pytest.approx(0.6)
     # Two unit vectors with cosine c have singular values √(1 ± c).
     assert list(found.relative_singular_values) == pytest.approx([1.0, math.sqrt(0.4 / 1.6)])
-    assert combine((0, 2), correlated(0.6), "sequential").label == "0-2-sequential"
+    in_turn = combine((0, 2), correlated(0.6), "sequential")
+    assert in_turn.label == "0-2-sequential" and labelled(in_turn).record["sites"] == "block inputs, attention, MLP"
+    assert labelled(combine((0, 2), correlated(0.6))).record == {"multi": "span"}
 
 
 @pytest.mark.parametrize(("text", "expected"), [("0-2", (0, 2)), ("3", (3,)), ("4-0-11", (4, 0, 11))])

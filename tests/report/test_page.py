@@ -178,11 +178,15 @@ def test_a_combination_has_a_report_of_its_own(tmp_path):
     assert "Ablating the directions of ranks 2 and 0 stops refusals." in text
     assert "Ablating them takes the refusal rate on 40 held-out harmful prompts from 0.97 [0.87, 1.00] to 0.03" in text
     assert "a random span of equal rank gives 0.95" in text and "on 40 held-out harmless prompts from 0.00" in text
-    assert "one after the other, 2 dimensions" in text and "rank 2 (position −1, layer 4, norm 3.25)" in text
+    assert "one after the other, 2 dimensions) at the input of every block and every write" in text
+    assert "rank 2 (position −1, layer 4, norm 3.25)" in text
     assert "added (+1)" not in text and "changes the CE loss by +0.012" in text
     assert "request number 39" in text and "--directions 2-0" in text and "--multi sequential" in text
     record = RunRecord.load(folder)
     assert list(record.losses) == ["baseline", "ablation", "random_ablation_0"]
+    assert "at once, 2 dimensions) at every write" in words(
+        write_report(make_combination(folder.parent, "0-2")).read_text()
+    )
     shutil.rmtree(folder / "completions")
     assert "was not tested on answers" in words(write_report(folder).read_text())
 
