@@ -178,7 +178,9 @@ def _why_none(record: RunRecord, selection: Selection) -> list[str]:
     rescued = [(name, n) for name, _, _, n in bindings(record.scores, selection) if n]
     for name, n in rescued:
         sentences.append(f"Without the threshold on the {name}, {n} would survive.")
-    if not rescued:
+    if any(row.skipped for row, _ in selection.rejected):
+        sentences.append("Candidates that the search left out have no full scores; --search exact measures them all.")
+    elif not rescued:
         sentences.append("No single threshold is to blame: dropping any one of them leaves no survivor.")
     sentences.append(
         "To rank all candidates anyway, use --no-thresholds; to move a limit, --kl-max, --induce-min or --prune-layers."
