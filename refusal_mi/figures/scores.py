@@ -115,7 +115,8 @@ def plot_score_panels(
         drawn = _draw(figure, scores, measure, chosen, thresholds, tokens, place=place, is_first=index == 0)
         names.extend(name for name in drawn if name not in names)
         _label_axes(figure, scores, measure, thresholds, place)
-    about = _about(scores, list(MEASURES), model) + _marker_note(thresholds, "<br>" if columns == 1 else " · ")
+    separator = "<br>" if columns == 1 else " · "
+    about = _about(scores, list(MEASURES), model, separator) + _marker_note(thresholds, separator)
     height, width, top = (330, WIDTH, 122) if columns == 3 else (960, _NARROW, 158)
     title = f"Refusal scores by source layer{'<br>' if columns == 1 else ' '}and position"
     return finish(figure, title=title, about=about, height=height, legend_names=names, width=width, top=top)
@@ -358,7 +359,7 @@ def _marker_note(thresholds: Thresholds | None, separator: str) -> str:
     return "" if thresholds in (None, NO_THRESHOLDS) else f"{separator}filled markers pass every threshold"
 
 
-def _about(scores: ScoreGrid, measures: Sequence[Measure], model: str) -> str:
+def _about(scores: ScoreGrid, measures: Sequence[Measure], model: str, separator: str = " · ") -> str:
     """Model and numbers of prompts, as far as they are known."""
     counts: dict[str, int] = {}
     scored = next((row for row in scores.rows if row.is_finite), None)
@@ -367,4 +368,4 @@ def _about(scores: ScoreGrid, measures: Sequence[Measure], model: str) -> str:
         if n:
             counts[_AXES[measure].side] = n
     prompts = "n = " + ", ".join(f"{n} {side}" for side, n in counts.items()) + " prompts" if counts else ""
-    return " · ".join(part for part in (plain(model), prompts) if part)
+    return separator.join(part for part in (plain(model), prompts) if part)

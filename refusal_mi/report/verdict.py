@@ -8,6 +8,7 @@ from typing import Literal
 from ..run.answers import Effect, Side, SideEffects
 from ..run.folder import RunRecord
 from ..search.grid import ScoreGrid, Selection, select
+from ..search.thresholds import Reason
 
 MUCH_DEGENERATE = 0.1
 """Above this fraction of degenerate answers, a refusal rate says little about answers."""
@@ -148,9 +149,18 @@ def _change(side: SideEffects, label: str, doing: str) -> str:
     )
 
 
+_FAILED_IN_SEARCH: dict[str, Reason] = {
+    "screened out for KL": "kl",
+    "screened out for induce": "induce",
+    "not run": "layer",
+}
+
+
 def bindings(scores: ScoreGrid, selection: Selection) -> list[tuple[str, str, int, int]]:
     """For each threshold in force: its name, its limit, how many candidates fail it, and survivors without it."""
     rule, failed = selection.thresholds, Counter(reason for _, reasons in selection.rejected for reason in reasons)
+    skipped = (row.why_skipped for row, _ in selection.rejected)
+    failed.update(_FAILED_IN_SEARCH[why] for why in skipped if why in _FAILED_IN_SEARCH)
     limits = [
         ("KL on harmless prompts", rule.kl_max, "at most {} nats", "kl", replace(rule, kl_max=None)),
         ("refusal score when added", rule.induce_min, "at least {} nats", "induce", replace(rule, induce_min=None)),

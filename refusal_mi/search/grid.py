@@ -92,7 +92,7 @@ class Selection:
         failed = Counter(reason for _, reasons in self.rejected for reason in reasons)
         alone = Counter(reasons[0] for _, reasons in self.rejected if len(reasons) == 1)
         notes = {reason: f"{alone[reason]} only that" for reason in _WORDS}
-        skipped = Counter(row.skipped.partition(":")[0] for row, _ in self.rejected if row.skipped is not None)
+        skipped = Counter(row.why_skipped for row, _ in self.rejected if row.skipped is not None)
         notes["skipped"] = ", ".join(f"{n} {why}" for why, n in sorted(skipped.items()))
         parts = [f"{failed[reason]} {_WORDS[reason]} ({notes[reason]})" for reason in _WORDS if failed[reason]]
         return f"{len(self.survivors)} of {total} candidates survive" + (f"; {', '.join(parts)}" if parts else "")

@@ -12,7 +12,7 @@ from refusal_mi.files import as_json, read_json, read_tensors, write_json
 from refusal_mi.recipes import effects
 from refusal_mi.recipes.arditi import run
 from refusal_mi.recipes.context import RunContext
-from refusal_mi.report.verdict import judge_run
+from refusal_mi.report.verdict import bindings, judge_run
 from refusal_mi.run.folder import RunRecord
 from refusal_mi.run.options import RunOptions
 from refusal_mi.run.stages import RunFolder
@@ -203,10 +203,13 @@ def test_a_staged_search_says_beforehand_what_it_costs_and_afterwards_what_faile
     # 5 positions of 4 layers on 3 prompts, 8 of them ablated and added on 3, the last one ablated on no more.
     both = 2 - (0 + 1 + 2 + 3) / 4 / N_LAYERS
     assert f"20 candidates, staged search, about as much work as {round(60 + 24 * both)} prompts" in line
-    assert "; 2 times that where none passes" in line
+    assert "; up to 2 times that where none passes" in line
     known = read_tensors(tmp_path / "select_direction/scores.pt").isfinite()
     assert known[:, 1].any(1).sum() >= 15 and not known[:, 1].all()
-    sentences = " ".join(judge_run(RunRecord.load(tmp_path)).sentences)
+    record = RunRecord.load(tmp_path)
+    counts = {name: failed for name, _, failed, _ in bindings(record.scores, record.selection)}
+    assert counts == {"KL on harmless prompts": 0, "refusal score when added": 20, "source layer": 5}
+    sentences = " ".join(judge_run(record).sentences)
     assert "--search exact" in sentences and "No single threshold" not in sentences
 
 

@@ -179,6 +179,20 @@ def test_the_usual_cost_is_that_of_a_search_that_finds_its_winner_at_once():
     assert rounds.usual == usual_cost([place for place in WIDE.candidates() if place[1] < 16], 20, N, N, Screening())
 
 
+def test_progress_counts_prompt_runs_towards_the_usual_cost(monkeypatch):
+    shown = []
+
+    def track(items, description, *, total):
+        for item in items:
+            shown.append(total)
+            yield item
+
+    monkeypatch.setattr("refusal_mi.search.staged.track", track)
+    rounds, scorer, _ = search_known(3.0)
+    assert len(shown) == int(rounds.spent) and set(shown) == {round(rounds.usual)}
+    assert max(len(item.candidates) * len(item.prompts) for item in scorer.items) <= 128
+
+
 def test_where_every_candidate_clearly_fails_each_says_for_what_within_twice_the_usual_cost():
     rounds, scorer, found = search_known(-9.0)
     assert scorer.prompt_runs() <= 2 * rounds.usual
