@@ -189,7 +189,7 @@ def _why_none(record: RunRecord, selection: Selection) -> list[str]:
     for name, n in rescued:
         sentences.append(f"Without the threshold on the {name}, {n} would survive.")
     if any(row.skipped for row, _ in selection.rejected):
-        sentences.append("What the search left out has no full scores: --search exact, no --skip-pruned measures all.")
+        sentences.append("What the search left out has no full scores; --search exact without --skip-pruned has all.")
     elif not rescued:
         sentences.append("No single threshold is to blame: dropping any one of them leaves no survivor.")
     sentences.append(

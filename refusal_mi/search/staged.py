@@ -6,9 +6,10 @@ published thresholds: nothing is estimated from another quantity, only from fewe
 
 import math
 import random
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import islice, repeat
 
 from jaxtyping import Float
 from torch import Tensor
@@ -148,8 +149,10 @@ class Rounds:
 
     def run(self) -> None:
         """Measure until one candidate passes every threshold exactly, none is left or too much is spent; say why."""
-        for _ in track(self.prompts_run(), "scoring candidates", total=round(self.usual)):
-            pass
+        runs, n_usual = self.prompts_run(), round(self.usual)
+        for what in ("scoring candidates", "scoring more candidates"):  # one bar for each half of what it costs at most
+            deque(track(islice(runs, n_usual), what, total=n_usual), maxlen=0)
+        deque(runs, maxlen=0)
         for place in self.table.open:
             if not self.table.is_exact(place):
                 self.table.reasons[place] = self.reason(place)
