@@ -173,7 +173,7 @@ def score_directions(run: Prepared, grid: DirectionGrid) -> ScoreGrid:
     if run.options.search == "staged":
         n_usual = round(usual_cost(places, grid.n_layers, *sizes, DEFAULT_SCREENING))
         about = f"{len(places)} candidates, staged search, about as much work as {n_usual} prompts"
-        about += f"{run.estimate('pass', n_usual)}; up to {MOST} times that where none passes"
+        about += f"{run.estimate('pass', n_usual)}; about {MOST} times that where none passes"
         inputs |= {"search": "staged", "thresholds": asdict(rule)}
     else:
         n_whole = round(sum(item.cost(grid.n_layers) for item in exact_items(places, sizes[0], sum(sizes))))

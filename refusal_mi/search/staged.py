@@ -73,7 +73,7 @@ def staged_sweep(
        than the best (in the mean difference, prompt by prompt), until all prompts are used.
     5. KL and induce of the last one on twice as many prompts each time, until it clearly breaks a threshold or all its
        scores are known on all prompts. If it breaks one, the next contender; then the next ones.
-    6. Where the first contenders all fail, the search ends when it has cost twice what it usually does.
+    6. Once the first contenders have all been judged, the search ends where it has cost twice what it usually does.
 
     Returns:
         Exact scores for the candidates that were measured on all prompts, the choice among them; none for the
@@ -173,6 +173,7 @@ class Rounds:
         ranking, few, most = self.table.open, self.screening.n_prompts, MOST * self.usual
         yield from self.measure("ablate", ranking, self.harmful[:few])
         ranking.sort(key=self.bypass)
+        is_first = True
         while ranking:
             contenders: list[Place] = []
             while ranking and len(contenders) < self.screening.n_contenders:
@@ -183,12 +184,11 @@ class Rounds:
                     yield from self.measure(kind, some, self.harmless[:few])
                     some = [place for place in some if not self.is_out(place)]
                 contenders += some
-                if not contenders:
-                    self.limit = most
+                self.limit = math.inf if is_first and contenders else most
             for place in (yield from self.halved(contenders)):
                 if (yield from self.is_survivor(place)):
                     return
-            self.limit = most
+            is_first, self.limit = False, most
 
     def halved(self, contenders: list[Place]) -> Generator[WorkItem, None, list[Place]]:
         """The contenders, those that lasted longest first."""

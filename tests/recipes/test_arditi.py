@@ -203,7 +203,7 @@ def test_a_staged_search_says_beforehand_what_it_costs_and_afterwards_what_faile
     # 5 positions of 4 layers on 3 prompts, 8 of them ablated and added on 3, the last one ablated on no more.
     both = 2 - (0 + 1 + 2 + 3) / 4 / N_LAYERS
     assert f"20 candidates, staged search, about as much work as {round(60 + 24 * both)} prompts" in line
-    assert "; up to 2 times that where none passes" in line
+    assert "; about 2 times that where none passes" in line
     known = read_tensors(tmp_path / "select_direction/scores.pt").isfinite()
     assert known[:, 1].any(1).sum() >= 15 and not known[:, 1].all()
     record = RunRecord.load(tmp_path)
