@@ -54,6 +54,7 @@ def run(
     """
     if directions and not {"completions", "loss"} & set(options.steps):
         raise UserError("--directions is about completions and CE loss: add completions or loss to --steps")
+    options = replace(options, n_best=max(options.n_best, *(rank + 1 for rank in directions), 1))
     if estimator is not None:
         options = replace(options, estimator=name_of(estimator))
     elif options.estimator is not None:

@@ -160,7 +160,14 @@ def score_directions(run: Prepared, grid: DirectionGrid) -> ScoreGrid:
         size, rule = run.options.batch_size, run.options.thresholds
         if run.options.search == "staged":
             scored = staged_token_sets(
-                run.model, run.chat, grid, *sets, thresholds=rule, zero_point=zero_point, batch_size=size
+                run.model,
+                run.chat,
+                grid,
+                *sets,
+                thresholds=rule,
+                zero_point=zero_point,
+                n_best=run.options.n_best,
+                batch_size=size,
             )
         else:
             scored = sweep_token_sets(run.model, run.chat, grid, *sets, prune_layers=pruned, batch_size=size)
@@ -176,10 +183,10 @@ def score_directions(run: Prepared, grid: DirectionGrid) -> ScoreGrid:
     limit = layer_limit(grid.n_layers, rule.prune_layers if run.options.search == "staged" else pruned)
     places = [place for place in grid.candidates() if place[1] < limit]
     if run.options.search == "staged":
-        n_usual = round(usual_cost(places, grid.n_layers, *sizes, DEFAULT_SCREENING))
+        n_usual = round(usual_cost(places, grid.n_layers, *sizes, DEFAULT_SCREENING, run.options.n_best))
         about = f"{len(places)} candidates, staged search, about as much work as {n_usual} prompts"
         about += f"{run.estimate('pass', n_usual)}; about {MOST} times that where none passes"
-        inputs |= {"search": "staged", "thresholds": asdict(rule)}
+        inputs |= {"search": "staged", "thresholds": asdict(rule), "n_best": run.options.n_best}
     else:
         n_whole = round(sum(item.cost(grid.n_layers) for item in exact_items(places, sizes[0], sum(sizes))))
         about = f"{len(places)} candidates, as much work as {n_whole} prompts{run.estimate('pass', n_whole, most=True)}"

@@ -89,6 +89,7 @@ class RunOptions:
             "exact, or staged: screen the candidates on few prompts and measure only those that can win.", takes=str
         ),
     ] = "exact"
+    n_best: Annotated[int, Option("Survivors that a staged search looks for; more can be ablated together.")] = 1
     skip_pruned: Annotated[
         bool, Option("Do not run candidates of the layers that --prune-layers leaves out.", flags="--skip-pruned")
     ] = False
@@ -119,7 +120,7 @@ class RunOptions:
         unknown = [step for step in self.steps if step not in STEPS]
         if unknown or not self.steps:
             raise UserError(f"unknown step {unknown[0] if unknown else ''!r}; the steps are {', '.join(STEPS)}")
-        for name in ("n_train", "n_val", "n_test", "max_new_tokens", "n_ce", "label_tokens"):
+        for name in ("n_train", "n_val", "n_test", "max_new_tokens", "n_ce", "label_tokens", "n_best"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         judge_named(self.judge, model=self.judge_model)

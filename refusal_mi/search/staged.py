@@ -62,6 +62,7 @@ def staged_sweep(
     *,
     thresholds: Thresholds = PUBLISHED,
     zero_point: float = 0.0,
+    n_best: int = 1,
     screening: Screening = DEFAULT_SCREENING,
     batch_size: int | None = None,
 ) -> ScoreGrid:
@@ -77,6 +78,10 @@ def staged_sweep(
        scores are known on all prompts. If it breaks one, the next contender; then the next ones.
     6. Once the first contenders have all been judged, the search ends where it has cost twice what it usually does.
 
+    Args:
+        zero_point: what the threshold on induce counts from.
+        n_best: survivors to find before the search ends; one is the choice, more can be ablated together.
+
     Returns:
         Exact scores for the candidates that were measured on all prompts, the choice among them; none for the
         others, each with the reason in `skipped`.
@@ -90,6 +95,7 @@ def staged_sweep(
         [refusal_tokens],
         thresholds=thresholds,
         zero_point=zero_point,
+        n_best=n_best,
         screening=screening,
         batch_size=batch_size,
     )[0]
@@ -105,20 +111,21 @@ def staged_token_sets(
     *,
     thresholds: Thresholds = PUBLISHED,
     zero_point: float = 0.0,
+    n_best: int = 1,
     screening: Screening = DEFAULT_SCREENING,
     batch_size: int | None = None,
 ) -> list[ScoreGrid]:
     """`staged_sweep` with a grid for each of several token sets; the first decides what is measured."""
     scorer = Scorer(model, chat, grid, harmful, harmless, token_sets, batch_size=batch_size)
     table = ScoreTable(scorer)
-    Rounds(table, thresholds, screening, zero_point).run()
+    Rounds(table, thresholds, screening, zero_point, n_best).run()
     return [replace(each, zero_point=zero_point) for each in table.grids()]
 
 
 def usual_cost(
-    candidates: Sequence[Place], n_layers: int, n_harmful: int, n_harmless: int, screening: Screening
+    candidates: Sequence[Place], n_layers: int, n_harmful: int, n_harmless: int, screening: Screening, n_best: int = 1
 ) -> float:
-    """The work of a search whose first contenders pass and whose first finalist wins, in runs of one prompt."""
+    """The work of a search whose first contenders pass and whose first finalists win, in runs of one prompt."""
     if not candidates:
         return 0.0
     n, few = (min(screening.n_prompts, size) for size in (n_harmful, n_harmless))
@@ -128,22 +135,28 @@ def usual_cost(
     while n < n_harmful and n_alive > 1:
         n, n_more = min(2 * n, n_harmful), min(n, n_harmful - n)
         cost, n_alive = cost + n_more * n_alive, math.ceil(n_alive / 2)
-    return cost + (n_harmful - n) + (n_harmless - few) * both
+    return cost + n_best * ((n_harmful - n) + (n_harmless - few) * both)
 
 
 class Rounds:
     """The rounds of a staged search, on the scores that a table knows or can run."""
 
     def __init__(
-        self, table: ScoreTable, thresholds: Thresholds, screening: Screening, zero_point: float = 0.0
+        self,
+        table: ScoreTable,
+        thresholds: Thresholds,
+        screening: Screening,
+        zero_point: float = 0.0,
+        n_best: int = 1,
     ) -> None:
-        self.zero_point = zero_point
         self.table, self.thresholds, self.screening = table, thresholds, screening
+        self.zero_point, self.n_best = zero_point, n_best
         table.skip_layers(thresholds.prune_layers)
         draw, n_harmful, n_prompts = random.Random(screening.seed), table.scorer.n_harmful, table.scorer.n_prompts
         self.harmful = draw.sample(range(n_harmful), n_harmful)
         self.harmless = draw.sample(range(n_harmful, n_prompts), n_prompts - n_harmful)
-        self.usual = usual_cost(table.open, table.n_layers, len(self.harmful), len(self.harmless), screening)
+        sizes = table.n_layers, len(self.harmful), len(self.harmless)
+        self.usual = usual_cost(table.open, *sizes, screening, n_best)
         self.spent, self.limit = 0.0, math.inf
         self.has_stopped = False
         self.failed: dict[Place, str] = {}
@@ -155,7 +168,7 @@ class Rounds:
         return self.thresholds.induce_floor(self.zero_point)
 
     def run(self) -> None:
-        """Measure until one candidate passes every threshold exactly, none is left or too much is spent; say why."""
+        """Measure until enough candidates pass every threshold exactly, none is left or too much is spent; say why."""
         runs, n_usual = self.prompts_run(), round(self.usual)
         for what in ("scoring candidates", "scoring more candidates"):  # one bar for each half of what it costs at most
             deque(track(islice(runs, n_usual), what, total=n_usual), maxlen=0)
@@ -180,7 +193,7 @@ class Rounds:
         ranking, few, most = self.table.open, self.screening.n_prompts, MOST * self.usual
         yield from self.measure("ablate", ranking, self.harmful[:few])
         ranking.sort(key=self.bypass)
-        is_first = True
+        is_first, n_passed = True, 0
         while ranking:
             contenders: list[Place] = []
             while ranking and len(contenders) < self.screening.n_contenders:
@@ -193,7 +206,8 @@ class Rounds:
                 contenders += some
                 self.limit = math.inf if is_first and contenders else most
             for place in (yield from self.halved(contenders)):
-                if (yield from self.is_survivor(place)):
+                n_passed += yield from self.is_survivor(place)
+                if n_passed == self.n_best:
                     return
             is_first, self.limit = False, most
 

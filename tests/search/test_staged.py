@@ -1,6 +1,7 @@
 """The staged search finds what the exact one finds, measures less, and says what it left out."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,13 +161,13 @@ class Recorded(KnownScores):
         return sum(blocks) / n_layers
 
 
-def search_known(induce, *, kl=0.01, seed=0):
+def search_known(induce, *, kl=0.01, seed=0, n_best=1):
     """A search by the published rule: bypass rises along the grid; induce is given, one mean for each candidate."""
     noise = torch.randn(3, 100, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     means = torch.stack([torch.arange(100.0) / 4, torch.as_tensor(induce).expand(100), torch.full((100,), kl)]).double()
     scale = torch.tensor([0.3, 1.0, 0.001], dtype=torch.float64)[:, None, None]
     scorer = Recorded(WIDE, (means[:, :, None] + scale * noise).transpose(0, 1))
-    rounds = Rounds(ScoreTable(scorer), Thresholds(), Screening(seed=seed))
+    rounds = Rounds(ScoreTable(scorer), Thresholds(), Screening(seed=seed), n_best=n_best)
     rounds.run()
     return rounds, scorer, rounds.table.grids()[0]
 
@@ -177,6 +178,26 @@ def test_the_usual_cost_is_that_of_a_search_that_finds_its_winner_at_once():
     assert rounds.spent == pytest.approx(scorer.prompt_runs(), abs=1e-6)
     assert 0.8 < rounds.spent / rounds.usual < 1.1
     assert rounds.usual == usual_cost([place for place in WIDE.candidates() if place[1] < 16], 20, N, N, Screening())
+
+
+@pytest.mark.parametrize("n_best", [2, 3, 5])
+def test_as_many_survivors_are_found_as_are_asked_for_the_best_ones_first(n_best):
+    rounds, _, found = search_known(3.0, n_best=n_best)
+    assert [row.layer for row in select(found).survivors] == list(range(n_best))
+    assert rounds.spent <= 1.5 * rounds.usual and rounds.usual > search_known(3.0)[0].usual
+
+
+def test_the_zero_point_is_what_induce_counts_from():
+    chosen = {zero: search_known_at(zero, induce=-1.0) for zero in (-2.0, 0.0)}
+    assert [row.layer for row in chosen[-2.0].survivors] == [0] and not chosen[0.0].survivors
+
+
+def search_known_at(zero_point, induce):
+    """The choice where induce counts from a zero point."""
+    _, scorer, _ = search_known(induce)
+    rounds = Rounds(ScoreTable(scorer), Thresholds(), Screening(), zero_point)
+    rounds.run()
+    return select(replace(rounds.table.grids()[0], zero_point=zero_point))
 
 
 def test_progress_counts_prompt_runs_towards_the_usual_cost(monkeypatch):
