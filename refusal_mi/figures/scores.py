@@ -263,14 +263,19 @@ def _faint_key(scores: ScoreGrid) -> go.Scatter:
 
 
 def _references(scores: ScoreGrid, measure: Measure, thresholds: Thresholds | None) -> list[go.Scatter]:
-    """The plain model's score (dashed), and the limit that a survivor must respect (dotted)."""
+    """The plain model's score (dashed), the limit that a survivor must respect, and a calibrated zero point (dotted)."""
     plain_score = {"bypass": scores.baseline_harmful, "induce": scores.baseline_harmless, "kl": None}[measure]
     limit = None
     if thresholds is not None:
         floor = None if thresholds.induce_min is None else thresholds.induce_floor(scores.zero_point)
         limit = {"bypass": None, "induce": floor, "kl": thresholds.kl_max}[measure]
     edges = [-0.5, scores.n_layers - 0.5]
-    levels = (("plain model", plain_score, INK, "dash", _THIN), ("threshold", limit, ACCENT, "dot", 1.8))
+    zero_point = scores.zero_point if measure == "bypass" and scores.zero_point != 0 else None
+    levels = (
+        ("plain model", plain_score, INK, "dash", _THIN),
+        ("threshold", limit, ACCENT, "dot", 1.8),
+        ("counts as refused above", zero_point, MUTED, "dot", 1.8),
+    )
     return [
         go.Scatter(
             x=edges,
