@@ -78,7 +78,7 @@ def _print_labels(console: Console, summary: "RunSummary") -> None:
     console.print(table)
     if summary.refusal_tokens:
         tokens = ", ".join(repr(token.text) for token in summary.refusal_tokens)
-        line = f"refusal tokens {tokens}; refused is a score above {summary.zero_point_nats:+.2f} nats"
+        line = f"refusal tokens {tokens}; a score above {summary.zero_point_nats or 0.0:.2f} nats counts as refused"
         console.print(line, highlight=False, markup=False)
     if summary.status == "does not refuse":
         print_lines("This model does not refuse these prompts: there is no refusal direction to find. It answers:")

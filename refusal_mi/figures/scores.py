@@ -263,14 +263,14 @@ def _faint_key(scores: ScoreGrid) -> go.Scatter:
 
 
 def _references(scores: ScoreGrid, measure: Measure, thresholds: Thresholds | None) -> list[go.Scatter]:
-    """The plain model's score (dashed), the limit that a survivor must respect, and a calibrated zero point (dotted)."""
+    """The plain model's score (dashed), a survivor's limit, and a calibrated zero point (dotted)."""
     plain_score = {"bypass": scores.baseline_harmful, "induce": scores.baseline_harmless, "kl": None}[measure]
-    limit = None
+    limit, is_calibrated = None, scores.zero_point is not None
     if thresholds is not None:
         floor = None if thresholds.induce_min is None else thresholds.induce_floor(scores.zero_point)
-        limit = {"bypass": None, "induce": floor, "kl": thresholds.kl_max}[measure]
+        limit = {"bypass": None, "induce": None if is_calibrated else floor, "kl": thresholds.kl_max}[measure]
     edges = [-0.5, scores.n_layers - 0.5]
-    zero_point = scores.zero_point if measure == "bypass" and scores.zero_point != 0 else None
+    zero_point = None if measure == "kl" else scores.zero_point
     levels = (
         ("plain model", plain_score, INK, "dash", _THIN),
         ("threshold", limit, ACCENT, "dot", 1.8),

@@ -108,7 +108,9 @@ def _described(prompts: PromptsRecord) -> list[str]:
     if not prompts.refuses:
         return lines
     tokens = ", ".join(repr(token.text) for token in prompts.refusal_tokens)
-    return [*lines, f"refusal tokens: {tokens}; zero point of the refusal score {prompts.zero_point_nats:+.2f} nats"]
+    zero = prompts.zero_point_nats
+    about = "" if zero is None else f"; zero point of the refusal score {zero:.2f} nats"
+    return [*lines, f"refusal tokens: {tokens}{about}"]
 
 
 @dataclass
@@ -133,7 +135,7 @@ class _Reading:
         tokens: Sequence[Prefix],
         origin: str,
         rows: Mapping[tuple[str, str], Sequence[PromptRow]],
-        zero: float = 0.0,
+        zero: float | None = None,
         *,
         refuses: bool = True,
     ) -> PromptsRecord:

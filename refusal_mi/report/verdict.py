@@ -169,9 +169,10 @@ def bindings(scores: ScoreGrid, selection: Selection) -> list[tuple[str, str, in
     floor = None if rule.induce_min is None else rule.induce_floor(scores.zero_point)
     skipped = (row.why_skipped for row, _ in selection.rejected)
     failed.update(_FAILED_IN_SEARCH[why] for why in skipped if why in _FAILED_IN_SEARCH)
+    reach = "at least {} nats" + ("" if scores.zero_point is None else " on half of the prompts")
     limits = [
         ("KL on harmless prompts", rule.kl_max, "at most {} nats", "kl", replace(rule, kl_max=None)),
-        ("refusal score when added", floor, "at least {} nats", "induce", replace(rule, induce_min=None)),
+        ("refusal score when added", floor, reach, "induce", replace(rule, induce_min=None)),
         ("source layer", rule.prune_layers, "", "layer", replace(rule, prune_layers=None)),
     ]
     rules = []

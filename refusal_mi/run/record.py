@@ -119,8 +119,8 @@ class PromptsRecord:
     """Those of the model's family, where its tokenizer has them."""
     harmful: SplitRows
     harmless: SplitRows
-    zero_point_nats: float = 0.0
-    """The refusal score that separates refused from answered training prompts best; published: 0."""
+    zero_point_nats: float | None = None
+    """The refusal score that tells refused from answered training prompts best; None where it is the published 0."""
     refuses: bool = True
     """False where the model all but never refuses: the run ends here, and the harmless prompts were not tried."""
 
@@ -202,8 +202,8 @@ class BaselineRecord:
     n_layers: int
     n_harmful: int = 0
     n_harmless: int = 0
-    zero_point: float = 0.0
-    """What `induce_min` counts from."""
+    zero_point: float | None = None
+    """What half of the harmless prompts must reach under addition; None where it was not calibrated."""
     unit: str = "refusal score, nats"
     axes_of_scores: tuple[str, ...] = ("candidate", "bypass, induce, KL", "prompt")
     quick: bool = False
@@ -313,8 +313,8 @@ class RunSummary:
     """Of every finished stage."""
     refused_by_text: Annotated[Mapping[str, Rate], parsed(_rates)] = field(default_factory=dict)
     """Side -> rate of refusals among the plain model's short answers to training and validation prompts."""
-    zero_point_nats: float = 0.0
-    """The refusal score above which a prompt counts as refused."""
+    zero_point_nats: float | None = None
+    """The refusal score above which a prompt counts as refused, where it was calibrated."""
     examples: tuple[Completion, ...] = ()
     """Two answers of a model that does not refuse."""
     baseline_scores_nats: Mapping[str, float | None] | None = None

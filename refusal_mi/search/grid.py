@@ -25,8 +25,8 @@ class ScoreGrid:
     per_prompt: Float[Tensor, "candidate measure prompt"] | None = None
     """float64, NaN-padded; measures are bypass, induce, KL, in the order of `rows`. Candidates that the search left out
     have the scores of the prompts that they were screened on."""
-    zero_point: float = 0.0
-    """The refusal score (nats) above which a prompt counts as refused; `Thresholds.induce_min` counts from it."""
+    zero_point: float | None = None
+    """The refusal score (nats) above which a prompt counts as refused; None where it was not calibrated."""
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -57,6 +57,11 @@ def finite_mean(values: Float[Tensor, " prompt"]) -> float | None:
     """The mean; None where it is not a finite number."""
     mean = values.mean().item()
     return mean if math.isfinite(mean) else None
+
+
+def median_of(values: Float[Tensor, " prompt"]) -> float:
+    """The median; the middle of the two middle values where their number is even."""
+    return values.quantile(0.5).item()
 
 
 _WORDS: dict[Reason, str] = {

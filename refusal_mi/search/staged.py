@@ -20,7 +20,7 @@ from ..measures import RefusalTokens
 from ..model.points import HookedModel
 from ..progress import track
 from ..text.chat import ChatFormat
-from .grid import ScoreGrid
+from .grid import ScoreGrid, median_of
 from .sweep import Kind, Place, Scorer, ScoreTable, WorkItem, cut
 from .thresholds import Thresholds
 
@@ -61,7 +61,7 @@ def staged_sweep(
     refusal_tokens: RefusalTokens,
     *,
     thresholds: Thresholds = PUBLISHED,
-    zero_point: float = 0.0,
+    zero_point: float | None = None,
     n_best: int = 1,
     screening: Screening = DEFAULT_SCREENING,
     batch_size: int | None = None,
@@ -79,7 +79,7 @@ def staged_sweep(
     6. Once the first contenders have all been judged, the search ends where it has cost twice what it usually does.
 
     Args:
-        zero_point: what the threshold on induce counts from.
+        zero_point: as in `sweep`.
         n_best: survivors to find before the search ends; one is the choice, more can be ablated together.
 
     Returns:
@@ -110,7 +110,7 @@ def staged_token_sets(
     token_sets: Sequence[RefusalTokens],
     *,
     thresholds: Thresholds = PUBLISHED,
-    zero_point: float = 0.0,
+    zero_point: float | None = None,
     n_best: int = 1,
     screening: Screening = DEFAULT_SCREENING,
     batch_size: int | None = None,
@@ -146,7 +146,7 @@ class Rounds:
         table: ScoreTable,
         thresholds: Thresholds,
         screening: Screening,
-        zero_point: float = 0.0,
+        zero_point: float | None = None,
         n_best: int = 1,
     ) -> None:
         self.table, self.thresholds, self.screening = table, thresholds, screening
@@ -161,11 +161,6 @@ class Rounds:
         self.has_stopped = False
         self.failed: dict[Place, str] = {}
         """Which threshold a candidate breaks, clearly or on all prompts."""
-
-    @property
-    def induce_floor(self) -> float:
-        """What induce must reach."""
-        return self.thresholds.induce_floor(self.zero_point)
 
     def run(self) -> None:
         """Measure until enough candidates pass every threshold exactly, none is left or too much is spent; say why."""
@@ -258,17 +253,19 @@ class Rounds:
 
     def is_out(self, place: Place) -> bool:
         """Whether KL or induce break their threshold by more than the error of so few prompts; of all, at all."""
-        kl, induce = (self.bounds(place, measure) for measure in (KL, INDUCE))
-        if self.thresholds.kl_max is not None and kl[0] > self.thresholds.kl_max:
+        kl, induce = (self.table.known(place, measure) for measure in (KL, INDUCE))
+        if self.thresholds.kl_max is not None and self.bounds(kl, KL)[0] > self.thresholds.kl_max:
             self.failed[place] = "KL"
-        elif induce[1] < self.induce_floor:
+        elif self.bounds(induce, INDUCE)[1] < self.thresholds.induce_floor(self.zero_point):
             self.failed[place] = "induce"
         return place in self.failed
 
-    def bounds(self, place: Place, measure: int) -> tuple[float, float]:
-        """Between what the mean over all prompts lies; where all are known, the mean itself."""
-        values = self.table.known(place, measure)
-        return (values.mean().item(),) * 2 if len(values) == self.table.sizes[measure] else self.interval(values)
+    def bounds(self, values: Float[Tensor, " known"], measure: int) -> tuple[float, float]:
+        """Between what the mean over all prompts lies; where all are known, what the threshold asks of them."""
+        if len(values) < self.table.sizes[measure]:
+            return self.interval(values)
+        is_median = measure == INDUCE and self.zero_point is not None
+        return ((median_of(values) if is_median else values.mean().item()),) * 2
 
     def interval(self, values: Float[Tensor, " prompt"]) -> tuple[float, float]:
         """Mean ± n_errors standard errors; a single prompt says nothing."""

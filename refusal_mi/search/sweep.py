@@ -16,7 +16,7 @@ from ..measures import RefusalPrefixes, RefusalTokens, kl_nats
 from ..model.points import HookedModel, check_raw_basis
 from ..progress import track
 from ..text.chat import ChatFormat
-from .grid import ScoreGrid, finite_mean
+from .grid import ScoreGrid, finite_mean, median_of
 from .passes import Passes, PlainPasses, choose_passes
 from .thresholds import CandidateScore, layer_limit
 
@@ -135,7 +135,7 @@ def sweep(
     refusal_tokens: RefusalTokens,
     *,
     prune_layers: float | None = None,
-    zero_point: float = 0.0,
+    zero_point: float | None = None,
     batch_size: int | None = None,
     share_work: bool = True,
 ) -> ScoreGrid:
@@ -150,7 +150,8 @@ def sweep(
         refusal_tokens: token ids of the refusal score, or prefixes of them (`refusal_mi.labels.find_refusal_tokens`).
         prune_layers: leave out the candidates that the rule with this fraction would drop for their layer anyway;
             they have no scores then.
-        zero_point: the refusal score (nats) above which this model counts as refusing (`refusal_mi.zero_point`).
+        zero_point: the refusal score (nats) above which this model counts as refusing (`refusal_mi.zero_point`), which
+            `select` then asks half of the harmless prompts to reach under addition; None is the published rule.
         batch_size: most rows (prompts × candidates) in a pass; None: as many as are fast, fewer if memory ends.
         share_work: False runs every prompt in full for every candidate: slow, the same scores up to rounding.
     """
@@ -271,7 +272,8 @@ class ScoreTable:
             return CandidateScore(*place, None, None, None, self.reasons.get(place))
         values = self.values[token_set, self.row_of[place]]
         bypass, induce, kl = (finite_mean(line[:size]) for line, size in zip(values, self.sizes, strict=True))
-        return CandidateScore(*place, bypass, induce, kl)
+        median = None if induce is None else median_of(values[1, : self.sizes[1]])
+        return CandidateScore(*place, bypass, induce, kl, median_induce=median)
 
     def grids(self) -> list[ScoreGrid]:
         """One grid per token set; where not all prompts are measured there are only the scores of those that are."""

@@ -37,6 +37,8 @@ class CandidateScore:
     """Mean next-token KL(plain ‖ ablated) on harmless prompts: lower is better."""
     skipped: str | None = None
     """Why there are no scores, where the search left the candidate out; what was measured follows after a colon."""
+    median_induce: float | None = None
+    """What at least half of the prompts of `induce` reach (nats); None in published files."""
 
     @property
     def why_skipped(self) -> str:
@@ -49,23 +51,24 @@ class CandidateScore:
         return all(value is not None and math.isfinite(value) for value in (self.bypass, self.induce, self.kl_nats))
 
     def describe(self) -> dict[str, float | int | str | None]:
-        """The published row, with the reason where the search left the candidate out."""
-        reason = {} if self.skipped is None else {"skipped": self.skipped}
+        """The published row, with what is our own where it is known."""
+        own = {"steering_score_median": self.median_induce, "skipped": self.skipped}
         return {
             "position": self.position,
             "layer": self.layer,
             "refusal_score": self.bypass,
             "steering_score": self.induce,
             "kl_div_score": self.kl_nats,
-            **reason,
+            **{key: value for key, value in own.items() if value is not None},
         }
 
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> "CandidateScore":
         """Read a published row; a value that is not finite is no score."""
-        values = [row[key] for key in ("refusal_score", "steering_score", "kl_div_score")]
-        bypass, induce, kl = [None if x is None or not math.isfinite(x) else float(x) for x in values]
-        return cls(int(row["position"]), int(row["layer"]), bypass, induce, kl, row.get("skipped"))
+        values = [*(row[key] for key in ("refusal_score", "steering_score", "kl_div_score"))]
+        values.append(row.get("steering_score_median"))
+        bypass, induce, kl, median = [None if x is None or not math.isfinite(x) else float(x) for x in values]
+        return cls(int(row["position"]), int(row["layer"]), bypass, induce, kl, row.get("skipped"), median)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class Thresholds:
             write=lambda value: "-inf" if value is None else str(value),
         ),
     ] = 0.0
-    """Mean refusal score; equality passes."""
+    """Mean refusal score, as published; where a zero point was calibrated, the median, counted from there. Equality
+    passes."""
     prune_layers: Annotated[
         float | None,
         Option(
@@ -111,15 +115,17 @@ class Thresholds:
         if self.kl_max is not None and self.kl_max < 0:
             raise UserError(f"kl_max must not be negative, not {self.kl_max}")
 
-    def induce_floor(self, zero_point: float) -> float:
+    def induce_floor(self, zero_point: float | None) -> float:
         """The smallest refusal score under addition that passes, in nats."""
-        return -math.inf if self.induce_min is None else zero_point + self.induce_min
+        return -math.inf if self.induce_min is None else (zero_point or 0.0) + self.induce_min
 
-    def reasons(self, row: CandidateScore, n_layers: int, zero_point: float = 0.0) -> tuple[Reason, ...]:
+    def reasons(self, row: CandidateScore, n_layers: int, zero_point: float | None = None) -> tuple[Reason, ...]:
         """Every rule that a candidate breaks; empty if it survives.
 
         Args:
-            zero_point: the refusal score (nats) that `induce_min` counts from.
+            zero_point: the refusal score (nats) above which a prompt counts as refused: at least half of the harmless
+                prompts must reach it (plus `induce_min`) under addition. None is the published rule: their mean must
+                reach `induce_min`.
         """
         broken: list[Reason] = []
         if not row.is_finite:
@@ -129,7 +135,8 @@ class Thresholds:
             broken.append("layer")
         if self.kl_max is not None and row.kl_nats > self.kl_max:
             broken.append("kl")
-        if row.induce < self.induce_floor(zero_point):
+        induce = row.induce if zero_point is None or row.median_induce is None else row.median_induce
+        if induce < self.induce_floor(zero_point):
             broken.append("induce")
         return tuple(broken)
 

@@ -55,13 +55,13 @@ def test_references_stand_where_they_apply():
     assert not plot_scores(scores, thresholds=NO_THRESHOLDS).layout.shapes
 
 
-def test_a_calibrated_zero_point_is_drawn_and_moves_the_threshold():
+def test_a_calibrated_zero_point_is_drawn_in_place_of_a_threshold_of_means():
     scores, rule = make_scores(), Thresholds(induce_min=0.5)
     moved = replace(scores, zero_point=-1.0)
     bypass, induce = (plot_scores(moved, measure=measure, thresholds=rule) for measure in ("bypass", "induce"))
-    assert trace(bypass, "counts as refused above").y[0] == -1.0 and trace(induce, "threshold").y[0] == -0.5
+    for figure in (bypass, induce):
+        assert trace(figure, "counts as refused above").y[0] == -1.0 and "threshold" not in names(figure)
     assert "counts as refused above" not in names(plot_scores(scores, thresholds=rule))
-    assert "counts as refused above" not in names(induce)
 
 
 def names(figure):

@@ -180,7 +180,7 @@ def test_an_interrupted_labelling_goes_on_to_the_same_record(prepared, labelled,
 
 def test_the_published_calibration_labels_nothing(prepared, labelled):
     found = prepared(HARMFUL, HARMLESS, calibration="published", filter_prompts=False, refusal_tokens=(5, 40))
-    assert labelled == [] and found.zero_point_nats == 0 and found.refused("harmful") is None
+    assert labelled == [] and found.zero_point_nats is None and found.refused("harmful") is None
     with pytest.raises(UserError, match="by the score of its first token"):
         prepared(HARMFUL, HARMLESS, "filtered", calibration="published", refusal_tokens=(5, 40))
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,19 @@ def test_published_loss_files_have_the_keys_that_ours_have(reference_data):
             )
             for name in ("pile", "alpaca", "alpaca_custom_completions"):
                 assert set(found[name]) >= {"ce_loss", "perplexity", "n_tokens"}
+
+
+def test_where_a_zero_point_was_calibrated_half_of_the_prompts_must_reach_it():
+    """A candidate that makes most prompts refuse and leaves a few far below: its mean misses what its median reaches."""
+    skewed = replace(candidate(induce=-2.0), median_induce=-0.5)
+    shifted = replace(candidate(induce=-0.5), median_induce=-2.0)
+    for rows, zero_point, kept in (
+        ((skewed, shifted), None, []),
+        ((skewed, shifted), -1.0, [skewed]),
+        ((skewed, shifted), -0.4, []),
+        ((skewed, shifted), -2.0, [skewed, shifted]),
+        ((candidate(induce=0.1),), -1.0, [candidate(induce=0.1)]),
+    ):
+        chosen = select(ScoreGrid(rows, 5, zero_point=zero_point))
+        assert list(chosen.survivors) == kept
+    assert select(ScoreGrid((skewed,), 5, zero_point=-1.0), Thresholds(induce_min=0.6)).survivors == ()
