@@ -132,7 +132,7 @@ def test_published_loss_files_have_the_keys_that_ours_have(reference_data):
 
 
 def test_where_a_zero_point_was_calibrated_half_of_the_prompts_must_reach_it():
-    """A candidate that makes most prompts refuse and leaves a few far below: its mean misses what its median reaches."""
+    """One that makes most prompts refuse and leaves a few far below: its mean misses what its median reaches."""
     skewed = replace(candidate(induce=-2.0), median_induce=-0.5)
     shifted = replace(candidate(induce=-0.5), median_induce=-2.0)
     for rows, zero_point, kept in (
