@@ -1,7 +1,7 @@
 """What is measured of a model in one pass: refusal score, KL, CE loss, p of the matching answer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -99,16 +99,25 @@ class RefusalPrefixes:
             sorted({prefix[:n] for prefix in self.prefixes for n in range(len(prefix))} | {()}, key=_by_length)
         )
 
+    def after(self, context: Prefix) -> list[int]:
+        """The ids that may follow a context: those that end a prefix first, then those that go on."""
+        ends = [prefix[-1] for prefix in self.prefixes if prefix[:-1] == context]
+        return ends + [each[-1] for each in self.contexts if each and each[:-1] == context]
+
     def score(self, logits: Float[Tensor, "context batch d_vocab"]) -> Float[Tensor, " batch"]:
         """`refusal_score` with P the summed probability of the prefixes; next-token logits after every context."""
-        of_context: dict[Prefix, Tensor] = {(): as_double(logits[0]).new_ones(logits.shape[1])}
+        rows = zip(self.contexts, logits, strict=True)
+        return self.score_of([as_double(each).softmax(-1)[:, self.after(context)] for context, each in rows])
+
+    def score_of(self, p: Sequence[Float[Tensor, "batch _"]]) -> Float[Tensor, " batch"]:
+        """The same from the probabilities of the ids `after` every context."""
+        of_context: dict[Prefix, Tensor] = {(): p[0].new_ones(len(p[0]))}
         total = torch.zeros_like(of_context[()])
-        for context, after in zip(self.contexts, logits, strict=True):
-            p = as_double(after).softmax(-1)
-            ends = [prefix[-1] for prefix in self.prefixes if prefix[:-1] == context]
-            total = total + of_context[context] * p[:, ends].sum(-1)
-            longer = [each for each in self.contexts if each and each[:-1] == context]
-            of_context |= {each: of_context[context] * p[:, each[-1]] for each in longer}
+        for context, columns in zip(self.contexts, p, strict=True):
+            n_ends = sum(prefix[:-1] == context for prefix in self.prefixes)
+            total = total + of_context[context] * columns[:, :n_ends].sum(-1)
+            for token, column in zip(self.after(context)[n_ends:], columns.T[n_ends:], strict=True):
+                of_context[(*context, token)] = of_context[context] * column
         return log_odds(total)
 
 
@@ -126,17 +135,13 @@ def refusal_scores(
     batch_size: int = 32,
 ) -> Float[Tensor, " prompt"]:
     """Refusal score (nats) of the answer to each instruction, on the CPU, under interventions."""
-    prefixes = RefusalPrefixes.of(refusal_tokens)
-    return prefixes.score(
-        torch.stack(
-            [
-                next_token_logits(
-                    model, chat, instructions, interventions=interventions, after=context, batch_size=batch_size
-                )
-                for context in prefixes.contexts
-            ]
-        )
-    )
+    prefixes, p = RefusalPrefixes.of(refusal_tokens), list[Tensor]()
+    for context in prefixes.contexts:
+        ids = prefixes.after(context)
+        p.append(torch.empty(len(instructions), len(ids), dtype=torch.float64))
+        for indices, logits in _next_tokens(model, chat, instructions, interventions, context, batch_size):
+            p[-1][indices] = as_double(logits).softmax(-1)[:, ids].double().cpu()
+    return prefixes.score_of(p)
 
 
 def next_token_logits(
@@ -153,21 +158,33 @@ def next_token_logits(
     Args:
         after: token ids that every answer is made to begin with; the logits are those of the token after them.
     """
+    logits: list[Tensor] = [torch.empty(0)] * len(instructions)
+    for indices, rows in _next_tokens(model, chat, instructions, interventions, after, batch_size):
+        for index, row in zip(indices, rows.cpu(), strict=True):
+            logits[index] = row
+    return torch.stack(logits)
+
+
+def _next_tokens(
+    model: HookedModel,
+    chat: ChatFormat,
+    instructions: Sequence[str],
+    interventions: Sequence[Intervention],
+    after: Prefix,
+    batch_size: int,
+) -> Iterator[tuple[list[int], Float[Tensor, "batch d_vocab"]]]:
+    """Places of some instructions and their next-token logits, batch by batch."""
     rows = [[*chat.encode(instruction), *after] for instruction in instructions]
-    logits: list[Tensor] = [torch.empty(0)] * len(rows)
     for indices, batch in batches(model, rows, chat.pad_id, batch_size, description="reading next tokens"):
         hooks = all_hooks(model, interventions, batch.tokens.shape[1] - len(after))
         with torch.no_grad(), running(model, hooks):
-            rows_of_batch = last_logits(model, batch).cpu()
-        for index, row in zip(indices, rows_of_batch, strict=True):
-            logits[index] = row
-    table = torch.stack(logits)
-    if not bool(torch.isfinite(table).all()):
-        raise UserError(
-            f"the model's logits are not finite in {str(table.dtype).removeprefix('torch.')}; try --dtype float32 "
-            "(or --batch-size 1: eager attention in float64 cannot mask padding)"
-        )
-    return table
+            logits = last_logits(model, batch)
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError(
+                f"the model's logits are not finite in {str(logits.dtype).removeprefix('torch.')}; try --dtype "
+                "float32 (or --batch-size 1: eager attention in float64 cannot mask padding)"
+            )
+        yield indices, logits
 
 
 def discover_refusal_tokens(

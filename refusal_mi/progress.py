@@ -1,4 +1,4 @@
-"""Progress with an estimate of the time left, shown only where somebody is looking."""
+"""Progress with an estimate of the time left: a bar where somebody is looking, a line now and then in a log."""
 
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 Item = TypeVar("Item")
+LOG_SECONDS = 30.0
 QUIET_SECONDS, REFRESH_SECONDS = 5.0, 1.0
 """In a notebook: how long work must last before it says anything, and how often it does then."""
 NOTEBOOK_METADATA = {"refusal_mi": "progress"}
@@ -14,13 +15,13 @@ NOTEBOOK_METADATA = {"refusal_mi": "progress"}
 
 
 def track(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:
-    """Yield the items behind a bar on stderr, or a line in a notebook; silent where stderr is neither."""
+    """Yield the items behind a bar on stderr, or a line in a notebook; in a log a line every half minute."""
     console = Console(stderr=True)
     if total is None and isinstance(items, Sized):
         total = len(items)
     if console.is_jupyter:
         return _in_notebook(items, description, total)
-    return _in_terminal(items, description, total, console) if console.is_terminal else iter(items)
+    return (_in_terminal if console.is_terminal else _in_log)(items, description, total, console)
 
 
 def _in_terminal(items: Iterable[Item], description: str, total: int | None, console: Console) -> Iterator[Item]:
@@ -43,6 +44,17 @@ def _in_terminal(items: Iterable[Item], description: str, total: int | None, con
     )
     with Progress(*columns, console=console, transient=True) as progress:
         yield from progress.track(items, description=description, total=total)
+
+
+def _in_log(items: Iterable[Item], description: str, total: int | None, console: Console) -> Iterator[Item]:
+    """A line every `LOG_SECONDS`, after the item that is done by then."""
+    start = shown = time.monotonic()
+    for n_done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - shown >= LOG_SECONDS and n_done != total:
+            shown = now
+            console.print(f"  {_line(description, n_done, total, now - start)}", highlight=False, markup=False)
 
 
 def _in_notebook(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:

@@ -110,7 +110,7 @@ def _described(prompts: PromptsRecord) -> list[str]:
     tokens = ", ".join(repr(token.text) for token in prompts.refusal_tokens)
     zero = prompts.zero_point_nats
     about = "" if zero is None else f"; zero point of the refusal score {zero:.2f} nats"
-    return [*lines, f"refusal tokens: {tokens}{about}"]
+    return [*lines, f"refusal tokens: {tokens} ({prompts.refusal_tokens_origin}){about}"]
 
 
 @dataclass
@@ -253,7 +253,13 @@ class _Labelled(_Reading):
                 f"no refusal token found: no beginning tells the {n} refusals from the other answers to {len(train)} "
                 "training prompts; name the tokens with --refusal-tokens"
             )
-        return tokens, "from the model's own answers to training prompts"
+        begins = [any(label.token_ids[: len(each)] == each for each in tokens) for label in train]
+        hits = [flag for flag, label in zip(begins, train, strict=True) if label.is_refused]
+        n_others = len(train) - len(hits)
+        return tokens, (
+            f"they begin {sum(hits)} of {len(hits)} refusals and {sum(begins) - sum(hits)} of {n_others} other answers "
+            "to training prompts"
+        )
 
     def _is_kept(self, side: str, prompt: Prompt) -> bool:
         is_refused = self.labels[prompt.instruction].is_refused

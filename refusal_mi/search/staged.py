@@ -72,11 +72,13 @@ def staged_sweep(
     2. Bypass, which ranks them, is measured for all others on a few harmful prompts.
     3. From the best on, KL and induce on a few harmless prompts; those that clearly break a threshold are dropped,
        until there are enough contenders or the next candidates are clearly worse than the best of them.
-    4. Bypass of the contenders on twice as many prompts; the better half goes on, and whoever is not clearly worse
-       than the best (in the mean difference, prompt by prompt), until all prompts are used.
+    4. Bypass of the contenders, those that break none so far, on twice as many prompts; the better half goes on, and
+       whoever is not clearly worse than the best (in the mean difference, prompt by prompt), until all are used.
     5. KL and induce of the last one on twice as many prompts each time, until it clearly breaks a threshold or all its
        scores are known on all prompts. If it breaks one, the next contender; then the next ones.
-    6. Once the first contenders have all been judged, the search ends where it has cost twice what it usually does.
+    6. Those that seemed to break a threshold, but not clearly, in the same way, the least first: until one passes, or
+       while they could be better than the one that did.
+    7. Once the first contenders have all been judged, the search ends where it has cost twice what it usually does.
 
     Args:
         zero_point: as in `sweep`.
@@ -188,8 +190,8 @@ class Rounds:
         ranking, few, most = self.table.open, self.screening.n_prompts, MOST * self.usual
         yield from self.measure("ablate", ranking, self.harmful[:few])
         ranking.sort(key=self.bypass)
-        is_first, n_passed = True, 0
-        while ranking:
+        is_first, winners, doubtful = True, list[Place](), list[Place]()
+        while ranking and len(winners) < self.n_best:
             contenders: list[Place] = []
             while ranking and len(contenders) < self.screening.n_contenders:
                 if contenders and (self.spent > most or self.is_worse(ranking[0], contenders[0])):
@@ -198,13 +200,31 @@ class Rounds:
                 for kind in ("add", "ablate"):
                     yield from self.measure(kind, some, self.harmless[:few])
                     some = [place for place in some if not self.is_out(place)]
-                contenders += some
+                contenders += [place for place in some if self.excess(place)[0] <= 0]
+                doubtful += [place for place in some if self.excess(place)[0] > 0]
                 self.limit = math.inf if is_first and contenders else most
             for place in (yield from self.halved(contenders)):
-                n_passed += yield from self.is_survivor(place)
-                if n_passed == self.n_best:
-                    return
+                passes = None
+                while passes is None:
+                    passes = yield from self.advance(place)
+                winners += [place] if passes else []
+                if len(winners) == self.n_best:
+                    break
             is_first, self.limit = False, most
+        yield from self.settle(doubtful, winners)
+
+    def settle(self, doubtful: list[Place], winners: list[Place]) -> Iterator[WorkItem]:
+        """Go on with those that seem to break a threshold, the least first, while they could be among the best."""
+        while doubtful:
+            if len(winners) >= self.n_best:
+                bar = sorted(map(self.bypass, winners))[self.n_best - 1]
+                doubtful = [place for place in doubtful if self.bypass(place) < bar]
+            place = min(doubtful, key=self.excess, default=None)
+            if place is None:
+                return
+            passes = yield from self.advance(place)
+            winners += [place] if passes else []
+            doubtful = [each for each in doubtful if each != place or passes is None]
 
     def halved(self, contenders: list[Place]) -> Generator[WorkItem, None, list[Place]]:
         """The contenders, those that lasted longest first."""
@@ -218,15 +238,15 @@ class Rounds:
             alive, lost = kept, [place for place in alive if place not in kept] + lost
         return alive + lost
 
-    def is_survivor(self, place: Place) -> Generator[WorkItem, None, bool]:
-        """Measure until the candidate breaks a threshold, or everything; whether it satisfies them."""
-        n = self.screening.n_prompts
-        while n < len(self.harmless):
-            n *= 2
-            for kind in ("add", "ablate"):
-                yield from self.measure(kind, [place], self.harmless[:n])
-                if self.is_out(place):
-                    return False
+    def advance(self, place: Place) -> Generator[WorkItem, None, bool | None]:
+        """Measure KL and induce on twice as many prompts; whether the thresholds are satisfied, once that is known."""
+        n = 2 * max(len(self.table.known(place, INDUCE)), 1)
+        for kind in ("add", "ablate"):
+            yield from self.measure(kind, [place], self.harmless[:n])
+            if self.is_out(place):
+                return False
+        if n < len(self.harmless):
+            return None
         yield from self.measure("ablate", [place], self.harmful)
         return self.table.row(place).is_finite
 
@@ -252,20 +272,28 @@ class Rounds:
         return low > 0
 
     def is_out(self, place: Place) -> bool:
-        """Whether KL or induce break their threshold by more than the error of so few prompts; of all, at all."""
-        kl, induce = (self.table.known(place, measure) for measure in (KL, INDUCE))
-        if self.thresholds.kl_max is not None and self.bounds(kl, KL)[0] > self.thresholds.kl_max:
-            self.failed[place] = "KL"
-        elif self.bounds(induce, INDUCE)[1] < self.thresholds.induce_floor(self.zero_point):
-            self.failed[place] = "induce"
+        """Whether a threshold is broken by more than the error of so few prompts; of all, at all."""
+        excess, name = self.excess(place)
+        if excess > self.screening.n_errors:
+            self.failed[place] = name
         return place in self.failed
 
-    def bounds(self, values: Float[Tensor, " known"], measure: int) -> tuple[float, float]:
-        """Between what the mean over all prompts lies; where all are known, what the threshold asks of them."""
-        if len(values) < self.table.sizes[measure]:
-            return self.interval(values)
-        is_median = measure == INDUCE and self.zero_point is not None
-        return ((median_of(values) if is_median else values.mean().item()),) * 2
+    def excess(self, place: Place) -> tuple[float, str]:
+        """By how many standard errors KL or induce break their threshold, and which of them by more."""
+        floor, most = self.thresholds.induce_floor(self.zero_point), self.thresholds.kl_max
+        kl, induce = (self.table.known(place, measure) for measure in (KL, INDUCE))
+        over = -math.inf if most is None else self.errors_above(kl - most, KL)
+        return max((over, "KL"), (self.errors_above(floor - induce, INDUCE), "induce"))
+
+    def errors_above(self, values: Float[Tensor, " known"], measure: int) -> float:
+        """By how many standard errors the mean of values is above 0; all that there are leave no error."""
+        if len(values) == self.table.sizes[measure]:
+            is_median = measure == INDUCE and self.zero_point is not None
+            return math.inf if (median_of(values) if is_median else values.mean().item()) > 0 else -math.inf
+        if len(values) < 2:
+            return 0.0
+        mean, error = values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+        return mean / error if error > 0 else math.copysign(math.inf, mean)
 
     def interval(self, values: Float[Tensor, " prompt"]) -> tuple[float, float]:
         """Mean ± n_errors standard errors; a single prompt says nothing."""

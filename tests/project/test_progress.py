@@ -1,4 +1,4 @@
-"""Progress: all items come through, nothing is said where nobody looks, and a notebook keeps no empty output."""
+"""Progress: all items come through, short work is silent in a log, and a notebook keeps no empty output."""
 
 import sys
 from pathlib import Path
@@ -23,6 +23,13 @@ def test_items_come_through_in_silence(capsys: pytest.CaptureFixture[str]) -> No
     assert list(track(range(3), "counting")) == [0, 1, 2]
     assert list(track(iter("ab"), "counting", total=2)) == ["a", "b"]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_gets_a_line_now_and_then_with_an_estimate(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr("refusal_mi.progress.LOG_SECONDS", 0.0)
+    assert list(track(iter("abc"), "[counting]", total=3)) == ["a", "b", "c"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["  [counting]: 1 of 3 in 0:00, 0:00 left", "  [counting]: 2 of 3 in 0:00, 0:00 left"]
 
 
 @pytest.mark.slow

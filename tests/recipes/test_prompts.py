@@ -118,7 +118,10 @@ def test_prompts_of_the_evaluation_set_fill_nothing(prepared, tmp_path):
 def test_tokens_are_those_that_refusals_begin_with(prepared):
     found = prepared(HARMFUL, HARMLESS)
     assert found.prefixes == ((5,),) and found.token_ids == (5,)
-    assert "own answers" in found.refusal_tokens_origin
+    n = sum(row.is_refused for side in (found.harmful, found.harmless) for row in side.train)
+    n_others = len(found.harmful.train) + len(found.harmless.train) - n
+    said = f"they begin {n} of {n} refusals and 0 of {n_others} other answers to training prompts"
+    assert found.refusal_tokens_origin == said
     assert prepared(HARMFUL, HARMLESS, "given", refusal_tokens=(9, 8)).prefixes == ((9,), (8,))
 
 

@@ -1,0 +1,270 @@
+"""Make the tables and pictures of docs/real-models.md: `python figures/real.py FOLDER ...`.
+
+FOLDERs are what `refusal-mi run` wrote (a run of each model, and runs of the same models with other seeds, which are
+listed below them), with the combinations of directions inside them, and what `caa ab` and `vector-eval` wrote. The
+numbers that the page shows go to docs/real-models.json; without a FOLDER the page is written from there.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from make import ROOT, numbers
+
+from refusal_mi.directions import Direction, cosine
+from refusal_mi.figures.save import save_figure
+from refusal_mi.figures.scores import plot_score_panels, plot_scores
+from refusal_mi.files import as_json, read_json, read_record, write_json, write_text
+from refusal_mi.model.loading import model_alias
+from refusal_mi.report.page import combinations_of
+from refusal_mi.report.verdict import signed
+from refusal_mi.run.answers import SIDES
+from refusal_mi.run.folder import RunRecord
+from refusal_mi.run.record import DIRECTION, DOES_NOT_REFUSE, LABELS, LabelsRecord
+from refusal_mi.stats import Rate
+
+PAGE, KNOWN = ROOT / "docs" / "real-models.md", ROOT / "docs" / "real-models.json"
+PICTURES = ROOT / "figures" / "real"
+START, END = "<!-- made by figures/real.py -->\n", "<!-- end -->"
+
+
+def main() -> int:
+    """Read what is given, draw it, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="*", type=Path)
+    arguments = parser.parse_args()
+    if arguments.folders:
+        write_json(KNOWN, read(arguments.folders))
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(START)
+    write_text(PAGE, before + START + tables(read_json(KNOWN)) + END + rest.partition(END)[2])
+    return 0
+
+
+def read(folders: Sequence[Path]) -> dict[str, Any]:
+    """What the page shows of every folder."""
+    known: dict[str, Any] = {"models": {}, "caa": {}, "responses": {}}
+    first: dict[str, Path] = {}
+    for folder in folders:
+        if (folder / "ab_results.json").is_file():
+            known["caa"][folder.name] = read_json(folder / "ab_results.json")
+        elif (folder / "eval_summary.json").is_file():
+            known["responses"][folder.name] = read_json(folder / "eval_summary.json")
+        else:
+            record = RunRecord.load(folder)
+            name = record.model_name
+            if name not in first:
+                first[name] = folder
+                known["models"][name] = _model(record)
+            else:
+                known["models"][name]["seeds"].append(_seed(record, first[name]))
+    return known
+
+
+def _model(record: RunRecord) -> dict[str, Any]:
+    summary = record.summary
+    assert summary is not None
+    found: dict[str, Any] = {
+        "status": summary.status,
+        "n_layers": summary.model.n_layers,
+        "d_model": summary.model.d_model,
+        "dtype": summary.model.dtype,
+        "search": record.run.options.search,
+        "seed": record.run.options.seed,
+        "refused_by_text": as_json(summary.refused_by_text),
+        "by_category": _by_category(record),
+        "n_prompts": as_json(summary.n_prompts),
+        "tokens": [token.text for token in summary.refusal_tokens],
+        "zero_point_nats": summary.zero_point_nats,
+        "minutes": sum(summary.seconds.values()) / 60,
+        "minutes_by_stage": _minutes(summary.seconds),
+        "peak_gib": None if summary.peak_mib is None else summary.peak_mib / 1024,
+        "completions": as_json(summary.completions),
+        "ce_loss": as_json(summary.ce_loss),
+        "combinations": [_combination(record, link.name, link.report) for link in combinations_of(record)],
+        "picture": None,
+        "seeds": [],
+    }
+    if summary.status == DOES_NOT_REFUSE:
+        return found
+    assert summary.selection is not None and record.scores is not None and record.selection is not None
+    found |= {"explanation": summary.selection.explanation, "best": as_json(summary.selection.best)}
+    found["baseline_scores_nats"] = summary.baseline_scores_nats
+    found["seeds"].append(_seed(record, record.path))
+    shared: dict[str, Any] = {
+        "chosen": record.selection.survivors[0] if record.selection.survivors else None,
+        "thresholds": record.thresholds,
+        "tokens": record.tokens,
+        "model": record.model_name,
+    }
+    alias = model_alias(record.run.model.source)
+    for stem, figure, width in (
+        (alias, plot_scores(record.scores, **shared), 1080),
+        (f"{alias}_panels", plot_score_panels(record.scores, **shared), 1200),
+    ):
+        save_figure(figure, PICTURES / f"{stem}.png", width=width)
+        write_json(PICTURES / f"{stem}.json", numbers(figure))
+    return found | {"picture": alias}
+
+
+def _minutes(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Of the parts of a run."""
+    parts = {"prompts": 0.0, "directions": 0.0, "search": 0.0, "completions": 0.0, "CE loss": 0.0}
+    known = {"prompts": "prompts", "directions": "directions", "completions": "completions", "loss": "CE loss"}
+    for stage, spent in seconds.items():
+        parts[known.get(stage.partition("_")[0], "search")] += spent / 60
+    return parts
+
+
+def _by_category(record: RunRecord) -> dict[str, Any]:
+    """Refusals by text among all labelled prompts of a run, harmful ones by category."""
+    assert record.prompts is not None
+    rows = [row for part in ("train", "val") for row in getattr(record.prompts.harmful, part)]
+    flags: dict[str, list[bool]] = {}
+    for row in rows:
+        if row.is_refused is not None:
+            flags.setdefault(str(row.category), []).append(row.is_refused)
+    n_labels = len(read_record(record.path / LABELS, LabelsRecord).rows) if (record.path / LABELS).is_file() else 0
+    return {"n_labels": n_labels, "rates": {name: as_json(Rate.of(each)) for name, each in sorted(flags.items())}}
+
+
+def _seed(record: RunRecord, first: Path) -> dict[str, Any]:
+    summary = record.summary
+    assert summary is not None and summary.selection is not None
+    best, path = summary.selection.best, record.path / DIRECTION
+    return {
+        "seed": record.run.options.seed,
+        "zero_point_nats": summary.zero_point_nats,
+        "n_survivors": summary.selection.n_survivors,
+        "best": as_json(best),
+        "cosine": cosine(Direction.load(first / DIRECTION), Direction.load(path)) if path.is_file() else None,
+    }
+
+
+def _combination(record: RunRecord, name: str, report: str | None) -> dict[str, Any]:
+    assert report is not None
+    found = RunRecord.load(record.path / Path(report).parent)
+    assert found.summary is not None
+    return {"name": name, "completions": as_json(found.summary.completions), "ce_loss": as_json(found.summary.ce_loss)}
+
+
+def tables(known: Mapping[str, Any]) -> str:
+    """The part of the page that is made from numbers."""
+    return "".join(_section(name, found) for name, found in known["models"].items())
+
+
+def _section(name: str, found: Mapping[str, Any]) -> str:
+    refused = found["refused_by_text"]
+    lines = [f"## {name}\n", f"{found['n_layers']} layers, d_model {found['d_model']}, {found['dtype']}.", ""]
+    rates = {side: _rate(rate) + f" of {rate['n']}" for side, rate in refused.items()}
+    lines += [f"Refused by the text of short answers: {', '.join(f'{side} {rate}' for side, rate in rates.items())}."]
+    cost = f"{found['minutes']:.1f} minutes" + (f", {found['peak_gib']:.1f} GiB" if found["peak_gib"] else "")
+    if found["status"] == DOES_NOT_REFUSE:
+        lines += ["", f"**This model does not refuse**: the run says so and ends before the search, after {cost}.", ""]
+        return "\n".join([*lines, *_categories(found), ""])
+    best = found["best"]
+    tokens = ", ".join(f"`{text}`" for text in found["tokens"])
+    kept = {side: f"{n['train']['kept']} and {n['val']['kept']}" for side, n in found["n_prompts"].items()}
+    lines += [
+        "",
+        f"Kept for training and validation: {kept['harmful']} harmful prompts that are refused, {kept['harmless']} "
+        f"harmless ones that are answered. Refusals begin with {tokens}; the zero point of the refusal score is "
+        f"{found['zero_point_nats']:+.2f} nats. {cost[0].upper()}{cost[1:]} "
+        f"({', '.join(f'{part} {spent:.1f}' for part, spent in found['minutes_by_stage'].items())}).",
+        "",
+        f"![Refusal score of {name} with each candidate direction ablated, by source layer and position]"
+        f"(../figures/real/{found['picture']}.png)",
+        "",
+        f"![Bypass, induce and KL of every candidate of {name}](../figures/real/{found['picture']}_panels.png)",
+        "",
+        f"The {found['search']} search: {found['explanation']}.",
+    ]
+    if best is not None:
+        plain = found["baseline_scores_nats"]
+        lines += [
+            f"Chosen: position {_minus(best['position'])}, layer {best['layer']}; refusal score of harmful validation "
+            f"prompts {plain['harmful']:.2f} → {best['refusal_score']:.2f} ablated, of harmless ones "
+            f"{plain['harmless']:.2f} → {best['steering_score']:.2f} added; KL under ablation "
+            f"{best['kl_div_score']:.3f} nats.",
+            "",
+            *_effects(found),
+            *_losses(found),
+            *_seeds(found["seeds"]),
+        ]
+    return "\n".join([*lines, *_categories(found), ""])
+
+
+def _effects(found: Mapping[str, Any]) -> Iterable[str]:
+    yield "| held-out prompts | intervention | n | refused [95%] | degenerate [95%] |"
+    yield "|---|---|---|---|---|"
+    for side in SIDES:
+        table = found["completions"][side]
+        for label, rates in table.items():
+            if isinstance(rates, Mapping):
+                yield _row(side, _words(label), table["n"], rates)
+        for each in found["combinations"]:
+            yield _row(side, f"{each['name']} ablated", table["n"], each["completions"][side]["ablation"])
+    yield ""
+
+
+def _row(side: str, what: str, n: int, rates: Mapping[str, Any]) -> str:
+    return f"| {side} | {what} | {n} | {_rate(rates['refusal'])} | {_rate(rates['degenerate'])} |"
+
+
+def _losses(found: Mapping[str, Any]) -> Iterable[str]:
+    base = found["ce_loss"]["baseline"]
+    yield "| CE loss, nats per token | " + " | ".join(base) + " |"
+    yield "|---" * (len(base) + 1) + "|"
+    yield "| plain | " + " | ".join(f"{each['ce_loss']:.3f}" for each in base.values()) + " |"
+    for label, table in found["ce_loss"].items():
+        if label != "baseline":
+            deltas = [signed(table[name]["ce_loss"] - base[name]["ce_loss"]) for name in base]
+            yield f"| {_words(label)} | " + " | ".join(deltas) + " |"
+    yield ""
+
+
+def _seeds(seeds: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    if len(seeds) < 2:
+        return
+    yield "Search and choice on other samples of the prompts (labels are shared):"
+    yield ""
+    yield "| seed | zero point | survivors | position, layer | bypass | induce | KL | cosine with the first |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for each in seeds:
+        best = each["best"]
+        cells = ["none", "", "", "", ""]
+        if best is not None:
+            scores = (f"{best[key]:.2f}" for key in ("refusal_score", "steering_score"))
+            place = f"{_minus(best['position'])}, {best['layer']}"
+            cells = [place, *scores, f"{best['kl_div_score']:.3f}", f"{each['cosine']:.2f}"]
+        yield f"| {each['seed']} | {each['zero_point_nats']:+.2f} | {each['n_survivors']} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _categories(found: Mapping[str, Any]) -> Iterable[str]:
+    rates = found["by_category"]["rates"]
+    yield (
+        "Refused by category of the bundled harmful prompts (of those that were labelled): "
+        + ", ".join(f"{name} {rate['count']} of {rate['n']}" for name, rate in rates.items())
+        + "."
+    )
+    yield ""
+
+
+def _words(label: str) -> str:
+    known = {"baseline": "plain", "ablation": "direction ablated", "actadd": "direction added (harmful: subtracted)"}
+    return known.get(label, label.replace("_", " "))
+
+
+def _rate(rate: Mapping[str, Any]) -> str:
+    return str(Rate(rate["count"], rate["n"]))
+
+
+def _minus(position: int) -> str:
+    return f"−{-position}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
