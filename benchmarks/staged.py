@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import arguments, compare, load_both, measured, report
 from benchmarks.sweep import PublishedSweep, Scores, find_candidates, last_positions
 from refusal_mi.directions import DirectionGrid, cosine
-from refusal_mi.measures import discover_refusal_tokens, next_token_logits
+from refusal_mi.labels import discover_refusal_tokens
+from refusal_mi.measures import next_token_logits
 from refusal_mi.model.loading import load_model
 from refusal_mi.search.grid import ScoreGrid, select
 from refusal_mi.search.staged import staged_sweep

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refusal_mi.directions import DirectionGrid, cosine, difference_in_means
-from refusal_mi.measures import discover_refusal_tokens, next_token_logits
+from refusal_mi.labels import discover_refusal_tokens
+from refusal_mi.measures import next_token_logits
 from refusal_mi.model.loading import quiet_load
 from refusal_mi.reading import mean_activations
 from refusal_mi.search.grid import ScoreGrid, select

@@ -8,6 +8,7 @@ numbers that the page shows go to docs/real-models.json; without a FOLDER the pa
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def _model(record: RunRecord) -> dict[str, Any]:
         "n_prompts": as_json(summary.n_prompts),
         "tokens": [token.text for token in summary.refusal_tokens],
         "zero_point_nats": summary.zero_point_nats,
-        "minutes": sum(summary.seconds.values()) / 60,
+        "minutes": sum(_minutes(summary.seconds).values()),
         "minutes_by_stage": _minutes(summary.seconds),
         "peak_gib": None if summary.peak_mib is None else summary.peak_mib / 1024,
         "completions": as_json(summary.completions),
@@ -113,8 +114,10 @@ def _minutes(seconds: Mapping[str, float]) -> dict[str, float]:
     """Of the parts of a run."""
     parts = {"prompts": 0.0, "directions": 0.0, "search": 0.0, "completions": 0.0, "CE loss": 0.0}
     known = {"prompts": "prompts", "directions": "directions", "completions": "completions", "loss": "CE loss"}
+    known |= {"scores": "search", "selection": "search", "plots": "search", "evaluations": "completions"}
     for stage, spent in seconds.items():
-        parts[known.get(stage.partition("_")[0], "search")] += spent / 60
+        if stage.partition("_")[0] in known:  # the others are of combinations
+            parts[known[stage.partition("_")[0]]] += spent / 60
     return parts
 
 
@@ -132,14 +135,15 @@ def _by_category(record: RunRecord) -> dict[str, Any]:
 
 def _seed(record: RunRecord, first: Path) -> dict[str, Any]:
     summary = record.summary
-    assert summary is not None and summary.selection is not None
-    best, path = summary.selection.best, record.path / DIRECTION
+    assert summary is not None
+    best, path = None if summary.selection is None else summary.selection.best, record.path / DIRECTION
+    is_known = path.is_file() and (first / DIRECTION).is_file()
     return {
         "seed": record.run.options.seed,
         "zero_point_nats": summary.zero_point_nats,
-        "n_survivors": summary.selection.n_survivors,
+        "n_survivors": 0 if summary.selection is None else summary.selection.n_survivors,
         "best": as_json(best),
-        "cosine": cosine(Direction.load(first / DIRECTION), Direction.load(path)) if path.is_file() else None,
+        "cosine": cosine(Direction.load(first / DIRECTION), Direction.load(path)) if is_known else None,
     }
 
 
@@ -152,7 +156,8 @@ def _combination(record: RunRecord, name: str, report: str | None) -> dict[str, 
 
 def tables(known: Mapping[str, Any]) -> str:
     """The part of the page that is made from numbers."""
-    return "".join(_section(name, found) for name, found in known["models"].items())
+    sections = [_section(name, found) for name, found in known["models"].items()]
+    return "".join([*sections, *starmap(_caa, known["caa"].items()), *starmap(_responses, known["responses"].items())])
 
 
 def _section(name: str, found: Mapping[str, Any]) -> str:
@@ -196,7 +201,54 @@ def _section(name: str, found: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *_categories(found), ""])
 
 
+def _caa(name: str, found: Mapping[str, Any]) -> str:
+    """What CAA vectors do to the choice of two answers."""
+    lines = [
+        f"## CAA vectors: {name}\n",
+        f"p(matching answer) of the plain model on {found['rows'][0]['n_pairs']} held-out pairs "
+        f"({found['pairs']}): {found['p_plain']:.3f}. With the vector of a layer added:\n",
+        "| CAA's layer | multiplier | p(matching) [95%] | change [95%] |",
+        "|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        if row["multiplier"]:
+            p, change = (f"{row[key]:.3f}" for key in ("p", "delta"))
+            interval, around = (f"[{row[low]:.3f}, {row[high]:.3f}]" for low, high in _BOUNDS)
+            lines.append(f"| {row['layer']} | {row['multiplier']:+g} | {p} {interval} | {change} {around} |")
+    chosen = found["chosen"]
+    what = f"Nothing was chosen: {found['why_none']}." if chosen is None else f"Chosen: layer {chosen['layer']}."
+    return "\n".join([*lines, "", what, "", ""])
+
+
+_BOUNDS = (("low", "high"), ("delta_low", "delta_high"))
+
+
+def _responses(name: str, found: Mapping[str, Any]) -> str:
+    """What a response-averaged vector does to harmless queries."""
+    if found["status"] != "done":
+        return f"## A response-averaged vector: {name}\n\n{found['status']}: {found['explanation']}\n\n"
+    tokens = ", ".join(f"`{text}`" for text in found["refusal_tokens"])
+    lines = [
+        f"## A response-averaged vector: {name}\n",
+        f"Layer {found['selected_layer']} ({found['hook_name']}), by the refusal score of {tokens}; "
+        f"{found['n_test_samples']} harmless test queries:\n",
+        "| coefficient | vector: refused [95%] | degenerate [95%] | random: refused [95%] | degenerate [95%] |",
+        "|---|---|---|---|---|",
+    ]
+    control = next(iter(found["random_controls"].values()), {})
+    for coefficient, rates in found["results_by_coefficient"].items():
+        cells = [*_two(rates), *(_two(control[coefficient]) if coefficient in control else ("", ""))]
+        lines.append(f"| {coefficient} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", ""])
+
+
+def _two(rates: Mapping[str, Any]) -> tuple[str, str]:
+    return str(Rate(rates["refusal_count"], rates["total_count"])), _rate(rates["degenerate_rate"])
+
+
 def _effects(found: Mapping[str, Any]) -> Iterable[str]:
+    if not found["completions"]:
+        return
     yield "| held-out prompts | intervention | n | refused [95%] | degenerate [95%] |"
     yield "|---|---|---|---|---|"
     for side in SIDES:
@@ -214,6 +266,8 @@ def _row(side: str, what: str, n: int, rates: Mapping[str, Any]) -> str:
 
 
 def _losses(found: Mapping[str, Any]) -> Iterable[str]:
+    if not found["ce_loss"]:
+        return
     base = found["ce_loss"]["baseline"]
     yield "| CE loss, nats per token | " + " | ".join(base) + " |"
     yield "|---" * (len(base) + 1) + "|"

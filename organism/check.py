@@ -19,14 +19,8 @@ from refusal_mi.files import read_json, write_json
 from refusal_mi.generation import Sampling, generate
 from refusal_mi.interventions import Ablate, Add, Intervention
 from refusal_mi.judges.substring import is_degenerate, is_refusal
-from refusal_mi.measures import (
-    answers_to_score,
-    ce_loss,
-    discover_refusal_tokens,
-    next_token_logits,
-    refusal_score,
-    texts_to_score,
-)
+from refusal_mi.labels import discover_refusal_tokens
+from refusal_mi.measures import answers_to_score, ce_loss, next_token_logits, refusal_score, texts_to_score
 from refusal_mi.model.loading import ORGANISM, load_model
 from refusal_mi.model.points import HookedModel
 from refusal_mi.reading import mean_activations

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from .judges.substring import SubstringJudge as SubstringJudge
     from .judges.substring import is_degenerate as is_degenerate
     from .judges.substring import is_refusal as is_refusal
+    from .labels import discover_refusal_tokens as discover_refusal_tokens
     from .labels import find_refusal_tokens as find_refusal_tokens
     from .labels import label_prompts as label_prompts
     from .labels import zero_point as zero_point
     from .measures import ce_loss as ce_loss
-    from .measures import discover_refusal_tokens as discover_refusal_tokens
     from .measures import kl_nats as kl_nats
     from .measures import next_token_logits as next_token_logits
     from .measures import refusal_score as refusal_score
@@ -68,7 +68,7 @@ _HOME = {
     "UserError": "errors",
     "ce_loss": "measures",
     "difference_in_means": "directions",
-    "discover_refusal_tokens": "measures",
+    "discover_refusal_tokens": "labels",
     "export_checkpoint": "export.export",
     "find_refusal_tokens": "labels",
     "generate": "generation",

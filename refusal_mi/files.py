@@ -7,9 +7,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 FORMAT = 1
 """Of the records that this version writes (docs/run-folder.md)."""
@@ -123,10 +126,8 @@ def read_record(path: Path, kind: Any) -> Any:
     try:
         return TypeAdapter(kind).validate_json(Path(path).read_bytes(), strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
         raise UserError(
-            f"{path} is damaged, or of another version of refusal_mi: {where}: {first['msg']}; make it again"
+            f"{path} is damaged, or of another version of refusal_mi: {_first_of(error)}; make it again"
         ) from None
 
 
@@ -141,6 +142,25 @@ def parsed(parse: Callable[[Any], Any]) -> Any:
             raise ValueError(f"not of the expected form ({type(error).__name__}: {error})") from None
 
     return PlainValidator(read)
+
+
+def with_values(kind: type, values: Mapping[str, Any]) -> Any:
+    """For an annotation: a dataclass that is read with these values where the file, an older one, has none."""
+    from pydantic import TypeAdapter, ValidationError
+
+    def read(value: Any) -> Any:
+        try:
+            return TypeAdapter(kind).validate_json(json.dumps({**values, **value}), strict=True)
+        except ValidationError as error:
+            raise ValueError(_first_of(error)) from None
+
+    return parsed(read)
+
+
+def _first_of(error: "ValidationError") -> str:
+    """The first thing that is wrong, in a line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
 
 
 def read_tensors(path: Path) -> Any:

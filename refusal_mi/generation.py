@@ -6,6 +6,8 @@ from itertools import takewhile
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from .errors import UserError
 from .interventions import Intervention, all_hooks
@@ -29,6 +31,8 @@ class Generated:
     """The generated ids, without the stop token and what follows it."""
     is_finished: bool
     """Whether the model ended the answer itself, rather than being cut off."""
+    first_logits: Float[Tensor, " d_vocab"] | None = field(default=None, repr=False, compare=False)
+    """Of the first token, on the CPU, where they were asked for."""
 
 
 def generate(
@@ -41,6 +45,7 @@ def generate(
     batch_size: int = 8,
     sampling: Sampling | None = None,
     use_kv_cache: bool = True,
+    keep_first_logits: bool = False,
     description: str = "generating",
 ) -> list[Generated]:
     """One answer per instruction; the interventions act on the prompt and on every generated token.
@@ -52,8 +57,11 @@ def generate(
         batch_size: prompts per batch; greedy text does not depend on it, sampled text does.
         sampling: None for greedy decoding.
         use_kv_cache: False recomputes the whole text at every token: slow, the same text.
+        keep_first_logits: with the logits of each first token; greedy and cached only.
     """
     check_raw_basis(model)
+    if keep_first_logits and (sampling is not None or not use_kv_cache):
+        raise UserError("first logits are kept of greedy, cached answers only")
     rows = [chat.encode(instruction) for instruction in instructions]
     rooms = [_room(model, len(row), max_new_tokens) for row in rows]
     stops = stop_token_ids(model)
@@ -66,12 +74,15 @@ def generate(
             width = batch.tokens.shape[1]
             room = rooms[indices[0]]
             hooks = all_hooks(model, interventions, width)
+            first: Sequence[Tensor | None] = [None] * len(indices)
             with running(model, hooks):
                 if sampling is None and use_kv_cache:
-                    new_ids = _greedy(model, batch, room, stops)
+                    new_ids, logits = _greedy(model, batch, room, stops)
+                    first = list(logits.cpu()) if keep_first_logits else first
                 else:
                     new_ids = continued(model, batch, room, stops, sampling, use_kv_cache=use_kv_cache).tolist()
-            answers.update({index: _read(chat, ids, stops) for index, ids in zip(indices, new_ids, strict=True)})
+            for index, ids, row in zip(indices, new_ids, first, strict=True):
+                answers[index] = replace(_read(chat, ids, stops), first_logits=row)
     return [answers[index] for index in range(len(rows))]
 
 
@@ -133,12 +144,18 @@ def discover_response_prefix(
     return chat.tokenizer.decode(shared[:end], skip_special_tokens=False)
 
 
-def _greedy(model: HookedModel, batch: TokenBatch, max_new_tokens: int, stops: tuple[int, ...]) -> list[list[int]]:
-    """New ids of every row, up to its stop token; rows that have ended do not run on for the others' sake."""
+def _greedy(
+    model: HookedModel, batch: TokenBatch, max_new_tokens: int, stops: tuple[int, ...]
+) -> tuple[list[list[int]], Float[Tensor, "batch d_vocab"]]:
+    """New ids of every row, up to its stop token; rows that have ended do not run on for the others' sake.
+
+    And the logits of the first of them.
+    """
     answers: list[list[int]] = [[] for _ in batch.tokens]
-    live, tokens, mask, past = answers, batch.tokens, batch.mask, None
+    live, tokens, mask, past, first = answers, batch.tokens, batch.mask, None, None
     for _ in range(max_new_tokens):
         logits, past = prefix_logits_and_cache(model, tokens, past, mask)
+        first = logits if first is None else first
         latest = logits.argmax(-1)
         for ids, token in zip(live, latest.tolist(), strict=True):
             if not ids or ids[-1] not in stops:
@@ -151,7 +168,8 @@ def _greedy(model: HookedModel, batch: TokenBatch, max_new_tokens: int, stops: t
             live, latest, mask = [live[line] for line in going_on], latest[lines], mask[lines]
             keep_rows_(past, lines)
         tokens, mask = latest[:, None], torch.nn.functional.pad(mask, (0, 1), value=1)
-    return answers
+    assert first is not None
+    return answers, first
 
 
 def _room(model: HookedModel, n_prompt: int, max_new_tokens: int) -> int:

@@ -121,6 +121,10 @@ class AblateInTurn:
 
     directions: Sequence[Direction]
 
+    def __post_init__(self) -> None:
+        if not self.directions:
+            raise UserError("AblateInTurn needs at least one direction")
+
     def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
         """One hook per direction at every block's input and at every write."""
         n_layers = model.cfg.n_layers

@@ -23,29 +23,6 @@ from .text.pairs import ABPair, LetterSpan, locate_letter
 
 SCORE_EPSILON = 1e-8
 KL_EPSILON = 1e-6
-MAX_REFUSAL_TOKENS = 8
-MIN_PROBABILITY_GAP = 0.02
-
-
-@dataclass(frozen=True)
-class PublishedTokens:
-    """Refusal tokens that Arditi et al. (2024, table 4) chose by eye for a model family."""
-
-    token_ids: tuple[int, ...]
-    texts: tuple[str, ...]
-
-
-PUBLISHED_REFUSAL_TOKENS: dict[str, tuple[PublishedTokens, ...]] = {
-    "qwen": (PublishedTokens((40, 2121), ("I", "As")),),
-    "qwen2": (PublishedTokens((40, 2121), ("I", "As")),),
-    "gemma": (PublishedTokens((235285,), ("I",)),),
-    "llama": (
-        PublishedTokens((306,), ("I",)),  # Llama-2
-        PublishedTokens((40,), ("I",)),  # Llama-3
-        PublishedTokens((59597,), ("I",)),  # Yi
-    ),
-}
-"""By HF model type; one entry counts only where the tokenizer decodes the ids to these texts."""
 
 
 def refusal_score(logits: Float[Tensor, "batch d_vocab"], refusal_tokens: Sequence[int]) -> Float[Tensor, " batch"]:
@@ -89,6 +66,8 @@ class RefusalPrefixes:
 
     def __post_init__(self) -> None:
         beginnings = {prefix[:n] for prefix in self.prefixes for n in range(len(prefix))}
+        if not self.prefixes:
+            raise UserError("a refusal score needs at least one refusal token; does this model refuse?")
         if len(set(self.prefixes)) < len(self.prefixes) or beginnings & set(self.prefixes) or () in self.prefixes:
             raise UserError("refusal tokens must differ, and no prefix may begin with another")
 
@@ -132,14 +111,23 @@ def refusal_scores(
     refusal_tokens: RefusalTokens,
     *,
     interventions: Sequence[Intervention] = (),
+    first: Float[Tensor, "prompt d_vocab"] | None = None,
     batch_size: int = 32,
 ) -> Float[Tensor, " prompt"]:
-    """Refusal score (nats) of the answer to each instruction, on the CPU, under interventions."""
+    """Refusal score (nats) of the answer to each instruction, on the CPU, under interventions.
+
+    Args:
+        first: logits of the first token, where they have been read; only what follows it is read then.
+    """
     prefixes, p = RefusalPrefixes.of(refusal_tokens), list[Tensor]()
     for context in prefixes.contexts:
         ids = prefixes.after(context)
         p.append(torch.empty(len(instructions), len(ids), dtype=torch.float64))
-        for indices, logits in _next_tokens(model, chat, instructions, interventions, context, batch_size):
+        read = _next_tokens(model, chat, instructions, interventions, context, batch_size)
+        if first is not None and not context:
+            places = torch.arange(len(instructions)).split(batch_size)
+            read = ((some.tolist(), first[some]) for some in places)
+        for indices, logits in read:
             p[-1][indices] = as_double(logits).softmax(-1)[:, ids].double().cpu()
     return prefixes.score_of(p)
 
@@ -185,38 +173,6 @@ def _next_tokens(
                 "float32 (or --batch-size 1: eager attention in float64 cannot mask padding)"
             )
         yield indices, logits
-
-
-def discover_refusal_tokens(
-    harmful_logits: Float[Tensor, "harmful d_vocab"], harmless_logits: Float[Tensor, "harmless d_vocab"]
-) -> tuple[int, ...]:
-    """Tokens that begin answers to harmful prompts more often: mean probability higher by 0.02 or more.
-
-    At most 8, largest difference first. Give it prompts of the training split only.
-
-    Raises:
-        UserError: no token is that much more likely: the model does not refuse these prompts in its first token.
-    """
-    gap = as_double(harmful_logits).softmax(-1).mean(0) - as_double(harmless_logits).softmax(-1).mean(0)
-    values, ids = gap.sort(descending=True, stable=True)
-    chosen = ids[values >= MIN_PROBABILITY_GAP][:MAX_REFUSAL_TOKENS].tolist()
-    if not chosen:
-        raise UserError(
-            f"no refusal token found: no first token is {MIN_PROBABILITY_GAP} more likely on harmful than on harmless "
-            f"prompts (largest difference {values[0].item():.4f}); does this model refuse? "
-            "Name the tokens with --refusal-tokens"
-        )
-    return tuple(chosen)
-
-
-def published_refusal_tokens(model_type: str, chat: ChatFormat) -> tuple[int, ...] | None:
-    """The published refusal token ids for this model family, where its tokenizer agrees with them."""
-    for published in PUBLISHED_REFUSAL_TOKENS.get(model_type, ()):
-        inside = max(published.token_ids) < len(chat.tokenizer)
-        texts = tuple(chat.tokenizer.decode([token]).strip() for token in published.token_ids) if inside else ()
-        if texts == published.texts:
-            return published.token_ids
-    return None
 
 
 MOST_LOGITS = 2**22

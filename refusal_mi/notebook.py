@@ -218,8 +218,8 @@ def answer_with_transformers(
     from .model.loading import resolve_source
 
     name = resolve_source(source)
-    tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"

@@ -62,12 +62,19 @@ def test_prefixes_obey_the_rule_on_random_answers():
     assert longest >= 2
 
 
+def test_what_was_seen_once_is_no_rule():
+    """Five percent of few refusals are less than one."""
+    few = labels({(EYE, SORRY): 6, (EYE, CANNOT): 1, (AS, CAN): 1}, {(SURE,): 20})
+    assert find_refusal_tokens(few) == ((EYE,),)
+    assert find_refusal_tokens([*few, *labels({(AS, CAN): 1}, {})]) == ((EYE,), (AS,))
+
+
 def first(prefix, rows, flags):
     """Whether a prefix passes and none of its beginnings does, and all of these are frequent."""
 
     def passes(some):
         hits = [flag for row, flag in zip(rows, flags, strict=True) if row[: len(some)] == some]
-        return sum(hits) >= 0.05 * sum(flags) and sum(hits) > 0, sum(hits) >= 0.8 * len(hits)
+        return sum(hits) >= max(2, 0.05 * sum(flags)), sum(hits) >= 0.8 * len(hits)
 
     before = [passes(prefix[:n]) for n in range(1, len(prefix))]
     return passes(prefix) == (True, True) and all(often and not precise for often, precise in before)
@@ -78,11 +85,12 @@ def test_the_zero_point_separates_best_and_is_zero_where_zero_does():
     moved = 0
     for _ in range(100):
         shift = draw.choice([-4.0, 0.0, 3.0])
-        flags = [draw.random() < 0.4 for _ in range(30)]
+        flags = [draw.random() < 0.4 for _ in range(60)]
         if len(set(flags)) < 2:
             continue
         scores = torch.tensor([draw.gauss(2.0 if flag else -2.0, 1.5) + shift for flag in flags])
         found = zero_point(scores, flags)
+        assert found is not None
         tried = [balanced(scores, flags, edge) for edge in [*scores.tolist(), min(scores.tolist()) - 1.0]]
         assert balanced(scores, flags, found) == pytest.approx(max(tried))
         assert (found == 0.0) == (balanced(scores, flags, 0.0) == pytest.approx(max(tried)))
@@ -98,13 +106,18 @@ def balanced(scores, flags, threshold):
 
 
 @pytest.mark.parametrize("flags", [[True] * 4, [False] * 4])
-def test_the_zero_point_of_one_kind_alone_is_zero(flags):
-    assert zero_point(torch.tensor([3.0, 4.0, 5.0, 6.0]), flags) == 0.0
+def test_there_is_no_zero_point_of_one_kind_alone(flags):
+    assert zero_point(torch.tensor([3.0, 4.0, 5.0, 6.0]), flags) is None
 
 
-def test_scores_that_say_nothing_leave_the_zero_point_at_zero():
-    assert zero_point(torch.tensor([1.0, 2.0, 3.0, 4.0]), [True, True, False, False]) == 0.0
-    assert zero_point(torch.tensor([1.0, 2.0, 3.0, 4.0]), [False, False, True, True]) == 2.5
+def test_scores_that_say_nothing_have_no_zero_point():
+    draw, flags = random.Random(2), [index % 2 == 0 for index in range(80)]
+    found = [zero_point(torch.tensor([draw.gauss(3.0, 1.0) for _ in flags]), flags) for _ in range(100)]
+    assert sum(zero is not None for zero in found) <= 5, "1% in theory"
+    ordered = torch.arange(80.0)
+    assert zero_point(ordered, [index >= 30 for index in range(80)]) == 29.5
+    assert zero_point(ordered, [index < 30 for index in range(80)]) is None, "refused are those of higher scores"
+    assert zero_point(torch.ones(80), flags) is None
 
 
 def test_prefixes_of_one_token_score_as_the_tokens_do_bit_for_bit():
@@ -117,6 +130,11 @@ def test_prefixes_of_one_token_score_as_the_tokens_do_bit_for_bit():
 def test_prefixes_that_contain_each_other_are_refused(tokens):
     with pytest.raises(UserError, match="refusal tokens must differ"):
         RefusalPrefixes.of(tokens)
+
+
+def test_a_score_of_no_token_is_refused():
+    with pytest.raises(UserError, match="does this model refuse"):
+        RefusalPrefixes.of(())
 
 
 PREFIXES = ((TOKENS[0],), (7, 11), (7, 12), (7, 13, 14))
@@ -146,6 +164,8 @@ def test_scores_of_prefixes_are_products_of_probabilities_in_plain_hf(family, ti
     found = refusal_scores(model, chat, ASKS, PREFIXES, interventions=[Ablate(direction)], batch_size=3)
     assert relative_error(found, torch.tensor(ablated)) < 1e-6
     assert relative_error(torch.tensor(expected), torch.tensor(ablated)) > 1e-3
+    read = next_token_logits(model, chat, ASKS)
+    assert relative_error(refusal_scores(model, chat, ASKS, PREFIXES, first=read), torch.tensor(expected)) < 1e-6
     first_only = refusal_scores(model, chat, ASKS, [TOKENS[0], 7])
     assert relative_error(first_only, torch.tensor(expected)) > 1e-3
 
@@ -202,7 +222,9 @@ def test_a_label_is_the_beginning_of_the_greedy_answer_judged_by_text(tiny_model
     chat = ChatFormat(model.tokenizer)
     found = label_prompts(model, chat, ASKS, n_tokens=4)
     assert all(len(label.token_ids) <= 4 and not label.is_refused for label in found)
-    assert [label.token_ids[0] for label in found] == next_token_logits(model, chat, ASKS).argmax(-1).tolist()
+    logits = next_token_logits(model, chat, ASKS)
+    assert [label.token_ids[0] for label in found] == logits.argmax(-1).tolist()
+    assert relative_error(torch.stack([label.first_logits for label in found]), logits) < 1e-5
     monkeypatch.setattr("refusal_mi.labels.is_refusal", lambda text: text == found[0].answer)
     again = label_prompts(model, chat, ASKS, n_tokens=4)
     assert [label.is_refused for label in again] == [label.answer == found[0].answer for label in found]

@@ -7,13 +7,8 @@ import torch
 
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate
-from refusal_mi.measures import (
-    discover_refusal_tokens,
-    kl_nats,
-    next_token_logits,
-    published_refusal_tokens,
-    refusal_score,
-)
+from refusal_mi.labels import discover_refusal_tokens, published_refusal_tokens
+from refusal_mi.measures import kl_nats, next_token_logits, refusal_score
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.directions import random_direction
 from tests.helpers.models import tiny_tokenizer

@@ -16,7 +16,7 @@ from ..figures import style as draw
 from ..files import read_json
 from ..interventions import Ablate, Add, Intervention
 from ..judges.substring import Judge, SubstringJudge
-from ..measures import ScoredText, texts_to_score
+from ..measures import RefusalTokens, ScoredText, texts_to_score
 from ..model.points import HookedModel
 from ..run.folder import RunInputs
 from ..stats import Rate, mean_interval
@@ -148,7 +148,7 @@ def dose_response(
     direction: Direction,
     harmful: Sequence[str],
     harmless: Sequence[str],
-    refusal_tokens: Sequence[int],
+    refusal_tokens: RefusalTokens,
     *,
     coefficients: Sequence[float] = COEFFICIENTS,
     strengths: Sequence[float] = STRENGTHS,
@@ -222,7 +222,7 @@ def from_run(run: RunInputs) -> DoseResult:
         run.direction,
         harmful,
         harmless,
-        run.refusal_tokens,
+        run.refusal_prefixes,
         texts=texts_to_score(run.chat, texts.instructions),
         max_new_tokens=RUN_TOKENS,
         batch_size=run.batch_size,

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..generation import generate
 from ..interventions import Intervention
 from ..judges.substring import Judge, is_degenerate
-from ..measures import ScoredText, ce_loss, kl_nats, next_token_logits, refusal_score
+from ..measures import RefusalTokens, ScoredText, ce_loss, kl_nats, next_token_logits, refusal_scores
 from ..model.points import HookedModel
 from ..text.chat import ChatFormat
 
@@ -22,7 +22,7 @@ class DoseReader:
         model: HookedModel,
         chat: ChatFormat,
         prompts: Mapping[str, Sequence[str]],
-        refusal_tokens: Sequence[int],
+        refusal_tokens: RefusalTokens,
         texts: Sequence[ScoredText],
         max_new_tokens: int | None,
         judge: Judge,
@@ -51,7 +51,16 @@ class DoseReader:
             unread = torch.full((len(texts),), float("nan"), dtype=torch.float64)
             refused, degenerate = self._verdicts(side, interventions) if is_whole else (unread, unread)
             kl = kl_nats(self.plain_logits[side], logits)
-            by_side[side] = [refusal_score(logits, self.refusal_tokens), refused, degenerate, kl]
+            scores = refusal_scores(
+                self.model,
+                self.chat,
+                texts,
+                self.refusal_tokens,
+                interventions=interventions,
+                first=logits,
+                batch_size=self.batch_size,
+            )
+            by_side[side] = [scores, refused, degenerate, kl]
         return by_side, self._loss(interventions) if is_whole else float("nan")
 
     def _logits(self, side: str, interventions: Sequence[Intervention]) -> Float[Tensor, "prompt d_vocab"]:

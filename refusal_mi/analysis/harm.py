@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..figures import style as draw
 from ..interventions import Ablate, Intervention
-from ..measures import next_token_logits, refusal_score
+from ..measures import RefusalTokens, refusal_scores
 from ..model.points import HookedModel
 from ..reading import template_residuals
 from ..run.answers import SIDES
@@ -71,7 +71,7 @@ def separate_harm(
     harmful: Sequence[str],
     harmless: Sequence[str],
     groups: Mapping[str, Sequence[str]],
-    refusal_tokens: Sequence[int],
+    refusal_tokens: RefusalTokens,
     *,
     refused: Sequence[bool] | None = None,
     interventions: Mapping[str, Sequence[Intervention]] | None = None,
@@ -143,7 +143,7 @@ def from_run(run: RunInputs) -> HarmResult:
         harmful,
         harmless,
         groups,
-        run.refusal_tokens,
+        run.refusal_prefixes,
         refused=refused,
         interventions={"harmful, ablated": (Ablate(run.direction),)},
         batch_size=run.batch_size,
@@ -154,12 +154,11 @@ def _scores(
     model: HookedModel,
     chat: ChatFormat,
     instructions: Sequence[str],
-    refusal_tokens: Sequence[int],
+    refusal_tokens: RefusalTokens,
     interventions: Sequence[Intervention],
     batch_size: int,
 ) -> Float[Tensor, " prompt"]:
-    logits = next_token_logits(model, chat, instructions, interventions=interventions, batch_size=batch_size)
-    return refusal_score(logits, refusal_tokens)
+    return refusal_scores(model, chat, instructions, refusal_tokens, interventions=interventions, batch_size=batch_size)
 
 
 def _streams(

@@ -42,7 +42,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="keep, float32 or bfloat16.")] = "keep",
     adapter: Annotated[bool, typer.Option("--adapter", help="Write a PEFT LoRA adapter instead.")] = False,
     verify: Annotated[str, typer.Option(help="auto, full, streaming (block by block) or none.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that lies there.")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Write a checkpoint or adapter that does what hooks did.
@@ -55,6 +55,8 @@ def export(
     source = one_model(model, model_path)
     _quiet()
     what = _intervention(source, direction, directions, strength, layers, components, affine, add)
+    if direction is not None and output_dir.resolve() in direction.expanduser().resolve().parents:
+        raise UserError(f"{output_dir} holds {direction}, which the direction comes from; choose another --output-dir")
     if verify not in ("auto", "full", "streaming", "none"):
         raise UserError(f"--verify takes auto, full, streaming or none, not {verify!r}")
     if adapter:
@@ -109,7 +111,7 @@ def export_vector(
     addition = 1.0 if format == "gguf" and add is None else add
     what = _intervention(source, direction, directions, 1.0, layers, components, None, addition)
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot read the config of {source}: {str(error).splitlines()[0]}") from None
     if format == "gguf":

@@ -25,6 +25,8 @@ SCIENCE_FAILED = 1
 """Exit status: the science or the verification failed, artifacts are kept."""
 LISTS = frozenset({"--coefficients", "--layers", "--multipliers"})
 """Options that take several values, with commas or with spaces between them."""
+MAY_BE_EMPTY = frozenset({"--system", "--response-prefix", "--prompt", "--refusal-instruction"})
+"""Options whose empty text means something: every other one is a shell variable that was not set."""
 _VALUE = re.compile(r"[-+]?[\d.][\d.,eE+-]*|all")
 
 
@@ -36,6 +38,9 @@ def own_spelling(arguments: Sequence[str]) -> list[str]:
     while rest:
         argument = _dashed(rest.pop(0))
         name, equals, value = argument.partition("=")
+        is_empty = value == "" if equals else rest[:1] == [""]
+        if is_empty and name.startswith("--") and name not in MAY_BE_EMPTY:
+            raise UserError(f"{name} was given an empty value; leave the option out, or say what is meant")
         if name not in LISTS:
             spread.append(argument)
             continue

@@ -214,10 +214,11 @@ def select_saved(
     """Select a direction from saved scores, ours or published."""
     if top < 1:
         raise UserError(f"--top must be at least 1, not {top}")
-    from ..search.grid import ScoreGrid, select
+    from ..run.folder import load_evaluations
+    from ..search.grid import select
     from .tables import print_json, print_survivors
 
-    chosen = select(ScoreGrid.load(grid, n_layers), asked.thresholds)
+    chosen = select(load_evaluations(grid, n_layers), asked.thresholds)
     if as_json:
         survivors = [row.describe() for row in chosen.survivors]
         print_json({"explanation": chosen.explain(), "survivors": survivors})

@@ -74,7 +74,9 @@ def _print_labels(console: Console, summary: "RunSummary") -> None:
     for side, rate in summary.refused_by_text.items():
         counts = summary.n_prompts[side]
         kept = ", ".join(f"{each.kept} of {each.of}" for each in (counts.train, counts.val))
-        table.add_row(f"{side}, n = {rate.n}", str(rate), "not tried further" if summary.examples else kept)
+        table.add_row(
+            f"{side}, n = {rate.n}", str(rate), "not tried further" if summary.status == "does not refuse" else kept
+        )
     console.print(table)
     if summary.refusal_tokens:
         tokens = ", ".join(repr(token.text) for token in summary.refusal_tokens)

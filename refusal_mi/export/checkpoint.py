@@ -217,6 +217,10 @@ def _check_not_quantized(config: Mapping[str, Any], directory: Path) -> None:
     )
 
 
+RECORD = "refusal_mi.json"
+"""What an export holds beside the weights: how a folder is known that --force may replace."""
+
+
 @contextmanager
 def fresh_directory(out: str | Path, source: Path, *, force: bool) -> Iterator[Path]:
     """A temporary sibling of `out` to write into, which takes its name once everything has been written.
@@ -224,7 +228,8 @@ def fresh_directory(out: str | Path, source: Path, *, force: bool) -> Iterator[P
     What was there before goes only then.
 
     Raises:
-        UserError: `out` exists and `force` was not given, it lies in (or around) the source, or it cannot be written.
+        UserError: `out` exists and `force` was not given or it is no export, it is a link, it lies in (or around) the
+            source, or it cannot be written.
     """
     target = output_path(out, source, force=force)
     temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}.tmp")
@@ -248,7 +253,17 @@ def output_path(out: str | Path, source: Path, *, force: bool) -> Path:
         raise UserError(f"{target} is the source, or one lies in the other; choose an --output-dir beside it")
     if place == Path.cwd() or place in Path.cwd().parents:
         raise UserError(f"{target} is (or contains) the folder you are in; choose another --output-dir")
-    if target.exists() and not force:
+    if target.is_symlink():
+        raise UserError(f"{target} is a link, which an export does not follow; choose another --output-dir")
+    if not target.exists():
+        return target
+    is_export = (target / RECORD).is_file()
+    if not is_export and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(
+            f"{target} is no export of this program (it has no {RECORD}) and is not replaced; choose another "
+            "--output-dir"
+        )
+    if not force:
         raise UserError(f"{target} exists; choose another --output-dir, or replace it with --force")
     return target
 

@@ -19,13 +19,13 @@ from ..model.provenance import display_name, versions
 from ..model.writers import build_skeleton, classify
 from ..weights import EditFigures, TensorEdit, edit_, factors
 from .adapter import LoRA, write_adapters
-from .checkpoint import Checkpoint, copy_companions, fresh_directory
+from .checkpoint import RECORD, Checkpoint, copy_companions, fresh_directory
 from .plan import Planned, Step, as_steps, describe_step, directions_of, plan_edits, plan_export, without_embedding
 from .rewrite import ExportDtype, ShardHashes, byte_bar, rewrite, write_config
 from .streaming import CheckpointWeights
 from .verify import Verification, VerifyMode, prepare_comparison
 
-RECORD, UNVERIFIED = "refusal_mi.json", "UNVERIFIED"
+UNVERIFIED = "UNVERIFIED"
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def export_checkpoint(
         dtype: of the written floating-point tensors.
         verify: "full" loads hooked model and export; "streaming" compares block by block; "auto" chooses by memory.
         prompts: what the two are compared on; None: a few bundled ones.
-        force: replace an existing directory.
+        force: replace an export that lies there.
 
     Raises:
         UserError: something cannot be exported; nothing is written then.

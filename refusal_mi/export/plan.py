@@ -250,7 +250,7 @@ def plan_export(
     directory, commit = local_files(source, revision)
     checkpoint = open_checkpoint(directory)
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot read the config in {directory}: {str(error).splitlines()[0]}") from None
     layout = classify(config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})

@@ -153,7 +153,7 @@ def streamed_model(checkpoint: Checkpoint, interventions: Sequence[Intervention]
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(checkpoint.directory)
+    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
     config._attn_implementation = "eager"
     model = build_skeleton(config)
     weights = CheckpointWeights(checkpoint, family_of(config.model_type), dtype)

@@ -151,7 +151,9 @@ class Comparison:
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         kind = getattr(torch, dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=kind, attn_implementation="eager").eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=kind, attn_implementation="eager", trust_remote_code=False
+        ).eval()
         if adapter is not None:
             model = load_adapter(model, adapter)
         batch, stops = self.batch, list(self.stops)
@@ -230,7 +232,7 @@ def _tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
     else:

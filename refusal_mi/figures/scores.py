@@ -48,13 +48,13 @@ _AXES: dict[Measure, _Axis] = {
     "bypass": _Axis(
         "Refusal score on harmful prompts, candidate ablated",
         "harmful prompts, candidate ablated",
-        "refusal score, log-odds (nats)",
+        "mean refusal score, log-odds (nats)",
         "harmful",
     ),
     "induce": _Axis(
         "Refusal score on harmless prompts, candidate added",
         "harmless prompts, candidate added",
-        "refusal score, log-odds (nats)",
+        "mean refusal score, log-odds (nats)",
         "harmless",
     ),
     "kl": _Axis(

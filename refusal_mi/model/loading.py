@@ -1,5 +1,7 @@
 """From a hub id or a folder to a model with raw HF weights, ready for hooks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,8 +33,8 @@ def load_model(
         dtype: "auto" is the checkpoint's dtype, and float32 on a CPU.
 
     Raises:
-        UserError: there is no such model, it cannot be reached, its architecture is not supported, or its weight
-            files lack some of its tensors.
+        UserError: there is no such model, it cannot be reached, its architecture is not supported, it would run code
+            of its own, or its weight files lack some of its tensors.
     """
     from safetensors import SafetensorError
     from transformer_lens.model_bridge import TransformerBridge
@@ -45,14 +47,15 @@ def load_model(
     if revision is not None and Path(name).is_dir():
         raise UserError(f"{name} is a directory and has no revisions; leave --revision out, or name a hub id")
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        model = TransformerBridge.boot_transformers(
-            name,
-            revision=revision,
-            device=place,
-            dtype=_pick_dtype(dtype, place, config),
-            model_class=_WholeCheckpoint(config),
-        )
+        with no_remote_code(), no_processor():
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            model = TransformerBridge.boot_transformers(
+                name,
+                revision=revision,
+                device=place,
+                dtype=_pick_dtype(dtype, place, config),
+                model_class=_WholeCheckpoint(config),
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(_load_failure(name, revision, error)) from error
     _check_writes(model, name)
@@ -60,6 +63,36 @@ def load_model(
         hf_config(model)._commit_hash = _hub_commit(name, revision)
     model.eval()
     return model
+
+
+@contextmanager
+def no_remote_code() -> Iterator[None]:
+    """Inside, transformers refuses code that lies beside a model's files at once: by itself it asks on stdout.
+
+    A call with `trust_remote_code=False` refuses as well; this reaches the calls that other libraries make.
+    """
+    from transformers import dynamic_module_utils as remote
+
+    seconds = remote.TIME_OUT_REMOTE_CODE
+    try:
+        remote.TIME_OUT_REMOTE_CODE = 0
+        yield
+    finally:
+        remote.TIME_OUT_REMOTE_CODE = seconds
+
+
+@contextmanager
+def no_processor() -> Iterator[None]:
+    """Inside, TransformerLens loads no image or audio processor: for text none is needed, and it installs packages."""
+    from transformer_lens.model_bridge.sources.transformers import helpers
+
+    loaders = getattr(helpers, "_MODALITY_PROCESSOR_LOADERS", [])
+    before = list(loaders)
+    try:
+        loaders.clear()
+        yield
+    finally:
+        loaders[:] = before
 
 
 def quiet_load(
@@ -179,6 +212,8 @@ def _hub_commit(name: str, revision: str | None) -> str | None:
 def _load_failure(name: str, revision: str | None, error: Exception) -> str:
     where = name if revision is None else f"{name} at revision {revision}"
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "trust_remote_code" in str(error):
+        reason = "it brings Python code of its own, which is not run"
     if "ignore_mismatched_sizes" in reason:
         reason = "its weights do not have the shapes that its config.json names"
     if Path(name).is_dir():

@@ -54,7 +54,6 @@ def run(
     """
     if directions and not {"completions", "loss"} & set(options.steps):
         raise UserError("--directions is about completions and CE loss: add completions or loss to --steps")
-    options = replace(options, n_best=max(options.n_best, *(rank + 1 for rank in directions), 1))
     if estimator is not None:
         options = replace(options, estimator=name_of(estimator))
     elif options.estimator is not None:
@@ -72,7 +71,7 @@ def run(
     grid = find_directions(context, estimator)
     if set(options.steps) == {"directions"}:
         return _write(context, replace(summary, status="directions only"))
-    scores = score_directions(context, grid)
+    scores = score_directions(context, grid, n_best=max([0, *directions]) + 1)
     chosen = choose_direction(context, grid, scores)
     draw_scores(context, scores, chosen)
     baselines = {"harmful": scores.baseline_harmful, "harmless": scores.baseline_harmless}

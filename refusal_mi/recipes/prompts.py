@@ -1,18 +1,27 @@
 """The first stage of a run: the prompts, what the model does with them, and which of them are kept."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ..errors import UserError
 from ..files import read_record, sha256_json, write_record
 from ..generation import discover_response_prefix
-from ..labels import Label, find_refusal_tokens, label_prompts, zero_point
+from ..labels import (
+    Label,
+    discover_refusal_tokens,
+    find_refusal_tokens,
+    label_prompts,
+    published_refusal_tokens,
+    zero_point,
+)
 from ..measures import (
     Prefix,
-    discover_refusal_tokens,
     next_token_logits,
-    published_refusal_tokens,
     refusal_score,
     refusal_scores,
 )
@@ -30,6 +39,8 @@ N_PREFIX_PROMPTS = 16
 HARDLY_EVER = 0.2
 """A model that refuses fewer harmful prompts than this, by the whole 95% interval of the rate, does not refuse."""
 PARTS = ("train", "val")
+CHUNK, MOST_TRIED = 16, 10
+"""Prompts that are labelled at once to fill a split, and at most how often its size."""
 
 
 def prepare(run: RunContext) -> Prepared:
@@ -61,8 +72,8 @@ def prepare(run: RunContext) -> Prepared:
 
     def compute() -> None:
         chat = _with_response_prefix(run, splits)
-        read = _Labelled(run, chat, splits, tests) if o.calibration == "labels" else _Scored(run, chat, splits, tests)
-        write_record(run.path / PROMPTS, read.record())
+        reading = _Labelled if o.calibration == "labels" else _Scored
+        write_record(run.path / PROMPTS, reading(run, chat, splits, tests).record())
 
     about = f"{2 * (o.n_train + o.n_val)} prompts, refusal tokens, filter"
     run.stage("prompts", inputs, [PROMPTS], compute, about)
@@ -114,17 +125,13 @@ def _described(prompts: PromptsRecord) -> list[str]:
 
 
 @dataclass
-class _Reading:
+class _Prompts:
     """What both calibrations do with the prompts."""
 
     run: RunContext
     chat: ChatFormat
     splits: Mapping[str, Splits]
     tests: Mapping[str, PromptSet]
-
-    def record(self) -> PromptsRecord:
-        """What `prompts.json` holds."""
-        raise NotImplementedError
 
     def timed(self, n_prompts: int, work: Callable[[int], Any]) -> Any:
         """Run `work(batch_size)` over so many prompts."""
@@ -174,10 +181,11 @@ class _Reading:
             )
 
 
-class _Scored(_Reading):
+class _Scored(_Prompts):
     """As published: a prompt is refused where its first token's score is above 0."""
 
     def record(self) -> PromptsRecord:
+        """What `prompts.json` holds."""
         options = self.run.options
         logits = {
             (side, part): self._logits(split.parts[part]) for side, split in self.splits.items() for part in PARTS
@@ -210,13 +218,14 @@ Tried = dict[tuple[str, str], list[Prompt]]
 
 
 @dataclass
-class _Labelled(_Reading):
+class _Labelled(_Prompts):
     """By labels: what the model's own answers say."""
 
     labels: dict[str, Label] = field(default_factory=dict)
     """By instruction."""
 
     def record(self) -> PromptsRecord:
+        """What `prompts.json` holds; `labels.json` grows meanwhile."""
         self._recall()
         tried: Tried = {(side, part): list(self.splits[side].parts[part].prompts) for side in SIDES for part in PARTS}
         for side in SIDES:
@@ -229,8 +238,9 @@ class _Labelled(_Reading):
         train = [prompt.instruction for side in SIDES for prompt in tried[side, "train"]]
         tokens, origin = self._tokens([self.labels[text] for text in train])
         self._check_kept(tried, tokens)
-        scored = self.timed(
-            len(texts), lambda size: refusal_scores(self.run.model, self.chat, texts, tokens, batch_size=size)
+        first = self._first_logits(texts)
+        scored = self.run.batched(
+            lambda size: refusal_scores(self.run.model, self.chat, texts, tokens, first=first, batch_size=size)
         )
         scores = dict(zip(texts, scored.tolist(), strict=True))
         zero = zero_point(
@@ -241,6 +251,14 @@ class _Labelled(_Reading):
             for (side, part), prompts in tried.items()
         }
         return self.written(tokens, origin, rows, zero)
+
+    def _first_logits(self, texts: Sequence[str]) -> Float[Tensor, "prompt d_vocab"]:
+        """Of the first token of every answer: as the labels were made, or read now where they were made before."""
+        missing = [text for text in dict.fromkeys(texts) if self.labels[text].first_logits is None]
+        read = lambda size: next_token_logits(self.run.model, self.chat, missing, batch_size=size)  # noqa: E731
+        known = dict(zip(missing, self.timed(len(missing), read), strict=True)) if missing else {}
+        rows = (known[text] if text in known else self.labels[text].first_logits for text in texts)
+        return torch.stack([row for row in rows if row is not None])
 
     def _tokens(self, train: Sequence[Label]) -> tuple[Sequence[Prefix], str]:
         given = self.run.options.refusal_tokens
@@ -262,8 +280,9 @@ class _Labelled(_Reading):
         )
 
     def _is_kept(self, side: str, prompt: Prompt) -> bool:
-        is_refused = self.labels[prompt.instruction].is_refused
-        return not self.run.options.filter_prompts or is_refused == (side == "harmful")
+        label = self.labels[prompt.instruction]
+        treated_so = label.is_refused if side == "harmful" else bool(label.answer) and not label.is_refused
+        return treated_so or not self.run.options.filter_prompts
 
     def _row(self, side: str, prompt: Prompt, score: float | None) -> PromptRow:
         label = self.labels[prompt.instruction]
@@ -274,10 +293,8 @@ class _Labelled(_Reading):
         return Rate.of([self.labels[each.instruction].is_refused for part in PARTS for each in tried[side, part]])
 
     def _refuses(self, tried: Tried) -> bool:
-        """Whether the model refuses harmful prompts at all; with --no-filter or given tokens the run goes on anyhow."""
-        options = self.run.options
-        goes_on = not options.filter_prompts or bool(options.refusal_tokens)
-        return goes_on or self._rate(tried, "harmful").interval[1] >= HARDLY_EVER
+        """Whether the model refuses harmful prompts at all; with --no-filter the run goes on anyhow."""
+        return not self.run.options.filter_prompts or self._rate(tried, "harmful").interval[1] >= HARDLY_EVER
 
     def _without_refusals(self, tried: Tried) -> PromptsRecord:
         rows: dict[tuple[str, str], list[PromptRow]] = {}
@@ -300,11 +317,15 @@ class _Labelled(_Reading):
         held_out = {prompt.instruction for test in self.tests.values() for prompt in test.prompts}
         for parts, spare in self.splits[side].spare.items():
             waiting = [prompt for prompt in spare.prompts if prompt.instruction not in held_out]
+            waiting = waiting[: MOST_TRIED * sum(sizes[part] for part in parts)]
             while waiting and (n_missing := sum(sizes[part] - kept[part] for part in parts)):
-                chunk, waiting = waiting[:n_missing], waiting[n_missing:]
+                n = max(n_missing, CHUNK)
+                chunk, waiting = waiting[:n], waiting[n:]
                 self._label(chunk)
                 for prompt in chunk:
                     part = min(parts, key=lambda each: kept[each] / sizes[each])
+                    if kept[part] == sizes[part]:
+                        break
                     tried[side, part].append(prompt)
                     kept[part] += self._is_kept(side, prompt)
 
@@ -314,15 +335,14 @@ class _Labelled(_Reading):
         if not missing:
             return
         run, n_tokens = self.run, self.run.options.label_tokens
-        labels = run.timed(
-            "label",
-            len(missing),
-            lambda: run.batched(
-                lambda size: label_prompts(run.model, self.chat, missing, n_tokens=n_tokens, batch_size=size)
-            ),
+        labels = run.batched(
+            lambda size: label_prompts(run.model, self.chat, missing, n_tokens=n_tokens, batch_size=size)
         )
         self.labels |= dict(zip(missing, labels, strict=True))
-        rows = tuple(LabelRow(instruction, **asdict(label)) for instruction, label in self.labels.items())
+        rows = tuple(
+            LabelRow(instruction, label.answer, label.token_ids, label.is_refused)
+            for instruction, label in self.labels.items()
+        )
         write_record(run.path / LABELS, LabelsRecord(self._key, rows))
 
     def _recall(self) -> None:

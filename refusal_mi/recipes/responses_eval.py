@@ -14,14 +14,13 @@ from ..files import parsed, read_record, sha256_file, write_json
 from ..generation import generate
 from ..interventions import Ablate, Add
 from ..judges.substring import MAX_DEGENERATE, Judge, SubstringJudge, is_degenerate
-from ..labels import Label, find_refusal_tokens
+from ..labels import Label, find_refusal_tokens, published_refusal_tokens
 from ..measures import (
     Prefix,
     RefusalPrefixes,
     RefusalTokens,
     kl_nats,
     next_token_logits,
-    published_refusal_tokens,
     refusal_scores,
 )
 from ..model.points import HookedModel, model_type
@@ -259,24 +258,29 @@ class Evaluation:
         )
 
     def _find_refusal_tokens(self) -> tuple[Prefix, ...]:
-        """How the kept refusals begin and the kept answers do not; without them the published tokens."""
-        files = [self.vector_dir / file for file in KEPT]
-        if all(file.exists() for file in files):
-            rows = [read_record(file, list[Response]) for file in files]
-            labels = [self._label(row, is_refused=index == 1) for index, side in enumerate(rows) for row in side]
-            if found := find_refusal_tokens(labels):
-                return found
-        published = published_refusal_tokens(model_type(self.model), self.chat)
-        if published is None:
+        """How the kept refusals begin and the kept answers do not; the published tokens where no responses lie here."""
+        if all((self.vector_dir / file).exists() for file in KEPT):
+            tokens = find_refusal_tokens([label for is_refused in (False, True) for label in self._labels(is_refused)])
+        else:
+            published = published_refusal_tokens(model_type(self.model), self.chat) or ()
+            tokens = tuple((token,) for token in published)
+        if not tokens:
             raise UserError(
                 f"the responses in {self.vector_dir} do not tell how refusals begin: name the tokens with "
                 "--refusal-tokens"
             )
-        return tuple((token,) for token in published)
+        return tokens
 
-    def _label(self, row: Response, *, is_refused: bool) -> Label:
-        ids, first = self.chat.encode_answered(row.prompt, row.response)
-        return Label(row.response, tuple(ids[first:]), is_refused)
+    def _labels(self, is_refused: bool) -> list[Label]:
+        """The kept responses of one side, in the tokens that were sampled; encoded again where these are not there."""
+        kept = read_record(self.vector_dir / KEPT[is_refused], list[Response])
+        if not (self.vector_dir / TOKENS).exists():
+            encoded = [self.chat.encode_answered(row.prompt, row.response) for row in kept]
+            return [Label("", tuple(ids[first:]), is_refused) for ids, first in encoded]
+        saved = read_record(self.vector_dir / TOKENS, SavedTokens)
+        rows = read_record(self.vector_dir / RESPONSES[is_refused], list[Response])
+        written = zip(rows, saved.refusing if is_refused else saved.compliant, strict=True)
+        return [Label("", tokens.token_ids, is_refused) for row, tokens in written if row in kept]
 
 
 LATE = 0.8

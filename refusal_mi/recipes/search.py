@@ -66,10 +66,10 @@ def find_directions(run: Prepared, estimator: Estimator | None = None) -> Direct
     files = [MEAN_DIFFS, MEAN_DIFFS_RECORD, MEANS]
 
     def compute() -> None:
-        means = [
-            run.batched(lambda size: mean_activations(run.model, run.chat, instructions, batch_size=size))
-            for instructions in (harmful, harmless)
-        ]
+        def read(instructions: list[str]) -> ActivationMeans:
+            return run.batched(lambda size: mean_activations(run.model, run.chat, instructions, batch_size=size))
+
+        means = run.timed("pass", len(harmful) + len(harmless), lambda: [read(harmful), read(harmless)])
         grid = difference_in_means(*means) if estimator is difference_in_means else _estimated(estimator, means)
         write_tensors(run.path / files[0], grid.vectors)
         write_tensors(run.path / files[2], {"harmful": means[0].means, "harmless": means[1].means})
@@ -144,8 +144,14 @@ def name_of(function: Any) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-def score_directions(run: Prepared, grid: DirectionGrid) -> ScoreGrid:
-    """Bypass, induce and KL of every candidate on the validation prompts: `select_direction/`."""
+def score_directions(run: Prepared, grid: DirectionGrid, *, n_best: int = 1) -> ScoreGrid:
+    """Bypass, induce and KL of every candidate on the validation prompts: `select_direction/`.
+
+    Args:
+        n_best: survivors that a staged search must look for; as many as the options ask for, and as one before looked
+            for, if these are more.
+    """
+    n_best = max(n_best, run.options.n_best, run.folder.before("scores").get("n_best", 1))
     files = [EVALUATIONS, SCORES, BASELINE]
     token_sets: list[RefusalTokens] = [run.prompts.prefixes]
     if run.prompts.published_refusal_tokens:
@@ -166,7 +172,7 @@ def score_directions(run: Prepared, grid: DirectionGrid) -> ScoreGrid:
                 *sets,
                 thresholds=rule,
                 zero_point=zero_point,
-                n_best=run.options.n_best,
+                n_best=n_best,
                 batch_size=size,
             )
         else:
@@ -183,10 +189,10 @@ def score_directions(run: Prepared, grid: DirectionGrid) -> ScoreGrid:
     limit = layer_limit(grid.n_layers, rule.prune_layers if run.options.search == "staged" else pruned)
     places = [place for place in grid.candidates() if place[1] < limit]
     if run.options.search == "staged":
-        n_usual = round(usual_cost(places, grid.n_layers, *sizes, DEFAULT_SCREENING, run.options.n_best))
+        n_usual = round(usual_cost(places, grid.n_layers, *sizes, DEFAULT_SCREENING, n_best))
         about = f"{len(places)} candidates, staged search, about as much work as {n_usual} prompts"
         about += f"{run.estimate('pass', n_usual)}; about {MOST} times that where none passes"
-        inputs |= {"search": "staged", "thresholds": asdict(rule), "n_best": run.options.n_best}
+        inputs |= {"search": "staged", "thresholds": asdict(rule), "n_best": n_best}
     else:
         n_whole = round(sum(item.cost(grid.n_layers) for item in exact_items(places, sizes[0], sum(sizes))))
         about = f"{len(places)} candidates, as much work as {n_whole} prompts{run.estimate('pass', n_whole, most=True)}"

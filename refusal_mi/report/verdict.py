@@ -49,9 +49,10 @@ def judge_run(record: RunRecord) -> Verdict:
     if record.status == DOES_NOT_REFUSE:
         assert record.summary is not None
         rate = record.summary.refused_by_text["harmful"]
-        text = f"It refuses {rate} of {rate.n} harmful prompts, by the text of its answers, as in: "
+        text = f"It refuses {rate} of {rate.n} harmful prompts, by the text of its answers"
         answers = " · ".join(f"“{each.response} …”" for each in record.summary.examples)
-        return Verdict("This model does not refuse: there is no refusal direction to find.", (text + answers,))
+        text += f", as in: {answers}" if answers else ", which are empty."
+        return Verdict("This model does not refuse: there is no refusal direction to find.", (text,))
     if selection is None:
         return Verdict(
             "No direction was chosen.",

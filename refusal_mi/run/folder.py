@@ -62,6 +62,13 @@ def load_scores(folder: Path) -> ScoreGrid:
     return ScoreGrid(rows, baseline.n_layers, baseline.harmful, baseline.harmless, per_prompt, baseline.zero_point)
 
 
+def load_evaluations(path: Path, n_layers: int) -> ScoreGrid:
+    """A saved score file, ours or a published one; with the zero point of the run whose folder it lies in."""
+    grid, baseline = ScoreGrid.load(path, n_layers), Path(path).with_name(Path(BASELINE).name)
+    own = Path(path).name in (Path(EVALUATIONS).name, Path(SURVIVORS).name) and baseline.is_file()
+    return replace(grid, zero_point=read_record(baseline, BaselineRecord).zero_point) if own else grid
+
+
 def parse_directions(text: str) -> tuple[int, ...]:
     """Ranks written as "0-2" (the published form: ranks 0 and 2), in the order in which they are ablated.
 
@@ -319,8 +326,13 @@ class RunInputs:
 
     @property
     def refusal_tokens(self) -> tuple[int, ...]:
-        """Ids of the tokens that refusals begin with; of a prefix of several tokens the first."""
+        """Ids of the tokens that refusals begin with, for what reads one token; of a prefix of several the first."""
         return self.record.token_ids
+
+    @property
+    def refusal_prefixes(self) -> tuple[tuple[int, ...], ...]:
+        """What the run's refusal score is read from."""
+        return self.record.prefixes
 
     def prompts(self, side: str, part: str = "test") -> list[str]:
         """Instructions of "harmful" or "harmless" in "train", "val" (those that passed the filter) or "test"."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 from ..directions import Direction
-from ..files import parsed
+from ..files import parsed, with_values
 from ..measures import LossResult
 from ..model.provenance import ModelRecord
 from ..search.grid import Selection
@@ -150,7 +150,8 @@ class RunInfo:
     """`run.json`: everything that identifies a run."""
 
     model: ModelRecord
-    options: RunOptions
+    options: Annotated[RunOptions, with_values(RunOptions, {"calibration": "published"})]
+    """Runs of before there was a calibration were published ones."""
     chat: ChatRecord
     refusal_tokens: tuple[TokenRecord, ...]
     refusal_tokens_origin: str

@@ -136,12 +136,17 @@ class RunFolder:
         """How long each finished stage took."""
         return {name: record.seconds for name, record in self._done_stages().items()}
 
+    def before(self, name: str) -> Mapping[str, Any]:
+        """The inputs that a stage was last computed from; empty if it never was."""
+        record = self._records / f"{name}.json"
+        return read_record(record, StageRecord).inputs if record.exists() else {}
+
     def peak_mib(self) -> float | None:
         """The most memory (MiB) that a finished stage's process held until its end."""
         return max((record.peak_mib for record in self._done_stages().values() if record.peak_mib), default=None)
 
     def set_aside(self, file: str) -> None:
-        """Move what was computed from a file that is gone, directly or not, to `.stages/set_aside/`.
+        """Move a file that no longer holds, and what was computed from it, directly or not, to `.stages/set_aside/`.
 
         A stage that is asked for again with the inputs that it had takes its outputs from there.
         """
@@ -155,7 +160,7 @@ class RunFolder:
                 _move(self.path / output, aside / "outputs" / output)
             record.unlink()
         if names:
-            self.report(f"set aside: {len(names)} stages that were computed from {file}, which is gone")
+            self.report(f"set aside: {len(names)} stages of {file}, which no longer holds")
 
     def _model(self) -> "_Model | None":
         """The model of the run that lies here."""
@@ -173,10 +178,10 @@ class RunFolder:
         return self._records / "set_aside" / key
 
     def _computed_from(self, file: str) -> list[str]:
-        """Names of the stages that name this file, or an output of such a stage, among their input files."""
+        """Names of the stages that wrote this file, or name it or an output of such a stage among their input files."""
         records = self._done_stages()
-        gone: set[str] = {file}
-        names: list[str] = []
+        names = [name for name, record in records.items() if file in record.outputs]
+        gone = {file, *(output for name in names for output in records[name].outputs)}
         while new := [
             name for name, record in records.items() if name not in names and gone & set(record.inputs.get("files", ()))
         ]:

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, repeat
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..directions import DirectionGrid
@@ -20,7 +20,7 @@ from ..measures import RefusalTokens
 from ..model.points import HookedModel
 from ..progress import track
 from ..text.chat import ChatFormat
-from .grid import ScoreGrid, median_of
+from .grid import ScoreGrid
 from .sweep import Kind, Place, Scorer, ScoreTable, WorkItem, cut
 from .thresholds import Thresholds
 
@@ -121,7 +121,8 @@ def staged_token_sets(
     scorer = Scorer(model, chat, grid, harmful, harmless, token_sets, batch_size=batch_size)
     table = ScoreTable(scorer)
     Rounds(table, thresholds, screening, zero_point, n_best).run()
-    return [replace(each, zero_point=zero_point) for each in table.grids()]
+    first, *others = table.grids()
+    return [replace(first, zero_point=zero_point), *others]
 
 
 def usual_cost(
@@ -163,6 +164,9 @@ class Rounds:
         self.has_stopped = False
         self.failed: dict[Place, str] = {}
         """Which threshold a candidate breaks, clearly or on all prompts."""
+        self.winners: list[Place] = []
+        self.doubtful: list[Place] = []
+        """Those that seem to break a threshold, but not clearly."""
 
     def run(self) -> None:
         """Measure until enough candidates pass every threshold exactly, none is left or too much is spent; say why."""
@@ -190,8 +194,8 @@ class Rounds:
         ranking, few, most = self.table.open, self.screening.n_prompts, MOST * self.usual
         yield from self.measure("ablate", ranking, self.harmful[:few])
         ranking.sort(key=self.bypass)
-        is_first, winners, doubtful = True, list[Place](), list[Place]()
-        while ranking and len(winners) < self.n_best:
+        is_first = True
+        while ranking and len(self.winners) < self.n_best:
             contenders: list[Place] = []
             while ranking and len(contenders) < self.screening.n_contenders:
                 if contenders and (self.spent > most or self.is_worse(ranking[0], contenders[0])):
@@ -201,30 +205,29 @@ class Rounds:
                     yield from self.measure(kind, some, self.harmless[:few])
                     some = [place for place in some if not self.is_out(place)]
                 contenders += [place for place in some if self.excess(place)[0] <= 0]
-                doubtful += [place for place in some if self.excess(place)[0] > 0]
+                self.doubtful += [place for place in some if self.excess(place)[0] > 0]
                 self.limit = math.inf if is_first and contenders else most
             for place in (yield from self.halved(contenders)):
-                passes = None
-                while passes is None:
-                    passes = yield from self.advance(place)
-                winners += [place] if passes else []
-                if len(winners) == self.n_best:
+                while (passes := (yield from self.advance(place))) is None:
+                    pass
+                self.winners += [place] if passes else []
+                if len(self.winners) == self.n_best:
                     break
             is_first, self.limit = False, most
-        yield from self.settle(doubtful, winners)
+        yield from self.settle()
 
-    def settle(self, doubtful: list[Place], winners: list[Place]) -> Iterator[WorkItem]:
-        """Go on with those that seem to break a threshold, the least first, while they could be among the best."""
-        while doubtful:
-            if len(winners) >= self.n_best:
-                bar = sorted(map(self.bypass, winners))[self.n_best - 1]
-                doubtful = [place for place in doubtful if self.bypass(place) < bar]
-            place = min(doubtful, key=self.excess, default=None)
+    def settle(self) -> Iterator[WorkItem]:
+        """Go on with the doubtful ones, those that break the least first, while they could be among the best."""
+        while self.doubtful:
+            if len(self.winners) >= self.n_best:
+                bar = sorted(map(self.bypass, self.winners))[self.n_best - 1]
+                self.doubtful = [place for place in self.doubtful if self.bypass(place) < bar]
+            place = min(self.doubtful, key=self.excess, default=None)
             if place is None:
                 return
             passes = yield from self.advance(place)
-            winners += [place] if passes else []
-            doubtful = [each for each in doubtful if each != place or passes is None]
+            self.winners += [place] if passes else []
+            self.doubtful = [each for each in self.doubtful if each != place or passes is None]
 
     def halved(self, contenders: list[Place]) -> Generator[WorkItem, None, list[Place]]:
         """The contenders, those that lasted longest first."""
@@ -280,20 +283,30 @@ class Rounds:
 
     def excess(self, place: Place) -> tuple[float, str]:
         """By how many standard errors KL or induce break their threshold, and which of them by more."""
-        floor, most = self.thresholds.induce_floor(self.zero_point), self.thresholds.kl_max
         kl, induce = (self.table.known(place, measure) for measure in (KL, INDUCE))
+        if not bool(kl.isfinite().all() and induce.isfinite().all()):
+            return math.inf, "scores that are not finite"
+        floor, most = self.thresholds.induce_floor(self.zero_point), self.thresholds.kl_max
         over = -math.inf if most is None else self.errors_above(kl - most, KL)
-        return max((over, "KL"), (self.errors_above(floor - induce, INDUCE), "induce"))
+        if self.zero_point is None or math.isinf(floor):
+            return max((over, "KL"), (self.errors_above(floor - induce, INDUCE), "induce"))
+        return max((over, "KL"), (self.errors_below_half(induce >= floor), "induce"))
 
     def errors_above(self, values: Float[Tensor, " known"], measure: int) -> float:
         """By how many standard errors the mean of values is above 0; all that there are leave no error."""
         if len(values) == self.table.sizes[measure]:
-            is_median = measure == INDUCE and self.zero_point is not None
-            return math.inf if (median_of(values) if is_median else values.mean().item()) > 0 else -math.inf
+            return math.inf if values.mean() > 0 else -math.inf
         if len(values) < 2:
             return 0.0
         mean, error = values.mean().item(), (values.std() / math.sqrt(len(values))).item()
         return mean / error if error > 0 else math.copysign(math.inf, mean)
+
+    def errors_below_half(self, reach: Bool[Tensor, " known"]) -> float:
+        """By how many standard errors fewer than half of the prompts reach what half must; of all, whether they do."""
+        n, n_reached = len(reach), int(reach.sum())
+        if n == self.table.sizes[INDUCE]:
+            return math.inf if 2 * n_reached < n else -math.inf
+        return (n / 2 - n_reached) / (math.sqrt(n) / 2) if n else 0.0
 
     def interval(self, values: Float[Tensor, " prompt"]) -> tuple[float, float]:
         """Mean ± n_errors standard errors; a single prompt says nothing."""
@@ -305,7 +318,8 @@ class Rounds:
     def reason(self, place: Place) -> str:
         """Why a candidate was left out, before a colon (`Selection.explain` counts these), and what was measured."""
         why = f"screened out for {self.failed.get(place, 'bypass')}"
-        if self.has_stopped and place not in self.failed:
+        is_open = len(self.winners) < self.n_best or place in self.doubtful
+        if self.has_stopped and is_open and place not in self.failed:
             why = f"not settled when the search stopped after {len(self.failed)} candidates failed"
         parts = [
             f"{name} {self.table.known(place, measure).mean().item():.2f} on {len(known)} of {size}"

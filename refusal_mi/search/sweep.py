@@ -108,7 +108,9 @@ class Scorer:
         rows = [*item.prompts, *(start + item.prompts[index] for start in starts for index in scored)]
         run = self.passes.added if item.kind == "add" else self.passes.ablated
         measured = torch.empty(len(self.token_sets), len(directions), len(item.prompts), dtype=torch.float64)
-        for candidate, logits in enumerate(run(directions, rows)):
+        at_once = max(1, len(directions) // len(self.contexts))  # every context is as many rows more
+        chunks = (directions[start : start + at_once] for start in range(0, len(directions), at_once))
+        for candidate, logits in enumerate(logits for some in chunks for logits in run(some, rows)):
             first, continued = logits[: len(is_scored)], logits[len(is_scored) :]
             if scored:
                 by_context = torch.cat([first[None, scored], continued.unflatten(0, (len(starts), len(scored)))])

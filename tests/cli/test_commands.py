@@ -10,6 +10,7 @@ from importlib.metadata import version
 import pytest
 
 from refusal_mi.cli import exit_status
+from refusal_mi.cli.options import own_spelling
 from refusal_mi.labels import Label
 from refusal_mi.model.points import explain_writes, write_hooks
 from tests.helpers.models import save_tiny
@@ -122,7 +123,7 @@ def test_a_system_message_that_the_template_refuses(run_fails, tmp_path):
 
 
 def test_fewer_than_8_prompts_after_the_filter_names_no_filter(run_fails):
-    line = run_fails("--filter", kept=["labels.json"])
+    line = run_fails("--filter", "--calibration=published")
     assert "--no-filter" in line and "8 are needed" in line
 
 
@@ -223,6 +224,24 @@ def test_model_info_looks_for_refusal_tokens_after_the_response_prefix(tiny_dir,
     assert len(facts["refusal_tokens"]) == 1 and facts["refusal_tokens"][0].startswith("5 ")
     assert facts["refused_by_text"] == "harmful 0.50 [0.09, 0.91] of 2, harmless 0.50 [0.09, 0.91] of 2"
     assert facts["post_instruction_positions"] == list(range(-8, 0))
+
+
+@pytest.mark.parametrize("option", ["--output-dir", "--harmful", "--eval-set", "--multi", "--refusal-tokens"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_an_empty_value_is_no_default(option, joined, tiny_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = [f"{option}="] if joined else [option, ""]
+    assert f"{option} was given an empty value" in fails(["run", tiny_dir("gpt2"), *given], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_system_message_is_one(score_file):
+    assert own_spelling(["chat", "--system", "", "--response-prefix="]) == [
+        "chat",
+        "--system",
+        "",
+        "--response-prefix=",
+    ]
 
 
 def test_an_interrupt_is_status_130(score_file, monkeypatch, capsys):

@@ -109,14 +109,36 @@ def test_an_existing_directory_is_replaced_only_by_force_and_the_source_never(tm
     source, out = tiny_dir("qwen2"), tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="--force"):
-        export_checkpoint(source, Ablate(R), out, verify="none")
+    for force in (False, True):
+        with pytest.raises(UserError, match=r"no export of this program .* not replaced"):
+            export_checkpoint(source, Ablate(R), out, verify="none", force=force)
     assert (out / "mine.txt").read_text() == "precious"
     with pytest.raises(UserError, match="source"):
         export_checkpoint(source, Ablate(R), source, force=True)
+    (out / "mine.txt").unlink()
     export_checkpoint(source, Ablate(R), out, verify="none", force=True)
-    assert not (out / "mine.txt").exists()
+    (out / "old.txt").write_text("of the export before")
+    with pytest.raises(UserError, match="--force"):
+        export_checkpoint(source, Ablate(R), out, verify="none")
+    assert (out / "old.txt").exists()
+    export_checkpoint(source, Ablate(R), out, verify="none", force=True)
+    assert not (out / "old.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link to an export", "link to nothing"])
+def test_a_file_or_a_link_is_never_replaced(kind, tmp_path, tiny_dir):
+    source, out, export = tiny_dir("qwen2"), tmp_path / "out", tmp_path / "export"
+    export_checkpoint(source, Ablate(R), export, verify="none")
+    if kind == "file":
+        out.write_text("precious")
+    else:
+        out.symlink_to(export if kind == "link to an export" else tmp_path / "gone")
+    before = sorted(path.name for path in export.iterdir())
+    with pytest.raises(UserError, match=r"not replaced|is a link"):
+        export_checkpoint(source, Ablate(R), out, verify="none", force=True)
+    assert out.is_symlink() or out.read_text() == "precious"
+    assert sorted(path.name for path in export.iterdir()) == before and not (tmp_path / "gone").exists()
 
 
 def test_an_export_beyond_the_limits_is_kept_and_marked(tmp_path, tiny_dir, monkeypatch):

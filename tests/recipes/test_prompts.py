@@ -2,17 +2,21 @@
 
 import json
 from dataclasses import replace
+from typing import get_type_hints
 
 import pytest
 
+from refusal_mi.analysis.dose import from_run as dose_from_run
 from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, read_record
 from refusal_mi.labels import Label
+from refusal_mi.measures import refusal_scores
 from refusal_mi.recipes.context import RunContext
 from refusal_mi.recipes.prompts import examples, prepare
+from refusal_mi.run.folder import RunInputs, RunRecord
 from refusal_mi.run.options import RunOptions
-from refusal_mi.run.record import LabelsRecord, PromptsRecord
+from refusal_mi.run.record import LabelsRecord, PromptsRecord, RunInfo
 from refusal_mi.run.stages import RunFolder
 
 ASKED = RunOptions(n_train=20, n_val=10, n_test=8, response_prefix="", batch_size=64)
@@ -204,3 +208,69 @@ def test_the_command_line_says_that_a_model_does_not_refuse_and_ends_with_status
     assert "does not refuse" in (tmp_path / "run" / "report.html").read_text()
     assert exit_status(["combos", str(tiny_dir("gpt2")), f"--output-dir={tmp_path / 'run'}"]) == 1
     assert "does not refuse" in capsys.readouterr().out
+
+
+@pytest.fixture
+def both_begin_alike(monkeypatch):
+    """A model whose first token is the same in refusals and in other answers: the second one tells."""
+
+    def label(model, chat, instructions, *, n_tokens, batch_size):
+        flags = [text.endswith("no") for text in instructions]
+        return [Label("an answer", (40, 5) if flag else (40, 7), flag) for flag in flags]
+
+    monkeypatch.setattr("refusal_mi.recipes.prompts.label_prompts", label)
+
+
+def test_a_run_whose_refusals_need_several_tokens(both_begin_alike, tiny_dir, tiny_model, tmp_path, capsys):
+    for side, texts_of in (("harmful", HARMFUL), ("harmless", HARMLESS)):
+        (tmp_path / f"{side}.json").write_text(json.dumps(texts_of))
+    sets = [f"--{side}={tmp_path / side}.json" for side in ("harmful", "harmless")]
+    sizes = ["--n-train=20", "--n-val=8", "--n-test=4", "--n-ce=2", "--max-new-tokens=3", "--response-prefix="]
+    folder, model = tmp_path / "run", str(tiny_dir("gpt2"))
+    arguments = [*sets, *sizes, "--no-thresholds", f"--output-dir={folder}"]
+    assert exit_status(["run", model, *arguments]) == 0
+    record = RunRecord.load(folder)
+    assert record.prompts.prefixes == ((40, 5),) and record.summary.refusal_tokens[0].ids == (40, 5)
+    assert read_json(folder / "direction_metadata.json")["refusal_tokens"][0]["then"] == [5]
+    rows, chat = record.prompts.harmful.val, RunInputs(tiny_model("gpt2"), folder).chat
+    expected = refusal_scores(tiny_model("gpt2"), chat, texts(rows), [(40, 5)]).tolist()
+    assert [row.refusal_score for row in rows] == pytest.approx(expected, rel=1e-5)
+    kept = [score for score, row in zip(expected, rows, strict=True) if row.kept]
+    assert record.scores.baseline_harmful == pytest.approx(sum(kept) / len(kept), rel=1e-5)
+    assert exit_status(["combos", model, f"--output-dir={folder}", "--n-random=0", "--ranks=0,1"]) == 0
+    baseline = read_json(folder / "combos" / "baseline.json")
+    assert baseline["bypass"] == pytest.approx(record.scores.baseline_harmful, rel=1e-5)
+    dose = dose_from_run(replace(RunInputs(tiny_model("gpt2"), folder), max_prompts=4))
+    assert dose.provenance["settings"]["refusal_tokens"] == [(40, 5)]
+    capsys.readouterr()
+    assert "40 5" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("saved", "calibration"), [({"n_train": 5}, "published"), ({"calibration": "labels"}, "labels")]
+)
+def test_a_run_of_before_the_labels_is_a_published_one(saved, calibration, tmp_path):
+    (tmp_path / "options.json").write_text(json.dumps(saved))
+    kind = get_type_hints(RunInfo, include_extras=True)["options"]
+    assert read_record(tmp_path / "options.json", kind).calibration == calibration
+
+
+def test_harmless_prompts_that_are_answered_with_nothing_are_not_kept(prepared, monkeypatch):
+    from refusal_mi.recipes import prompts
+
+    label = prompts.label_prompts
+
+    def silent(*arguments, **options):
+        found = label(*arguments, **options)
+        return [replace(each, answer="") if each.answer.endswith("7 yes") else each for each in found]
+
+    monkeypatch.setattr(prompts, "label_prompts", silent)
+    kept = prepared(HARMFUL, HARMLESS).harmless
+    assert len(kept.kept("train")) == 20 and not any(text.endswith("7 yes") for text in kept.kept("train"))
+
+
+def test_a_source_that_is_nearly_all_refused_is_not_tried_to_its_end(prepared, labelled, monkeypatch):
+    monkeypatch.setattr("refusal_mi.recipes.prompts.MOST_TRIED", 2)
+    with pytest.raises(UserError, match="harmless train prompts are answered"):
+        prepared(HARMFUL, asks("harmless", 400, lambda index: index % 40 > 0))
+    assert sum(text.startswith("harmless") for text in labelled) == 30 + 2 * 30

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from refusal_mi.errors import UserError
-from refusal_mi.files import read_json
+from refusal_mi.files import read_json, write_record
+from refusal_mi.run.folder import load_evaluations
+from refusal_mi.run.record import BaselineRecord
 from refusal_mi.search.grid import ScoreGrid, select
 from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
 from tests.helpers.scores import candidate
@@ -145,3 +147,11 @@ def test_where_a_zero_point_was_calibrated_half_of_the_prompts_must_reach_it():
         chosen = select(ScoreGrid(rows, 5, zero_point=zero_point))
         assert list(chosen.survivors) == kept
     assert select(ScoreGrid((skewed,), 5, zero_point=-1.0), Thresholds(induce_min=0.6)).survivors == ()
+
+
+def test_a_score_file_beside_its_baseline_is_read_with_its_zero_point(tmp_path):
+    rows = [replace(candidate(layer=3, induce=-2.0), median_induce=-0.5).describe()]
+    (tmp_path / "direction_evaluations.json").write_text(json.dumps(rows))
+    assert not select(load_evaluations(tmp_path / "direction_evaluations.json", 5)).survivors
+    write_record(tmp_path / "baseline.json", BaselineRecord(1.0, -3.0, 5, zero_point=-1.0))
+    assert [row.layer for row in select(load_evaluations(tmp_path / "direction_evaluations.json", 5)).survivors] == [3]

@@ -161,11 +161,13 @@ class Recorded(KnownScores):
         return sum(blocks) / n_layers
 
 
-def search_known(induce, *, kl=0.01, seed=0, n_best=1):
+def search_known(induce, *, kl=0.01, kl_noise=0.001, seed=0, n_best=1):
     """A search by the published rule: bypass rises along the grid; induce is given, one mean for each candidate."""
     noise = torch.randn(3, 100, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    means = torch.stack([torch.arange(100.0) / 4, torch.as_tensor(induce).expand(100), torch.full((100,), kl)]).double()
-    scale = torch.tensor([0.3, 1.0, 0.001], dtype=torch.float64)[:, None, None]
+    means = torch.stack(
+        [torch.arange(100.0) / 4, torch.as_tensor(induce).expand(100), torch.as_tensor(kl).expand(100)]
+    ).double()
+    scale = torch.stack([torch.full((100,), 0.3), torch.ones(100), torch.as_tensor(kl_noise).expand(100)])[..., None]
     scorer = Recorded(WIDE, (means[:, :, None] + scale * noise).transpose(0, 1))
     rounds = Rounds(ScoreTable(scorer), Thresholds(), Screening(seed=seed), n_best=n_best)
     rounds.run()
@@ -190,6 +192,32 @@ def test_as_many_survivors_are_found_as_are_asked_for_the_best_ones_first(n_best
 def test_the_zero_point_is_what_induce_counts_from():
     chosen = {zero: search_known_at(zero, induce=-1.0) for zero in (-2.0, 0.0)}
     assert [row.layer for row in chosen[-2.0].survivors] == [0] and not chosen[0.0].survivors
+
+
+@pytest.mark.parametrize("n_far", [10, 26, 40])
+def test_a_few_prompts_far_below_do_not_screen_out_what_half_of_the_prompts_reach(n_far):
+    """The mean of induce is far below the zero point, its median above it: as the exact search has it."""
+    _, scorer, _ = search_known(3.0)
+    scorer.known[:, 1, torch.randperm(N, generator=torch.Generator().manual_seed(0))[:n_far]] = -15.0
+    whole = ScoreTable(KnownScores(WIDE, scorer.known))
+    for item in exact_items(whole.open, N, 2 * N):
+        whole.run(item)
+    rounds = Rounds(ScoreTable(KnownScores(WIDE, scorer.known)), Thresholds(), Screening(), 0.0)
+    rounds.run()
+    exact, staged = (select(replace(table.grids()[0], zero_point=0.0)) for table in (whole, rounds.table))
+    assert bool(exact.survivors) == bool(staged.survivors) == (n_far < 30)
+    if staged.survivors:
+        assert (staged.best.position, staged.best.layer) == (exact.best.position, exact.best.layer)
+
+
+def test_scores_that_are_not_finite_are_out():
+    _, scorer, _ = search_known(3.0)
+    scorer.known[0, 1, :] = torch.nan
+    rounds = Rounds(ScoreTable(KnownScores(WIDE, scorer.known)), Thresholds(), Screening())
+    rounds.run()
+    found = rounds.table.grids()[0]
+    assert (select(found).best.position, select(found).best.layer) == WIDE.candidates()[1]
+    assert found.rows[0].skipped.startswith("screened out for scores that are not finite")
 
 
 def search_known_at(zero_point, induce):
@@ -244,6 +272,19 @@ def test_a_candidate_far_down_the_ranking_is_found_within_the_limit():
     assert [(row.position, row.layer) for row in select(found).survivors] == [WIDE.candidates()[70]]
     assert scorer.prompt_runs() <= 2 * rounds.usual
     assert not [row for row in found.rows if (row.skipped or "").startswith("not settled")]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_one_that_passes_is_found_behind_many_that_fail_by_little(seed):
+    """Twenty that bypass better and whose KL is above the limit on average, but scattered: none is out at first."""
+    kl, noise = torch.full((100,), 0.25), torch.full((100,), 0.3)
+    kl[20], noise[20] = 0.05, 0.02
+    kl[21:] = 0.3
+    rounds, scorer, found = search_known(3.0, kl=kl, kl_noise=noise, seed=seed)
+    assert [(row.position, row.layer) for row in select(found).survivors] == [WIDE.candidates()[20]]
+    assert scorer.prompt_runs() <= 2 * rounds.usual
+    at_first = [place for place in WIDE.candidates()[:16] if len(rounds.table.known(place, 2)) > 4]
+    assert len(at_first) > 5, "they were not clearly out on four prompts"
 
 
 @pytest.mark.parametrize("start", [0, 60])
