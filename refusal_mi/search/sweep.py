@@ -1,7 +1,7 @@
 """The search: every candidate direction, ablated and added, scored in pure pieces of work."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -134,7 +134,6 @@ def sweep(
     harmless: Sequence[str],
     refusal_tokens: RefusalTokens,
     *,
-    candidates: Collection[Place] | None = None,
     prune_layers: float | None = None,
     zero_point: float = 0.0,
     batch_size: int | None = None,
@@ -149,15 +148,11 @@ def sweep(
         harmful: validation instructions that the model refuses.
         harmless: validation instructions that it answers.
         refusal_tokens: token ids of the refusal score, or prefixes of them (`refusal_mi.labels.find_refusal_tokens`).
-        candidates: (position, layer) of those to score, where not all are wanted; the others have no scores.
         prune_layers: leave out the candidates that the rule with this fraction would drop for their layer anyway;
             they have no scores then.
         zero_point: the refusal score (nats) above which this model counts as refusing (`refusal_mi.zero_point`).
         batch_size: most rows (prompts × candidates) in a pass; None: as many as are fast, fewer if memory ends.
         share_work: False runs every prompt in full for every candidate: slow, the same scores up to rounding.
-
-    Raises:
-        UserError: a side has no prompts, or `candidates` names one that `grid` does not have.
     """
     (scores,) = sweep_token_sets(
         model,
@@ -166,7 +161,6 @@ def sweep(
         harmful,
         harmless,
         [refusal_tokens],
-        candidates=candidates,
         prune_layers=prune_layers,
         batch_size=batch_size,
         share_work=share_work,
@@ -182,7 +176,6 @@ def sweep_token_sets(
     harmless: Sequence[str],
     token_sets: Sequence[RefusalTokens],
     *,
-    candidates: Collection[Place] | None = None,
     prune_layers: float | None = None,
     batch_size: int | None = None,
     share_work: bool = True,
@@ -190,8 +183,6 @@ def sweep_token_sets(
     """`sweep` with the refusal score read from several token sets at once: one grid for each."""
     scorer = Scorer(model, chat, grid, harmful, harmless, token_sets, batch_size=batch_size, share_work=share_work)
     table = ScoreTable(scorer)
-    if candidates is not None:
-        table.keep_only(candidates)
     table.skip_layers(prune_layers)
     items = exact_items(table.open, scorer.n_harmful, scorer.n_prompts)
     for item in track(items, "scoring candidates"):
@@ -233,19 +224,6 @@ class ScoreTable:
             for position, layer in self.places
             if not degenerate[rows[position]][layer] and (position, layer) not in self.reasons
         ]
-
-    def keep_only(self, places: Collection[Place]) -> None:
-        """Leave out all others.
-
-        Raises:
-            UserError: there is no such candidate.
-        """
-        for position, layer in places:
-            if (position, layer) not in self.row_of:
-                raise UserError(f"there is no candidate at position {position}, layer {layer}, in this grid to score")
-        for place in self.open:
-            if place not in places:
-                self.reasons[place] = "not run: not among the candidates that were asked for"
 
     def skip_layers(self, prune_layers: float | None) -> None:
         """Leave out the last layers."""

@@ -120,23 +120,6 @@ def test_several_token_sets_are_as_many_sweeps(tiny_model):
     assert [row.kl_nats for row in both[0].rows] == [row.kl_nats for row in both[1].rows]
 
 
-def test_some_candidates_have_the_scores_that_they_have_among_all(tiny_model):
-    model = tiny_model("llama")
-    chat, grid = candidates(model)
-    wanted = [(-1, 2), (-3, 4), (-2, 0)]  # the last is no direction: no context at layer 0
-    some = sweep(model, chat, grid, HARMFUL, HARMLESS, TOKENS, candidates=wanted)
-    whole = sweep(model, chat, grid, HARMFUL, HARMLESS, TOKENS)
-    assert [(row.position, row.layer) for row in some.rows if row.is_finite] == [(-3, 4), (-1, 2)]
-    for row, full in zip(some.rows, whole.rows, strict=True):
-        if row.is_finite:
-            scores = (row.bypass, row.induce, row.kl_nats)
-            assert scores == pytest.approx((full.bypass, full.induce, full.kl_nats), rel=1e-5, abs=1e-7)
-        assert (row.skipped is None) == (row.is_finite or row.layer == 0)
-    assert some.baseline_harmful == whole.baseline_harmful
-    with pytest.raises(UserError, match="no candidate at position -1, layer 9"):
-        sweep(model, chat, grid, HARMFUL, HARMLESS, TOKENS, candidates=[(-1, 9)])
-
-
 @pytest.mark.parametrize(("harmful", "harmless"), [([], ["a"]), (["a"], [])])
 def test_a_side_without_prompts_is_refused(harmful, harmless, tiny_model):
     model = tiny_model("gpt2")
