@@ -27,41 +27,35 @@ def plot_label_scores(
         zero_point: the score above which a prompt is best told to be refused (`refusal_mi.zero_point`).
     """
     figure, rows = go.Figure(), [(group, refused) for group in scores for refused in (True, False)]
-    for row, (group, refused) in enumerate(rows):
-        values = sorted(v for v, flag in zip(scores[group], is_refused[group], strict=True) if bool(flag) == refused)
-        style = group_style(0 if refused else 1)
-        name = "refused, by its text" if refused else "answered"
-        figure.add_trace(
-            go.Scatter(
-                x=values,
-                y=[row + _SPREAD * (_GOLDEN * index % 1 - 0.5) for index in range(len(values))],
-                mode="markers",
-                name=name,
-                legendgroup=name,
-                marker={"color": style.color, "symbol": style.symbol, "size": 7},
-                hovertemplate=f"{group}, {name}<br>refusal score %{{x:.2f}} nats<extra></extra>",
-            )
-        )
-    marks = [("0: P(refusal token) = 0.5", 0.0, INK, "dash")]
+    marks = [("0, where P = 0.5", 0.0, INK, "dash")]
     if zero_point != 0:
         marks.append((f"zero point {number(zero_point)}", zero_point, ACCENT, "solid"))
     for name, at, color, dash in marks:
-        line = {"color": color, "dash": dash, "width": 1.8}
-        figure.add_trace(go.Scatter(x=[at, at], y=[-0.5, len(rows) - 0.5], mode="lines", name=name, line=line))
-    names = [
-        f"{group}, {'refused' if refused else 'answered'}<br>n = {_count(is_refused[group], refused)}"
-        for group, refused in rows
-    ]
-    figure.update_xaxes(title="refusal score, log-odds of the first tokens (nats)")
-    figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=names, range=[len(rows) - 0.5, -0.5])
-    about = subtitle(model, counted({group: len(values) for group, values in scores.items()}), "one point a prompt")
-    title = "Refusal score of prompts that the model refused and answered"
-    finish(figure, title=title, about=about, height=72 * len(rows))
-    figure.update_yaxes(showgrid=False, ticks="")
+        mark = {"color": color, "dash": dash, "width": 1.8}
+        figure.add_trace(go.Scatter(x=[at, at], y=[-0.5, len(rows) - 0.5], mode="lines", name=name, line=mark))
+    labels = []
+    for row, (group, refused) in enumerate(rows):
+        values = sorted(v for v, flag in zip(scores[group], is_refused[group], strict=True) if bool(flag) == refused)
+        heights = [row + _SPREAD * (_GOLDEN * index % 1 - 0.5) for index in range(len(values))]
+        style, name = group_style(0 if refused else 1), f"{group}, {'refused' if refused else 'answered'}"
+        labels.append(f"{name}<br>n = {len(values)}")
+        figure.add_trace(
+            go.Scatter(
+                x=values,
+                y=heights,
+                mode="markers",
+                name=name,
+                showlegend=False,
+                marker={"color": style.color, "symbol": style.symbol, "size": 7},
+                hovertemplate=f"{name}<br>refusal score %{{x:.2f}} nats<extra></extra>",
+            )
+        )
     for edge in range(2, len(rows), 2):
         figure.add_hline(edge - 0.5, line={"color": MUTED, "width": 1})
-    return figure.update_layout(margin_l=142)
-
-
-def _count(flags: Sequence[bool], refused: bool) -> int:
-    return sum(bool(flag) == refused for flag in flags)
+    figure.update_xaxes(title="refusal score, log-odds (nats)")
+    figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=labels, range=[len(rows) - 0.5, -0.5], showgrid=False)
+    about = subtitle(model, counted({group: len(values) for group, values in scores.items()}), "one point a prompt")
+    title = "Refusal score of prompts that the model refused and answered"
+    names = [name for name, *_ in marks]
+    figure = finish(figure, title=title, about=about, height=72 * len(rows), legend_names=names)
+    return figure.update_layout(margin_l=150)
