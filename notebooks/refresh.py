@@ -2,10 +2,12 @@
 
 Without arguments, all of them. Outputs are kept: figures and paragraphs, without lines of progress and without the
 metadata of one machine. `--check` (`make notebooks`) leaves the committed ones as they are, writes what came out to
-build/notebooks, and fails where it says something else than what is committed.
+build/notebooks, and fails where it says something else than what is committed. A notebook on a real model is left
+out where that model is not there: REFUSAL_MI_REAL_MODELS names the folder that holds it.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,10 @@ from refusal_mi.progress import NOTEBOOK_METADATA
 
 FOLDER = Path(__file__).parent
 BUILD = FOLDER.parent / "build" / "notebooks"
+REAL_MODELS = "REFUSAL_MI_REAL_MODELS"
+"""The environment variable with the folder of real models; a relative one starts at the notebooks."""
+NEEDS = {"08-a-real-model.ipynb": "qwen2.5-coder-0.5b-instruct"}
+"""Notebook -> the real model that it runs on; all others run on the embedded one."""
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -40,6 +46,9 @@ def main() -> int:
     arguments = parser.parse_args()
     n_stale = 0
     for path in arguments.notebooks:
+        if model := missing_model(path):
+            sys.stdout.write(f"{path.name}: left out, there is no {model} in the folder that {REAL_MODELS} names\n")
+            continue
         committed, notebook = nbformat.read(path, as_version=4), nbformat.read(path, as_version=4)
         execute(notebook)
         if not arguments.check:
@@ -52,6 +61,13 @@ def main() -> int:
         lines = [f"{path.name}: {'not what is committed' if stale else 'as committed'}", *stale]
         sys.stdout.write("\n  ".join(lines) + "\n")
     return 1 if n_stale else 0
+
+
+def missing_model(path: Path) -> str | None:
+    """The real model that a notebook needs, where it is not there."""
+    model, folder = NEEDS.get(path.name), os.environ.get(REAL_MODELS)
+    is_there = model is None or (folder is not None and (FOLDER / folder / model / "config.json").is_file())
+    return None if is_there else model
 
 
 def execute(notebook: nbformat.NotebookNode) -> None:

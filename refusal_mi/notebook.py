@@ -61,7 +61,9 @@ def searched(source: str | None = None, *, folder: str | Path = "../runs", n_pro
     return RunInputs(model, path, n_prompts)
 
 
-def splits(source: str | None = None, *, n_train: int = 64, n_val: int = 32, n_test: int = 64) -> tuple[Splits, Splits]:
+def splits(
+    source: str | Path | None = None, *, n_train: int = 64, n_val: int = 32, n_test: int = 64
+) -> tuple[Splits, Splits]:
     """Harmful and harmless prompts for a model: its own for the embedded one, the general sets for any other."""
     from .model.loading import resolve_source
     from .recipes.options import default_sets

@@ -1,6 +1,7 @@
 """The notebooks as committed: run, short, clean, with a picture that code hosts show beside every figure.
 
-The first is run here; `make notebooks` runs all of them and compares them in the same way.
+The first is run here; `make notebooks` runs all of them and compares them in the same way, that on a real model where
+there is one.
 """
 
 import ast
@@ -55,8 +56,30 @@ def long_functions(source: str, limit: int = 5) -> list[str]:
     return [node.name for node in found if (node.end_lineno or 0) - node.lineno + 1 > limit]
 
 
-def test_there_are_seven_in_order() -> None:
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(1, 8)]
+def test_there_are_eight_in_order() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(1, 9)]
+
+
+def test_a_notebook_on_a_real_model_is_left_out_where_it_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ((name, model),) = refresh.NEEDS.items()
+    assert FOLDER / name in NOTEBOOKS
+    (tmp_path / model).mkdir()
+    runs: list[Any] = []
+    monkeypatch.setattr(refresh, "execute", runs.append)
+    monkeypatch.setattr(refresh, "BUILD", tmp_path)
+    monkeypatch.setattr("sys.argv", ["refresh.py", "--check", str(FOLDER / name), str(NOTEBOOKS[0])])
+    monkeypatch.delenv(refresh.REAL_MODELS, raising=False)
+    for folder in (None, tmp_path):  # the second holds a folder of that name without a model
+        if folder is not None:
+            monkeypatch.setenv(refresh.REAL_MODELS, str(folder))
+        assert refresh.main() == 0 and len(runs) == 1
+        left_out, other = capsys.readouterr().out.splitlines()
+        assert left_out.startswith(f"{name}: left out, there is no {model}") and other.startswith(NOTEBOOKS[0].name)
+        runs.clear()
+    (tmp_path / model / "config.json").write_text("{}")
+    assert refresh.main() == 0 and len(runs) == 2
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
