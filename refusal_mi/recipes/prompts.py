@@ -73,13 +73,14 @@ def prepare(run: RunContext) -> Prepared:
     def compute() -> None:
         chat = _with_response_prefix(run, splits)
         reading = _Labelled if o.calibration == "labels" else _Scored
-        write_record(run.path / PROMPTS, reading(run, chat, splits, tests).record())
+        record = reading(run, chat, splits, tests).record()
+        write_record(run.path / PROMPTS, record)
+        for line in _described(record):
+            run.folder.report(f"prompts: {line}")
 
     about = f"{2 * (o.n_train + o.n_val)} prompts, refusal tokens, filter"
     run.stage("prompts", inputs, [PROMPTS], compute, about)
     prompts = read_record(run.path / PROMPTS, PromptsRecord)
-    for line in _described(prompts):
-        run.folder.report(line)
     shared = {each.name: getattr(run, each.name) for each in fields(run)}
     shared["chat"] = run.chat.with_response_prefix(prompts.response_prefix)
     return Prepared(**shared, prompts=prompts, splits=splits, evaluation_set=evaluation_set)

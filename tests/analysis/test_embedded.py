@@ -113,7 +113,9 @@ def test_the_direction_steers_and_random_ones_of_its_length_only_disturb(run, gr
 
 
 def test_the_lens_and_the_projections_part_where_the_prompts_do(run, groups):
-    lens = refusal_lens(run.model, run.chat, *groups.values(), run.refusal_tokens)
+    # Both words that it was taught to refuse with: single tokens drawn at random are no steady control.
+    tokens = [run.chat.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("I", "Sorry")]
+    lens = refusal_lens(run.model, run.chat, *groups.values(), tokens)
     assert lens.gap[0] == 0 and lens.gap[-1] > 4
     assert lens.gap[-1] > 2 * lens.control_gaps[:, -1].abs().max()
     found = project_residuals(run.model, run.chat, run.direction, groups)

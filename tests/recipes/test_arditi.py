@@ -105,7 +105,8 @@ def test_a_quick_run_marks_every_json_file(failed_then_ranked):
     files = list(path.rglob("*.json"))
     assert len(files) > 25
     for file in files:
-        assert '"quick": true' in file.read_text(), file
+        marked = file.name != "labels.json"  # the answers of a quick run are those of any other
+        assert ('"quick": true' in file.read_text()) == marked, file
 
 
 def test_the_tensors_have_the_published_shapes(failed_then_ranked):

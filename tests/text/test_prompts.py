@@ -143,7 +143,7 @@ def test_one_set_is_split_into_disjoint_seeded_parts(tmp_path):
     path = write(tmp_path, "json", [{"prompt": f"p{i}"} for i in range(30)])
     sizes = {"n_train": 12, "n_val": 8, "n_test": 10}
     splits = load_splits(str(path), **sizes, seed=1)
-    parts = [set(part.instructions) for part in vars(splits).values()]
+    parts = [set(part.instructions) for part in splits.parts.values()]
     assert [len(part) for part in parts] == [12, 8, 10]
     assert len(set.union(*parts)) == 30
     assert load_splits(str(path), **sizes, seed=1) == splits
