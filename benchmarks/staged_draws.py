@@ -38,13 +38,12 @@ class KnownScores(Scorer):
         self.cost = 0.0
 
     def run(self, item: WorkItem) -> Float[Tensor, "token_set candidate prompt"]:
-        """Prompt runs are counted as fractions of the blocks: an addition starts at its own layer."""
+        """Look up, and count as if it had run."""
         rows = torch.tensor([self.row_of[place] for place in item.candidates])[:, None]
         cells = [(prompt - self.n_harmful, 2) if prompt >= self.n_harmful else (prompt, 0) for prompt in item.prompts]
         columns = torch.tensor([column for column, _ in cells])
         measures = torch.tensor([1 if item.kind == "add" else measure for _, measure in cells])
-        for _, layer in item.candidates:
-            self.cost += len(cells) * (1 if item.kind == "ablate" else 1 - layer / self.grid.n_layers)
+        self.cost += item.cost(self.grid.n_layers)
         return self.known[rows, measures, columns][None]
 
 
@@ -65,7 +64,6 @@ def draw(grid: DirectionGrid, known: Known, seed: int, screening: Screening) -> 
     some = torch.stack([known[:, 0, harmful], known[:, 1, harmless], known[:, 2, harmless]], dim=1)
     whole, staged = KnownScores(grid, some), KnownScores(grid, some)
     table = ScoreTable(staged)
-    table.skip_layers(rule.prune_layers)
     Rounds(table, rule, screening).run()
     best, expected = (select(scores, rule).best for scores in (table.grids()[0], exact(whole)))
     places = [grid.direction(each.position, each.layer) for each in (best, expected)]

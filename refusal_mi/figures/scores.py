@@ -11,7 +11,20 @@ from plotly.subplots import make_subplots
 from ..search.grid import ScoreGrid
 from ..search.thresholds import NO_THRESHOLDS, CandidateScore, Thresholds
 from ..stats import mean_interval
-from .style import ACCENT, INK, MUTED, SHADE, WIDTH, SeriesStyle, finish, line, plain, position_label, series_styles
+from .style import (
+    ACCENT,
+    INK,
+    MUTED,
+    SHADE,
+    WIDTH,
+    SeriesStyle,
+    finish,
+    interval_bars,
+    line,
+    plain,
+    position_label,
+    series_styles,
+)
 
 Measure = Literal["bypass", "induce", "kl"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
@@ -19,6 +32,8 @@ _KL_FLOOR = 1e-4
 _NARROW = 360
 _THIN = 1.6
 """Width of lines that stand close together (px)."""
+_FAINT = 0.4
+"""Opacity of what is known of candidates that a staged search left out."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,8 @@ def plot_scores(
 ) -> go.Figure:
     """One score of every candidate against its source layer; a candidate without a score is a gap.
 
+    Candidates that a search left out are faint: the mean over the prompts that they were screened on, with its 95%
+    interval; a faint line joins all candidates of a position that were measured.
     Filled markers satisfy every threshold, open ones do not; layers that the thresholds leave out are shaded. The
     chosen candidate carries the 95% interval of its mean over prompts (normal approximation) where the grid has the
     scores of every prompt. KL is on a log scale from 1e-4 nats, so candidates that change nothing fall off its bottom.
@@ -98,7 +115,8 @@ def plot_score_panels(
         drawn = _draw(figure, scores, measure, chosen, thresholds, tokens, place=place, is_first=index == 0)
         names.extend(name for name in drawn if name not in names)
         _label_axes(figure, scores, measure, thresholds, place)
-    about = _about(scores, list(MEASURES), model) + _marker_note(thresholds, "<br>" if columns == 1 else " · ")
+    separator = "<br>" if columns == 1 else " · "
+    about = _about(scores, list(MEASURES), model, separator) + _marker_note(thresholds, separator)
     height, width, top = (330, WIDTH, 122) if columns == 3 else (960, _NARROW, 158)
     title = f"Refusal scores by source layer{'<br>' if columns == 1 else ' '}and position"
     return finish(figure, title=title, about=about, height=height, legend_names=names, width=width, top=top)
@@ -146,14 +164,18 @@ def _draw(
     is_first: bool,
 ) -> list[str]:
     """Add one panel's traces and return the names that it has in the legend."""
-    traces = [
-        _position_line(scores, position, measure, style, thresholds, tokens)
-        for position, style in zip(scores.positions, series_styles(len(scores.positions)), strict=True)
-    ]
+    styles = list(zip(scores.positions, series_styles(len(scores.positions)), strict=True))
+    suffix = "" if thresholds is None else "-open"
+    faint = [each for at, style in styles for each in _faint_lines(scores, at, measure, style, suffix, tokens)]
+    for trace in faint:
+        figure.add_trace(trace, **place)
+    shown = {trace.name for trace in figure.data if trace.showlegend is not False}
+    traces = [_position_line(scores, position, measure, style, thresholds, tokens) for position, style in styles]
+    if faint:
+        traces.append(_faint_key(scores))
     traces.extend(_references(scores, measure, thresholds))
     if chosen is not None and _value(chosen, measure) is not None:
         traces.append(_star(scores, chosen, measure))
-    shown = {trace.name for trace in figure.data}
     for trace in traces:
         trace.showlegend, trace.legendgroup = trace.name not in shown, trace.name
         figure.add_trace(trace, **place)
@@ -192,6 +214,52 @@ def _position_line(
     trace.line.width = _THIN
     trace.marker.symbol = [style.symbol + ("-open" if reasons else "") for reasons in broken]
     return trace
+
+
+def _screened(scores: ScoreGrid, measure: Measure) -> dict[tuple[int, int], tuple[float, float, float, int]]:
+    """(position, layer) -> mean, its 95% interval and n, of the candidates that were left out after some prompts."""
+    left_out = [row for row in scores.rows if row.skipped is not None]
+    known = {(row.position, row.layer): _of_each_prompt(scores, row, measure) for row in left_out}
+    found = {place: (*mean_interval(values), len(values)) for place, values in known.items() if values}
+    return {place: each for place, each in found.items() if math.isfinite(each[0])}
+
+
+def _faint_lines(
+    scores: ScoreGrid,
+    position: int,
+    measure: Measure,
+    style: SeriesStyle,
+    suffix: str,
+    tokens: Sequence[str] | None,
+) -> list[go.Scatter]:
+    """What is known of a position's candidates that the search left out, and a line through all that were measured."""
+    screened = {layer: found for (at, layer), found in _screened(scores, measure).items() if at == position}
+    exact = {row.layer: _value(row, measure) for row in scores.rows if row.position == position}
+    means = {**exact, **{layer: mean for layer, (mean, *_) in screened.items()}}
+    low = 0.0 if measure == "kl" else -math.inf  # a log axis has no place for zero
+    points = {layer: mean for layer, mean in sorted(means.items()) if mean is not None and mean > low}
+    shown = {layer: screened[layer] for layer in points if layer in screened}
+    if not shown:
+        return []
+    (name,) = _position_names([position], tokens)
+    hover = (
+        f"<b>position {name}, layer %{{x}}</b><br>screened: %{{y:.4g}} nats<br>95% interval %{{customdata[0]:.3g}} to "
+        "%{customdata[1]:.3g} (normal approximation, n = %{customdata[2]})<extra></extra>"
+    )
+    through = line(list(points), list(points.values()), name, style, mode="lines", hoverinfo="skip")
+    through.line.width = _THIN
+    bars = interval_bars([found[:3] for found in shown.values()], 0) | {"color": style.color, "thickness": 1}
+    means_of = [found[0] for found in shown.values()]
+    marked = line(list(shown), means_of, name, style, mode="markers", hovertemplate=hover, error_y=bars)
+    marked.update(customdata=[found[1:] for found in shown.values()], marker_symbol=style.symbol + suffix)
+    return [trace.update(opacity=_FAINT, showlegend=False) for trace in (through, marked)]
+
+
+def _faint_key(scores: ScoreGrid) -> go.Scatter:
+    """What faint means, for the legend; the same in every panel."""
+    sizes = sorted(n for measure in MEASURES for *_, n in _screened(scores, measure).values())
+    name = f"screened, n = {sizes[0]}" + (f"–{sizes[-1]}" if sizes[-1] > sizes[0] else "")
+    return line([None], [None], name, SeriesStyle(MUTED, "solid", "circle-open")).update(opacity=_FAINT)
 
 
 def _references(scores: ScoreGrid, measure: Measure, thresholds: Thresholds | None) -> list[go.Scatter]:
@@ -264,7 +332,8 @@ def _label_axes(
     figure.update_yaxes(title=_AXES[measure].label, **place)
     if measure == "kl":
         limit = 0.0 if thresholds is None else thresholds.kl_max or 0.0
-        largest = max([limit, 10 * _KL_FLOOR, *(row.kl_nats or 0.0 for row in scores.rows)])
+        screened = [high for _, _, high, _ in _screened(scores, "kl").values()]
+        largest = max([limit, 10 * _KL_FLOOR, *(row.kl_nats or 0.0 for row in scores.rows), *screened])
         top = math.log10(largest) + 0.25
         figure.update_yaxes(type="log", range=[math.log10(_KL_FLOOR), top], tickformat="~g", dtick=1, **place)
 
@@ -293,7 +362,7 @@ def _marker_note(thresholds: Thresholds | None, separator: str) -> str:
     return "" if thresholds in (None, NO_THRESHOLDS) else f"{separator}filled markers pass every threshold"
 
 
-def _about(scores: ScoreGrid, measures: Sequence[Measure], model: str) -> str:
+def _about(scores: ScoreGrid, measures: Sequence[Measure], model: str, separator: str = " · ") -> str:
     """Model and numbers of prompts, as far as they are known."""
     counts: dict[str, int] = {}
     scored = next((row for row in scores.rows if row.is_finite), None)
@@ -302,4 +371,4 @@ def _about(scores: ScoreGrid, measures: Sequence[Measure], model: str) -> str:
         if n:
             counts[_AXES[measure].side] = n
     prompts = "n = " + ", ".join(f"{n} {side}" for side, n in counts.items()) + " prompts" if counts else ""
-    return " · ".join(part for part in (plain(model), prompts) if part)
+    return separator.join(part for part in (plain(model), prompts) if part)

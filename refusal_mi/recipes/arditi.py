@@ -98,6 +98,6 @@ def run(
 
 def _write(context: RunContext, summary: RunSummary) -> RunSummary:
     """Write how far this run came, so that a killed one never shows the results of an earlier one."""
-    written = replace(summary, seconds=context.folder.seconds())
+    written = replace(summary, seconds=context.folder.seconds(), peak_mib=context.folder.peak_mib())
     write_record(context.path / SUMMARY, written)
     return written

@@ -42,8 +42,8 @@ from ..run.record import (
     RunSummary,
 )
 from ..search.grid import ScoreGrid, Selection, select
-from ..search.staged import staged_token_sets
-from ..search.sweep import sweep_token_sets
+from ..search.staged import DEFAULT_SCREENING, MOST, staged_token_sets, usual_cost
+from ..search.sweep import exact_items, sweep_token_sets
 from ..search.thresholds import layer_limit
 from ..stats import Rate
 from .context import Prepared
@@ -171,15 +171,20 @@ def score_directions(run: Prepared, grid: DirectionGrid) -> ScoreGrid:
         sizes = grid.n_layers, len(harmful), len(harmless)
         write_record(run.path / files[2], BaselineRecord(*plain, *sizes, zero_point, quick=run.options.quick))
 
-    layers = [layer for _, layer in grid.candidates() if layer < layer_limit(grid.n_layers, pruned)]
-    n_whole = round(sum(len(harmful) + len(harmless) * (2 - layer / grid.n_layers) for layer in layers))
-    about = f"{len(layers)} candidates, as much work as {n_whole} prompts{run.estimate('pass', n_whole, most=True)}"
+    sizes, rule = (len(harmful), len(harmless)), run.options.thresholds
     inputs = run.inputs(MEAN_DIFFS, harmful=harmful, harmless=harmless, token_sets=token_sets, zero_point=zero_point)
+    limit = layer_limit(grid.n_layers, rule.prune_layers if run.options.search == "staged" else pruned)
+    places = [place for place in grid.candidates() if place[1] < limit]
     if run.options.search == "staged":
-        about = f"{len(grid.candidates())} candidates, staged search"
-        inputs |= {"search": "staged", "thresholds": asdict(run.options.thresholds)}
-    elif run.options.skip_pruned:
-        inputs |= {"skip_pruned": run.options.thresholds.prune_layers}
+        n_usual = round(usual_cost(places, grid.n_layers, *sizes, DEFAULT_SCREENING))
+        about = f"{len(places)} candidates, staged search, about as much work as {n_usual} prompts"
+        about += f"{run.estimate('pass', n_usual)}; about {MOST} times that where none passes"
+        inputs |= {"search": "staged", "thresholds": asdict(rule)}
+    else:
+        n_whole = round(sum(item.cost(grid.n_layers) for item in exact_items(places, sizes[0], sum(sizes))))
+        about = f"{len(places)} candidates, as much work as {n_whole} prompts{run.estimate('pass', n_whole, most=True)}"
+        if run.options.skip_pruned:
+            inputs |= {"skip_pruned": rule.prune_layers}
     run.stage("scores", inputs, files, compute, about)
     return load_scores(run.path)
 

@@ -9,6 +9,7 @@ from ..run.answers import Effect, Side, SideEffects
 from ..run.folder import RunRecord
 from ..run.record import DOES_NOT_REFUSE
 from ..search.grid import ScoreGrid, Selection, select
+from ..search.thresholds import Reason
 
 MUCH_DEGENERATE = 0.1
 """Above this fraction of degenerate answers, a refusal rate says little about answers."""
@@ -155,10 +156,19 @@ def _change(side: SideEffects, label: str, doing: str) -> str:
     )
 
 
+_FAILED_IN_SEARCH: dict[str, Reason] = {
+    "screened out for KL": "kl",
+    "screened out for induce": "induce",
+    "not run": "layer",
+}
+
+
 def bindings(scores: ScoreGrid, selection: Selection) -> list[tuple[str, str, int, int]]:
     """For each threshold in force: its name, its limit, how many candidates fail it, and survivors without it."""
     rule, failed = selection.thresholds, Counter(reason for _, reasons in selection.rejected for reason in reasons)
     floor = None if rule.induce_min is None else rule.induce_floor(scores.zero_point)
+    skipped = (row.why_skipped for row, _ in selection.rejected)
+    failed.update(_FAILED_IN_SEARCH[why] for why in skipped if why in _FAILED_IN_SEARCH)
     limits = [
         ("KL on harmless prompts", rule.kl_max, "at most {} nats", "kl", replace(rule, kl_max=None)),
         ("refusal score when added", floor, "at least {} nats", "induce", replace(rule, induce_min=None)),
@@ -186,7 +196,9 @@ def _why_none(record: RunRecord, selection: Selection) -> list[str]:
     rescued = [(name, n) for name, _, _, n in bindings(record.scores, selection) if n]
     for name, n in rescued:
         sentences.append(f"Without the threshold on the {name}, {n} would survive.")
-    if not rescued:
+    if any(row.skipped for row, _ in selection.rejected):
+        sentences.append("What the search left out has no full scores; --search exact without --skip-pruned has all.")
+    elif not rescued:
         sentences.append("No single threshold is to blame: dropping any one of them leaves no survivor.")
     sentences.append(
         "To rank all candidates anyway, use --no-thresholds; to move a limit, --kl-max, --induce-min or --prune-layers."

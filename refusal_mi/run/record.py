@@ -325,6 +325,8 @@ class RunSummary:
     ce_loss: Annotated[Mapping[str, Mapping[str, LossResult]], parsed(_all_losses)] = field(default_factory=dict)
     """Label -> text set -> CE loss."""
     combination: CombinationRecord | None = None
+    peak_mib: float | None = None
+    """The most memory that the process of a stage held, on the CPU's side."""
 
     def describe(self) -> dict[str, Any]:
         """What was reached."""

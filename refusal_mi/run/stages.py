@@ -1,6 +1,7 @@
 """A run folder whose stages are written whole, remember what they were computed from, and are not done twice."""
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ class StageRecord:
     outputs: Mapping[str, str]
     """Path -> SHA-256."""
     seconds: float
+    peak_mib: float | None = None
+    """Most memory that the process held until its end; None where the system does not say."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +129,16 @@ class RunFolder:
         if missing:
             raise RuntimeError(f"stage {name} did not write {missing[0]}")
         seconds = round(time.perf_counter() - start, 3)
-        write_json(record, StageRecord(key, dict(inputs), hashes, seconds))
+        write_json(record, StageRecord(key, dict(inputs), hashes, seconds, _peak_mib()))
         return hashes
 
     def seconds(self) -> dict[str, float]:
         """How long each finished stage took."""
         return {name: record.seconds for name, record in self._done_stages().items()}
+
+    def peak_mib(self) -> float | None:
+        """The most memory (MiB) that a finished stage's process held until its end."""
+        return max((record.peak_mib for record in self._done_stages().values() if record.peak_mib), default=None)
 
     def set_aside(self, file: str) -> None:
         """Move what was computed from a file that is gone, directly or not, to `.stages/set_aside/`.
@@ -198,6 +205,16 @@ class RunFolder:
 
     def _hashes(self, outputs: Sequence[str]) -> dict[str, str]:
         return {output: sha256_file(self.path / output) for output in outputs if (self.path / output).is_file()}
+
+
+def _peak_mib() -> float | None:
+    """The most memory (MiB) that this process has held so far."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10, 1)
 
 
 def _move(source: Path, target: Path) -> None:

@@ -23,7 +23,8 @@ class ScoreGrid:
     """Mean refusal score (nats) of the plain model on the harmful validation prompts."""
     baseline_harmless: float | None = None
     per_prompt: Float[Tensor, "candidate measure prompt"] | None = None
-    """float64, NaN-padded; measures are bypass, induce, KL, in the order of `rows`."""
+    """float64, NaN-padded; measures are bypass, induce, KL, in the order of `rows`. Candidates that the search left out
+    have the scores of the prompts that they were screened on."""
     zero_point: float = 0.0
     """The refusal score (nats) above which a prompt counts as refused; `Thresholds.induce_min` counts from it."""
 
@@ -92,9 +93,10 @@ class Selection:
         total = len(self.survivors) + len(self.rejected)
         failed = Counter(reason for _, reasons in self.rejected for reason in reasons)
         alone = Counter(reasons[0] for _, reasons in self.rejected if len(reasons) == 1)
-        parts = [
-            f"{failed[reason]} {_WORDS[reason]} ({alone[reason]} only that)" for reason in _WORDS if failed[reason]
-        ]
+        notes = {reason: f"{alone[reason]} only that" for reason in _WORDS}
+        skipped = Counter(row.why_skipped for row, _ in self.rejected if row.skipped is not None)
+        notes["skipped"] = ", ".join(f"{n} {why}" for why, n in sorted(skipped.items()))
+        parts = [f"{failed[reason]} {_WORDS[reason]} ({notes[reason]})" for reason in _WORDS if failed[reason]]
         return f"{len(self.survivors)} of {total} candidates survive" + (f"; {', '.join(parts)}" if parts else "")
 
 

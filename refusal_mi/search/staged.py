@@ -6,8 +6,10 @@ published thresholds: nothing is estimated from another quantity, only from fewe
 
 import math
 import random
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, repeat
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,12 +18,17 @@ from ..directions import DirectionGrid
 from ..errors import UserError
 from ..measures import RefusalTokens
 from ..model.points import HookedModel
+from ..progress import track
 from ..text.chat import ChatFormat
 from .grid import ScoreGrid
-from .sweep import Kind, Place, Scorer, ScoreTable, cut
+from .sweep import Kind, Place, Scorer, ScoreTable, WorkItem, cut
 from .thresholds import Thresholds
 
 BYPASS, INDUCE, KL = range(3)
+MOST = 2
+"""A search that has found nothing stops when it has cost so many times what it usually does."""
+STEP_ROWS = 128
+"""Rows (candidates × prompts) that run at once: few enough that a slow model shows progress."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,9 @@ def staged_sweep(
        until there are enough contenders or the next candidates are clearly worse than the best of them.
     4. Bypass of the contenders on twice as many prompts; the better half goes on, and whoever is not clearly worse
        than the best (in the mean difference, prompt by prompt), until all prompts are used.
-    5. All scores of the last one on all prompts. If it breaks a threshold, the next contender; then the next ones.
+    5. KL and induce of the last one on twice as many prompts each time, until it clearly breaks a threshold or all its
+       scores are known on all prompts. If it breaks one, the next contender; then the next ones.
+    6. Once the first contenders have all been judged, the search ends where it has cost twice what it usually does.
 
     Returns:
         Exact scores for the candidates that were measured on all prompts, the choice among them; none for the
@@ -102,9 +111,24 @@ def staged_token_sets(
     """`staged_sweep` with a grid for each of several token sets; the first decides what is measured."""
     scorer = Scorer(model, chat, grid, harmful, harmless, token_sets, batch_size=batch_size)
     table = ScoreTable(scorer)
-    table.skip_layers(thresholds.prune_layers)
     Rounds(table, thresholds, screening, zero_point).run()
     return [replace(each, zero_point=zero_point) for each in table.grids()]
+
+
+def usual_cost(
+    candidates: Sequence[Place], n_layers: int, n_harmful: int, n_harmless: int, screening: Screening
+) -> float:
+    """The work of a search whose first contenders pass and whose first finalist wins, in runs of one prompt."""
+    if not candidates:
+        return 0.0
+    n, few = (min(screening.n_prompts, size) for size in (n_harmful, n_harmless))
+    n_alive = min(screening.n_contenders, len(candidates))
+    both = 2 - sum(layer for _, layer in candidates) / len(candidates) / n_layers  # ablated, and added
+    cost = n * len(candidates) + few * n_alive * both
+    while n < n_harmful and n_alive > 1:
+        n, n_more = min(2 * n, n_harmful), min(n, n_harmful - n)
+        cost, n_alive = cost + n_more * n_alive, math.ceil(n_alive / 2)
+    return cost + (n_harmful - n) + (n_harmless - few) * both
 
 
 class Rounds:
@@ -115,57 +139,96 @@ class Rounds:
     ) -> None:
         self.zero_point = zero_point
         self.table, self.thresholds, self.screening = table, thresholds, screening
+        table.skip_layers(thresholds.prune_layers)
         draw, n_harmful, n_prompts = random.Random(screening.seed), table.scorer.n_harmful, table.scorer.n_prompts
         self.harmful = draw.sample(range(n_harmful), n_harmful)
         self.harmless = draw.sample(range(n_harmful, n_prompts), n_prompts - n_harmful)
+        self.usual = usual_cost(table.open, table.n_layers, len(self.harmful), len(self.harmless), screening)
+        self.spent, self.limit = 0.0, math.inf
+        self.has_stopped = False
+        self.failed: dict[Place, str] = {}
+        """Which threshold a candidate breaks, clearly or on all prompts."""
+
+    @property
+    def induce_floor(self) -> float:
+        """What induce must reach."""
+        return self.thresholds.induce_floor(self.zero_point)
 
     def run(self) -> None:
-        """Measure until one candidate passes every threshold exactly, or none is left; say why for all others."""
-        ranking, few = self.table.open, self.screening.n_prompts
-        self.measure("ablate", ranking, self.harmful[:few])
-        ranking.sort(key=self.bypass)
-        has_won = False
-        while ranking and not has_won:
-            contenders: list[Place] = []
-            while ranking and len(contenders) < self.screening.n_contenders:
-                if contenders and self.is_worse(ranking[0], contenders[0]):
-                    break
-                some, ranking = ranking[: self.screening.n_contenders], ranking[self.screening.n_contenders :]
-                for kind in ("add", "ablate"):
-                    self.measure(kind, some, self.harmless[:few])
-                    some = [place for place in some if not self.is_out(place)]
-                contenders += some
-            has_won = any(self.is_survivor(place) for place in self.halved(contenders))
+        """Measure until one candidate passes every threshold exactly, none is left or too much is spent; say why."""
+        runs, n_usual = self.prompts_run(), round(self.usual)
+        for what in ("scoring candidates", "scoring more candidates"):  # one bar for each half of what it costs at most
+            deque(track(islice(runs, n_usual), what, total=n_usual), maxlen=0)
+        deque(runs, maxlen=0)
         for place in self.table.open:
             if not self.table.is_exact(place):
                 self.table.reasons[place] = self.reason(place)
 
-    def halved(self, contenders: list[Place]) -> list[Place]:
+    def prompts_run(self) -> Iterator[None]:
+        """Run the items as long as the limit allows; once for each prompt that ran through the whole model."""
+        for item in self.items():
+            before, after = self.spent, self.spent + item.cost(self.table.n_layers)
+            if after > self.limit:
+                self.has_stopped = True
+                return
+            self.table.run(item)
+            self.spent = after
+            yield from repeat(None, int(after) - int(before))
+
+    def items(self) -> Iterator[WorkItem]:
+        """The work, each item decided on what those before it gave."""
+        ranking, few, most = self.table.open, self.screening.n_prompts, MOST * self.usual
+        yield from self.measure("ablate", ranking, self.harmful[:few])
+        ranking.sort(key=self.bypass)
+        is_first = True
+        while ranking:
+            contenders: list[Place] = []
+            while ranking and len(contenders) < self.screening.n_contenders:
+                if contenders and (self.spent > most or self.is_worse(ranking[0], contenders[0])):
+                    break
+                some, ranking = ranking[: self.screening.n_contenders], ranking[self.screening.n_contenders :]
+                for kind in ("add", "ablate"):
+                    yield from self.measure(kind, some, self.harmless[:few])
+                    some = [place for place in some if not self.is_out(place)]
+                contenders += some
+                self.limit = math.inf if is_first and contenders else most
+            for place in (yield from self.halved(contenders)):
+                if (yield from self.is_survivor(place)):
+                    return
+            is_first, self.limit = False, most
+
+    def halved(self, contenders: list[Place]) -> Generator[WorkItem, None, list[Place]]:
         """The contenders, those that lasted longest first."""
         alive, lost, n = list(contenders), list[Place](), self.screening.n_prompts
         while n < len(self.harmful) and len(alive) > 1:
             n *= 2
-            self.measure("ablate", alive, self.harmful[:n])
+            yield from self.measure("ablate", alive, self.harmful[:n])
             alive.sort(key=self.bypass)
             half, best = math.ceil(len(alive) / 2), alive[0]
             kept = [place for rank, place in enumerate(alive) if rank < half or not self.is_worse(place, best)]
             alive, lost = kept, [place for place in alive if place not in kept] + lost
         return alive + lost
 
-    def is_survivor(self, place: Place) -> bool:
-        """Measure everything; whether the candidate satisfies the thresholds."""
-        self.measure("ablate", [place], self.harmful + self.harmless)
-        self.measure("add", [place], self.harmless)
-        return not self.thresholds.reasons(self.table.row(place), self.table.n_layers, self.zero_point)
+    def is_survivor(self, place: Place) -> Generator[WorkItem, None, bool]:
+        """Measure until the candidate breaks a threshold, or everything; whether it satisfies them."""
+        n = self.screening.n_prompts
+        while n < len(self.harmless):
+            n *= 2
+            for kind in ("add", "ablate"):
+                yield from self.measure(kind, [place], self.harmless[:n])
+                if self.is_out(place):
+                    return False
+        yield from self.measure("ablate", [place], self.harmful)
+        return self.table.row(place).is_finite
 
-    def measure(self, kind: Kind, places: Sequence[Place], prompts: Sequence[int]) -> None:
-        """Run what is not known yet."""
+    def measure(self, kind: Kind, places: Sequence[Place], prompts: Sequence[int]) -> Iterator[WorkItem]:
+        """What is not known yet."""
         todo: dict[tuple[int, ...], list[Place]] = {}
         for place in places:
             todo.setdefault(tuple(self.table.unknown(kind, place, prompts)), []).append(place)
         for missing, some in todo.items():
-            for item in cut(kind, some, missing) if missing else ():
-                self.table.run(item)
+            if missing:
+                yield from cut(kind, some, missing, STEP_ROWS)
 
     def bypass(self, place: Place) -> float:
         """Mean over the prompts so far; not finite comes last."""
@@ -180,10 +243,18 @@ class Rounds:
         return low > 0
 
     def is_out(self, place: Place) -> bool:
-        """Whether KL or induce break their threshold by more than the error of so few prompts."""
-        kl, induce = (self.interval(self.table.known(place, measure)) for measure in (KL, INDUCE))
-        over = self.thresholds.kl_max is not None and kl[0] > self.thresholds.kl_max
-        return over or induce[1] < self.thresholds.induce_floor(self.zero_point)
+        """Whether KL or induce break their threshold by more than the error of so few prompts; of all, at all."""
+        kl, induce = (self.bounds(place, measure) for measure in (KL, INDUCE))
+        if self.thresholds.kl_max is not None and kl[0] > self.thresholds.kl_max:
+            self.failed[place] = "KL"
+        elif induce[1] < self.induce_floor:
+            self.failed[place] = "induce"
+        return place in self.failed
+
+    def bounds(self, place: Place, measure: int) -> tuple[float, float]:
+        """Between what the mean over all prompts lies; where all are known, the mean itself."""
+        values = self.table.known(place, measure)
+        return (values.mean().item(),) * 2 if len(values) == self.table.sizes[measure] else self.interval(values)
 
     def interval(self, values: Float[Tensor, " prompt"]) -> tuple[float, float]:
         """Mean ± n_errors standard errors; a single prompt says nothing."""
@@ -193,10 +264,13 @@ class Rounds:
         return values.mean().item() - error, values.mean().item() + error
 
     def reason(self, place: Place) -> str:
-        """What was measured of a candidate that was left out."""
+        """Why a candidate was left out, before a colon (`Selection.explain` counts these), and what was measured."""
+        why = f"screened out for {self.failed.get(place, 'bypass')}"
+        if self.has_stopped and place not in self.failed:
+            why = f"not settled when the search stopped after {len(self.failed)} candidates failed"
         parts = [
             f"{name} {self.table.known(place, measure).mean().item():.2f} on {len(known)} of {size}"
             for measure, (name, size) in enumerate(zip(("bypass", "induce", "KL"), self.table.sizes, strict=True))
             if len(known := self.table.known(place, measure))
         ]
-        return f"screened out: {', '.join(parts)} prompts"
+        return f"{why}: {', '.join(parts)} prompts"

@@ -38,6 +38,11 @@ class WorkItem:
     prompts: tuple[int, ...]
     """Harmful validation prompts are 0 .. n − 1, harmless ones follow."""
 
+    def cost(self, n_layers: int) -> float:
+        """The work in runs of one prompt through the whole model; an addition starts at its own layer."""
+        shares = [1 - layer / n_layers if self.kind == "add" else 1.0 for _, layer in self.candidates]
+        return len(self.prompts) * sum(shares)
+
     def describe(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
@@ -48,12 +53,12 @@ class WorkItem:
         return cls(record["kind"], tuple((p, layer) for p, layer in record["candidates"]), tuple(record["prompts"]))
 
 
-def cut(kind: Kind, candidates: Sequence[Place], prompts: Sequence[int]) -> Iterator[WorkItem]:
-    """Items of at most `ITEM_ROWS` rows that together score every candidate on every prompt."""
+def cut(kind: Kind, candidates: Sequence[Place], prompts: Sequence[int], n_rows: int = ITEM_ROWS) -> Iterator[WorkItem]:
+    """Items of at most `n_rows` rows that together score every candidate on every prompt."""
     groups: dict[int, list[Place]] = {}
     for place in candidates:
         groups.setdefault(place[1] if kind == "add" else 0, []).append(place)
-    at_once = max(1, ITEM_ROWS // max(1, len(prompts)))
+    at_once = max(1, n_rows // max(1, len(prompts)))
     for _, group in sorted(groups.items()):
         for start in range(0, len(group), at_once):
             yield WorkItem(kind, tuple(group[start : start + at_once]), tuple(prompts))
@@ -269,9 +274,7 @@ class ScoreTable:
         return CandidateScore(*place, bypass, induce, kl)
 
     def grids(self) -> list[ScoreGrid]:
-        """One grid per token set; candidates that are not measured on all prompts have no scores."""
-        is_exact = torch.tensor([self.is_exact(place) for place in self.places])
-        values = self.values.masked_fill(~is_exact[:, None, None], math.nan)
+        """One grid per token set; where not all prompts are measured there are only the scores of those that are."""
         n_harmful = self.scorer.n_harmful
         return [
             ScoreGrid(
@@ -279,7 +282,7 @@ class ScoreTable:
                 self.n_layers,
                 finite_mean(baseline[:n_harmful]),
                 finite_mean(baseline[n_harmful:]),
-                values[index].clone(),
+                self.values[index].clone(),
             )
             for index, baseline in enumerate(self.scorer.baseline)
         ]

@@ -36,7 +36,12 @@ class CandidateScore:
     kl_nats: float | None
     """Mean next-token KL(plain ‖ ablated) on harmless prompts: lower is better."""
     skipped: str | None = None
-    """Why there are no scores, where the search left the candidate out."""
+    """Why there are no scores, where the search left the candidate out; what was measured follows after a colon."""
+
+    @property
+    def why_skipped(self) -> str:
+        """`skipped` without what was measured."""
+        return (self.skipped or "").partition(":")[0]
 
     @property
     def is_finite(self) -> bool:

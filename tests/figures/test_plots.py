@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from refusal_mi.figures.style import plain, series_styles, token_text
 from refusal_mi.measures import LossResult
 from refusal_mi.run.answers import Effect, SideEffects
 from refusal_mi.search.grid import select
-from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
+from refusal_mi.search.thresholds import NO_THRESHOLDS, CandidateScore, Thresholds
 from refusal_mi.stats import Rate, mean_interval
 from tests.helpers.browser import find_chromium
 from tests.helpers.runs import N_LAYERS, N_VAL, TOKENS, make_run, make_scores
@@ -79,6 +80,51 @@ def test_the_star_is_the_choice_with_the_interval_of_its_prompts(index):
     assert (star.x, star.y) == ((best.layer,), (getattr(best, NAMES[measure]),))
     assert star.error_y.array[0] == pytest.approx(half, rel=1e-6)
     assert star.error_y.arrayminus[0] == pytest.approx(half, rel=1e-6)
+
+
+def screened_out(scores, n=4):
+    """The grid of a search that measured only the last position in full, the others' first prompts, and not layer 7."""
+    rows, per_prompt = [], scores.per_prompt.clone()
+    for index, row in enumerate(scores.rows):
+        if row.position < -1 or row.layer == 7:
+            n_known = 0 if row.layer == 7 else n
+            per_prompt[index, :, n_known:] = math.nan
+            per_prompt[index, 2] = math.nan  # KL is not measured of those that are out before
+            row = CandidateScore(row.position, row.layer, None, None, None, "screened out for induce: ...")
+        rows.append(row)
+    return replace(scores, rows=tuple(rows), per_prompt=per_prompt)
+
+
+@pytest.mark.parametrize("index", range(2))
+def test_candidates_that_were_screened_out_are_faint_with_what_was_measured(index):
+    scores, measure = screened_out(make_scores()), list(NAMES)[index]
+    figure = plot_scores(scores, measure=measure, thresholds=Thresholds())
+    for position in range(-len(TOKENS), 0):
+        exact = [each for each in figure.data if each.name == f"−{-position}" and each.opacity is None]
+        faint = [each for each in figure.data if each.name == f"−{-position}" and each.opacity is not None]
+        assert len(exact) == 1 and exact[0].showlegend
+        if position == -1:
+            assert not faint and [y is None for y in exact[0].y] == [True, *[False] * 6, True]
+            continue
+        through, points = faint
+        assert set(exact[0].y) == {None} and through.x == points.x == tuple(range(1, 7)) and not points.showlegend
+        assert points.line.color == exact[0].line.color and points.legendgroup == exact[0].legendgroup
+        assert exact[0].marker.symbol[1] == points.marker.symbol
+        for x, y, up, custom in zip(points.x, points.y, points.error_y.array, points.customdata, strict=True):
+            row = next(i for i, each in enumerate(scores.rows) if (each.position, each.layer) == (position, x))
+            values = scores.per_prompt[row, index, :4].tolist()
+            assert y == pytest.approx(statistics.mean(values)) and custom[2] == 4
+            assert up == pytest.approx(1.959964 * statistics.stdev(values) / 2, rel=1e-6)
+    assert trace(figure, "screened, n = 4").showlegend
+
+
+def test_faint_stands_in_the_legend_once_and_only_where_something_is():
+    panels = plot_score_panels(screened_out(make_scores()), thresholds=Thresholds())
+    assert [each.name for each in panels.data if each.showlegend].count("screened, n = 4") == 1
+    shown = [each.name for each in panels.data if each.showlegend]
+    assert len(shown) == len(set(shown)) == len(TOKENS) + 3
+    assert not any(each.opacity for each in plot_score_panels(make_scores()).data)
+    assert not any(each.opacity for each in plot_scores(screened_out(make_scores()), measure="kl").data)
 
 
 def test_the_interval_of_a_mean_covers_it_nineteen_times_in_twenty():

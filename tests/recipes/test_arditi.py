@@ -16,6 +16,7 @@ from refusal_mi.recipes.arditi import run
 from refusal_mi.recipes.combinations import run_combos
 from refusal_mi.recipes.context import RunContext
 from refusal_mi.report.page import write_report
+from refusal_mi.report.verdict import bindings, judge_run
 from refusal_mi.run.folder import RunRecord
 from refusal_mi.run.options import CombosOptions, RunOptions
 from refusal_mi.run.stages import RunFolder
@@ -194,6 +195,26 @@ class Log(list):
     @property
     def done(self) -> set[str]:
         return {line.partition(":")[0] for line in self} - self.kept
+
+
+def test_a_staged_search_says_beforehand_what_it_costs_and_afterwards_what_failed(tiny_model, source, tmp_path):
+    rule = Thresholds(induce_min=30.0)
+    options = replace(SMALL, steps=("directions", "selection"), search="staged", thresholds=rule)
+    log = Log()
+    summary = run(tiny_model("gpt2"), source("gpt2"), options, RunFolder(tmp_path, False, log.append))
+    assert summary.status == "no candidate survives" and "screened out for induce" in summary.selection.explanation
+    (line,) = (line for line in log if line.startswith("scores"))
+    # 5 positions of 4 layers on 3 prompts, 8 of them ablated and added on 3, the last one ablated on no more.
+    both = 2 - (0 + 1 + 2 + 3) / 4 / N_LAYERS
+    assert f"20 candidates, staged search, about as much work as {round(60 + 24 * both)} prompts" in line
+    assert "; about 2 times that where none passes" in line
+    known = read_tensors(tmp_path / "select_direction/scores.pt").isfinite()
+    assert known[:, 1].any(1).sum() >= 15 and not known[:, 1].all()
+    record = RunRecord.load(tmp_path)
+    counts = {name: failed for name, _, failed, _ in bindings(record.scores, record.selection)}
+    assert counts == {"KL on harmless prompts": 0, "refusal score when added": 20, "source layer": 5}
+    sentences = " ".join(judge_run(record).sentences)
+    assert "--search exact" in sentences and "No single threshold" not in sentences
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from benchmarks.staged_draws import KnownScores
-from refusal_mi.directions import difference_in_means
+from refusal_mi.directions import DirectionGrid, difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.reading import mean_activations
 from refusal_mi.search.grid import select
 from refusal_mi.search.passes import PlainPasses, SharedPasses
-from refusal_mi.search.staged import Rounds, Screening, staged_sweep
+from refusal_mi.search.staged import Rounds, Screening, staged_sweep, usual_cost
 from refusal_mi.search.sweep import ITEM_ROWS, Scorer, ScoreTable, WorkItem, cut, exact_items, sweep
 from refusal_mi.search.thresholds import Thresholds
 from refusal_mi.text.chat import ChatFormat
@@ -70,10 +70,18 @@ def test_what_is_measured_is_exact_and_what_is_not_says_why(parts, exact):
             assert row.skipped is None and row.bypass == pytest.approx(expected.bypass, abs=1e-4)
             continue
         assert (row.bypass, row.induce, row.kl_nats) == (None, None, None) and row.skipped
-        assert found.per_prompt[index].isnan().all()
-        assert row.skipped.startswith("not run: layers from 4 on" if row.layer >= 4 else "screened out: bypass")
+        values, of_all = found.per_prompt[index], exact.per_prompt[index]
+        if row.layer >= 4:
+            assert row.skipped.startswith("not run: layers from 4 on") and values.isnan().all()
+            continue
+        assert row.skipped.startswith("screened out for bypass: bypass")
+        known = values.isfinite()
+        assert known[0].sum() >= 2 and not known.all()
+        assert torch.allclose(values[known], of_all[known], atol=1e-4)
     json.dumps([row.describe() for row in found.rows], allow_nan=False)
-    assert "left out by the search" in select(found, rule).explain()
+    n_out, n_late = (sum((row.skipped or "").startswith(why) for row in found.rows) for why in ("screened", "not run"))
+    words = f"{n_out + n_late} left out by the search ({n_late} not run, {n_out} screened out for bypass)"
+    assert words in select(found, rule).explain()
 
 
 def search(grid, bypass, screening):
@@ -109,10 +117,126 @@ def test_candidates_that_are_clearly_worse_are_not_screened_further(parts):
     assert all(len(table.known(place, 0)) == 4 and not len(table.known(place, 1)) for place in table.places[8:])
 
 
-def test_when_nothing_can_pass_the_search_ends_without_a_winner(parts):
+def test_when_nothing_can_pass_the_search_ends_without_a_winner_and_says_for_what(parts):
     rule = Thresholds(kl_max=0.0, induce_min=30.0)
     found = staged_sweep(*parts, HARMFUL, HARMLESS, TOKENS, thresholds=rule, screening=Screening(n_prompts=2))
-    assert not select(found, rule).survivors
+    chosen = select(found, rule)
+    assert not chosen.survivors
+    assert all(
+        row.skipped.startswith(("screened out for KL", "screened out for induce", "not run")) for row in found.rows
+    )
+    assert " screened out for KL" in chosen.explain() or " screened out for induce" in chosen.explain()
+
+
+WIDE = DirectionGrid(
+    torch.randn(5, 20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    tuple(range(-5, 0)),
+    ((False,) * 20,) * 5,
+    {},
+)
+N = 64
+
+
+class Recorded(KnownScores):
+    """Known scores, and every item that was asked for."""
+
+    def __init__(self, grid, known):
+        super().__init__(grid, known)
+        self.items = []
+
+    def run(self, item):
+        self.items.append(item)
+        return super().run(item)
+
+    def prompt_runs(self):
+        """Blocks that ran, over those of the model."""
+        n_layers = self.grid.n_layers
+        blocks = [
+            n_layers - (layer if i.kind == "add" else 0)
+            for i in self.items
+            for _, layer in i.candidates
+            for _ in i.prompts
+        ]
+        return sum(blocks) / n_layers
+
+
+def search_known(induce, *, kl=0.01, seed=0):
+    """A search by the published rule: bypass rises along the grid; induce is given, one mean for each candidate."""
+    noise = torch.randn(3, 100, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    means = torch.stack([torch.arange(100.0) / 4, torch.as_tensor(induce).expand(100), torch.full((100,), kl)]).double()
+    scale = torch.tensor([0.3, 1.0, 0.001], dtype=torch.float64)[:, None, None]
+    scorer = Recorded(WIDE, (means[:, :, None] + scale * noise).transpose(0, 1))
+    rounds = Rounds(ScoreTable(scorer), Thresholds(), Screening(seed=seed))
+    rounds.run()
+    return rounds, scorer, rounds.table.grids()[0]
+
+
+def test_the_usual_cost_is_that_of_a_search_that_finds_its_winner_at_once():
+    rounds, scorer, found = search_known(3.0)
+    assert [row.layer for row in select(found).survivors] == [0]
+    assert rounds.spent == pytest.approx(scorer.prompt_runs(), abs=1e-6)
+    assert 0.8 < rounds.spent / rounds.usual < 1.1
+    assert rounds.usual == usual_cost([place for place in WIDE.candidates() if place[1] < 16], 20, N, N, Screening())
+
+
+def test_progress_counts_prompt_runs_towards_the_usual_cost(monkeypatch):
+    shown = []
+
+    def track(items, description, *, total):
+        for item in items:
+            shown.append(total)
+            yield item
+
+    monkeypatch.setattr("refusal_mi.search.staged.track", track)
+    rounds, scorer, _ = search_known(3.0)
+    assert len(shown) == int(scorer.prompt_runs()) > rounds.usual and set(shown) == {round(rounds.usual)}
+    assert max(len(item.candidates) * len(item.prompts) for item in scorer.items) <= 128
+
+
+def test_where_every_candidate_clearly_fails_each_says_for_what_within_twice_the_usual_cost():
+    rounds, scorer, found = search_known(-9.0)
+    assert scorer.prompt_runs() <= 2 * rounds.usual
+    rows = [row for row in found.rows if row.layer < 16]
+    assert len(rows) == 80 and all(row.skipped.startswith("screened out for induce: bypass") for row in rows)
+    assert "(20 not run, 80 screened out for induce)" in select(found).explain()
+
+
+@pytest.mark.parametrize(("induce", "kl"), [(-0.4, 0.01), (3.0, 0.1002)])
+def test_where_many_fail_by_little_the_search_stops_and_says_so(induce, kl, monkeypatch):
+    rounds, scorer, found = search_known(induce, kl=kl)
+    assert rounds.has_stopped and len(rounds.failed) >= 8 and not select(found).survivors
+    first_contenders = 8 * 2 * N  # on all harmless prompts, added and ablated: judged in any case
+    assert scorer.prompt_runs() <= max(2 * rounds.usual, rounds.usual + first_contenders)
+    left = [row for row in found.rows if (row.skipped or "").startswith("not settled when the search stopped after")]
+    assert len(left) > 40 and f"{len(left)} not settled when the search stopped" in select(found).explain()
+    again = search_known(induce, kl=kl)
+    assert again[1].items == scorer.items and again[2].rows == found.rows
+    monkeypatch.setattr("refusal_mi.search.staged.MOST", 1000)
+    unbounded, scorer, _ = search_known(induce, kl=kl)
+    assert not unbounded.has_stopped and scorer.prompt_runs() > 3 * rounds.usual
+
+
+def test_a_candidate_far_down_the_ranking_is_found_within_the_limit():
+    induce = torch.full((100,), -9.0)
+    induce[70] = 3.0
+    rounds, scorer, found = search_known(induce)
+    assert [(row.position, row.layer) for row in select(found).survivors] == [WIDE.candidates()[70]]
+    assert scorer.prompt_runs() <= 2 * rounds.usual
+    assert not [row for row in found.rows if (row.skipped or "").startswith("not settled")]
+
+
+@pytest.mark.parametrize("start", [0, 60])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_first_contenders_are_all_judged_whatever_they_cost(seed, start):
+    """Seven that miss induce by little, before one that reaches it by little: the choice is the exact one."""
+    induce = torch.full((100,), -9.0)
+    induce[start : start + 7], induce[start + 7] = -0.4, 0.5
+    _, scorer, found = search_known(induce, seed=seed)
+    whole = ScoreTable(KnownScores(WIDE, scorer.known))
+    for item in exact_items(whole.open, N, 2 * N):
+        whole.run(item)
+    expected = select(whole.grids()[0]).best
+    assert (select(found).best.position, select(found).best.layer) == (expected.position, expected.layer)
 
 
 def test_a_screening_that_measures_nothing_is_refused():
