@@ -2,14 +2,17 @@
 
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refusal_mi.cli import exit_status
+from refusal_mi.directions import ActivationMeans, DirectionGrid, difference_in_means
 
 QWEN, SMOLLM2 = "qwen2.5-coder-0.5b-instruct", "smollm2-135m-instruct"
 """Refuses about half of harmful prompts; hardly ever refuses."""
 SIZES = {"--n-train": 48, "--n-val": 16, "--n-test": 24, "--max-new-tokens": 24, "--n-ce": 12, "--n-random": 1}
+FEW = tuple((position, layer) for position in (-2, -1) for layer in (11, 13, 15, 17, 19))
+"""Candidates of the model that refuses, around those that a search chooses."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,10 @@ class Ran:
     out: str
 
 
-def run_search(model: Path, folder: Path, *more: str) -> Ran:
-    """`refusal-mi run MODEL --search staged` at small sizes."""
+def run_search(model: Path, folder: Path, *more: str, search: str = "staged") -> Ran:
+    """`refusal-mi run MODEL --search …` at small sizes."""
     sizes = [str(word) for size in SIZES.items() for word in size]
-    return command("run", str(model), "--search", "staged", *sizes, "--device", "cpu", *more, folder=folder)
+    return command("run", str(model), "--search", search, *sizes, "--device", "cpu", *more, folder=folder)
 
 
 def command(*words: str, folder: Path) -> Ran:
@@ -33,3 +36,11 @@ def command(*words: str, folder: Path) -> Ran:
     with contextlib.redirect_stdout(printed):
         status = exit_status([*words, "--output-dir", str(folder)])
     return Ran(folder, status, printed.getvalue())
+
+
+def few(harmful: ActivationMeans, harmless: ActivationMeans) -> DirectionGrid:
+    """An estimator that gives the differences of means of these candidates alone."""
+    grid = difference_in_means(harmful, harmless)
+    layers = range(grid.n_layers)
+    left_out = tuple(tuple((position, layer) not in FEW for layer in layers) for position in grid.positions)
+    return replace(grid, is_degenerate=left_out)

@@ -1,12 +1,9 @@
 """What was found with hooks, as a checkpoint of a real model."""
 
-import shutil
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from refusal_mi.cli import exit_status
 from refusal_mi.export.export import RECORD
 from refusal_mi.export.verify import MAX_KL_RATIO, MAX_RELATIVE_DIFFERENCE
 from refusal_mi.files import read_json
@@ -14,7 +11,7 @@ from refusal_mi.interventions import Ablate
 from refusal_mi.measures import next_token_logits
 from refusal_mi.run.folder import RunInputs
 from tests.helpers.naive import logits, relative_error
-from tests.helpers.real import QWEN, command, run_search
+from tests.helpers.real import QWEN, command
 
 pytestmark = pytest.mark.real
 
@@ -53,14 +50,3 @@ def test_an_export_in_bfloat16_is_as_close_as_rounding_allows(export):
     _, check = export("bfloat16")
     assert check["rule"] == "half" and check["passed"]
     assert check["mean_kl_nats"] <= MAX_KL_RATIO * check["hooked_kl_nats"]
-
-
-def test_directions_ablated_one_after_the_other_are_refused_in_one_line(real_dir, qwen_run, tmp_path, capsys):
-    folder = shutil.copytree(qwen_run.folder, tmp_path / "run")
-    ranks = ["--directions", "0-1", "--multi", "sequential", "--steps", "directions,selection,loss"]
-    assert run_search(real_dir(QWEN), folder, *ranks).status == 0
-    capsys.readouterr()
-    asked = ["export", str(real_dir(QWEN)), "--output-dir", str(tmp_path / "out"), "--direction"]
-    assert exit_status([*asked, str(folder / "0-1-sequential")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "one direction after the other" in line and not (tmp_path / "out").exists()

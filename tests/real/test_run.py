@@ -6,22 +6,16 @@ import pytest
 import torch
 
 from refusal_mi.cli import exit_status
-from refusal_mi.directions import DirectionGrid, cosine
 from refusal_mi.interventions import Ablate
 from refusal_mi.judges.substring import MAX_DEGENERATE, is_refusal
 from refusal_mi.measures import next_token_logits
 from refusal_mi.run.answers import SIDES
 from refusal_mi.run.folder import RunInputs, RunRecord
-from refusal_mi.search.grid import select
-from refusal_mi.search.staged import staged_sweep
-from refusal_mi.search.sweep import sweep
 from tests.helpers.naive import ablating, logits, relative_error
 from tests.helpers.real import QWEN
 
 pytestmark = pytest.mark.real
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-LAYERS, POSITIONS = (11, 13, 15, 17, 19), (-2, -1)
-"""Where exact and staged search are compared."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +37,11 @@ def ids_of(tokenizer, instruction):
 
 
 def test_the_tokens_that_begin_refusals_are_found(record):
-    assert {"I"} <= {token.text for token in record.prompts.refusal_tokens} <= {"I", "As"}
+    found, published = (
+        {token.text for token in tokens}
+        for tokens in (record.prompts.refusal_tokens, record.prompts.published_refusal_tokens)
+    )
+    assert {"I"} <= found <= published == {"I", "As"}
 
 
 def test_what_is_kept_is_refused_or_answered_by_its_own_text(record):
@@ -95,8 +93,8 @@ def test_the_direction_changes_refusals_and_a_random_one_does_not(side, label, s
 
 
 def test_the_chosen_direction_costs_little_and_others_cost_more(record):
-    kept = record.selection.best.kl_nats
-    assert kept <= 0.1 < max(row.kl_nats for row in record.scores.rows if row.is_finite)
+    screened = record.scores.per_prompt[:, 2].nanmean(-1)
+    assert record.selection.best.kl_nats <= 0.1 < screened[screened.isfinite()].max()
 
 
 def test_logits_are_those_of_plain_transformers_also_under_ablation(inputs, qwen, plain_qwen):
@@ -116,19 +114,3 @@ def test_model_info_of_a_real_model_fits_a_screen(real_dir, record, monkeypatch,
     shown = capsys.readouterr().out
     assert len(shown.splitlines()) <= 30 and "refused by text" in shown
     assert all(f"{token.id} {token.text!r}" in shown for token in record.prompts.refusal_tokens)
-
-
-def test_staged_and_exact_search_choose_alike(inputs, qwen):
-    whole = inputs.grid
-    kept = tuple(
-        tuple(position not in POSITIONS or layer not in LAYERS for layer in range(whole.n_layers))
-        for position in whole.positions
-    )
-    grid = DirectionGrid(whole.vectors, whole.positions, kept)
-    sets = [inputs.prompts(side, "val")[:8] for side in SIDES]
-    searched = qwen, inputs.chat, grid, *sets, inputs.record.prefixes
-    zero = inputs.record.zero_point_nats
-    exact, staged = (search(*searched, zero_point=zero) for search in (sweep, staged_sweep))
-    a, b = (grid.direction(best.position, best.layer) for best in (select(exact).best, select(staged).best))
-    assert cosine(a, b) >= 0.95
-    assert sum(row.is_finite for row in staged.rows) < sum(row.is_finite for row in exact.rows) == 10
