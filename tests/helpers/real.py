@@ -10,7 +10,12 @@ from refusal_mi.directions import ActivationMeans, DirectionGrid, difference_in_
 
 QWEN, SMOLLM2 = "qwen2.5-coder-0.5b-instruct", "smollm2-135m-instruct"
 """Refuses about half of harmful prompts; hardly ever refuses."""
-SIZES = {"--n-train": 48, "--n-val": 16, "--n-test": 24, "--max-new-tokens": 24, "--n-ce": 12, "--n-random": 1}
+OPTIONS = {
+    "--n-train": 48, "--n-val": 16, "--n-test": 24, "--max-new-tokens": 24, "--n-ce": 12, "--n-random": 1,
+    "--induce-min": -0.5, "--device": "cpu",
+}  # fmt: skip
+"""Small sizes. At these no candidate of the first model induces the refusal score of its zero point with a KL of at
+most 0.1, as published; the best stays 0.15 nats below it."""
 FEW = tuple((position, layer) for position in (-2, -1) for layer in (11, 13, 15, 17, 19))
 """Candidates of the model that refuses, around those that a search chooses."""
 
@@ -25,9 +30,9 @@ class Ran:
 
 
 def run_search(model: Path, folder: Path, *more: str, search: str = "staged") -> Ran:
-    """`refusal-mi run MODEL --search …` at small sizes."""
-    sizes = [str(word) for size in SIZES.items() for word in size]
-    return command("run", str(model), "--search", search, *sizes, "--device", "cpu", *more, folder=folder)
+    """`refusal-mi run MODEL --search … OPTIONS`."""
+    options = [f"{name}={value}" for name, value in OPTIONS.items()]
+    return command("run", str(model), "--search", search, *options, *more, folder=folder)
 
 
 def command(*words: str, folder: Path) -> Ran:

@@ -7,7 +7,7 @@ import pytest
 from refusal_mi.cli import exit_status
 from refusal_mi.directions import cosine
 from refusal_mi.run.answers import SIDES
-from refusal_mi.run.folder import RunInputs
+from refusal_mi.run.folder import RunInputs, RunRecord
 from refusal_mi.search.grid import select
 from refusal_mi.search.staged import staged_sweep
 from tests.helpers.real import FEW, QWEN, run_search
@@ -25,12 +25,14 @@ def folder(real_dir, qwen_run, tmp_path_factory):
     return copy
 
 
-def test_staged_and_exact_search_choose_alike(folder, qwen):
-    run = RunInputs(qwen, folder)
+def test_staged_and_exact_search_choose_alike(folder, qwen_run, qwen):
+    run, rule = RunInputs(qwen, folder), RunRecord.load(qwen_run.folder).thresholds
     prompts = [run.prompts(side, "val") for side in SIDES]
     zero = run.record.zero_point_nats
-    staged = staged_sweep(qwen, run.chat, run.grid, *prompts, run.record.prefixes, zero_point=zero)
-    a, b = (run.grid.direction(best.position, best.layer) for best in (select(staged).best, select(run.scores).best))
+    searched = qwen, run.chat, run.grid, *prompts, run.record.prefixes
+    staged = staged_sweep(*searched, thresholds=rule, zero_point=zero)
+    best = [select(scores, rule).best for scores in (staged, run.scores)]
+    a, b = (run.grid.direction(row.position, row.layer) for row in best)
     assert cosine(a, b) >= 0.95
     others = [run.grid.direction(*place) for place in FEW]
     assert min(cosine(a, each) for each in others) < 0.95
