@@ -14,8 +14,8 @@ OPTIONS = {
     "--n-train": 48, "--n-val": 16, "--n-test": 24, "--max-new-tokens": 24, "--n-ce": 12, "--n-random": 1,
     "--induce-min": -0.5, "--device": "cpu",
 }  # fmt: skip
-"""Small sizes. At these no candidate of the first model passes the published thresholds: with a KL of at most 0.1 none is
-found that induces more than 0.15 nats below the zero point, which half a nat leaves room for."""
+"""Small sizes. At these the staged search finds no candidate of the first model that passes the published thresholds:
+the one nearest to them induces a refusal score 0.15 nats below the zero point. Half a nat leaves room for it."""
 FEW = tuple((position, layer) for position in (-2, -1) for layer in (11, 13, 15, 17, 19))
 """Candidates of the model that refuses, around those that a search chooses."""
 
