@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+REAL_MODELS := qwen2.5-coder-0.5b-instruct smollm2-135m-instruct
+MISSING_MODELS = $(filter-out $(notdir $(wildcard $(REFUSAL_MI_REAL_MODELS)/*)),$(REAL_MODELS))
 
-.PHONY: demo test test-fast check notebooks figures bench bench-long clean
+.PHONY: demo test test-fast test-real check notebooks figures bench bench-long clean
 
 demo: $(READY)
 	$(BIN)/refusal-mi run
@@ -15,7 +17,12 @@ test: $(READY)
 
 # What is not marked slow, for use while working (under a minute on 2 cores).
 test-fast: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real"
+
+# Real chat models (about 12 minutes on 2 cores), in the folder that REFUSAL_MI_REAL_MODELS names.
+test-real: $(READY)
+	$(if $(MISSING_MODELS),$(error REFUSAL_MI_REAL_MODELS="$(REFUSAL_MI_REAL_MODELS)" names no folder with $(MISSING_MODELS)))
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m real tests/real
 
 # Runs every notebook from top to bottom, and fails where it says something else than the committed one.
 notebooks: $(READY)
