@@ -6,6 +6,7 @@ numbers that the page shows go to docs/real-models.json; without a FOLDER the pa
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import starmap
@@ -15,10 +16,10 @@ from typing import Any
 from make import ROOT, numbers
 
 from refusal_mi.directions import Direction, cosine
+from refusal_mi.figures.effects import intervention_name
 from refusal_mi.figures.save import save_figure
 from refusal_mi.figures.scores import plot_score_panels, plot_scores
 from refusal_mi.files import as_json, read_json, read_record, write_json, write_text
-from refusal_mi.model.loading import model_alias
 from refusal_mi.report.page import combinations_of
 from refusal_mi.report.verdict import signed
 from refusal_mi.run.answers import SIDES
@@ -100,7 +101,7 @@ def _model(record: RunRecord) -> dict[str, Any]:
         "tokens": record.tokens,
         "model": record.model_name,
     }
-    alias = model_alias(record.run.model.source)
+    alias = re.sub(r"[^\w.-]+", "-", record.model_name)
     for stem, figure, width in (
         (alias, plot_scores(record.scores, **shared), 1080),
         (f"{alias}_panels", plot_score_panels(record.scores, **shared), 1200),
@@ -255,7 +256,7 @@ def _effects(found: Mapping[str, Any]) -> Iterable[str]:
         table = found["completions"][side]
         for label, rates in table.items():
             if isinstance(rates, Mapping):
-                yield _row(side, _words(label), table["n"], rates)
+                yield _row(side, intervention_name(label, side), table["n"], rates)
         for each in found["combinations"]:
             yield _row(side, f"{each['name']} ablated", table["n"], each["completions"][side]["ablation"])
     yield ""
@@ -275,7 +276,7 @@ def _losses(found: Mapping[str, Any]) -> Iterable[str]:
     for label, table in found["ce_loss"].items():
         if label != "baseline":
             deltas = [signed(table[name]["ce_loss"] - base[name]["ce_loss"]) for name in base]
-            yield f"| {_words(label)} | " + " | ".join(deltas) + " |"
+            yield f"| {intervention_name(label, 'harmful')} | " + " | ".join(deltas) + " |"
     yield ""
 
 
@@ -305,11 +306,6 @@ def _categories(found: Mapping[str, Any]) -> Iterable[str]:
         + "."
     )
     yield ""
-
-
-def _words(label: str) -> str:
-    known = {"baseline": "plain", "ablation": "direction ablated", "actadd": "direction added (harmful: subtracted)"}
-    return known.get(label, label.replace("_", " "))
 
 
 def _rate(rate: Mapping[str, Any]) -> str:
