@@ -1,6 +1,7 @@
 """What notebooks share: a model with its searched direction, figures that show without a script, tables of answers."""
 
 import atexit
+import logging
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -234,8 +235,9 @@ def _keep_browser() -> None:
     """One browser for all figures of a kernel."""
     import kaleido
 
-    # Said once a figure, and about an option that is not used here.
+    # The first is said once a figure, and about an option that is not used here; the second when the browser closes.
     warnings.filterwarnings("ignore", message="The kopts argument is ignored")
+    logging.getLogger("choreographer").setLevel(logging.CRITICAL)
     kaleido.start_sync_server(silence_warnings=True)
     atexit.register(kaleido.stop_sync_server, silence_warnings=True)
 

@@ -42,5 +42,5 @@ def test_a_model_that_refuses_and_one_that_does_not_are_shown(real):
     assert statuses == {"done", "does not refuse"}
     for found in known.values():
         assert found["refused_by_text"]["harmful"]["n"] >= 150
-        shown = "does not refuse**" in real.tables({"models": {"x": found}})
+        shown = "does not refuse**" in real.tables({"models": {"x": found}, "caa": {}, "responses": {}})
         assert shown == (found["status"] == "does not refuse")
