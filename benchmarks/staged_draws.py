@@ -29,12 +29,15 @@ Known = Float[Tensor, "candidate measure prompt"]
 
 
 class KnownScores(Scorer):
-    """Gives scores that are known already, and counts the blocks that a model would have run for them."""
+    """Gives scores that are known already, and counts the blocks that a model would have run for them.
 
-    def __init__(self, grid: DirectionGrid, known: Known) -> None:
+    `baseline` are the plain model's, of the harmful prompts and then of the harmless ones.
+    """
+
+    def __init__(self, grid: DirectionGrid, known: Known, baseline: Float[Tensor, " prompt"] | None = None) -> None:
         self.grid, self.known = grid, known
         self.n_harmful, self.n_prompts, self.token_sets = known.shape[-1], 2 * known.shape[-1], [[0]]
-        self.baseline = torch.zeros(1, self.n_prompts, dtype=torch.float64)
+        self.baseline = torch.zeros(1, self.n_prompts, dtype=torch.float64) if baseline is None else baseline[None]
         self.row_of = {place: row for row, place in enumerate(grid.candidates())}
         self.cost = 0.0
 
@@ -58,12 +61,15 @@ def exact(scorer: Scorer) -> ScoreGrid:
     return table.grids()[0]
 
 
-def draw(grid: DirectionGrid, known: Known, seed: int, screening: Screening) -> tuple[float, float]:
+def draw(
+    grid: DirectionGrid, known: Known, plain: Float[Tensor, "side prompt"], seed: int, screening: Screening
+) -> tuple[float, float]:
     """Cosine of the two winners on one random set, and the share of the exact search's runs."""
     chosen, rule = random.Random(seed), Thresholds()
     harmful, harmless = (chosen.sample(range(known.shape[-1]), N_DRAWN) for _ in range(2))
     some = torch.stack([known[:, 0, harmful], known[:, 1, harmless], known[:, 2, harmless]], dim=1)
-    whole, staged = KnownScores(grid, some), KnownScores(grid, some)
+    baseline = torch.cat([plain[0, harmful], plain[1, harmless]])
+    whole, staged = KnownScores(grid, some, baseline), KnownScores(grid, some, baseline)
     table = ScoreTable(staged)
     Rounds(table, rule, screening).run()
     best, expected = (select(scores, rule).best for scores in (table.grids()[0], exact(whole)))
@@ -80,9 +86,10 @@ def main() -> None:
         grid = difference_in_means(*(mean_activations(model, chat, side[N_KNOWN:][:64]) for side in sides))
         prompts = [side[:N_KNOWN] for side in sides]
         tokens = discover_refusal_tokens(*(next_token_logits(model, chat, side) for side in prompts))
-        known = exact(Scorer(model, chat, grid, *prompts, [tokens])).per_prompt
+        scorer = Scorer(model, chat, grid, *prompts, [tokens])
+        known, plain = exact(scorer).per_prompt, scorer.baseline[0].unflatten(0, (2, -1))
         assert known is not None
-        found = [draw(grid, known, seed, DEFAULT_SCREENING) for seed in range(N_DRAWS)]
+        found = [draw(grid, known, plain, seed, DEFAULT_SCREENING) for seed in range(N_DRAWS)]
         n_near = sum(cosine >= 0.98 for cosine, _ in found)
         share = sum(cost for _, cost in found) / len(found)
         name = "embedded" if source is None else Path(source).name

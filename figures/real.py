@@ -9,7 +9,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import starmap
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,10 @@ def read(folders: Sequence[Path]) -> dict[str, Any]:
             if name not in first:
                 first[name] = folder
                 known["models"][name] = _model(record)
-            else:
+            elif record.thresholds == RunRecord.load(first[name]).thresholds:
                 known["models"][name]["seeds"].append(_seed(record, first[name]))
+            else:
+                known["models"][name]["other_limits"].append(_other_limit(record))
     return known
 
 
@@ -88,6 +90,7 @@ def _model(record: RunRecord) -> dict[str, Any]:
         "combinations": [_combination(record, link.name, link.report) for link in combinations_of(record)],
         "picture": None,
         "seeds": [],
+        "other_limits": [],
     }
     if summary.status == DOES_NOT_REFUSE:
         return found
@@ -148,6 +151,18 @@ def _seed(record: RunRecord, first: Path) -> dict[str, Any]:
     }
 
 
+def _other_limit(record: RunRecord) -> dict[str, Any]:
+    summary = record.summary
+    assert summary is not None and summary.selection is not None
+    return {
+        "kl_max": record.run.options.thresholds.kl_max,
+        "n_survivors": summary.selection.n_survivors,
+        "best": as_json(summary.selection.best),
+        "completions": as_json(summary.completions),
+        "combinations": [_combination(record, link.name, link.report) for link in combinations_of(record)],
+    }
+
+
 def _combination(record: RunRecord, name: str, report: str | None) -> dict[str, Any]:
     assert report is not None
     found = RunRecord.load(record.path / Path(report).parent)
@@ -177,7 +192,7 @@ def _section(name: str, found: Mapping[str, Any]) -> str:
         "",
         f"Kept for training and validation: {kept['harmful']} harmful prompts that are refused, {kept['harmless']} "
         f"harmless ones that are answered. Refusals begin with {tokens}; the zero point of the refusal score is "
-        f"{found['zero_point_nats']:+.2f} nats. {cost[0].upper()}{cost[1:]} "
+        f"{_nats(found['zero_point_nats'])} nats. {cost[0].upper()}{cost[1:]} "
         f"({', '.join(f'{part} {spent:.1f}' for part, spent in found['minutes_by_stage'].items())}).",
         "",
         f"![Refusal score of {name} with each candidate direction ablated, by source layer and position]"
@@ -191,13 +206,14 @@ def _section(name: str, found: Mapping[str, Any]) -> str:
         plain = found["baseline_scores_nats"]
         lines += [
             f"Chosen: position {_minus(best['position'])}, layer {best['layer']}; refusal score of harmful validation "
-            f"prompts {plain['harmful']:.2f} → {best['refusal_score']:.2f} ablated, of harmless ones "
-            f"{plain['harmless']:.2f} → {best['steering_score']:.2f} added; KL under ablation "
+            f"prompts {_nats(plain['harmful'])} → {_nats(best['refusal_score'])} ablated, of harmless ones "
+            f"{_nats(plain['harmless'])} → {_nats(best['steering_score'])} added; KL under ablation "
             f"{best['kl_div_score']:.3f} nats.",
             "",
             *_effects(found),
             *_losses(found),
             *_seeds(found["seeds"]),
+            *chain.from_iterable(map(_limit, found["other_limits"])),
         ]
     return "\n".join([*lines, *_categories(found), ""])
 
@@ -291,11 +307,22 @@ def _seeds(seeds: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         best = each["best"]
         cells = ["none", "", "", "", ""]
         if best is not None:
-            scores = (f"{best[key]:.2f}" for key in ("refusal_score", "steering_score"))
+            scores = (_nats(best[key]) for key in ("refusal_score", "steering_score"))
             place = f"{_minus(best['position'])}, {best['layer']}"
             cells = [place, *scores, f"{best['kl_div_score']:.3f}", f"{each['cosine']:.2f}"]
-        yield f"| {each['seed']} | {each['zero_point_nats']:+.2f} | {each['n_survivors']} | {' | '.join(cells)} |"
+        yield f"| {each['seed']} | {_nats(each['zero_point_nats'])} | {each['n_survivors']} | {' | '.join(cells)} |"
     yield ""
+
+
+def _limit(found: Mapping[str, Any]) -> Iterable[str]:
+    """What a looser limit on KL lets through, alone and together."""
+    best = found["best"]
+    yield (
+        f"With `--kl-max {found['kl_max']:g}`, {found['n_survivors']} candidates survive, and position "
+        f"{_minus(best['position'])}, layer {best['layer']} is chosen (KL {best['kl_div_score']:.3f} nats):"
+    )
+    yield ""
+    yield from _effects(found)
 
 
 def _categories(found: Mapping[str, Any]) -> Iterable[str]:
@@ -314,6 +341,10 @@ def _rate(rate: Mapping[str, Any]) -> str:
 
 def _minus(position: int) -> str:
     return f"−{-position}"
+
+
+def _nats(score: float) -> str:
+    return f"{score:.2f}".replace("-", "−")
 
 
 if __name__ == "__main__":

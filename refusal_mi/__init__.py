@@ -12,10 +12,10 @@ Names are imported when they are first used, so that `import refusal_mi` does no
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from .directions import Direction as Direction
     from .directions import DirectionGrid as DirectionGrid
     from .directions import Estimator as Estimator
@@ -91,10 +91,13 @@ _HOME = {
 }
 
 __all__ = ["__version__", *_HOME]
-__version__ = version("refusal_mi")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("refusal_mi")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

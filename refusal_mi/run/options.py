@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from ..errors import UserError
-from ..judges.http import judge_named
 from ..options import (
     BatchSize,
     JudgeModel,
@@ -123,6 +122,8 @@ class RunOptions:
         for name in ("n_train", "n_val", "n_test", "max_new_tokens", "n_ce", "label_tokens", "n_best"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        from ..judges.http import judge_named
+
         judge_named(self.judge, model=self.judge_model)
         if self.n_random < 0:
             raise UserError(f"n_random must not be negative, not {self.n_random}")

@@ -9,7 +9,7 @@ import random
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, repeat
+from itertools import islice, repeat, zip_longest
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -141,6 +141,20 @@ def usual_cost(
     return cost + n_best * ((n_harmful - n) + (n_harmless - few) * both)
 
 
+def spread(ranked: Sequence[int], draw: random.Random) -> list[int]:
+    """An order any beginning of which takes from all ranks alike: one of each half, of each quarter, of each eighth.
+
+    Few prompts stand for all of them the better, the more of what differs between prompts their ranks (by the plain
+    model's score) know; a plain random draw of four can miss every prompt that an addition could make a refusal.
+    """
+    if len(ranked) < 2:
+        return list(ranked)
+    middle = len(ranked) // 2
+    halves = [spread(ranked[:middle], draw), spread(ranked[middle:], draw)]
+    draw.shuffle(halves)
+    return [prompt for pair in zip_longest(*halves) for prompt in pair if prompt is not None]
+
+
 class Rounds:
     """The rounds of a staged search, on the scores that a table knows or can run."""
 
@@ -156,8 +170,9 @@ class Rounds:
         self.zero_point, self.n_best = zero_point, n_best
         table.skip_layers(thresholds.prune_layers)
         draw, n_harmful, n_prompts = random.Random(screening.seed), table.scorer.n_harmful, table.scorer.n_prompts
-        self.harmful = draw.sample(range(n_harmful), n_harmful)
-        self.harmless = draw.sample(range(n_harmful, n_prompts), n_prompts - n_harmful)
+        by_score = sorted(range(n_prompts), key=table.scorer.baseline[0].tolist().__getitem__)
+        self.harmful = spread([prompt for prompt in by_score if prompt < n_harmful], draw)
+        self.harmless = spread([prompt for prompt in by_score if prompt >= n_harmful], draw)
         sizes = table.n_layers, len(self.harmful), len(self.harmless)
         self.usual = usual_cost(table.open, *sizes, screening, n_best)
         self.spent, self.limit = 0.0, math.inf
@@ -222,9 +237,9 @@ class Rounds:
             if len(self.winners) >= self.n_best:
                 bar = sorted(map(self.bypass, self.winners))[self.n_best - 1]
                 self.doubtful = [place for place in self.doubtful if self.bypass(place) < bar]
-            place = min(self.doubtful, key=self.excess, default=None)
-            if place is None:
+            if not self.doubtful:
                 return
+            place = min(self.doubtful, key=lambda each: (self.excess(each)[0], self.bypass(each)))
             passes = yield from self.advance(place)
             self.winners += [place] if passes else []
             self.doubtful = [each for each in self.doubtful if each != place or passes is None]

@@ -1,7 +1,9 @@
 """The staged search finds what the exact one finds, measures less, and says what it left out."""
 
 import json
+import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.reading import mean_activations
 from refusal_mi.search.grid import select
 from refusal_mi.search.passes import PlainPasses, SharedPasses
-from refusal_mi.search.staged import Rounds, Screening, staged_sweep, usual_cost
+from refusal_mi.search.staged import Rounds, Screening, spread, staged_sweep, usual_cost
 from refusal_mi.search.sweep import ITEM_ROWS, Scorer, ScoreTable, WorkItem, cut, exact_items, sweep
 from refusal_mi.search.thresholds import Thresholds
 from refusal_mi.text.chat import ChatFormat
@@ -141,8 +143,8 @@ N = 64
 class Recorded(KnownScores):
     """Known scores, and every item that was asked for."""
 
-    def __init__(self, grid, known):
-        super().__init__(grid, known)
+    def __init__(self, grid, known, baseline=None):
+        super().__init__(grid, known, baseline)
         self.items = []
 
     def run(self, item):
@@ -208,6 +210,42 @@ def test_a_few_prompts_far_below_do_not_screen_out_what_half_of_the_prompts_reac
     assert bool(exact.survivors) == bool(staged.survivors) == (n_far < 30)
     if staged.survivors:
         assert (staged.best.position, staged.best.layer) == (exact.best.position, exact.best.layer)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 31])
+def test_any_beginning_of_the_order_takes_from_all_ranks(n):
+    for seed in range(20):
+        order = spread(range(n), random.Random(seed))
+        assert sorted(order) == list(range(n))
+        parts = 1
+        while parts <= n // 2:
+            cuts = [n * part / parts for part in range(parts + 1)]
+            counts = [sum(low - 1 < rank < high for rank in order[:parts]) for low, high in pairwise(cuts)]
+            assert min(counts) >= 1
+            parts *= 2
+    assert n < 5 or len({tuple(spread(range(n), random.Random(seed))) for seed in range(20)}) > 10
+
+
+def test_prompts_that_nothing_can_move_do_not_hide_what_half_of_them_reach():
+    """Two in five harmless prompts stay far below whatever is added, as their plain scores know; the others reach it."""
+    n_found = {}
+    for is_known in (True, False):
+        n_found[is_known] = 0
+        for seed in range(40):
+            draw = torch.Generator().manual_seed(seed)
+            far = torch.randperm(N, generator=draw)[: 2 * N // 5]
+            moved = torch.ones(N, dtype=torch.float64)
+            moved[far] = -15.0
+            _, scorer, _ = search_known(3.0, seed=seed)
+            scorer.known[:, 1] = moved + 0.1 * scorer.known[:, 1]
+            scorer.known[20:, 1] = -4.0  # all but the first twenty candidates move nothing
+            plain = torch.cat([torch.zeros(N, dtype=torch.float64), moved])
+            known = KnownScores(WIDE, scorer.known, plain if is_known else None)
+            rounds = Rounds(ScoreTable(known), Thresholds(), Screening(seed=seed), 0.0)
+            rounds.run()
+            survivors = select(replace(rounds.table.grids()[0], zero_point=0.0)).survivors
+            n_found[is_known] += bool(survivors) and (survivors[0].position, survivors[0].layer) == WIDE.candidates()[0]
+    assert n_found[True] == 40 > n_found[False]
 
 
 def test_scores_that_are_not_finite_are_out():
