@@ -27,6 +27,8 @@ from .thresholds import Thresholds
 BYPASS, INDUCE, KL = range(3)
 MOST = 2
 """A search that has found nothing stops when it has cost so many times what it usually does."""
+GROUPS = 3
+"""Contenders are looked for among the best, so many times as many as there may be."""
 STEP_ROWS = 128
 """Rows (candidates × prompts) that run at once: few enough that a slow model shows progress."""
 
@@ -70,15 +72,17 @@ def staged_sweep(
 
     1. Candidates of pruned layers are not run.
     2. Bypass, which ranks them, is measured for all others on a few harmful prompts.
-    3. From the best on, KL and induce on a few harmless prompts; those that clearly break a threshold are dropped,
-       until there are enough contenders or the next candidates are clearly worse than the best of them.
+    3. Of the best quarter or so, KL and induce on a few harmless prompts; those that clearly break a threshold are
+       dropped, until there are enough contenders or the next candidates are clearly worse than the best of them.
     4. Bypass of the contenders, those that break none so far, on twice as many prompts; the better half goes on, and
        whoever is not clearly worse than the best (in the mean difference, prompt by prompt), until all are used.
     5. KL and induce of the last one on twice as many prompts each time, until it clearly breaks a threshold or all its
        scores are known on all prompts. If it breaks one, the next contender; then the next ones.
-    6. Those that seemed to break a threshold, but not clearly, in the same way, the least first: until one passes, or
-       while they could be better than the one that did.
-    7. Once the first contenders have all been judged, the search ends where it has cost twice what it usually does.
+    6. The others in the same way, the most promising first (how much they bypass, times the chance that they pass):
+       until one passes, or while those that were in doubt could be better than the one that did. This ends where the
+       search has cost twice what it usually does; the last scores of a candidate that passes are measured all the same.
+
+    Prompts are used in an order that begins with the whole range of the plain model's scores (`spread`).
 
     Args:
         zero_point: as in `sweep`.
@@ -176,12 +180,14 @@ class Rounds:
         sizes = table.n_layers, len(self.harmful), len(self.harmless)
         self.usual = usual_cost(table.open, *sizes, screening, n_best)
         self.spent, self.limit = 0.0, math.inf
-        self.has_stopped = False
+        self.worst, self.has_stopped = 0.0, False
         self.failed: dict[Place, str] = {}
         """Which threshold a candidate breaks, clearly or on all prompts."""
         self.winners: list[Place] = []
         self.doubtful: list[Place] = []
         """Those that seem to break a threshold, but not clearly."""
+        self.rest: list[Place] = []
+        """Those of which only bypass is known."""
 
     def run(self) -> None:
         """Measure until enough candidates pass every threshold exactly, none is left or too much is spent; say why."""
@@ -206,43 +212,51 @@ class Rounds:
 
     def items(self) -> Iterator[WorkItem]:
         """The work, each item decided on what those before it gave."""
-        ranking, few, most = self.table.open, self.screening.n_prompts, MOST * self.usual
+        ranking, few = self.table.open, self.screening.n_prompts
+        n_contenders, n_screened = self.screening.n_contenders, 0
         yield from self.measure("ablate", ranking, self.harmful[:few])
         ranking.sort(key=self.bypass)
-        is_first = True
-        while ranking and len(self.winners) < self.n_best:
-            contenders: list[Place] = []
-            while ranking and len(contenders) < self.screening.n_contenders:
-                if contenders and (self.spent > most or self.is_worse(ranking[0], contenders[0])):
-                    break
-                some, ranking = ranking[: self.screening.n_contenders], ranking[self.screening.n_contenders :]
-                for kind in ("add", "ablate"):
-                    yield from self.measure(kind, some, self.harmless[:few])
-                    some = [place for place in some if not self.is_out(place)]
-                contenders += [place for place in some if self.excess(place)[0] <= 0]
-                self.doubtful += [place for place in some if self.excess(place)[0] > 0]
-                self.limit = math.inf if is_first and contenders else most
-            for place in (yield from self.halved(contenders)):
-                while (passes := (yield from self.advance(place))) is None:
-                    pass
-                self.winners += [place] if passes else []
-                if len(self.winners) == self.n_best:
-                    break
-            is_first, self.limit = False, most
+        self.worst = max((each for each in map(self.bypass, ranking) if math.isfinite(each)), default=0.0)
+        contenders: list[Place] = []
+        while n_screened < len(ranking) and len(contenders) < n_contenders:
+            some = ranking[n_screened : n_screened + n_contenders]
+            if n_screened >= GROUPS * n_contenders or (contenders and self.is_worse(some[0], contenders[0])):
+                break
+            n_screened += len(some)
+            for kind in ("add", "ablate"):
+                yield from self.measure(kind, some, self.harmless[:few])
+                some = [place for place in some if not self.is_out(place)]
+            contenders += [place for place in some if self.excess(place)[0] <= 0]
+            self.doubtful += [place for place in some if self.excess(place)[0] > 0]
+        self.rest = ranking[n_screened:]
+        for place in (yield from self.halved(contenders)):
+            while (passes := (yield from self.advance(place))) is None:
+                pass
+            self.winners += [place] if passes else []
+            if len(self.winners) == self.n_best:
+                break
+        self.limit = MOST * self.usual
         yield from self.settle()
 
     def settle(self) -> Iterator[WorkItem]:
-        """Go on with the doubtful ones, those that break the least first, while they could be among the best."""
-        while self.doubtful:
+        """Go on with the doubtful ones while they could be among the best, and with the rest while too few pass."""
+        while True:
             if len(self.winners) >= self.n_best:
                 bar = sorted(map(self.bypass, self.winners))[self.n_best - 1]
-                self.doubtful = [place for place in self.doubtful if self.bypass(place) < bar]
-            if not self.doubtful:
+                self.rest, self.doubtful = [], [place for place in self.doubtful if self.bypass(place) < bar]
+            if not self.doubtful and not self.rest:
                 return
-            place = min(self.doubtful, key=lambda each: (self.excess(each)[0], self.bypass(each)))
+            place = max([*self.doubtful, *self.rest], key=self.promise)
             passes = yield from self.advance(place)
             self.winners += [place] if passes else []
-            self.doubtful = [each for each in self.doubtful if each != place or passes is None]
+            self.rest = [each for each in self.rest if each != place]
+            others = [each for each in self.doubtful if each != place]
+            self.doubtful = others if passes is not None else [*others, place]
+
+    def promise(self, place: Place) -> float:
+        """By how much a candidate bypasses more than the worst, times the chance that it passes, as far as is known."""
+        chance = math.erfc(self.excess(place)[0] / math.sqrt(2)) / 2
+        return max(self.worst - self.bypass(place), 0.0) * chance
 
     def halved(self, contenders: list[Place]) -> Generator[WorkItem, None, list[Place]]:
         """The contenders, those that lasted longest first."""
@@ -258,14 +272,17 @@ class Rounds:
 
     def advance(self, place: Place) -> Generator[WorkItem, None, bool | None]:
         """Measure KL and induce on twice as many prompts; whether the thresholds are satisfied, once that is known."""
-        n = 2 * max(len(self.table.known(place, INDUCE)), 1)
-        for kind in ("add", "ablate"):
+        n = max(2 * len(self.table.known(place, INDUCE)), self.screening.n_prompts)
+        likelier: tuple[Kind, Kind] = ("ablate", "add") if self.excess(place)[1] == "KL" else ("add", "ablate")
+        for kind in likelier:
             yield from self.measure(kind, [place], self.harmless[:n])
             if self.is_out(place):
                 return False
         if n < len(self.harmless):
             return None
+        limit, self.limit = self.limit, math.inf  # it passes: the last of its scores are worth what they cost
         yield from self.measure("ablate", [place], self.harmful)
+        self.limit = limit
         return self.table.row(place).is_finite
 
     def measure(self, kind: Kind, places: Sequence[Place], prompts: Sequence[int]) -> Iterator[WorkItem]:
@@ -333,7 +350,7 @@ class Rounds:
     def reason(self, place: Place) -> str:
         """Why a candidate was left out, before a colon (`Selection.explain` counts these), and what was measured."""
         why = f"screened out for {self.failed.get(place, 'bypass')}"
-        is_open = len(self.winners) < self.n_best or place in self.doubtful
+        is_open = len(self.winners) < self.n_best or place in self.doubtful or place in self.rest
         if self.has_stopped and is_open and place not in self.failed:
             why = f"not settled when the search stopped after {len(self.failed)} candidates failed"
         parts = [
