@@ -192,6 +192,12 @@ TemplateKwargs = Annotated[
         write=lambda pairs: [f"{key}={json.dumps(value)}" for key, value in pairs.items()],
     ),
 ]
+AllowSpecialTokens = Annotated[
+    bool,
+    Option(
+        "Special tokens written out in a prompt act as such; default: they are text.", flags="--allow-special-tokens"
+    ),
+]
 JudgeName = Annotated[
     str, Option("Who says whether the model complied.", flags="--judge", metavar="substring|llamaguard|URL")
 ]

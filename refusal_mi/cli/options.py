@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, get
 import typer
 
 from ..errors import UserError
-from ..options import BATCH_SIZE, JudgeModel, Option, System, TemplateKwargs, said
+from ..options import BATCH_SIZE, AllowSpecialTokens, JudgeModel, Option, System, TemplateKwargs, said
 from ..search.thresholds import PUBLISHED, Rule
 
 if TYPE_CHECKING:
@@ -219,12 +219,18 @@ class TemplateOptions:
 
     system: System = None
     template_kwargs: TemplateKwargs = field(default_factory=dict)
+    allow_special_tokens: AllowSpecialTokens = False
 
     def chat(self, model: "HookedModel") -> "ChatFormat":
         """The model's chat format."""
         from ..text.chat import ChatFormat
 
-        return ChatFormat(model.tokenizer, self.system, self.template_kwargs)
+        return ChatFormat(
+            model.tokenizer,
+            self.system,
+            self.template_kwargs,
+            allow_special_tokens=self.allow_special_tokens,
+        )
 
 
 @dataclass(frozen=True)

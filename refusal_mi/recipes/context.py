@@ -44,7 +44,13 @@ class RunContext:
         record = describe_model(model, source)
         _check_tokens(options.refusal_tokens, record.d_vocab)
         folder.claim(record)
-        template = ChatFormat(model.tokenizer, options.system, options.template_kwargs, options.response_prefix or "")
+        template = ChatFormat(
+            model.tokenizer,
+            options.system,
+            options.template_kwargs,
+            options.response_prefix or "",
+            options.allow_special_tokens,
+        )
         return cls(model, options, folder, record, template)
 
     def stage(

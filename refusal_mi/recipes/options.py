@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from ..errors import UserError
 from ..options import (
+    AllowSpecialTokens,
     Layers,
     Option,
     Positions,
@@ -123,6 +124,7 @@ class VectorOptions:
     ] = False
     system: System = None
     template_kwargs: TemplateKwargs = field(default_factory=dict)
+    allow_special_tokens: AllowSpecialTokens = False
     response_prefix: ResponsePrefix = None
 
     def __post_init__(self) -> None:
@@ -201,6 +203,7 @@ class EvalOptions:
     n_random: Annotated[int, Option("Random vectors of equal norm, as controls.")] = 1
     system: System = None
     template_kwargs: TemplateKwargs = field(default_factory=dict)
+    allow_special_tokens: AllowSpecialTokens = False
 
     def __post_init__(self) -> None:
         for name in ("n_validation_samples", "n_test_samples", "max_new_tokens", "batch_size"):

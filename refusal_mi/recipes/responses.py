@@ -169,7 +169,13 @@ def vector(
     judge = judge or SubstringJudge()
     record = describe_model(model, source)
     folder.claim(record)
-    chat = ChatFormat(model.tokenizer, options.system, options.template_kwargs, options.response_prefix or "")
+    chat = ChatFormat(
+        model.tokenizer,
+        options.system,
+        options.template_kwargs,
+        options.response_prefix or "",
+        options.allow_special_tokens,
+    )
     queries = query_pools(options.dataset, options.column)[0].sample(options.n_samples, options.seed)
     layers = _checked_layers(options.layers, model.cfg.n_layers)
     base = {"model": record, "chat": chat.record(), "versions": versions()}

@@ -144,7 +144,9 @@ class Evaluation:
         folder.claim(self.record)
         tokens = vector_dir / TOKENS
         prefix = read_record(tokens, SavedTokens).response_prefix if tokens.exists() else ""
-        self.chat = ChatFormat(model.tokenizer, options.system, options.template_kwargs, prefix)
+        self.chat = ChatFormat(
+            model.tokenizer, options.system, options.template_kwargs, prefix, options.allow_special_tokens
+        )
         self.vectors = load_vectors(vector_dir / VECTOR, model.cfg.n_layers)
         self.n_layers = model.cfg.n_layers
         seen = vector_dir / RESPONSES[0]

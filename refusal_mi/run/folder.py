@@ -301,7 +301,13 @@ class RunInputs:
     def chat(self) -> ChatFormat:
         """The chat format of the run, with its response prefix."""
         prefix = self.record.response_prefix
-        return ChatFormat(self.model.tokenizer, self.options.system, self.options.template_kwargs, prefix)
+        return ChatFormat(
+            self.model.tokenizer,
+            self.options.system,
+            self.options.template_kwargs,
+            prefix,
+            self.options.allow_special_tokens,
+        )
 
     @cached_property
     def direction(self) -> Direction:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from ..errors import UserError
 from ..options import (
+    AllowSpecialTokens,
     BatchSize,
     JudgeModel,
     JudgeName,
@@ -63,6 +64,7 @@ class RunOptions:
     ] = True
     system: System = None
     template_kwargs: TemplateKwargs = field(default_factory=dict)
+    allow_special_tokens: AllowSpecialTokens = False
     response_prefix: ResponsePrefix = None
     refusal_tokens: RefusalTokens = None
     estimator: Annotated[

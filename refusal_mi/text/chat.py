@@ -2,6 +2,7 @@
 
 import datetime
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,11 +12,11 @@ from typing import Any
 from ..errors import UserError
 from ..files import sha256_json
 from .batches import TokenBatch, left_pad
+from .template import Message as Message
+from .template import as_parts, left_out, render_template
 
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 """The day that templates with a date are told it is, so that prompts do not change overnight."""
-Message = Mapping[str, str]
-"""{"role": "system" | "user" | "assistant", "content": text}."""
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _RESERVED = frozenset(
     {
@@ -54,6 +55,7 @@ class ChatRecord:
     rendered_example: str
     post_instruction_tokens: tuple[str, ...]
     """The last is position −1."""
+    allow_special_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class ChatFormat:
     system: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     response_prefix: str = ""
+    allow_special_tokens: bool = False
+    """Special tokens that are written out in a message act as such; by default they are text like any other."""
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -98,26 +102,94 @@ class ChatFormat:
         Raises:
             UserError: the template cannot express the conversation (some have no system role).
         """
-        import jinja2
-
         messages = self.messages(conversation) if isinstance(conversation, str) else list(conversation)
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True, **self._kwargs
-            )
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template refuses this conversation: {error}") from None
-        return text + self.response_prefix
+        return self._rendered(messages) + self.response_prefix
 
     def encode(self, conversation: str | Sequence[Message]) -> list[int]:
-        """Token ids of `render`; the template writes BOS itself, so none is added."""
-        return self.tokenizer(self.render(conversation), add_special_tokens=False)["input_ids"]
+        """Token ids of `render`; the template writes BOS itself, so none is added.
+
+        Where a message has the text of a special token in it, that message is tokenized apart, as plain text.
+        """
+        text = self.render(conversation)
+        ids = self._tokenized(text)
+        if self.allow_special_tokens or self._special is None or self._special.search(self._told(conversation)) is None:
+            return ids
+        messages = self.messages(conversation) if isinstance(conversation, str) else list(conversation)
+        apart = self._tokenized_apart(messages, text)
+        if apart is None:
+            warnings.warn(
+                f"special tokens in this prompt act as such, its tokenizer cannot read them as text: "
+                f"{messages[-1]['content'][:80]!r}",
+                stacklevel=2,
+            )
+        return apart or ids
+
+    def _rendered(self, messages: Sequence[Message]) -> str:
+        given = as_parts(messages) if self._takes_parts else messages
+        text = render_template(self.tokenizer, given, self._template, self._kwargs)
+        if lost := left_out(text, messages):
+            raise UserError(
+                f"the chat template leaves out or rewrites this {lost['role']} message, so that the model would not "
+                f"read it: {lost['content'][:80]!r}; use another one, or set tokenizer.chat_template"
+            )
+        return text
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template shows an instruction only where its content is a list of parts."""
+        probe: list[Message] = [{"role": "user", "content": _PROBES[0]}]
+
+        def shows(messages: Sequence[Mapping[str, Any]]) -> bool | UserError:
+            try:
+                return _PROBES[0] in render_template(self.tokenizer, messages, self._template, self._kwargs)
+            except UserError as error:
+                return error
+
+        return shows(probe) is not True and shows(as_parts(probe)) is True
+
+    def _tokenized(self, text: str, **how: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, **how)["input_ids"]
+
+    def _told(self, conversation: str | Sequence[Message]) -> str:
+        parts = [conversation] if isinstance(conversation, str) else [each["content"] for each in conversation]
+        return "\n".join([self.system or "", *parts])
+
+    @cached_property
+    def _special(self) -> re.Pattern[str] | None:
+        """Where a text has a special token written out."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        texts = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""}
+        longest_first = sorted(texts, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if texts else None
+
+    def _tokenized_apart(self, messages: Sequence[Message], text: str) -> list[int] | None:
+        """Token ids with the messages that have special tokens in them as plain text; None where that fails."""
+        assert self._special is not None
+        marks = {f"\ue000{index}\ue001": each["content"] for index, each in enumerate(messages)}
+        marks = {mark: content for mark, content in marks.items() if self._special.search(content)}
+        hidden = {content: mark for mark, content in marks.items()}
+        marked: list[Message] = [{**each, "content": hidden.get(each["content"], each["content"])} for each in messages]
+        ids: list[int] = []
+        special = set(self.tokenizer.all_special_ids)
+        for piece in re.split("(\ue000\\d+\ue001)", self._rendered(marked) + self.response_prefix):
+            if piece in marks:
+                content = marks[piece] if marks[piece] in text else marks[piece].strip()
+                plain = self._tokenized(content, split_special_tokens=True)
+                if special & set(plain):
+                    return None
+                ids += plain
+            elif piece:
+                ids += self._tokenized(piece)
+        before, after = list(self.pre_instruction_ids), list(self.post_instruction_ids)
+        return ids if ids[: len(before)] == before and ids[-len(after) :] == after else None
 
     def encode_answered(self, instruction: str, answer: str) -> tuple[list[int], int]:
         """Token ids of prompt and answer together, and the index of the answer's first token."""
         prompt = self.encode(instruction)
-        text = self.render(instruction) + answer
-        whole = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = self.render(instruction)
+        if prompt != self._tokenized(text):  # a message is tokenized apart
+            return [*prompt, *self._tokenized(answer)], len(prompt)
+        whole = self._tokenized(text + answer)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
         return whole, shared
 
@@ -163,6 +235,7 @@ class ChatFormat:
             self.response_prefix,
             self.render(_PROBES[0]),
             tuple(self.tokenizer.convert_ids_to_tokens(list(self.post_instruction_ids))),
+            self.allow_special_tokens,
         )
 
     @property
