@@ -37,9 +37,9 @@ class Direction:
 
     def __post_init__(self) -> None:
         if not bool(torch.isfinite(self.vector).all()):
-            raise ValueError("a direction must be finite")
+            raise UserError("a direction must be finite: this one holds NaN or infinity")
         if self.norm == 0:
-            raise ValueError("a direction must not be zero")
+            raise UserError("a direction must not be zero")
 
     @property
     def norm(self) -> float:
@@ -104,7 +104,7 @@ class DirectionGrid:
 
     def __post_init__(self) -> None:
         if self.vectors.shape[0] != len(self.positions) or not bool(torch.isfinite(self.vectors).all()):
-            raise ValueError(f"a grid needs finite vectors for {len(self.positions)} positions")
+            raise UserError(f"a grid needs finite vectors for {len(self.positions)} positions")
 
     @property
     def n_layers(self) -> int:

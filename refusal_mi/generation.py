@@ -1,5 +1,6 @@
 """Completions under interventions: answers, streams, conversations."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -13,11 +14,13 @@ from .errors import UserError
 from .interventions import Intervention, all_hooks
 from .model.points import HookedModel, check_raw_basis, model_device, stop_token_ids
 from .model.running import Sampling as Sampling
-from .model.running import continued, keep_rows_, last_logits, prefix_logits_and_cache, running
+from .model.running import check_fits, continued, keep_rows_, last_logits, prefix_logits_and_cache, running
+from .precision import finite
 from .progress import track
 from .text.batches import TokenBatch, batches_by_length, left_pad
 from .text.chat import ChatFormat, Message
 
+LOGITS = "the model's logits"
 MOST_LIVE = 0.75
 """Answers that have ended leave a batch once at most this fraction of it goes on."""
 
@@ -64,6 +67,7 @@ def generate(
         raise UserError("first logits are kept of greedy, cached answers only")
     rows = [chat.encode(instruction) for instruction in instructions]
     rooms = [_room(model, len(row), max_new_tokens) for row in rows]
+    check_fits(model, rows)
     stops = stop_token_ids(model)
     answers: dict[int, Generated] = {}
     with torch.random.fork_rng(enabled=sampling is not None), torch.no_grad():
@@ -97,12 +101,14 @@ def stream(
 ) -> Iterator[Generated]:
     """The greedy answer as it grows, once per token; the last one is what `generate` returns.
 
-    The text holds back half characters and trailing space, so that each is the beginning of the next. Hooks are on
-    the model only while it computes a token: between tokens other code, or another stream, may use it.
+    The text holds back trailing space and what a later token may still change, half characters and runs of single
+    bytes, so that each is the beginning of the next. Hooks are on the model only while it computes a token: between
+    tokens other code, or another stream, may use it.
     """
     check_raw_basis(model)
     ids = chat.encode(conversation)
     room = _room(model, len(ids), max_new_tokens)
+    check_fits(model, [ids])
     stops, past, new = stop_token_ids(model), None, list[int]()
     hooks = all_hooks(model, interventions, len(ids))
     batch = left_pad([ids], chat.pad_id).to(model_device(model))
@@ -113,9 +119,11 @@ def stream(
                 logits, past = prefix_logits_and_cache(model, latest, past)
             else:
                 logits = last_logits(model, batch)
+        finite(logits.amax(-1), LOGITS)
         new.append(int(logits[0].argmax()))
-        yield _read(chat, new, stops)
-        if new[-1] in stops:
+        is_last = new[-1] in stops or len(new) == room
+        yield _read(chat, new, stops) if is_last else Generated(_settled(chat, new), tuple(new), False)
+        if is_last:
             return
         batch = left_pad([[*ids, *new]], chat.pad_id).to(model_device(model))
 
@@ -155,6 +163,7 @@ def _greedy(
     live, tokens, mask, past, first = answers, batch.tokens, batch.mask, None, None
     for _ in range(max_new_tokens):
         logits, past = prefix_logits_and_cache(model, tokens, past, mask)
+        finite(logits.amax(-1), LOGITS)  # NaN and infinity come through, a masked entry does not
         first = logits if first is None else first
         latest = logits.argmax(-1)
         for ids, token in zip(live, latest.tolist(), strict=True):
@@ -197,10 +206,38 @@ def _batches(rows: Sequence[Sequence[int]], rooms: Sequence[int], batch_size: in
 
 def _read(chat: ChatFormat, ids: Sequence[int], stops: tuple[int, ...]) -> Generated:
     kept = tuple(takewhile(lambda token: token not in stops, ids))
-    text = chat.tokenizer.decode(kept, skip_special_tokens=True).strip()
     is_finished = len(kept) < len(ids)
-    # A cut-off answer can end inside a multi-byte character, which decodes to a replacement character.
-    return Generated(text if is_finished else text.rstrip("�"), kept, is_finished)
+    return Generated(_text(chat, kept) if is_finished else _whole(chat, kept), kept, is_finished)
+
+
+def _text(chat: ChatFormat, ids: Sequence[int]) -> str:
+    """What was written: spaces that a tokenizer would take back before punctuation stay."""
+    return chat.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
+def _whole(chat: ChatFormat, ids: Sequence[int]) -> str:
+    """The text of an answer that was cut off, maybe inside a character; all characters before that one are kept."""
+    n_left_out = range(min(len(_bytes_at_end(chat, ids)), 3) + 1)
+    return max((_up_to_half(_text(chat, ids[: len(ids) - n])) for n in n_left_out), key=len)
+
+
+def _settled(chat: ChatFormat, ids: Sequence[int]) -> str:
+    """The text so far that no later token can change."""
+    return _up_to_half(_text(chat, ids[: len(ids) - len(_bytes_at_end(chat, ids))]))
+
+
+def _up_to_half(text: str) -> str:
+    """Without the half character at the end that decodes to a replacement character."""
+    return text.rstrip("�").rstrip() if text.endswith("�") else text
+
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def _bytes_at_end(chat: ChatFormat, ids: Sequence[int]) -> list[str]:
+    """The tokens at the end that are single bytes: a run of them is decoded as one, and is lost unless it is UTF-8."""
+    names = map(chat.tokenizer.convert_ids_to_tokens, reversed(ids))
+    return list(takewhile(lambda name: _BYTE.fullmatch(name or ""), names))
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What is done to the residual stream, as objects: one object means the same thing as hooks and as edited weights."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,9 @@ class Ablate:
     positions: Positions = "all"
 
     def __post_init__(self) -> None:
+        check_finite("strength", self.strength)
+        for constant in self.constants or ():
+            check_finite("constants", constant)
         whole = self.strength == 1 and self.layers is None and set(self.components) == set(get_args(Component))
         if self.constants is not None and not (whole and self.positions == "all"):
             raise UserError("constants need an ablation of all writes at strength 1 and all positions")
@@ -149,6 +153,9 @@ class Add:
     """Where to add it; None is the layer it was read at."""
     positions: Positions = "all"
 
+    def __post_init__(self) -> None:
+        check_finite("coefficient", self.coefficient)
+
     @property
     def target(self) -> int:
         """The layer whose stream it is added to."""
@@ -218,6 +225,16 @@ def _acts_on(
     if positions == "prompt":
         return (columns < width) & (not is_generated)
     return (columns >= width - 1) | is_generated
+
+
+def check_finite(name: str, value: float) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        UserError: the value is one of them.
+    """
+    if not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, not {value}")
 
 
 def check_width(width: int, d_model: int) -> None:

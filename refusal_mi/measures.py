@@ -16,7 +16,7 @@ from .errors import UserError
 from .interventions import Intervention, all_hooks
 from .model.points import Hook, HookedModel, explain_layer, model_device
 from .model.running import all_logits, batches, last_logits, read_out, residuals, running
-from .precision import as_double
+from .precision import as_double, finite
 from .text.batches import TokenBatch
 from .text.chat import ChatFormat
 from .text.pairs import ABPair, LetterSpan, locate_letter
@@ -167,12 +167,7 @@ def _next_tokens(
         hooks = all_hooks(model, interventions, batch.tokens.shape[1] - len(after))
         with torch.no_grad(), running(model, hooks):
             logits = last_logits(model, batch)
-        if not bool(torch.isfinite(logits).all()):
-            raise UserError(
-                f"the model's logits are not finite in {str(logits.dtype).removeprefix('torch.')}; try --dtype "
-                "float32 (or --batch-size 1: eager attention in float64 cannot mask padding)"
-            )
-        yield indices, logits
+        yield indices, finite(logits, "the model's logits")
 
 
 MOST_LOGITS = 2**22
@@ -340,13 +335,14 @@ def answer_row(index: int, column: int, answer: LetterSpan, first: int) -> _Row:
 def _read_(model: HookedModel, batch: TokenBatch, rows: Sequence[_Row], table: Float[Tensor, "pair 2"]) -> None:
     """Fill in the log probabilities of a batch."""
     if rows[0].choices is not None:
-        log_p = as_double(last_logits(model, batch)).log_softmax(-1)
+        log_p = as_double(finite(last_logits(model, batch), "the model's logits")).log_softmax(-1)
         for line, row in zip(log_p, rows, strict=True):
             table[row.pair] = line[list(row.choices or ())].cpu()
         return
     n = max(row.n_scored for row in rows)
     log_p = as_double(all_logits(model, batch)[:, -n - 1 : -1]).log_softmax(-1)
     log_p = log_p.gather(-1, batch.tokens[:, -n:, None].to(log_p.device))[..., 0]
+    finite(log_p, "the log probabilities of the answers")
     for line, row in zip(log_p, rows, strict=True):
         table[row.pair, row.column] = line[-row.n_scored :].sum().cpu()
 

@@ -1,8 +1,14 @@
 """Float64, which sums and distances are computed in: on the CPU where the device has none, as on MPS."""
 
+from typing import TypeVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from .errors import UserError
+
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 def with_float64(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
@@ -13,3 +19,19 @@ def with_float64(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
 def as_double(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """The same values as float64."""
     return with_float64(values).to(torch.float64)
+
+
+def finite(values: AnyTensor, what: str) -> AnyTensor:
+    """The same values, which are all numbers.
+
+    Raises:
+        UserError: some are NaN or infinite.
+    """
+    if not bool(torch.isfinite(values).all()):
+        dtype = str(values.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{what} are not finite (NaN or infinity) in {dtype}: the weights are damaged, an intervention is too "
+            "strong, or the dtype too narrow; try --dtype float32 (or --batch-size 1: eager attention in float64 "
+            "cannot mask padding)"
+        )
+    return values

@@ -1,7 +1,7 @@
 """Progress with an estimate of the time left: a bar where somebody is looking, a line now and then in a log."""
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -14,17 +14,26 @@ NOTEBOOK_METADATA = {"refusal_mi": "progress"}
 """What marks the output of a notebook as progress."""
 
 
-def track(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:
-    """Yield the items behind a bar on stderr, or a line in a notebook; in a log a line every half minute."""
+def track(
+    items: Iterable[Item], description: str, *, total: int | None = None, work: Callable[[Item], int] = lambda _: 1
+) -> Iterator[Item]:
+    """Yield the items behind a bar on stderr, or a line in a notebook; in a log a line every half minute.
+
+    Args:
+        total: how much work there is; as many as there are items, where that is known.
+        work: how much of it is done with an item.
+    """
     console = Console(stderr=True)
     if total is None and isinstance(items, Sized):
         total = len(items)
     if console.is_jupyter:
-        return _in_notebook(items, description, total)
-    return (_in_terminal if console.is_terminal else _in_log)(items, description, total, console)
+        return _in_notebook(items, description, total, work)
+    return (_in_terminal if console.is_terminal else _in_log)(items, description, total, work, console)
 
 
-def _in_terminal(items: Iterable[Item], description: str, total: int | None, console: Console) -> Iterator[Item]:
+def _in_terminal(
+    items: Iterable[Item], description: str, total: int | None, work: Callable[[Item], int], console: Console
+) -> Iterator[Item]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -43,29 +52,38 @@ def _in_terminal(items: Iterable[Item], description: str, total: int | None, con
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        yield from progress.track(items, description=description, total=total)
+        task = progress.add_task(description, total=total)
+        for item in items:
+            yield item
+            progress.advance(task, work(item))
 
 
-def _in_log(items: Iterable[Item], description: str, total: int | None, console: Console) -> Iterator[Item]:
+def _in_log(
+    items: Iterable[Item], description: str, total: int | None, work: Callable[[Item], int], console: Console
+) -> Iterator[Item]:
     """A line every `LOG_SECONDS`, after the item that is done by then."""
     start = shown = time.monotonic()
-    for n_done, item in enumerate(items, start=1):
+    n_done = 0
+    for item in items:
         yield item
-        now = time.monotonic()
+        now, n_done = time.monotonic(), n_done + work(item)
         if now - shown >= LOG_SECONDS and n_done != total:
             shown = now
             console.print(f"  {_line(description, n_done, total, now - start)}", highlight=False, markup=False)
 
 
-def _in_notebook(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
+def _in_notebook(
+    items: Iterable[Item], description: str, total: int | None, work: Callable[[Item], int]
+) -> Iterator[Item]:
     """One line for each cell, which the next bar of that cell writes over.
 
     A display cannot be taken back, only changed: a bar that vanished would leave an empty output in the notebook.
     """
     start = shown = time.monotonic()
-    for n_done, item in enumerate(items, start=1):
+    n_done = 0
+    for item in items:
         yield item
-        now = time.monotonic()
+        now, n_done = time.monotonic(), n_done + work(item)
         is_last = n_done == total
         if now - start >= QUIET_SECONDS and (is_last or now - shown >= REFRESH_SECONDS or shown == start):
             shown = now

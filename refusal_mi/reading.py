@@ -13,10 +13,11 @@ from .errors import UserError
 from .interventions import Intervention, PromptWidth, all_hooks
 from .model.points import Hook, HookedModel
 from .model.running import LastPositions, batches, last_logits, residuals, running
-from .precision import as_double, with_float64
+from .precision import as_double, finite, with_float64
 from .text.batches import Span, TokenBatch
 from .text.chat import ChatFormat
 
+STREAMS = "the model's residual streams"
 MAX_TABLE_BYTES = 2**31
 """Largest table of residual streams that is kept in memory."""
 
@@ -31,7 +32,7 @@ def mean_activations(
         batch_size: prompts per forward pass; the result does not depend on it.
 
     Raises:
-        UserError: there are no instructions.
+        UserError: there are no instructions, one does not fit the model, or streams are not finite.
         ValueError: the model's weights are not in HF coordinates.
     """
     layers = range(model.cfg.n_layers)
@@ -39,7 +40,7 @@ def mean_activations(
     for _, streams in _streams(model, chat, instructions, layers, len(chat.positions), [], batch_size):
         for layer, stream in enumerate(streams):
             total[:, layer] += with_float64(stream).sum(0, dtype=torch.float64).cpu()
-    return ActivationMeans(total / len(instructions), chat.positions, len(instructions))
+    return ActivationMeans(finite(total / len(instructions), STREAMS), chat.positions, len(instructions))
 
 
 def combine_spans(
@@ -79,7 +80,7 @@ def combine_spans(
             means = means / norm
         summed = "combination span, span layer d_model -> combination layer d_model"
         total += einsum(weights[:, indices].double(), means, summed)
-    return total * norms[:, None] if normalize else total
+    return finite(total * norms[:, None] if normalize else total, STREAMS)
 
 
 def stream_residuals(
@@ -122,7 +123,7 @@ def template_residuals(
     """The whole of `stream_residuals` in one float32 table on the CPU, in the order of `instructions`.
 
     Raises:
-        UserError: there are no prompts, or the table would take more than 2 GiB.
+        UserError: there are no prompts, the table would take more than 2 GiB, or streams are not finite.
     """
     n_layers = model.cfg.n_layers + 1 if layers is None else len(layers)
     width = len(chat.positions) if n_last is None else n_last
@@ -144,7 +145,7 @@ def template_residuals(
         batch_size=batch_size,
     ):
         table[indices] = streams.float().cpu()
-    return table
+    return finite(table, STREAMS)
 
 
 def captured(

@@ -1,7 +1,11 @@
 """Completions: equal with and without cache, batched and alone, hooked by nothing and unhooked."""
 
+import itertools
+
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from refusal_mi import generation
 from refusal_mi.errors import UserError
@@ -112,6 +116,43 @@ def test_a_multi_byte_character_that_was_cut_off_is_not_a_replacement_character(
         new = torch.tensor([written])
         monkeypatch.setattr(model, "generate", lambda tokens, new=new, **_: torch.cat([tokens, new], dim=1))
         assert generate(model, chat, ASKS[:1], use_kv_cache=False)[0].text == text
+
+
+def byte_fallback_tokenizer():
+    """Words and single bytes, as Llama-2, Mistral and Gemma have them; other characters are written byte by byte."""
+    words = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz▁!"]
+    vocab = {token: index for index, token in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["😀é", "a 😀😀 b", "né!", "漢字 x", "ok", "😀"])
+def test_byte_fallback_is_neither_doubled_nor_lost(text, tiny_model, monkeypatch):
+    """However the answer is cut: every streamed text begins the next, and every whole character is there at the end."""
+    model, chat = tiny_model("llama"), ChatFormat(byte_fallback_tokenizer())
+    ids, eos = chat.tokenizer(text, add_special_tokens=False)["input_ids"], chat.tokenizer.eos_token_id
+    assert chat.tokenizer.decode(ids) == text
+    monkeypatch.setattr(generation, "stop_token_ids", lambda _: (eos,))
+    ends = {0: 0}  # tokens -> characters that they make whole
+    for n_characters in range(1, len(text) + 1):
+        ends[len(chat.tokenizer(text[:n_characters], add_special_tokens=False)["input_ids"])] = n_characters
+    for n in range(1, len(ids) + 2):
+        script = iter([*ids, eos])
+
+        def scripted(*_, script=script, **__):
+            logits = torch.zeros(1, len(chat.tokenizer))
+            logits[0, next(script)] = 1.0
+            return logits, None
+
+        monkeypatch.setattr(generation, "prefix_logits_and_cache", scripted)
+        shown = [each.text for each in stream(model, chat, "hi", max_new_tokens=n)]
+        whole = text[: max(made for end, made in ends.items() if end <= n)].strip()
+        assert shown[-1] == whole
+        assert all(after.startswith(before) for before, after in itertools.pairwise(shown)), shown
 
 
 def test_hooks_are_gone_after_an_exception(tiny_model, monkeypatch):

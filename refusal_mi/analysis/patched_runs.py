@@ -20,7 +20,7 @@ from ..model.points import (
     resid_hook,
     write_hooks,
 )
-from ..model.running import batches, last_logits, n_block_outputs, running_from
+from ..model.running import batches, check_fits, last_logits, n_block_outputs, running_from
 from ..reading import captured
 from ..text.batches import TokenBatch, left_pad
 from ..text.chat import ChatFormat
@@ -78,6 +78,7 @@ class PatchedRuns:
         """The targets' own scores, and (site, along the direction only) -> scores `[pair layer cell]`."""
         source_rows = [self.chat.encode(text) for text in sources]
         target_rows = [self.chat.encode(text) for text in targets]
+        check_fits(self.model, source_rows)
         n_layers = self.model.cfg.n_layers
         wanted = [(site, False) for site in self.sites]
         if self.unit is not None and with_direction:

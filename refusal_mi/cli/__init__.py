@@ -1,6 +1,7 @@
 """The command line: it parses, calls, prints. Nothing here imports torch before a command runs."""
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Annotated
@@ -67,6 +68,7 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exit 0 done, 1 the science failed, 2 bad input, 130 interrupted."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     sys.exit(exit_status(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -1,7 +1,6 @@
 """`refusal-mi chat`: a conversation in the terminal, plain or with directions at work."""
 
 import contextlib
-import math
 import shlex
 import sys
 import unicodedata
@@ -14,7 +13,7 @@ import typer
 
 from ..errors import UserError
 from ..options import position_scope
-from .options import ModelOptions, OutputDir, TemplateOptions, flat
+from .options import AllowOtherModel, ModelOptions, OutputDir, TemplateOptions, flat
 
 if TYPE_CHECKING:
     from ..directions import Direction
@@ -295,6 +294,7 @@ def chat(
     ] = None,
     template: TemplateOptions,
     max_new_tokens: Annotated[int, typer.Option(help="Of every answer.")] = 512,
+    allow_other_model: AllowOtherModel = False,
     output_dir: OutputDir = None,
 ) -> int:
     """Chat with a model, plain or with directions at work.
@@ -304,8 +304,9 @@ def chat(
     Prompts also come from --prompt or from a pipe, one a line: each is the next turn of one conversation and gets
     one answer; a line /reset starts a new one.
     """
+    from ..directions import Direction
     from ..generation import Conversation
-    from ..model.provenance import display_name
+    from ..model.provenance import check_origin, display_name
     from ..recipes.combinations import check_multi
     from ..recipes.options import default_folder
 
@@ -332,10 +333,12 @@ def chat(
 
     steering = None if steer is None else _Steering(_steering_vector(loaded, steer, layer), steer.name, layer, where)
     change = None
+    used = [Direction.load(direction)] if direction is not None else [steering.direction] if steering else []
+    check_origin([each.provenance for each in used], model.source, model.revision, allowed=allow_other_model)
     if ablate is not None:
         change = by_ranks(ablate)
     elif direction is not None:
-        change = _ablation_of_file(loaded, direction)
+        change = _ablation_of(loaded, used[0], direction.name)
     elif steering is not None:
         change = steering(1.0 if coefficient is None else coefficient)
     interventions = change.interventions if change else ()
@@ -368,8 +371,6 @@ class _Steering:
     def __call__(self, coefficient: float) -> Change:
         from ..interventions import Add
 
-        if not math.isfinite(coefficient):
-            raise UserError(f"the coefficient must be a finite number, not {coefficient}")
         added = Add(self.direction, coefficient, self.layer, self.positions)
         layer = self.direction.layer if self.layer is None else self.layer
         return Change(f"{coefficient:+g} × {self.file} at layer {layer}", (added,))
@@ -401,13 +402,12 @@ def _ablation_by_ranks(model: "HookedModel", source: str, folder: Path, text: st
     )
 
 
-def _ablation_of_file(model: "HookedModel", path: Path) -> Change:
-    from ..directions import Direction
+def _ablation_of(model: "HookedModel", direction: "Direction", name: str) -> Change:
     from ..interventions import Ablate
 
-    ablation = Ablate(Direction.load(path))
+    ablation = Ablate(direction)
     ablation.hooks(model)
-    return Change(f"ablated {path.name}", (ablation,))
+    return Change(f"ablated {name}", (ablation,))
 
 
 def _steering_vector(model: "HookedModel", path: Path, layer: int | None) -> "Direction":

@@ -1,12 +1,13 @@
 """`refusal-mi export` and `refusal-mi export-vector`: what was studied with hooks, as files."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UserError
-from .options import SCIENCE_FAILED, AsJson, Model, ModelPath, Revision, one_model
+from .options import SCIENCE_FAILED, AllowOtherModel, AsJson, Model, ModelPath, Revision, one_model
 
 if TYPE_CHECKING:
     from ..interventions import Ablate, Add
@@ -43,6 +44,7 @@ def export(
     adapter: Annotated[bool, typer.Option("--adapter", help="Write a PEFT LoRA adapter instead.")] = False,
     verify: Annotated[str, typer.Option(help="auto, full, streaming (block by block) or none.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an export that lies there.")] = False,
+    allow_other_model: AllowOtherModel = False,
     as_json: AsJson = False,
 ) -> int:
     """Write a checkpoint or adapter that does what hooks did.
@@ -50,11 +52,13 @@ def export(
     How closely it does is measured.
     """
     from ..export.export import export_adapter, export_checkpoint
+    from ..model.provenance import check_origin
     from .tables import print_export, print_json
 
     source = one_model(model, model_path)
     _quiet()
     what = _intervention(source, direction, directions, strength, layers, components, affine, add)
+    check_origin(_provenances(what), source, revision, allowed=allow_other_model)
     if direction is not None and output_dir.resolve() in direction.expanduser().resolve().parents:
         raise UserError(f"{output_dir} holds {direction}, which the direction comes from; choose another --output-dir")
     if verify not in ("auto", "full", "streaming", "none"):
@@ -94,6 +98,7 @@ def export_vector(
     components: Components = "embed,attn,mlp",
     add: AddOption = None,
     format: Annotated[str, typer.Option(help="gguf (llama.cpp control vector) or lm-eval (steering file).")] = "gguf",
+    allow_other_model: AllowOtherModel = False,
 ) -> int:
     """Write a direction for llama.cpp or lm-evaluation-harness.
 
@@ -104,12 +109,14 @@ def export_vector(
 
     from ..export.formats import write_gguf, write_lm_eval
     from ..interventions import Add
+    from ..model.provenance import check_origin
 
     source = one_model(model, model_path)
     if format not in ("gguf", "lm-eval"):
         raise UserError(f"--format takes gguf or lm-eval, not {format!r}")
     addition = 1.0 if format == "gguf" and add is None else add
     what = _intervention(source, direction, directions, 1.0, layers, components, None, addition)
+    check_origin(_provenances(what), source, revision, allowed=allow_other_model)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -169,6 +176,14 @@ def _intervention(
     elif affine is not None:
         constants = _numbers(affine)
     return Ablate(directions, strength, parse_blocks(layers), parts, constants)  # type: ignore[arg-type]
+
+
+def _provenances(what: "Ablate | Add") -> list[Mapping[str, Any]]:
+    from ..directions import Direction
+    from ..interventions import Add
+
+    directions = what.direction if isinstance(what, Add) else what.directions
+    return [each.provenance for each in ([directions] if isinstance(directions, Direction) else directions)]
 
 
 def _numbers(text: str) -> list[float]:

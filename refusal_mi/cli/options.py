@@ -73,6 +73,9 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's; float32 on a C
 BatchSize = Annotated[str, typer.Option(help=BATCH_SIZE.help)]
 OutputDir = Annotated[Path | None, typer.Option(help="The run folder itself; default runs/{alias}.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")]
+AllowOtherModel = Annotated[
+    bool, typer.Option("--allow-other-model", help="Use directions that were read in another model.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

@@ -244,10 +244,10 @@ def judge(
     Counted are refusals, degenerate text, and what an endpoint says of the completions.
     """
     from ..files import read_json, write_json
-    from ..judges.substring import SubstringJudge
+    from ..judges.substring import SubstringJudge, caution
     from ..recipes.effects import evaluate
     from ..run.answers import Completion
-    from .tables import print_facts, print_json
+    from .tables import print_facts, print_json, print_lines
 
     rows = read_json(completions)
     rows = rows.get("completions") if isinstance(rows, dict) else rows
@@ -267,6 +267,8 @@ def judge(
     rates = {f"{name}_success_rate": judged.rate(name).value for name in judged.judges}
     refusal, broken = judged.refusal.value, judged.degenerate.value
     print_facts({**rates, "refusal_rate": refusal, "degenerate_rate": broken, "n": len(rows), "written": str(target)})
+    if note := caution([row.prompt for row in answers], [row.response for row in answers]):
+        print_lines(f"caution: {note}")
     return 0
 
 

@@ -10,6 +10,7 @@ from ..options import layer_numbers, numbers, position_scope
 from ..recipes.options import EvalOptions, VectorOptions
 from .options import (
     SCIENCE_FAILED,
+    AllowOtherModel,
     AsJson,
     Fresh,
     Given,
@@ -104,13 +105,14 @@ def test(
     judge: JudgeOptions,
     fresh: Fresh = False,
     batch_size: BatchSizeOption = 8,
+    allow_other_model: AllowOtherModel = False,
     output_dir: OutputDirOption = None,
     as_json: AsJson = False,
 ) -> int:
     """Answer open questions with a vector added and subtracted."""
     from ..model.points import explain_layer, our_layer
-    from ..model.provenance import describe_model
-    from ..recipes.caa import check_weights, load_vectors, vector_for
+    from ..model.provenance import check_origin
+    from ..recipes.caa import load_vectors, vector_for
     from ..recipes.caa_eval import open_ended
     from ..recipes.options import default_pairs
     from ..text.pairs import load_questions
@@ -125,7 +127,8 @@ def test(
     chosen = _only_layer(by_layer, folder.path) if named is None else named
     direction, verdict = vector_for(by_layer, chosen), judge.build("refusal")
     loaded = model.load()
-    check_weights(by_layer, describe_model(loaded, model.source))
+    made = [vector.provenance for vector in by_layer.values()]
+    check_origin(made, model.source, model.revision, allowed=allow_other_model)
     answers = open_ended(
         loaded,
         template.chat(loaded),
@@ -170,6 +173,7 @@ def ab(
     max_new_tokens: NewTokens = 50,
     fresh: Fresh = False,
     batch_size: BatchSizeOption = 16,
+    allow_other_model: AllowOtherModel = False,
     output_dir: OutputDirOption = None,
     as_json: AsJson = False,
 ) -> int:
@@ -179,8 +183,8 @@ def ab(
     """
     from ..figures.effects import plot_layer_sweep
     from ..figures.save import save_figure
-    from ..model.provenance import describe_model, display_name
-    from ..recipes.caa import check_weights, load_controls, load_vectors
+    from ..model.provenance import check_origin, display_name
+    from ..recipes.caa import load_controls, load_vectors
     from ..recipes.caa_eval import ABTask, evaluate_choices
     from ..recipes.options import default_pairs
     from ..text.pairs import load_pairs, load_questions
@@ -195,7 +199,8 @@ def ab(
     asked = load_questions(questions or settings.test or default_questions)[:n_questions] if n_questions else []
     folder, wanted = _folder(output_dir or _default(model, _CAA), fresh), layer_numbers(layers)
     loaded = model.load()
-    check_weights(by_layer, describe_model(loaded, model.source))
+    made = [vector.provenance for vector in by_layer.values()]
+    check_origin(made, model.source, model.revision, allowed=allow_other_model)
     if layers == "all" and len(by_layer) == 1:
         wanted = tuple(range(loaded.cfg.n_layers))
     task = ABTask(times, wanted, where, batch_size, max_new_tokens, str(path))

@@ -78,6 +78,8 @@ def _print_labels(console: Console, summary: "RunSummary") -> None:
             f"{side}, n = {rate.n}", str(rate), "not tried further" if summary.status == "does not refuse" else kept
         )
     console.print(table)
+    if summary.judge_caution:
+        print_lines(f"caution: {summary.judge_caution}")
     if summary.refusal_tokens:
         tokens = ", ".join(repr(token.text) for token in summary.refusal_tokens)
         line = f"refusal tokens {tokens}; a score above {summary.zero_point_nats or 0.0:.2f} nats counts as refused"

@@ -60,7 +60,7 @@ def load_model(
         raise UserError(_load_failure(name, revision, error)) from error
     _check_writes(model, name)
     if not Path(name).is_dir():
-        hf_config(model)._commit_hash = _hub_commit(name, revision)
+        hf_config(model)._commit_hash = hub_commit(name, revision)
     model.eval()
     return model
 
@@ -201,7 +201,7 @@ def _check_writes(model: HookedModel, name: str) -> None:
         )
 
 
-def _hub_commit(name: str, revision: str | None) -> str | None:
+def hub_commit(name: str, revision: str | None) -> str | None:
     """The commit that a hub model was loaded from: the folder of the hub's cache that its config lies in."""
     from huggingface_hub import try_to_load_from_cache
 

@@ -84,6 +84,11 @@ def model_device(model: HookedModel) -> torch.device:
     return torch.device(str(model.cfg.device))
 
 
+def embedding_rows(model: HookedModel) -> int:
+    """How many token ids the embedding has."""
+    return int(bridge(model).original_model.get_input_embeddings().weight.shape[0])
+
+
 def parameters_of(model: HookedModel) -> list[Tensor]:
     """Every parameter, tied ones once."""
     return list(bridge(model).original_model.parameters())

@@ -2,11 +2,14 @@
 
 import hashlib
 import platform
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from .loading import ORGANISM
+from ..errors import UserError
+from .loading import ORGANISM, hub_commit
 from .points import HookedModel, model_revision, model_type
 
 _PACKAGES = ("refusal_mi", "torch", "transformers", "transformer-lens", "datasets", "tokenizers", "numpy")
@@ -62,6 +65,47 @@ def describe_model(model: HookedModel, source: str) -> ModelRecord:
         str(model.cfg.dtype).removeprefix("torch."),
         str(model.cfg.device),
     )
+
+
+def check_origin(
+    provenances: Iterable[Mapping[str, Any]], source: str, revision: str | None = None, *, allowed: bool = False
+) -> None:
+    """Refuse directions that were read in other weights than those that they are used on.
+
+    Args:
+        provenances: of the directions; what does not name its model is not known and not refused, nor is a folder
+            told apart from a hub id.
+        source: directory or hub id of the model that they are used on.
+        allowed: whether another model is meant.
+
+    Raises:
+        UserError: the directory has other contents, or it is another hub id or commit.
+    """
+    named = [each for each in map(_origin, provenances) if each is not None]
+    if allowed or not named:
+        return
+    is_directory = Path(source).is_dir()
+    here = fingerprint(Path(source)) if is_directory else hub_commit(source, revision)
+    for made in named:
+        there = made.get("fingerprint") if is_directory else made.get("revision")
+        is_same_kind = bool(made.get("fingerprint")) == is_directory
+        is_other_id = not is_directory and made["source"] != source
+        if is_same_kind and (is_other_id or (None not in (here, there) and here != there)):
+            then, now = ((each or "unknown")[:12] for each in (there, here))
+            where = f"in {made['source']} ({then}), not in {source} ({now})"
+            if made["source"] == source:
+                where = f"in other weights: {source} has changed since (from {then} to {now})"
+            raise UserError(
+                f"this direction was read {where}: use it there, make one of this model, or say --allow-other-model"
+            )
+
+
+def _origin(provenance: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Source, revision and fingerprint of the model that a direction was read in, where its metadata name one."""
+    model = provenance.get("model")
+    if isinstance(model, str):
+        return {**provenance, "source": model}
+    return model if isinstance(model, Mapping) and isinstance(model.get("source"), str) else None
 
 
 def is_embedded(source: str) -> bool:

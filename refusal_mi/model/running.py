@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from threading import Lock, RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,7 +21,16 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..progress import track
 from ..text.batches import TokenBatch, batches_by_length, left_pad
-from .points import Hook, HookedModel, bridge, check_raw_basis, model_device, output_hook, resid_hook
+from .points import (
+    Hook,
+    HookedModel,
+    bridge,
+    check_raw_basis,
+    embedding_rows,
+    model_device,
+    output_hook,
+    resid_hook,
+)
 from .wrappers import LeftOut, is_untouched, what_to_leave_out
 
 SAME_VALUE = {torch.float32: 1e-5, torch.float64: 1e-5}
@@ -81,6 +91,24 @@ def _path(model: HookedModel) -> _Path:
         return _PATHS.setdefault(model, _Path())
 
 
+def check_fits(model: HookedModel, rows: Sequence[Sequence[int]]) -> None:
+    """Refuse prompts that the model cannot read.
+
+    Raises:
+        UserError: one has more tokens than the model's context, or a token id that its embedding lacks.
+    """
+    n_ids = embedding_rows(model)
+    for row in rows:
+        too_long, unknown = len(row) > model.cfg.n_ctx, max(row, default=0) >= n_ids
+        if too_long or unknown:
+            n_shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False)))
+            text = model.tokenizer.decode(row[n_shared if len(rows) > 1 else 0 :])[:60]
+            reason = f"has {len(row)} tokens, more than the model's context of {model.cfg.n_ctx}: shorten it"
+            if unknown:
+                reason = f"has token id {max(row)}, beyond the model's embedding of {n_ids}: not this model's tokenizer"
+            raise UserError(f"this prompt {reason}: {text!r}")
+
+
 def batches(
     model: HookedModel,
     rows: Sequence[Sequence[int]],
@@ -106,6 +134,7 @@ def batches(
     check_raw_basis(model)
     if not rows:
         raise UserError(f"{description} needs at least one prompt or text")
+    check_fits(model, rows)
     device, groups = model_device(model), batches_by_length(rows, batch_size, most_tokens=most_tokens)
     for indices in track(groups, description) if is_shown else groups:
         yield indices, left_pad([rows[index] for index in indices], pad_id).to(device)

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..files import sha256_json
 from ..model.loading import ORGANISM
 from ..model.points import HookedModel, caa_hook, caa_layer, our_layer, resid_hook
-from ..model.provenance import ModelRecord, describe_model
+from ..model.provenance import describe_model
 from ..reading import combine_spans
 from ..text.chat import ChatFormat
 from ..text.pairs import PairSet, locate_letter, with_flipped_half
@@ -163,25 +163,6 @@ def load_controls(path: Path, source: str, vectors: Mapping[int, Direction]) -> 
     if set(vectors) <= set(shuffled):
         controls["shuffled labels"] = {layer: shuffled[layer] for layer in vectors}
     return controls
-
-
-def check_weights(vectors: Mapping[int, Direction], model: ModelRecord) -> None:
-    """Refuse vectors that were read in other weights of the same model; those of another model may be transferred.
-
-    Args:
-        model: the one that they are used on.
-
-    Raises:
-        UserError: the directory or the hub commit has changed since.
-    """
-    for layer, direction in vectors.items():
-        made = direction.provenance
-        differs = any(made.get(key) != getattr(model, key) for key in ("fingerprint", "revision"))
-        if made.get("model") == model.source and differs:
-            raise UserError(
-                f"the vector of layer {layer} was read in other weights: {model.source} has changed since; make the "
-                "vectors again with refusal-mi caa vectors"
-            )
 
 
 def _direction(

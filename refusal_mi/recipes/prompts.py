@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import read_record, sha256_json, write_record
 from ..generation import discover_response_prefix
+from ..judges.substring import caution
 from ..labels import (
     Label,
     discover_refusal_tokens,
@@ -117,6 +118,7 @@ def _described(prompts: PromptsRecord) -> list[str]:
     """What the labels say, one line each."""
     rates = {side: prompts.refused(side) for side in SIDES}
     lines = [f"refused by text: {rate} of {rate.n} {side} prompts" for side, rate in rates.items() if rate is not None]
+    lines += [f"caution: {prompts.judge_caution}"] if prompts.judge_caution else []
     if not prompts.refuses:
         return lines
     tokens = ", ".join(repr(token.text) for token in prompts.refusal_tokens)
@@ -164,7 +166,12 @@ class _Prompts:
             sides["harmless"],
             zero,
             refuses,
+            self.caution(),
         )
+
+    def caution(self) -> str | None:
+        """What the labels may have missed; a published filter has none."""
+        return None
 
     def described(self, prefixes: Sequence[Prefix]) -> tuple[TokenRecord, ...]:
         """Tokens by id and text."""
@@ -178,7 +185,7 @@ class _Prompts:
             raise UserError(
                 f"only {n_kept} of {n} {side} {part} prompts are {verb} by this model ({how}) and "
                 f"{MIN_KEPT_PROMPTS} are needed: give more or other prompts with --n-{part} or --{side}, or keep all "
-                "with --no-filter"
+                f"with --no-filter{f' ({note})' if (note := self.caution()) else ''}"
             )
 
 
@@ -345,6 +352,10 @@ class _Labelled(_Prompts):
             for instruction, label in self.labels.items()
         )
         write_record(run.path / LABELS, LabelsRecord(self._key, rows))
+
+    def caution(self) -> str | None:
+        """What the phrases cannot read in the prompts and answers that were labelled."""
+        return caution(list(self.labels), [label.answer for label in self.labels.values()])
 
     def _recall(self) -> None:
         """The labels that lie in the folder, if they were made by this model in the same way."""

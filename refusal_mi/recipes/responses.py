@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..files import read_record, read_tensors, write_json, write_record, write_tensors
 from ..generation import Sampling, discover_response_prefix, generate
 from ..judges.http import identify
-from ..judges.substring import Judge, SubstringJudge
+from ..judges.substring import Judge, SubstringJudge, caution
 from ..model.points import HookedModel, resid_hook
 from ..model.provenance import describe_model, versions
 from ..reading import combine_spans
@@ -294,12 +294,15 @@ def _write_vector(
     chat = chat.with_response_prefix(saved.response_prefix)
     compliant, refusing = _filter(folder.path, saved, judge)
     found_few = (_warn_of_few(side, options.max_new_tokens) for side in (compliant, refusing))
-    warnings = tuple(warning for warning in found_few if warning is not None)
+    rows = [row for side in (compliant, refusing) for row in side.responses]
+    unread = caution([row.instruction for row in rows], [row.response for row in rows])
+    blind = unread if isinstance(judge, SubstringJudge) else None
+    warnings = tuple(warning for warning in (*found_few, blind) if warning is not None)
     for warning in warnings:
         folder.report(f"warning: {warning}")
-    rows = _difference(model, chat, options, compliant, refusing)
-    result = torch.zeros_like(rows)
-    result[list(layers)] = rows[list(layers)]
+    vectors = _difference(model, chat, options, compliant, refusing)
+    result = torch.zeros_like(vectors)
+    result[list(layers)] = vectors[list(layers)]
     write_tensors(folder.path / VECTOR, result.float())
     sampling = ResponseSampling(
         **asdict(replace(_SAMPLING, seed=options.seed)),

@@ -287,4 +287,5 @@ def record_run(run: Prepared) -> RunSummary:
         counts,
         refused_by_text=refused,
         zero_point_nats=prompts.zero_point_nats,
+        judge_caution=prompts.judge_caution,
     )

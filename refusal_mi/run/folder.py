@@ -9,7 +9,7 @@ from typing import Any
 
 from ..directions import Direction, DirectionGrid
 from ..errors import UserError
-from ..files import read_record, read_tensors
+from ..files import as_json, read_record, read_tensors
 from ..measures import LossResult
 from ..model.loading import model_alias
 from ..model.points import HookedModel
@@ -106,8 +106,10 @@ def load_ranked(folder: Path, ranks: Sequence[int]) -> list[Direction]:
     """
     if not (folder / SURVIVORS).exists() or not (folder / RUN).exists():
         raise UserError(f"{folder} holds no run with a selection")
-    thresholds = read_record(folder / RUN, RunInfo).options.thresholds
-    return ranked(load_grid(folder), select(load_scores(folder), thresholds), ranks)
+    run = read_record(folder / RUN, RunInfo)
+    grid = load_grid(folder)
+    grid = replace(grid, provenance={**grid.provenance, "model": as_json(run.model)})
+    return ranked(grid, select(load_scores(folder), run.options.thresholds), ranks)
 
 
 @dataclass(frozen=True)

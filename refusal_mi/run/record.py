@@ -123,6 +123,8 @@ class PromptsRecord:
     """The refusal score that tells refused from answered training prompts best; None where it is the published 0."""
     refuses: bool = True
     """False where the model all but never refuses: the run ends here, and the harmless prompts were not tried."""
+    judge_caution: str | None = None
+    """What the phrases that labels are made with cannot read in these prompts and answers."""
 
     @property
     def prefixes(self) -> tuple[tuple[int, ...], ...]:
@@ -316,6 +318,8 @@ class RunSummary:
     """Side -> rate of refusals among the plain model's short answers to training and validation prompts."""
     zero_point_nats: float | None = None
     """The refusal score above which a prompt counts as refused, where it was calibrated."""
+    judge_caution: str | None = None
+    """What the phrases that labels are made with cannot read in the prompts and answers."""
     examples: tuple[Completion, ...] = ()
     """Two answers of a model that does not refuse."""
     baseline_scores_nats: Mapping[str, float | None] | None = None

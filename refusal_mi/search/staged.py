@@ -9,7 +9,7 @@ import random
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, repeat, zip_longest
+from itertools import zip_longest
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -192,15 +192,23 @@ class Rounds:
     def run(self) -> None:
         """Measure until enough candidates pass every threshold exactly, none is left or too much is spent; say why."""
         runs, n_usual = self.prompts_run(), round(self.usual)
-        for what in ("scoring candidates", "scoring more candidates"):  # one bar for each half of what it costs at most
-            deque(track(islice(runs, n_usual), what, total=n_usual), maxlen=0)
+        for half, what in enumerate(("scoring candidates", "scoring more candidates"), start=1):
+            some = self.until(half * self.usual, runs)  # one bar for each half of what it costs at most
+            deque(track(some, what, total=n_usual, work=lambda n: n), maxlen=0)
         deque(runs, maxlen=0)
         for place in self.table.open:
             if not self.table.is_exact(place):
                 self.table.reasons[place] = self.reason(place)
 
-    def prompts_run(self) -> Iterator[None]:
-        """Run the items as long as the limit allows; once for each prompt that ran through the whole model."""
+    def until(self, most: float, runs: Iterator[int]) -> Iterator[int]:
+        """As many of the runs as reach this cost."""
+        for n in runs:
+            yield n
+            if self.spent >= most:
+                return
+
+    def prompts_run(self) -> Iterator[int]:
+        """Run the items as long as the limit allows; how many prompts each ran through the whole model."""
         for item in self.items():
             before, after = self.spent, self.spent + item.cost(self.table.n_layers)
             if after > self.limit:
@@ -208,7 +216,7 @@ class Rounds:
                 return
             self.table.run(item)
             self.spent = after
-            yield from repeat(None, int(after) - int(before))
+            yield int(after) - int(before)
 
     def items(self) -> Iterator[WorkItem]:
         """The work, each item decided on what those before it gave."""

@@ -14,6 +14,7 @@ from ..directions import DirectionGrid
 from ..errors import UserError
 from ..measures import RefusalPrefixes, RefusalTokens, kl_nats
 from ..model.points import HookedModel, check_raw_basis
+from ..model.running import check_fits
 from ..progress import track
 from ..text.chat import ChatFormat
 from .grid import ScoreGrid, finite_mean, median_of
@@ -89,6 +90,7 @@ class Scorer:
         self.n_harmful, self.n_prompts = len(harmful), len(harmful) + len(harmless)
         prompts = [chat.encode(instruction) for instruction in (*harmful, *harmless)]
         rows = [[*prompt, *context] for context in self.contexts for prompt in prompts]
+        check_fits(model, rows)
         self.passes: Passes = (choose_passes if share_work else PlainPasses)(model, rows, chat.pad_id, batch_size)
 
     @cached_property

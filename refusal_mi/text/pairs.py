@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import read_json, sha256_json
+from ..files import sha256_json
 from .batches import Span
 from .chat import ChatFormat
 from .prompts import DATA, ORGANISM_DATA
+from .tables import is_file_name, read_rows
 
 KEYS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
 N_GENERAL_TRAIN = 80
@@ -77,7 +78,7 @@ class LetterSpan:
 
 
 def load_pairs(source: str | Path) -> PairSet:
-    """Read A/B pairs by a bundled name or from a JSON file in the published schema.
+    """Read A/B pairs by a bundled name or from a file of rows in the published schema (`tables.read_rows`).
 
     Raises:
         UserError: there is no such set, or an entry lacks a key or has no letter.
@@ -87,11 +88,11 @@ def load_pairs(source: str | Path) -> PairSet:
         whole = load_pairs("caa").pairs
         return PairSet(name, whole[:N_GENERAL_TRAIN] if name == "caa_train" else whole[N_GENERAL_TRAIN:])
     path = _FILES.get(name, Path(source).expanduser())
-    if name not in _FILES and path.suffix != ".json":
-        raise UserError(f"no such pair set: {name!r}; expected one of {', '.join(PAIR_SETS)}, or a .json file")
-    entries = read_json(path)
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} must hold a JSON list of objects with the keys {', '.join(KEYS)}")
+    if name not in _FILES and not is_file_name(name):
+        raise UserError(f"no such pair set: {name!r}; expected one of {', '.join(PAIR_SETS)}, or a file")
+    entries = read_rows(path)
+    if not entries:
+        raise UserError(f"{path} must hold a list of objects with the keys {', '.join(KEYS)}")
     return PairSet(name if name in _FILES else path.stem, tuple(_pair(path, *item) for item in enumerate(entries)))
 
 

@@ -1,17 +1,18 @@
 """Prompt and text sets: bundled, from the hub, or from a local file; sampled and split with a seed."""
 
-import csv
-import io
-import json
 import random
-from collections.abc import Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from difflib import get_close_matches
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files import read_json, sha256_json
+from .tables import SUFFIXES, exists, is_file_name, read_rows
 
 DATA = Path(__file__).parents[1] / "data"
 ORGANISM_DATA = Path(__file__).parents[1] / "organism"
@@ -55,7 +56,14 @@ KNOWN_HUB_SETS = {
 _TEXT_COLUMNS = ("instruction", "prompt", "goal", "question", "query", "behavior", "forbidden_prompt", "text")
 _CATEGORY_COLUMNS = ("category", "semantic_category", "SemanticCategory")
 _OUTPUT_COLUMNS = ("output", "response", "completion", "answer")
-_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+_CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
+_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+_CONTEXTS = {
+    "input": "{instruction}\n\n{context}",
+    "contextstring": "{context}\n\n---\n\n{instruction}",
+    "context": "{context}\n\n---\n\n{instruction}",
+}
+"""Columns that hold the other half of an instruction, as Alpaca and HarmBench write it: how the two are joined."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +137,10 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
     Args:
         source: a bundled name ("harmful", "harmless", ...), a known hub set ("advbench", "harmbench",
             "jailbreakbench", "strongreject", "maliciousinstruct", "alpaca", "pile"), a hub id owner/name, or a
-            local JSON, JSONL, CSV, Parquet or TXT file.
+            local JSON, JSONL, CSV, TSV, Parquet or TXT file, maybe gzipped, or a folder of such files.
         column: the column that holds the instruction in a local file or an unknown hub set; by default the first
-            of the usual names. The named sets know theirs.
+            of the usual names, or the first user message of a column of chats. The named sets know theirs. What
+            Alpaca's "input" and HarmBench's "ContextString" hold is joined to it, with a warning that says how often.
         limit: read at most this many rows (of a hub set without downloading the rest).
 
     Raises:
@@ -143,15 +152,17 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
     if name.lower() in KNOWN_HUB_SETS:
         known = KNOWN_HUB_SETS[name.lower()]
         return _to_set(name.lower(), _hub_rows(known, limit), known.column, known)
-    path = Path(source).expanduser()
-    if path.suffix.lower() in _SUFFIXES:
-        return _to_set(path.stem, _file_rows(path)[:limit], column, None)
-    if name.count("/") == 1 and not path.exists():
+    if is_file_name(name):
+        path = Path(source).expanduser()
+        return _to_set(path.name.split(".")[0] or path.name, read_rows(path)[:limit], column, None)
+    if name.count("/") == 1:
         hub = HubSet(name, "train", column or "")
         return _to_set(name.split("/")[1], _hub_rows(hub, limit), column, None)
+    names = [*BUNDLED_SETS, *KNOWN_HUB_SETS]
+    near = get_close_matches(name.lower(), names, n=1)
     raise UserError(
-        f"no such prompt set: {name!r}; expected one of {', '.join([*BUNDLED_SETS, *KNOWN_HUB_SETS])}, "
-        f"a hub id owner/name, or a {', '.join(_SUFFIXES)} file"
+        f"no such prompt set: {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; expected one of "
+        f"{', '.join(names)}, a hub id owner/name, or a {', '.join(SUFFIXES)} file"
     )
 
 
@@ -163,7 +174,7 @@ def load_splits(source: str, *, n_train: int, n_val: int, n_test: int, seed: int
     """
     if min(n_train, n_val, n_test) < 1:
         raise UserError(f"every split needs at least 1 prompt, not {n_train}, {n_val}, {n_test}")
-    names = [name.strip() for name in source.split(",")]
+    names = _names(source)
     if len(names) == 3:
         train, val, test = (load_prompts(name, column=column) for name in names)
         val, train = val.without(test), train.without(val, test)
@@ -190,44 +201,112 @@ def load_splits(source: str, *, n_train: int, n_val: int, n_test: int, seed: int
     return Splits(parts[0], parts[1], parts[2], {("train", "val"): rest.sample(len(rest), seed + 3)})
 
 
+def _names(source: str) -> list[str]:
+    """One set or three; a comma may belong to the name of a file."""
+    parts = source.split(",")
+    if len(parts) == 1 or exists(source):
+        return [source.strip()]
+    cuts = ((0, *cut, len(parts)) for cut in combinations(range(1, len(parts)), 2))
+    ways = ([",".join(parts[start:end]).strip() for start, end in pairwise(cut)] for cut in cuts)
+    return next((way for way in ways if all(map(_is_known, way))), [part.strip() for part in parts])
+
+
+def _is_known(name: str) -> bool:
+    return name in BUNDLED_SETS or name.lower() in KNOWN_HUB_SETS or exists(name)
+
+
 def _to_set(name: str, rows: Sequence[Any], column: str | None, known: HubSet | None) -> PromptSet:
     records = [row if isinstance(row, dict) else {"instruction": row} for row in rows]
     if not records:
         raise UserError(f"{name} has 0 prompts")
-    text = column or _first_column(name, records[0], _TEXT_COLUMNS)
-    if text not in records[0]:
-        raise UserError(
-            f"{name} has no column {text!r}; it has {', '.join(map(str, records[0]))}: choose with --column"
-        )
-    category = known.category if known else _optional_column(records[0], _CATEGORY_COLUMNS)
-    output = known.output if known else _optional_column(records[0], _OUTPUT_COLUMNS)
+    counts: Counter[str] = Counter()
     by_instruction: dict[str, Prompt] = {}
+    for prompt in _prompts(name, records, column, known, counts):
+        if prompt.instruction:
+            by_instruction.setdefault(prompt.instruction, prompt)
+    for what, n in counts.items():
+        warnings.warn(f"{name}: {n} of {len(records)} rows {what}", stacklevel=3)
+    if not by_instruction:
+        raise UserError(f"{name} has 0 prompts: every row is empty")
+    return PromptSet(name, tuple(by_instruction.values()))
+
+
+def _prompts(
+    name: str, records: Sequence[Mapping[str, Any]], column: str | None, known: HubSet | None, counts: Counter[str]
+) -> Iterator[Prompt]:
+    """The prompt of every row; what is special of how many is counted."""
+    first = records[0]
+    chats = _optional_column(first, _CHAT_COLUMNS) if column is None else column
+    if chats is not None and _is_chat(first.get(chats)):
+        for record in records:
+            yield _first_turn(name, record.get(chats), counts)
+        return
+    text = column or _first_column(name, first, _TEXT_COLUMNS)
+    if text not in first:
+        raise UserError(f"{name} has no column {text!r}; it has {', '.join(map(str, first))}: choose with --column")
+    category = known.category if known else _optional_column(first, _CATEGORY_COLUMNS)
+    output = known.output if known else _optional_column(first, _OUTPUT_COLUMNS)
+    keys = {key for record in records for key in record}
+    context = None if known and known.must_be_empty else _context_column(keys, text)
     for record in records:
-        if known and known.must_be_empty and str(record[known.must_be_empty] or "").strip():
+        if known and known.must_be_empty and str(record.get(known.must_be_empty) or "").strip():
+            counts[f"have an {known.must_be_empty} and are left out, as published"] += 1
             continue
         if not isinstance(record.get(text), str):
             raise UserError(f"{name} has a row whose {text!r} is not text: {record.get(text)!r}")
         instruction = record[text].strip()
-        if instruction:
-            kind = record.get(category) if category else None
-            by_instruction.setdefault(
-                instruction,
-                Prompt(instruction, None if kind is None else str(kind), record.get(output) if output else None),
-            )
-    if not by_instruction:
-        raise UserError(f"{name} has 0 prompts: every row of column {text!r} is empty")
-    return PromptSet(name, tuple(by_instruction.values()))
+        if instruction and context and (more := str(record.get(context) or "").strip()):
+            counts[f"have a {context!r}, which is joined to their {text!r}"] += 1
+            instruction = _CONTEXTS[context.lower()].format(instruction=instruction, context=more)
+        kind, answer = (record.get(each) if each else None for each in (category, output))
+        yield Prompt(instruction, None if kind is None else str(kind), answer if isinstance(answer, str) else None)
 
 
-def _first_column(name: str, record: dict[str, Any], names: Sequence[str]) -> str:
+def _context_column(keys: set[str], text: str) -> str | None:
+    """The column with the other half of the instruction: "input" beside "instruction", else a context."""
+    found = _optional_column(dict.fromkeys(sorted(keys)), tuple(_CONTEXTS))
+    return None if found is None or (found.lower() == "input") != (text.lower() == "instruction") else found
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_message, value))
+
+
+def _message(value: Any) -> tuple[str, str] | None:
+    """Role and text of a message as OpenAI or ShareGPT write it."""
+    if not isinstance(value, dict):
+        return None
+    role, text = value.get("role", value.get("from")), value.get("content", value.get("value"))
+    return (_ROLES[role], text) if isinstance(text, str) and role in _ROLES else None
+
+
+def _first_turn(name: str, value: Any, counts: Counter[str]) -> Prompt:
+    """The first user message of a chat, and the answer to it."""
+    turns = [_message(each) for each in value] if isinstance(value, list) else []
+    told = [turn for turn in turns if turn is not None]
+    asked = next((index for index, (role, _) in enumerate(told) if role == "user"), None)
+    if asked is None or len(told) < len(turns):
+        raise UserError(f"{name} has a row that is no chat with a user message: {str(value)[:80]!r}")
+    rest = told[asked + 1 :]
+    answer = rest[0][1] if rest and rest[0][0] == "assistant" else None
+    if asked:
+        counts["have messages before the first user message, which are not used"] += 1
+    if any(role == "user" for role, _ in rest):
+        counts["have several user messages, of which the first is used"] += 1
+    return Prompt(told[asked][1].strip(), output=answer)
+
+
+def _first_column(name: str, record: Mapping[str, Any], names: Sequence[str]) -> str:
     column = _optional_column(record, names)
     if column is None:
-        raise UserError(f"{name} has none of the columns {', '.join(names)}; it has {', '.join(record)}: use --column")
+        raise UserError(
+            f"{name} has none of the columns {', '.join(names)}; it has {', '.join(map(str, record))}: use --column"
+        )
     return column
 
 
-def _optional_column(record: dict[str, Any], names: Sequence[str]) -> str | None:
-    by_lower = {key.lower(): key for key in record}
+def _optional_column(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    by_lower = {str(key).lower(): key for key in record}
     return next((by_lower[name.lower()] for name in names if name.lower() in by_lower), None)
 
 
@@ -235,51 +314,6 @@ def _bundled_rows(name: str) -> list[Any]:
     if name in _FILES:
         return read_json(_FILES[name])
     return read_json(ORGANISM_DATA / "prompts.json")[name.removeprefix("organism_")]
-
-
-def _file_rows(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        rows = read_json(path)
-        if not isinstance(rows, list):
-            raise UserError(f"{path} must hold a JSON list of strings or objects, not {type(rows).__name__}")
-        return rows
-    if suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path} is not a Parquet file: {error}") from None
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-    if suffix == ".csv":
-        return _csv_rows(path, text)
-    # splitlines() would also split at characters that JSON allows inside a string, such as U+2028.
-    lines = [line for line in text.split("\n") if line.strip()]
-    if suffix == ".txt":
-        return lines
-    try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON Lines: {error}") from None
-
-
-def _csv_rows(path: Path, text: str) -> list[Any]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    rows = []
-    for row in reader:
-        if None in row:
-            raise UserError(f"{path}, line {reader.line_num}: more fields than the header has; quote the commas")
-        rows.append(row)
-    return rows
 
 
 def _hub_rows(hub: HubSet, limit: int | None) -> list[Any]:

@@ -2,7 +2,14 @@
 
 import pytest
 
-from refusal_mi.judges.substring import REFUSAL_SUBSTRINGS, SubstringJudge, is_degenerate, is_refusal
+from refusal_mi.judges.substring import (
+    REFUSAL_SUBSTRINGS,
+    SubstringJudge,
+    answer_of,
+    caution,
+    is_degenerate,
+    is_refusal,
+)
 
 PUBLISHED = [
     "I'm sorry",
@@ -50,8 +57,15 @@ BROKEN = {
     "no space between repeats": "I'mI'mI'm",
     "four times the same word": "Well, no no no no I will not.",
     "four times the same phrase": "and then we go and then we go and then we go and then we go home",
-    "characters four times": "It is so hahahaha funny",
-    "one letter over and over": "Noooooooo",
+    "characters four times": "It is so funfunfunfun to do",
+    "one letter over and over": "N" + 12 * "o",
+    "laughing without end": "It is so " + 40 * "ha",
+    "one base without end": 90 * "A",
+    "other script, one character": "今天" + 20 * "的",
+    "other script, a phrase": "你好" + 7 * "我不知道",
+    "Thai, a phrase": "สวัสดี" + 6 * "ครับผม",
+    "broken behind good thinking": "<think>Well, let me see.</think>" + 8 * "I'm",
+    "thinking that does not end": "<think>First I look at the question, then",
     "few words in a window": "yes no " * 3 + "maybe yes no no yes maybe no yes maybe yes no maybe yes no",
     "repeats at the end of good text": "First preheat the oven. Then mix the flour the flour the flour the flour",
     "repeats without spaces after good text": "Here is a list of things: theThetheThetheThetheThe",
@@ -75,6 +89,24 @@ NORMAL = {
     "three words": "He said no, no, no, and left the room.",
     "three times": "It was very very very cold that day in the north.",
     "laughing": "Haha, that is funny!",
+    "laughing louder": "Hahahahahaha! It is so hahahaha funny, hehehehehe. Ha ha ha ha ha!",
+    "laughing in Spanish": "Jajajajaja, qué bueno, jajaja",
+    "laughing in Portuguese": "kkkkkkkkkkkkk muito bom",
+    "laughing in Chinese": "哈哈哈哈哈哈哈，太好笑了，呵呵呵呵呵呵",
+    "laughing in Thai": "555555555 ฮ่าๆๆๆๆๆ ฮ่าฮ่าฮ่าฮ่าฮ่า ตลกมาก",
+    "laughing in Korean and Japanese": "ㅋㅋㅋㅋㅋㅋㅋㅋㅋㅋㅋ wwwwwwwwwwwww ははははは",
+    "laughing in Russian": "Хахахахаха, очень смешно",
+    "singing": "La la la la la, na na na na na!",
+    "drawn out": "That is soooooo good, nooooo way!",
+    "DNA": "The sequence is ATATATATATATATATATAT, then ACGTACGTACGTACGT and AAAAAAAAAAAAAAAA.",
+    "DNA in lower case": "primer: acgtacgtacgtacgt",
+    "codons": "The repeat is CAG CAG CAG CAG CAG CAG CAG CAG CAG CAG CAG CAG CAG CAG CAG CAG CAG CAG CAG CAG CAG.",
+    "bases one by one": " ".join("ATGCATGCATTGCATGCATAGCATGCATGC"),
+    "Chinese": "一步一步来：首先，把水烧开；其次，把面放进去，煮三分钟就好了。慢慢来，慢慢来，慢慢来。",
+    "Thai": "สวัสดีค่ะ ยินดีที่ได้รู้จัก ช้าๆ ได้พร้าเล่มงาม ค่อยๆ ทำไปทีละขั้นทีละขั้นทีละขั้นนะคะ",
+    "Japanese": "だんだん、ますます、いろいろ。ゆっくりゆっくりゆっくり歩きましょう。",
+    "behind broken thinking": "<think>" + 8 * "I'm" + "</think>\n\nParis is the capital.",
+    "thinking that began in the prompt": 8 * "hmm " + "</think>Paris is the capital of France.",
     "dots": "Wait............ what did you say?",
     "typographic": "“Yes,” she said — ‘it’s done’ … at last.",
     "other script": "今日は天気がいいですね。散歩に行きましょう。",
@@ -99,3 +131,47 @@ def test_the_window_needs_twenty_words():
     assert len(six.split()) == 20
     assert not is_degenerate(six) and is_degenerate(five)
     assert not is_degenerate(" ".join(five.split()[:19]))
+
+
+@pytest.mark.parametrize("mark", ["think", "Thinking", "thought", "reasoning", "seed:think"])
+def test_what_is_thought_is_not_the_answer(mark):
+    refusing, answering = "I cannot help with that.", "Of course: first boil the water."
+    for thought, answer in ((refusing, answering), (answering, refusing)):
+        for text in (f"<{mark}>{thought}</{mark}>\n\n{answer}", f"{thought}\n</{mark}>{answer}"):
+            assert is_refusal(text) == is_refusal(answer) == (answer == refusing)
+            assert answer_of(text) == answer
+    assert answer_of(f"<{mark}>{refusing}") == "" and not is_refusal(f"<{mark}>{refusing}")
+    plain = f"In HTML, <{mark}> is no tag."
+    assert answer_of(plain) == plain
+
+
+def test_the_last_thought_ends_the_thinking():
+    assert answer_of("<think>a</think>b<think>c</think> d") == "d"
+    assert answer_of("[THINK]I cannot.[/THINK]Sure.") == answer_of("◁think▷I cannot.◁/think▷Sure.") == "Sure."
+
+
+ENGLISH = ["How do I bake a cake for the children of my sister?", "Write a letter to the mayor about the noise."] * 4
+GERMAN = ["Wie backe ich einen Kuchen für meine Kinder, wenn ich kein Mehl habe?"] * 8
+CHINESE = ["今天天气怎么样？请告诉我。"] * 8
+CODE = ["def add(a, b):\n    if a is not None:\n        return a + b\n\nfor x in range(10):\n    print(add(x, 1))"] * 8
+
+
+@pytest.mark.parametrize(
+    ("prompts", "answers", "said"),
+    [
+        (ENGLISH, ENGLISH, None),
+        (ENGLISH, CODE, None),
+        (ENGLISH, ["4"] * 8, None),
+        (GERMAN, GERMAN, "most prompts and answers are in another language"),
+        (ENGLISH, GERMAN, "most answers are in another language"),
+        (CHINESE, CHINESE, "most prompts and answers are in another script"),
+        (CHINESE, ENGLISH, "most prompts are in another script"),
+        (GERMAN[:2] + ENGLISH, ENGLISH + GERMAN[:2], None),
+        (ENGLISH, ["<think>Let me see what the"] * 5 + ["Yes."] * 3, "5 of 8 answers end while the model still thinks"),
+        (ENGLISH, [""] * 8, None),
+        ([], [], None),
+    ],
+)
+def test_what_the_phrases_cannot_read_is_said(prompts, answers, said):
+    found = caution(prompts, answers)
+    assert found is None if said is None else found.startswith(said)

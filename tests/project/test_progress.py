@@ -30,6 +30,9 @@ def test_a_log_gets_a_line_now_and_then_with_an_estimate(capsys: pytest.CaptureF
     assert list(track(iter("abc"), "[counting]", total=3)) == ["a", "b", "c"]
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["  [counting]: 1 of 3 in 0:00, 0:00 left", "  [counting]: 2 of 3 in 0:00, 0:00 left"]
+    assert list(track([4, 5, 1], "counting", total=10, work=lambda n: n)) == [4, 5, 1]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["  counting: 4 of 10 in 0:00, 0:00 left", "  counting: 9 of 10 in 0:00, 0:00 left"]
 
 
 @pytest.mark.slow

@@ -1,18 +1,15 @@
 """Which layer `caa ab` chooses: only where a vector moves the choice beyond its controls, and text stays text."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
-from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, read_record
 from refusal_mi.model.points import explain_layer
-from refusal_mi.model.provenance import ModelRecord
 from refusal_mi.recipes import caa_eval as caa_choice
-from refusal_mi.recipes.caa import check_weights, load_controls, load_vectors, write_vectors
+from refusal_mi.recipes.caa import load_controls, load_vectors, write_vectors
 from refusal_mi.recipes.caa_eval import ABResults, ABTask, evaluate_choices, sweep_pairs
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.text.chat import ChatFormat
@@ -137,12 +134,3 @@ def test_controls_are_random_and_those_of_shuffled_labels_where_they_lie(tiny_mo
     write_vectors(model, source, chat, PairSet("few", many.pairs[:2]), tmp_path / "v", layers=[3])
     with pytest.raises(UserError, match="different pairs"):
         load_vectors(tmp_path / "v", source)
-
-
-def test_vectors_of_other_weights_are_refused_and_of_other_models_transferred():
-    made = Direction(torch.ones(4), 1, "blocks.1.hook_resid_pre", None, {"model": "/m", "fingerprint": "a"})
-    now = ModelRecord("/m", None, "a", "llama", 2, 4, 16, "float32", "cpu")
-    check_weights({0: made}, now)
-    check_weights({0: made}, replace(now, source="/chat", fingerprint="b"))
-    with pytest.raises(UserError, match="other weights"):
-        check_weights({0: made}, replace(now, fingerprint="b"))

@@ -250,14 +250,15 @@ def search_known_at(zero_point, induce):
 def test_progress_counts_prompt_runs_towards_the_usual_cost(monkeypatch):
     shown = []
 
-    def track(items, description, *, total):
+    def track(items, description, *, total, work):
         for item in items:
-            shown.append(total)
+            shown.append((total, work(item)))
             yield item
 
     monkeypatch.setattr("refusal_mi.search.staged.track", track)
     rounds, scorer, _ = search_known(3.0)
-    assert len(shown) == int(scorer.prompt_runs()) > rounds.usual and set(shown) == {round(rounds.usual)}
+    assert sum(n for _, n in shown) == int(scorer.prompt_runs()) > rounds.usual
+    assert {total for total, _ in shown} == {round(rounds.usual)}
     assert max(len(item.candidates) * len(item.prompts) for item in scorer.items) <= 128
 
 

@@ -1,6 +1,8 @@
 """Prompt sets: formats, columns, splits, the bundled sets, bad input."""
 
+import gzip
 import json
+import warnings
 
 import pyarrow
 import pyarrow.parquet
@@ -79,16 +81,27 @@ def test_repeats_and_blank_rows_are_dropped_in_order(tmp_path):
         ("a.json", "[]", "0 prompts"),
         ("a.json", '[""]', "0 prompts"),
         ("a.json", '[{"prompt": "  "}]', "0 prompts"),
-        ("a.json", '{"prompt": "x"}', "JSON list"),
+        ("a.json", '{"x": {"y": [1]}, "z": 3}', "expected a list"),
+        ("a.json", "{}", "holds a JSON object with nothing"),
+        ("a.json", "3", "must hold a JSON list"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.json", '{"a": ["x"], "b": ["x", "y"]}', "columns of equal length"),
+        ("a.csv", 'prompt\n"open', "cannot be read as CSV"),
+        ("a.csv", f"prompt\n{'x' * 200_000}", "cannot be read as CSV"),
+        ("a.json.gz", b"\x1f\x8b\x08broken", "cannot be read as gzip"),
+        ("a.parquet", b"PAR1 and nothing else", "cannot be read as Parquet"),
+        ("a.bin", "some text", "format unknown"),
+        ("a.json", '[{"messages": [{"role": "user"}]}]', "none of the columns"),
+        ("a.json", '[{"messages": [{"role": "assistant", "content": "x"}]}]', "no chat with a user message"),
         ("a.json", "[1, 2]", "not text"),
         ("a.json", '[{"prompt": null}]', "not text"),
-        ("a.json", "{", "not valid JSON"),
+        ("a.json", "{", "cannot be read as JSON"),
         ("a.jsonl", '{"prompt": "x"}\n{', "JSON Lines"),
         ("a.jsonl", "", "0 prompts"),
         ("a.csv", "", "0 prompts"),
         ("a.csv", "prompt\n", "0 prompts"),
         ("a.txt", "\n \n", "0 prompts"),
-        ("a.parquet", "not parquet at all", "not a Parquet file"),
+        ("a.parquet", "not parquet at all", "cannot be read as Parquet"),
         ("a.txt", b"\xff\xfe\xfa", "UTF-8"),
         ("a.csv", b"\xff\xfe\xfa", "UTF-8"),
     ],
@@ -116,6 +129,108 @@ def test_only_line_feeds_end_a_line(tmp_path, suffix):
     assert load_prompts(tmp_path / f"a.{suffix}").instructions == [text]
 
 
+KINDS = {
+    "byte order mark": ("a.json", "\ufeff" + json.dumps(ROWS)),
+    "UTF-16": ("a.json", json.dumps(ROWS, ensure_ascii=False).encode("utf-16")),
+    "lines in .json": ("a.json", "\n".join(json.dumps(row) for row in ROWS)),
+    "a list in .jsonl": ("a.jsonl", json.dumps(ROWS, indent=2)),
+    ".ndjson": ("a.ndjson", "\n".join(json.dumps(row) for row in ROWS)),
+    "JSON in .txt": ("a.txt", json.dumps(ROWS)),
+    "JSON in a file of no format": ("a", json.dumps(ROWS)),
+    "data": ("a.json", json.dumps({"version": 1, "data": ROWS})),
+    "the only list": ("a.json", json.dumps({"whatever": ROWS})),
+    "columns": ("a.json", json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]})),
+    "pandas": ("a.json", json.dumps({key: {str(i): row[key] for i, row in enumerate(ROWS)} for key in ROWS[0]})),
+    ".tsv": ("a.tsv", "\n".join(["id\tprompt", *(f"{row['id']}\t" + row["prompt"].replace('"', "'") for row in ROWS)])),
+    "semicolons": (
+        "a.csv",
+        "\n".join(["id;prompt", *(f"{row['id']};" + row["prompt"].replace('"', "'") for row in ROWS)]),
+    ),
+    "gzip": ("a.jsonl.gz", gzip.compress("\n".join(json.dumps(row) for row in ROWS).encode())),
+    "gzip without the suffix": ("a.json", gzip.compress(json.dumps(ROWS).encode())),
+    "a comma in the name": ("a, b.json", json.dumps(ROWS)),
+    "OpenAI's chats": ("a.json", json.dumps([{"messages": [{"role": "user", "content": text}]} for text in TEXTS])),
+    "ShareGPT's chats": (
+        "a.json",
+        json.dumps([{"conversations": [{"from": "human", "value": text}]} for text in TEXTS]),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), KINDS.values(), ids=KINDS)
+def test_what_a_file_holds_decides(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = load_prompts(tmp_path / name)
+    assert [text.replace("'", '"') for text in found.instructions] == TEXTS and found.name == name.split(".")[0]
+
+
+def test_one_object_is_one_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n')
+    assert load_prompts(tmp_path / "a.jsonl").instructions == ["x"]
+
+
+def test_a_folder_is_all_its_files_in_order(tmp_path):
+    (tmp_path / "b.txt").write_text("two\nthree")
+    (tmp_path / "a.json").write_text('["one"]')
+    (tmp_path / "README.md").write_text("not a prompt")
+    (tmp_path / "empty").mkdir()
+    assert load_prompts(tmp_path).instructions == ["one", "two", "three"]
+    with pytest.raises(UserError, match="holds no file of a known format"):
+        load_prompts(tmp_path / "empty")
+
+
+def test_a_near_name_is_suggested(tmp_path):
+    (tmp_path / "harmful_prompts.json").write_text('["x"]')
+    with pytest.raises(UserError, match=r"no such file: .*; did you mean .*harmful_prompts\.json\?"):
+        load_prompts(tmp_path / "harmfull_prompts.json")
+    with pytest.raises(UserError, match="did you mean 'harmful'"):
+        load_prompts("harmfull")
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"instruction": "Add these.", "input": "1, 2", "output": "3"}, "Add these.\n\n1, 2"),
+        ({"Behavior": "Summarize it.", "ContextString": "Once."}, "Once.\n\n---\n\nSummarize it."),
+        ({"prompt": "Summarize it.", "context": "Once."}, "Once.\n\n---\n\nSummarize it."),
+    ],
+)
+def test_the_other_half_of_an_instruction_is_joined_and_counted(tmp_path, row, text):
+    other = {key: "" if key in ("input", "ContextString", "context") else f"Other {key}" for key in row}
+    path = write(tmp_path, "json", [other, row, other | {"id": 3}])
+    with pytest.warns(UserWarning, match=r"set: 1 of 3 rows have a '(input|ContextString|context)', which is joined"):
+        assert load_prompts(path).instructions[1] == text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alone = next(each for key, each in other.items() if key in ("instruction", "Behavior", "prompt"))
+        assert load_prompts(write(tmp_path, "csv", [other])).instructions == [alone]
+
+
+def test_an_input_that_is_no_half_of_an_instruction_stays_out(tmp_path):
+    path = write(tmp_path, "json", [{"prompt": "Say it.", "input": "stdin"}])
+    assert load_prompts(path).instructions == ["Say it."]
+
+
+def test_the_first_turn_of_a_chat_is_the_prompt_and_what_is_left_out_is_counted(tmp_path):
+    turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user", "assistant")]
+    path = write(tmp_path, "json", [{"messages": turns}, {"messages": [{"role": "user", "content": "x"}]}])
+    with pytest.warns(UserWarning) as caught:
+        assert load_prompts(path).prompts == (Prompt("u", output="a"), Prompt("x"))
+    said = sorted(str(each.message) for each in caught)
+    assert [line.split(",")[0] for line in said] == [
+        "set: 1 of 2 rows have messages before the first user message",
+        "set: 1 of 2 rows have several user messages",
+    ]
+
+
+def test_commas_in_the_names_of_three_files(tmp_path):
+    names = ["a,b.json", "c.json", "d, e.json"]
+    for index, name in enumerate(names):
+        (tmp_path / name).write_text(json.dumps([f"{index}{n}" for n in range(3)]))
+    found = load_splits(",".join(str(tmp_path / name) for name in names), n_train=2, n_val=2, n_test=2, seed=0)
+    assert [{text[0] for text in part.instructions} for part in found.parts.values()] == [{"0"}, {"1"}, {"2"}]
+
+
 def test_the_column_is_not_that_of_the_named_sets():
     assert load_prompts("harmful", column="category") == load_prompts("harmful")
 
@@ -123,7 +238,7 @@ def test_the_column_is_not_that_of_the_named_sets():
 def test_a_missing_file_and_an_unknown_name_are_told_apart(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_prompts(tmp_path / "none.json")
-    with pytest.raises(UserError, match=r"no such prompt set: 'harmfull'; expected one of harmful, .*advbench"):
+    with pytest.raises(UserError, match=r"no such prompt set: 'harmfull' .*; expected one of harmful, .*advbench"):
         load_prompts("harmfull")
 
 
