@@ -77,5 +77,5 @@ def test_nothing_to_average_is_refused(tiny_model):
 def test_a_folded_model_is_refused(tiny_dir):
     model = load_model(tiny_dir("gpt2"), device="cpu")
     model.enable_compatibility_mode(disable_warnings=True)
-    with pytest.raises(ValueError, match="compatibility mode"):
+    with pytest.raises(ValueError, match="centred"):
         mean_activations(model, ChatFormat(model.tokenizer), ASKS)

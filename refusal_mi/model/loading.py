@@ -10,6 +10,7 @@ import torch
 from ..errors import UserError
 from ..files import sha256_json
 from .points import HookedModel, hf_config, missing_points, model_type, write_hooks
+from .sums import check_sums
 
 ORGANISM = Path(__file__).parents[1] / "organism" / "model"
 """Directory of the embedded demonstration model."""
@@ -56,12 +57,14 @@ def load_model(
                 dtype=_pick_dtype(dtype, place, config),
                 model_class=_WholeCheckpoint(config),
             )
+        model.eval()
+        _check_writes(model, name)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(_load_failure(name, revision, error)) from error
-    _check_writes(model, name)
     if not Path(name).is_dir():
         hf_config(model)._commit_hash = hub_commit(name, revision)
-    model.eval()
     return model
 
 
@@ -199,6 +202,7 @@ def _check_writes(model: HookedModel, name: str) -> None:
             f"{name} ({model_type(model)}) has no hook point {missing[0]}: only models whose every block is attention "
             "and an MLP are supported"
         )
+    check_sums(model, name)
 
 
 def hub_commit(name: str, revision: str | None) -> str | None:

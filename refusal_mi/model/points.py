@@ -100,19 +100,25 @@ def missing_points(model: HookedModel, names: Iterable[str]) -> list[str]:
 
 
 def check_raw_basis(model: HookedModel) -> None:
-    """Refuse a model whose weights were folded or centred: its residual stream is in another basis.
+    """Refuse a model whose writing weights were centred: its residual stream is not that of the HF weights.
+
+    What is tested is the property, on some rows of the embedding: centred ones have mean 0 up to rounding, others do
+    not. Folded norms alone, all that TransformerLens does to models with RMS norms, leave the stream as it is.
 
     Raises:
-        ValueError: the model is in compatibility mode, or is a processed HookedTransformer.
+        ValueError: they were, as by compatibility mode or `process_weights` of a model with LayerNorm.
     """
-    folded = str(getattr(model.cfg, "normalization_type", "")).endswith("Pre")
-    if getattr(model, "compatibility_mode", False) or folded:
+    rows = bridge(model).original_model.get_input_embeddings().weight[:_N_ROWS].detach()
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    most = max(1e-6, torch.finfo(model.cfg.dtype).eps / 2)
+    if bool((rows.mean(-1).abs() <= most * rows.square().mean(-1).sqrt()).all()):
         raise ValueError(
-            "this model is in compatibility mode (weights folded and centred), which changes the residual basis; "
-            "load it with refusal_mi.load_model(...) or TransformerBridge.boot_transformers(...) and raw weights"
+            "the weights of this model are centred (compatibility mode or process_weights), which changes the residual "
+            "basis; load it with refusal_mi.load_model(...) or TransformerBridge.boot_transformers(...) and raw weights"
         )
 
 
+_N_ROWS = 256
 BlockPoint = Literal[
     "hook_resid_pre",
     "hook_resid_mid",

@@ -53,6 +53,8 @@ class ModelWeights:
 
     def __post_init__(self) -> None:
         check_raw_basis(self.model)
+        if getattr(self.model, "compatibility_mode", False):
+            raise ValueError("this model is in compatibility mode: its weights are not those of the checkpoint")
 
     @cached_property
     def layout(self) -> Layout:

@@ -31,6 +31,7 @@ from refusal_mi.model.points import (
 )
 from refusal_mi.model.running import all_logits, last_logits
 from refusal_mi.model.running import residuals as read_residuals
+from refusal_mi.text.batches import left_pad
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.models import D_MODEL, FAMILIES, N_LAYERS, save_tiny
 from tests.helpers.naive import ASKS, logits, prompt_ids, relative_error, residuals
@@ -188,12 +189,37 @@ def test_stop_tokens_are_those_of_generation_config_and_tokenizer(tiny_dir):
     assert stop_token_ids(model) == (2, eos)
 
 
-def test_a_folded_model_is_refused_with_the_way_out(tiny_dir):
-    model = load_model(tiny_dir("gpt2"), device="cpu")
+PROCESSED = {
+    "process_weights": lambda model: model.process_weights(),
+    "compatibility mode": lambda model: model.enable_compatibility_mode(disable_warnings=True),
+    "compatibility mode without processing": lambda model: model.enable_compatibility_mode(
+        disable_warnings=True, no_processing=True
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("process", PROCESSED)
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2"])
+def test_a_model_is_refused_where_its_stream_is_another_and_only_there(family, process, dtype, tiny_dir):
+    model, ids = load_model(tiny_dir(family), device="cpu", dtype=dtype), [[5, 6, 70, 80]]
+    before = read_residuals(model, left_pad(ids, 0), range(N_LAYERS + 1), 4)
     check_raw_basis(model)
-    model.enable_compatibility_mode(disable_warnings=True)
-    with pytest.raises(ValueError, match=r"refusal_mi\.load_model"):
-        check_raw_basis(model)
+    PROCESSED[process](model)
+    after = model.run_with_cache(torch.tensor(ids))[1]
+    streams = [after[resid_hook(layer, N_LAYERS)] for layer in range(N_LAYERS + 1)]
+    moved = max((a - b).norm() / a.norm() for a, b in zip(before, streams, strict=True))
+    if moved > 0.1:
+        with pytest.raises(ValueError, match=r"refusal_mi\.load_model"):
+            check_raw_basis(model)
+    else:
+        assert moved < 10 * torch.finfo(model.cfg.dtype).eps
+        ours = read_residuals(model, left_pad(ids, 0), range(N_LAYERS + 1), 4)
+        assert all(
+            (a - b).norm() <= 10 * torch.finfo(model.cfg.dtype).eps * a.norm()
+            for a, b in zip(before, ours, strict=True)
+        )
+    assert (moved > 0.1) == (family in ("gpt2", "gpt_neox") and "without" not in process)
 
 
 def test_the_model_type_is_hfs(tiny_model):
