@@ -1,9 +1,13 @@
 """Reading and writing: whatever lies under its final name is complete."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -25,7 +29,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         UserError: the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    clear_leftovers(path.parent, path.name)
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -35,6 +40,40 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(NotADirectoryError):
             temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path, *more: str) -> Path:
+    """A hidden name beside a path, which says whose it is."""
+    return path.with_name(".".join(["", path.name, f"{platform.node()}-{os.getpid()}", *more, "tmp"]))
+
+
+def clear_leftovers(folder: Path, name: str = "", *, deep: bool = False) -> None:
+    """Remove what killed processes of this machine left behind under the names of `temporary_beside`.
+
+    Args:
+        name: of one file or folder; all by default.
+        deep: in the folders below as well.
+    """
+    pattern = f".{glob.escape(name) if name else '*'}.*.tmp"
+    whose = re.compile(rf"\.{re.escape(platform.node())}-(\d+)(?:\.[0-9a-f]{{8}})?\.tmp$")
+    for left in [*(folder.rglob if deep else folder.glob)(pattern)]:
+        match = whose.search(left.name)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

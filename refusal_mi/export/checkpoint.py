@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_json, read_record
+from ..files import clear_leftovers, read_json, read_record, temporary_beside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -231,12 +231,17 @@ def fresh_directory(out: str | Path, source: Path, *, force: bool) -> Iterator[P
         UserError: `out` exists and `force` was not given or it is no export, it is a link, it lies in (or around) the
             source, or it cannot be written.
     """
-    target = output_path(out, source, force=force)
-    temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}.tmp")
+    target = Path(out).expanduser().absolute()
+    old = target.with_name(f".{target.name}.refusal_mi-old")
+    if old.is_dir() and not target.exists():  # an earlier --force was killed between its two renames
+        old.rename(target)
+    output_path(target, source, force=force)
+    clear_leftovers(target.parent, target.name)
+    temporary = temporary_beside(target, uuid4().hex[:8])
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        _rename(temporary, target)
+        _rename(temporary, target, old)
     except OSError as error:
         if error.errno is None:  # not from the file system
             raise
@@ -268,11 +273,12 @@ def output_path(out: str | Path, source: Path, *, force: bool) -> Path:
     return target
 
 
-def _rename(temporary: Path, target: Path) -> None:
+def _rename(temporary: Path, target: Path, old: Path) -> None:
     if not target.exists():
         temporary.rename(target)
         return
-    old = temporary.with_suffix(".old")
+    if old.exists():  # an earlier --force was killed after them
+        shutil.rmtree(old)
     target.rename(old)
     temporary.rename(target)
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
+    shutil.rmtree(old)

@@ -108,7 +108,10 @@ def check_raw_basis(model: HookedModel) -> None:
     Raises:
         ValueError: they were, as by compatibility mode or `process_weights` of a model with LayerNorm.
     """
-    rows = bridge(model).original_model.get_input_embeddings().weight[:_N_ROWS].detach()
+    original = getattr(model, "original_model", None)
+    if original is None:  # a shape without weights
+        return
+    rows = original.get_input_embeddings().weight[:_N_ROWS].detach()
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     most = max(1e-6, torch.finfo(model.cfg.dtype).eps / 2)
     if bool((rows.mean(-1).abs() <= most * rows.square().mean(-1).sqrt()).all()):

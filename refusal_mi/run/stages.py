@@ -3,14 +3,23 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import read_record, sha256_file, sha256_json, write_json
+from ..files import clear_leftovers, read_record, sha256_file, sha256_json, write_json
 from ..model.provenance import ModelRecord
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_HELD: set[Path] = set()
+"""Locks of this process, which may have several objects for one folder."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,11 @@ class RunFolder:
         """Make sure that this folder is new or about this model.
 
         Raises:
-            UserError: its `run.json` names another model or revision.
+            UserError: its `run.json` names another model or revision, or another process works in it.
         """
+        if self._records.is_dir():
+            with self.locked():
+                clear_leftovers(self.path, deep=True)
         before = self._model()
         if before is None:
             return
@@ -112,6 +124,12 @@ class RunFolder:
         Returns:
             The SHA-256 of every output: what a later stage names among its inputs.
         """
+        with self.locked():
+            return self._stage(name, inputs, outputs, compute, about)
+
+    def _stage(
+        self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str], compute: Callable[[], None], about: str
+    ) -> dict[str, str]:
         record, key = self._records / f"{name}.json", sha256_json(inputs)
         if not self.fresh:
             done = self._done(record, key, outputs)
@@ -131,6 +149,34 @@ class RunFolder:
         seconds = round(time.perf_counter() - start, 3)
         write_json(record, StageRecord(key, dict(inputs), hashes, seconds, _peak_mib()))
         return hashes
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out; the system takes the lock from a process that dies.
+
+        Raises:
+            UserError: another process has it.
+        """
+        place = self._records / "lock"
+        if fcntl is None or place.resolve() in _HELD:
+            yield
+            return
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with place.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is at work in {self.path}: wait for it, or choose another --output-dir"
+                ) from None
+            except OSError:  # a file system without locks
+                yield
+                return
+            _HELD.add(place.resolve())
+            try:
+                yield
+            finally:
+                _HELD.discard(place.resolve())
 
     def seconds(self) -> dict[str, float]:
         """How long each finished stage took."""

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +107,40 @@ def test_a_killed_export_leaves_nothing_under_the_name(tmp_path, tiny_dir, monke
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(tiny_dir("qwen2"), Ablate(R), tmp_path / "out", verify="none")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_left_goes_at_the_next(tmp_path, tiny_dir):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f".out.{platform.node()}-{dead.pid}.0123abcd.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    export_checkpoint(tiny_dir("qwen2"), Ablate(R), tmp_path / "out", verify="none")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("n_renames", [1, 2])
+def test_force_that_is_killed_loses_no_export(n_renames, tmp_path, tiny_dir, monkeypatch):
+    """Killed after it has moved the old export away, and after it has put the new one in its place."""
+    export_checkpoint(tiny_dir("qwen2"), Ablate(R), tmp_path / "out", verify="none")
+    (tmp_path / "out/note.txt").write_text("old")
+    rename, done = Path.rename, []
+
+    def killed(self, target):
+        done.append(rename(self, target))
+        if len(done) == n_renames:
+            raise KeyboardInterrupt
+        return done[-1]
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(tiny_dir("qwen2"), Ablate(R), tmp_path / "out", verify="none", force=True)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="--force"):
+        export_checkpoint(tiny_dir("qwen2"), Ablate(R), tmp_path / "out", verify="none")
+    assert (tmp_path / "out/note.txt").exists() == (n_renames == 1)
+    export_checkpoint(tiny_dir("qwen2"), Ablate(R), tmp_path / "out", verify="none", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out/note.txt").exists()
 
 
 def test_an_existing_directory_is_replaced_only_by_force_and_the_source_never(tmp_path, tiny_dir):

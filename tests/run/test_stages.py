@@ -1,5 +1,9 @@
 """Stages: written whole, remembered with what they came from, not done twice."""
 
+import os
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -66,7 +70,7 @@ def test_a_stage_that_fails_is_not_recorded_and_later_done(tmp_path, calls, erro
 
     with pytest.raises(error):
         folder.stage("s", {"a": 2}, ["out/s.json"], compute)
-    assert list((tmp_path / ".stages").iterdir()) == []
+    assert list((tmp_path / ".stages").glob("*.json")) == []
     stage(folder, calls, {"a": 1})
     assert len(calls) == 2
 
@@ -85,3 +89,82 @@ def test_a_folder_of_another_model_or_revision_is_refused(tmp_path, other):
     folder.claim(replace(MODEL, dtype="y"))
     with pytest.raises(UserError, match="choose another --output-dir"):
         folder.claim(replace(MODEL, **other))
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from refusal_mi.run.stages import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+with folder.locked():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """A process that has the lock of this folder, until it is killed."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_process_is_refused_and_a_dead_ones_lock_taken_over(tmp_path, calls, other_process):
+    folder = RunFolder(tmp_path)
+    for use in (lambda: stage(folder, calls, {}), lambda: folder.claim(MODEL), lambda: folder.check_weights(MODEL)):
+        with pytest.raises(UserError, match=r"another process is at work in .*: wait for it, or choose another"):
+            use()
+    assert not calls and not (tmp_path / "out").exists()
+    other_process.kill()
+    other_process.wait()
+    folder.claim(MODEL)
+    stage(folder, calls, {})
+    assert len(calls) == 1
+
+
+def test_one_process_may_open_its_folder_again_inside_a_stage(tmp_path, calls):
+    outer = RunFolder(tmp_path)
+
+    def compute() -> None:
+        stage(RunFolder(tmp_path / "." / "x" / ".."), calls, {}, name="inner")
+        write_json(tmp_path / "outer.json", 1)
+
+    (tmp_path / "x").mkdir()
+    outer.stage("outer", {}, ["outer.json"], compute)
+    assert len(calls) == 1
+    with outer.locked():
+        pass
+
+
+def test_what_dead_processes_left_goes_and_what_living_ones_write_stays(tmp_path, calls):
+    folder = RunFolder(tmp_path)
+    stage(folder, calls, {})
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    node = platform.node()
+    left = [tmp_path / f"deep/.scores.pt.{node}-{dead.pid}.tmp", tmp_path / f".a.json.{node}-{dead.pid}.0123abcd.tmp"]
+    others = [
+        tmp_path / f"deep/.b.json.{node}-{os.getpid()}.tmp",
+        tmp_path / f"deep/.b.json.elsewhere-{dead.pid}.tmp",
+        tmp_path / ".mine.tmp",
+    ]
+    (tmp_path / "deep").mkdir()
+    for path in (*left, *others):
+        path.write_text("part")
+    folder.claim(MODEL)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+
+
+def test_a_file_is_written_over_what_a_killed_write_left(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = [tmp_path / f".{name}.{platform.node()}-{dead.pid}.tmp" for name in ("a.json", "b.json", "[a].json")]
+    for path in left:
+        path.write_text("part")
+    write_json(tmp_path / "a.json", 1)
+    assert [path.exists() for path in left] == [False, True, True]
+    write_json(tmp_path / "[a].json", 1)
+    assert [path.exists() for path in left] == [False, True, False]
