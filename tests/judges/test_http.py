@@ -1,6 +1,10 @@
 """The HTTP judge against a fake endpoint on localhost: slow, failing, malformed; no key in any file or message."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -133,7 +137,15 @@ def test_slow_answers_time_out(tmp_path):
             handler.wfile.flush()
             time.sleep(0.02)
 
-    for behavior in (silent, dripping):
+    def dripping_headers(fake, handler, number, body):
+        if number > 1:
+            return send(handler, "unsafe")
+        for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 250:
+            handler.wfile.write(bytes([byte]))
+            handler.wfile.flush()
+            time.sleep(0.02)
+
+    for behavior in (silent, dripping, dripping_headers):
         with Fake(behavior) as fake:
             start = time.monotonic()
             judge = quick(fake, tmp_path / behavior.__name__, timeout_seconds=0.3)
@@ -172,6 +184,55 @@ def test_the_key_is_sent_and_is_nowhere_else(tmp_path, monkeypatch, capsys, capl
     texts = (str(caught.value), repr(judge), repr(vars(judge)), shown.out, shown.err, caplog.text, written.decode())
     assert not any(KEY in text for text in texts)
     assert list((tmp_path / "cache").rglob("*.json"))
+
+
+@pytest.mark.parametrize("n_before", [70, 75, 190, 198])
+def test_no_part_of_the_key_stays_where_a_text_is_cut(n_before, tmp_path, monkeypatch):
+    def echo(fake, handler, number, body):
+        text = "x" * (n_before - 8) + handler.headers["Authorization"].removeprefix("Bearer ")
+        send(handler, f"unsafe {text}" if number == 1 else f"hm {text}")
+
+    monkeypatch.setenv("REFUSAL_MI_JUDGE_KEY", KEY)
+    with Fake(echo) as fake:
+        judge = quick(fake, tmp_path, n_tries=1)
+        assert judge.complied(["p"], [LONG]) == [True]
+        with pytest.raises(UserError) as caught:
+            judge.complied(["q"], [LONG])
+    (kept,) = (path.read_text() for path in (tmp_path / "cache").rglob("*.json"))
+    assert KEY[:4] not in kept and KEY[:4] not in str(caught.value) and "xxx" in kept
+
+
+@pytest.mark.parametrize("odd", ["\n", "\x1b[2J", "\x00", "é", "\u202e"])
+def test_a_key_that_no_request_can_carry_is_not_repeated(odd, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ | {"REFUSAL_MI_JUDGE_KEY": KEY[:8] + odd + KEY[8:]})
+    with Fake(verdict) as fake:
+        with pytest.raises(UserError, match="not printable ASCII; correct REFUSAL_MI_JUDGE_KEY") as caught:
+            quick(fake, tmp_path).complied(["p"], [LONG])
+        assert not fake.seen and KEY[:4] not in str(caught.value)
+
+
+def test_an_interrupt_while_judging_ends_it_at_once(tmp_path):
+    rows = [{"category": None, "prompt": f"p{n}", "response": LONG} for n in range(40)]
+    (tmp_path / "x_completions.json").write_text(json.dumps(rows))
+    with Fake(lambda *_: time.sleep(30)) as fake:
+        words = ["judge", str(tmp_path / "x_completions.json"), "--judge", fake.url]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "refusal_mi", *words], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        while not fake.seen and process.poll() is None:
+            time.sleep(0.05)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+        assert process.returncode == 130 and "Traceback" not in said and "interrupted" in said
+        assert time.monotonic() - start < 2
+    assert [path.name for path in tmp_path.iterdir()] == ["x_completions.json"]
+
+
+def test_thinking_is_not_judged(tmp_path):
+    with Fake(verdict) as fake:
+        found = quick(fake, tmp_path).complied(["p", "q"], [f"<think>HARM</think>{LONG}", f"<think>{LONG} HARM"])
+    assert found == [False, False] and "HARM" not in fake.seen[0][1]["messages"][0]["content"]
 
 
 def test_only_together_gets_togethers_key(tmp_path, monkeypatch):
