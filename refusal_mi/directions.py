@@ -81,13 +81,26 @@ class Direction:
         vector = read_tensors(path)
         if not isinstance(vector, Tensor) or vector.squeeze().ndim != 1:
             raise UserError(f"{path} does not hold one vector of shape [d_model]")
-        metadata = dict(read_json(path.with_name(f"{path.stem}_metadata.json")))
-        if "layer" not in metadata:
-            raise UserError(f"{path.stem}_metadata.json beside {path} does not say which layer it was read at")
-        layer, position = metadata.pop("layer"), metadata.pop("pos", None)
-        hook_name = metadata.pop("hook_name", block_hook(layer, "hook_resid_pre"))
-        metadata.pop("norm", None)
-        return cls(vector.squeeze().clone(), layer, hook_name, position, metadata)
+        beside = path.with_name(f"{path.stem}_metadata.json")
+        metadata = read_json(beside)
+        if not isinstance(metadata, dict) or "layer" not in metadata:
+            raise UserError(f"{beside.name} beside {path} does not say which layer it was read at")
+        layer, position, norm = (metadata.pop(key, None) for key in ("layer", "pos", "norm"))
+        hook_name = metadata.pop("hook_name", None)
+        if not _is_whole(layer) or layer < 0 or not (position is None or _is_whole(position)):
+            raise UserError(f"{beside}: layer and pos must be whole numbers, not {layer!r} and {position!r}")
+        if hook_name is None:
+            hook_name = block_hook(layer, "hook_resid_pre")
+        if not isinstance(hook_name, str) or layer_of_hook(hook_name) != layer:
+            raise UserError(f"{beside} contradicts itself: layer {layer} is not {hook_name!r}")
+        found = cls(vector.squeeze().clone(), layer, hook_name, position, metadata)
+        if norm is not None and not (isinstance(norm, float | int) and math.isclose(norm, found.norm, rel_tol=0.01)):
+            raise UserError(f"{beside} names the norm {norm!r}, and the vector in {path.name} has {found.norm:.4g}")
+        return found
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

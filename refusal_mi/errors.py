@@ -4,5 +4,11 @@
 class UserError(ValueError):
     """A mistake in what was asked for; the message says what was expected, what came, and what to do.
 
-    The command line prints it as one line and exits with status 2. Every other exception is a defect.
+    The command line prints it as one line and exits with status 2. Every other exception is a defect: one line that
+    names it, and its traceback with --debug.
     """
+
+
+def cause(error: BaseException) -> str:
+    """The first line that an error of foreign code says, or what it is called."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

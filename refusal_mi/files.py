@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import hashlib
+import io
 import json
 import os
 import platform
@@ -107,11 +108,9 @@ def write_saved(path: Path, value: Any) -> None:
     """`torch.save`; its archive is not named after the file, so that equal values are equal bytes."""
     import torch
 
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            torch.save(value, file)
-
-    write_whole(path, save)
+    saved = io.BytesIO()
+    torch.save(value, saved)
+    write_whole(path, lambda temporary: temporary.write_bytes(saved.getbuffer()))
 
 
 def read_json(path: Path) -> Any:
@@ -126,7 +125,9 @@ def read_json(path: Path) -> Any:
         raise UserError(f"no such file: {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
@@ -177,7 +178,7 @@ def parsed(parse: Callable[[Any], Any]) -> Any:
     def read(value: Any) -> Any:
         try:
             return parse(value)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"not of the expected form ({type(error).__name__}: {error})") from None
 
     return PlainValidator(read)
@@ -220,7 +221,7 @@ def read_tensors(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except pickle.UnpicklingError:  # torch would advise to run what is in it
         raise UserError(f"{path} is not a file of plain tensors saved by torch.save") from None
-    except (RuntimeError, EOFError, LookupError, ValueError) as error:
+    except Exception as error:  # foreign code
         reason = f"{type(error).__name__} {next(iter(str(error).splitlines()), '')}"
         raise UserError(f"{path} is not a file of plain tensors saved by torch.save: {reason}") from None
 

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from .terminal import printable
+
 Item = TypeVar("Item")
 LOG_SECONDS = 30.0
 QUIET_SECONDS, REFRESH_SECONDS = 5.0, 1.0
@@ -23,7 +25,7 @@ def track(
         total: how much work there is; as many as there are items, where that is known.
         work: how much of it is done with an item.
     """
-    console = Console(stderr=True)
+    console, description = Console(stderr=True), printable(description)
     if total is None and isinstance(items, Sized):
         total = len(items)
     if console.is_jupyter:
@@ -44,7 +46,7 @@ def _in_terminal(
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

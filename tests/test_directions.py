@@ -7,6 +7,7 @@ import torch
 
 from refusal_mi.directions import ActivationMeans, Direction, DirectionGrid, cosine, difference_in_means
 from refusal_mi.errors import UserError
+from tests.helpers.directions import direction_of
 
 
 def means(values: torch.Tensor, n: int = 4) -> ActivationMeans:
@@ -125,3 +126,31 @@ def test_published_tensors_load_and_agree(reference_data, run, shape):
     assert torch.equal(ours.vector, published.vector.float())
     assert cosine(ours, published) == pytest.approx(1, abs=1e-7)
     assert published.hook_name == ours.hook_name == f"blocks.{metadata['layer']}.hook_resid_pre"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": "3"}, "must be whole numbers"),
+        ({"layer": True}, "must be whole numbers"),
+        ({"layer": -1}, "must be whole numbers"),
+        ({"layer": None}, "must be whole numbers"),
+        ({"pos": "last"}, "must be whole numbers"),
+        ({"hook_name": "blocks.1.hook_resid_pre"}, "contradicts itself"),
+        ({"hook_name": 7}, "contradicts itself"),
+        ({"hook_name": "blocks.2.attn.hook_z"}, "is not a point between blocks"),
+        ({"norm": 1.0}, "names the norm 1.0"),
+        ({"norm": "long"}, "names the norm 'long'"),
+        ([1, 2], "does not say which layer"),
+        ("text", "does not say which layer"),
+    ],
+)
+def test_metadata_that_do_not_hold_are_one_line(changes, message, tmp_path):
+    direction_of(torch.ones(4) * 3).save(tmp_path / "d.pt")
+    beside = tmp_path / "d_metadata.json"
+    assert Direction.load(tmp_path / "d.pt").layer == 2
+    known = json.loads(beside.read_text())
+    beside.write_text(json.dumps(known | changes if isinstance(changes, dict) else changes))
+    with pytest.raises(UserError, match=message) as caught:
+        Direction.load(tmp_path / "d.pt")
+    assert "\n" not in str(caught.value)

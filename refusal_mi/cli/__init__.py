@@ -1,6 +1,7 @@
 """The command line: it parses, calls, prints. Nothing here imports torch before a command runs."""
 
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -8,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, cause
+from ..terminal import printable, say
 from . import analyze, chat, export, run, steering
 from .options import own_spelling
 
@@ -68,29 +70,42 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exit 0 done, 1 the science failed, 2 bad input, 130 interrupted."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(' '.join(str(message).split()))}\n"
     sys.exit(exit_status(sys.argv[1:] if arguments is None else arguments))
 
 
 def exit_status(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit status; a user's mistake is one line on stderr."""
+    """Run one command and return its exit status; a user's mistake is one line on stderr.
+
+    Args:
+        arguments: --debug among them shows the traceback of what went wrong.
+    """
+    words = [word for word in arguments if word != "--debug"]
     try:
-        status = app(args=own_spelling(arguments), standalone_mode=False)
+        status = app(args=own_spelling(words), standalone_mode=False)
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), error if len(words) < len(arguments) else None)
     except typer.TyperException as error:
         message = error.format_message()
         if message.startswith("Usage:"):  # a group without its command: the message is its help
-            print(message, file=sys.stderr)
+            say(message)
             return BAD_INPUT
         return _fail(message)
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED  # some versions of typer return it themselves
+    except Exception as error:  # a defect
+        if len(words) < len(arguments):
+            raise
+        return _fail(
+            f"{type(error).__name__}: {cause(error)} (a defect: --debug shows where; finished stages are kept)"
+        )
     if status == INTERRUPTED:
-        print("interrupted; finished stages are kept", file=sys.stderr)
+        say("interrupted; finished stages are kept")
     return status if isinstance(status, int) else 0
 
 
-def _fail(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+def _fail(message: str, error: BaseException | None = None) -> int:
+    if error is not None:
+        say("".join(traceback.format_exception(error)))
+    say("error: " + " ".join(message.split()))
     return BAD_INPUT

@@ -9,6 +9,7 @@ import typer
 from ..analysis import KINDS
 from ..errors import UserError
 from ..options import number_or_auto
+from ..terminal import say, tell
 from .options import (
     SCIENCE_FAILED,
     AsJson,
@@ -65,13 +66,13 @@ def analyze(
     inputs = RunInputs(quiet_load(source, revision, device, dtype), path, n_prompts, 32, seed)
     written, size, n_failed = {}, number_or_auto(batch_size), 0
     for kind in kinds:
-        typer.echo(kind, err=True)
+        say(kind)
         try:
             result = _analyze(kind, inputs, size)
         except UserError as error:
             if len(kinds) == 1:
                 raise
-            typer.echo(f"no {kind}: {error}", err=True)
+            say(f"no {kind}: {error}")
             n_failed += 1
             continue
         target = (output_dir or path / FOLDER) / f"{kind}.json"
@@ -96,7 +97,7 @@ def draw(result: "AnalysisResult", folder: Path) -> list[Path]:
 
     drawn = draw_all(result)
     for name, why in drawn.left_out.items():
-        typer.echo(f"no figure {name}: {why}", err=True)
+        say(f"no figure {name}: {why}")
     pages = {name: page for name, page in drawn.figures.items() if isinstance(page, str)}
     for name, page in pages.items():
         write_text(folder / f"{name}.html", page)
@@ -163,12 +164,12 @@ def plot(
         if file is not None:
             save_figure(_main_figure(saved), file, width=width)
         for drawn in redraw(saved, output) if file is None else [file]:
-            typer.echo(str(drawn))
+            tell(drawn)
         return 0
     if file is None:
         raise UserError(f"--output is a file ending in .html, {', '.join(STATIC)}, not {output}")
     save_figure(_figure(RunRecord.load(saved), what), file, width=width)
-    typer.echo(str(file))
+    tell(file)
     return 0
 
 
@@ -249,8 +250,7 @@ def compare(
 
 
 def _print(comparison: "Comparison", stacks: "list[LabelledVectors]") -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from .tables import Console, Table
 
     console = Console()
     if len(comparison.labels) <= MAX_COLUMNS:

@@ -3,7 +3,6 @@
 import contextlib
 import shlex
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from ..errors import UserError
 from ..options import position_scope
+from ..terminal import printable, say, tell
 from .options import AllowOtherModel, ModelOptions, OutputDir, TemplateOptions, flat
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def answer_all(session: Session, lines: Iterable[str], *, has_commands: bool) ->
     for line in lines:
         if has_commands and line.startswith("/"):
             try:
-                print(session.obey(line.strip()), file=sys.stderr)
+                say(session.obey(line.strip()))
             except EOFError:
                 return
         elif line.strip():
@@ -198,7 +198,7 @@ def _write(session: Session, text: str) -> None:
         if session.plain:
             print(f"[{label}]")
         for piece in conversation.ask(text):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print("\n" if session.plain else "", flush=True)
 
 
@@ -214,10 +214,9 @@ def _show(session: Session, text: str) -> None:
 
 
 def _show_columns(conversations: "dict[str, Conversation]", text: str) -> None:
-    from rich.console import Console
     from rich.live import Live
-    from rich.table import Table
-    from rich.text import Text
+
+    from .tables import Console, Table
 
     answers = dict.fromkeys(conversations, "")
     console = Console()
@@ -226,8 +225,8 @@ def _show_columns(conversations: "dict[str, Conversation]", text: str) -> None:
         # Not the full width: the terminal writes ^C behind the last line, and a line break there displaces the table.
         table = Table(width=max(20, console.width - 3))
         for label in answers:
-            table.add_column(Text(label), ratio=1, overflow="fold")
-        table.add_row(*(Text(printable(answer)) for answer in answers.values()))
+            table.add_column(label, ratio=1, overflow="fold")
+        table.add_row(*answers.values())
         return table
 
     with Live(table(), console=console, auto_refresh=False) as live:
@@ -252,18 +251,13 @@ def _in_turns(streams: dict[str, Iterator[str]]) -> Iterator[tuple[str, str]]:
             each.close()  # type: ignore[attr-defined]
 
 
-def printable(text: str) -> str:
-    """Text that cannot move the cursor or change colors: control characters other than newline and tab replaced."""
-    return "".join("�" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
-
-
 def _warn(session: Session) -> None:
     if session.change and session.change.warning:
-        print(f"warning: {session.change.warning}", file=sys.stderr)
+        say(f"warning: {session.change.warning}")
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    tell(text)
 
 
 @flat

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, cause
+from ..terminal import tell
 from .options import SCIENCE_FAILED, AllowOtherModel, AsJson, Model, ModelPath, Revision, one_model
 
 if TYPE_CHECKING:
@@ -119,14 +120,14 @@ def export_vector(
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the config of {source}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # foreign code
+        raise UserError(f"cannot read the config of {source}: {cause(error)}") from error
     if format == "gguf":
         assert isinstance(what, Add)
         write_gguf(output, what, config)
     else:
         write_lm_eval(output, what, config, config.dtype or torch.float32)
-    typer.echo(str(output))
+    tell(output)
     return 0
 
 

@@ -1,6 +1,5 @@
 """`refusal-mi run`, `combos`, `select`, `judge`, `model-info`: from a model to its refusal direction, with evidence."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +8,7 @@ import typer
 from ..errors import UserError
 from ..options import number_or_auto
 from ..run.options import CombosOptions, RunOptions
+from ..terminal import say
 from .options import (
     SCIENCE_FAILED,
     AsJson,
@@ -74,7 +74,7 @@ def run(
     options = given.over(default_options(model.source))
     options = options.shortened() if options.quick else options
     path = output_dir or default_folder(model.source, quick=options.quick)
-    folder = RunFolder(path, fresh, lambda message: print(message, file=sys.stderr))
+    folder = RunFolder(path, fresh, say)
     folder.check_writable()
     before = identity_of(path)
     summary = run(
@@ -128,7 +128,7 @@ def combos(
         run_options = replace(run_options, judge=judge.name, judge_model=judge.judge_model)
     elif judge.judge_model is not None:
         run_options = replace(run_options, judge_model=judge.judge_model)
-    folder = RunFolder(path, fresh, lambda message: print(message, file=sys.stderr))
+    folder = RunFolder(path, fresh, say)
     folder.check_writable()
     before = identity_of(path)
     result = run_combos(model.load(), model.source, run_options, folder, options)
@@ -154,8 +154,7 @@ def _run_options(path: Path, source: str, quick: bool) -> RunOptions:
 
 
 def _print(result: "CombosResult", path: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from .tables import Console, Table
 
     console = Console()
     if result.baseline is None:

@@ -8,6 +8,7 @@ import typer
 from ..errors import UserError
 from ..options import layer_numbers, numbers, position_scope
 from ..recipes.options import EvalOptions, VectorOptions
+from ..terminal import say
 from .options import (
     SCIENCE_FAILED,
     AllowOtherModel,
@@ -238,7 +239,7 @@ def _default(model: ModelOptions, name: str) -> Path:
 def _folder(path: Path, fresh: bool = False) -> "RunFolder":
     from ..run.stages import RunFolder
 
-    folder = RunFolder(path, fresh, lambda message: typer.echo(message, err=True))
+    folder = RunFolder(path, fresh, say)
     folder.check_writable()
     return folder
 
@@ -292,7 +293,7 @@ def make(
     try:
         metadata = vector(model.load(), model.source, options, folder, verdict)
     except NothingSurvives as error:
-        typer.echo(f"error: {error}", err=True)
+        say(f"error: {error}")
         return SCIENCE_FAILED
     if as_json:
         print_json(metadata)

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+import rich.console
+import rich.table
 from rich.text import Text
 
 from ..files import as_json
+from ..terminal import is_shown, shown
 
 if TYPE_CHECKING:
     from ..export.export import ExportReport
@@ -21,9 +22,35 @@ if TYPE_CHECKING:
     from ..search.grid import Selection
 
 
+class Console(rich.console.Console):
+    """A console on which texts are only text: no markup in them, and nothing that steers a terminal."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich prints, without colors of its own making."""
+        super().print(*map(shown, objects), **options)
+
+
+class Table(rich.table.Table):
+    """A table in whose cells texts are only text."""
+
+    def __init__(self, *headers: str, **options: Any) -> None:
+        super().__init__(**options)
+        for header in headers:
+            self.add_column(header)
+
+    def add_column(self, header: Any = "", *arguments: Any, **options: Any) -> None:
+        """As rich adds one."""
+        super().add_column(shown(header), *arguments, **options)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """As rich adds one."""
+        super().add_row(*map(shown, cells), **options)
+
+
 def print_json(value: Any) -> None:
     """JSON on stdout, for machines; records as `as_json` says."""
-    Console().out(json.dumps(as_json(value), indent=2, ensure_ascii=False, allow_nan=False), highlight=False)
+    text = json.dumps(as_json(value), indent=2, ensure_ascii=False, allow_nan=False)
+    print("".join(each if is_shown(each) else f"\\u{ord(each):04x}" for each in text))
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, cause
 from ..files import clear_leftovers, read_json, read_record, temporary_beside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -184,9 +184,9 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (start, end), shape = entry["data_offsets"], tuple(entry["shape"])
             tensors[name] = StoredTensor(name, path.name, entry["dtype"], shape, 8 + length + start, end - start)
-    except (OSError, struct.error, ValueError, MemoryError, OverflowError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (OSError, struct.error, ValueError, MemoryError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {cause(error)}") from None
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} has no safetensors header: {type(error).__name__} {error}") from None
     last = max((tensor.start + tensor.n_bytes for tensor in tensors.values()), default=8 + length)
     if path.stat().st_size != last:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..directions import Direction
-from ..errors import UserError
+from ..errors import UserError, cause
 from ..interventions import Ablate, Add, Intervention, check_width
 from ..model.loading import resolve_source
 from ..model.points import caa_layer, resid_hook, write_hook, write_hooks
@@ -251,8 +251,8 @@ def plan_export(
     checkpoint = open_checkpoint(directory)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the config in {directory}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # foreign code
+        raise UserError(f"cannot read the config in {directory}: {cause(error)}") from error
     layout = classify(config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
     keeps_tie = keep_tied and layout.is_tied
     if keeps_tie:

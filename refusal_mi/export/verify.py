@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, cause
 from ..files import read_record
 from ..interventions import all_hooks
 from ..model.loading import ORGANISM, load_model
@@ -233,8 +233,8 @@ def _tokenizer(directory: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # foreign code
+        reason = cause(error)
     else:
         if tokenizer("a")["input_ids"]:  # without files, transformers makes an empty one of some classes
             return tokenizer

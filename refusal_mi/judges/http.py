@@ -211,7 +211,7 @@ class HttpJudge:
             return None
         try:
             return bool(read_json(self._cache_file(question))["complied"])
-        except (UserError, KeyError, TypeError):
+        except (UserError, LookupError, TypeError):
             return None
 
     def _cache_file(self, question: str) -> Path:

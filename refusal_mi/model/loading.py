@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, cause
 from ..files import sha256_json
 from .points import HookedModel, hf_config, missing_points, model_type, write_hooks
 from .sums import check_sums
@@ -37,7 +37,6 @@ def load_model(
         UserError: there is no such model, it cannot be reached, its architecture is not supported, it would run code
             of its own, or its weight files lack some of its tensors.
     """
-    from safetensors import SafetensorError
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoConfig
 
@@ -61,7 +60,7 @@ def load_model(
         _check_writes(model, name)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # foreign code
         raise UserError(_load_failure(name, revision, error)) from error
     if not Path(name).is_dir():
         hf_config(model)._commit_hash = hub_commit(name, revision)
@@ -215,7 +214,7 @@ def hub_commit(name: str, revision: str | None) -> str | None:
 
 def _load_failure(name: str, revision: str | None, error: Exception) -> str:
     where = name if revision is None else f"{name} at revision {revision}"
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = cause(error)
     if "trust_remote_code" in str(error):
         reason = "it brings Python code of its own, which is not run"
     if "ignore_mismatched_sizes" in reason:

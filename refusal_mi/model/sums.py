@@ -67,7 +67,9 @@ def _keep(seen: dict[str, Tensor], name: str) -> Callable[..., Tensor]:
 
 def _error(streams: list[Tensor]) -> float:
     *parts, after = streams
-    columns = torch.stack([part for part in parts if part.norm() > 0], dim=-1)
-    scalars = torch.linalg.lstsq(columns, after[:, None]).solution
     largest = max(each.norm().item() for each in streams)
+    if largest == 0:
+        return 0.0
+    columns = torch.stack([part for part in parts if part.norm() > 0] or [after], dim=-1)
+    scalars = torch.linalg.lstsq(columns, after[:, None]).solution
     return (after - (columns @ scalars)[:, 0]).norm().item() / largest

@@ -264,7 +264,7 @@ def load_config(path: Path | None) -> CAAConfig:
         raise UserError(f"no such file: {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # foreign code
         raise UserError(f"{path} is not YAML: {error}") from None
     values = _flat(content or {}, path)
     unknown = sorted(set(values) - set(KEYS))

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,7 @@ class RunFolder:
         if fcntl is None or place.resolve() in _HELD:
             yield
             return
+        missing = [each for each in (place.parent, *place.parent.absolute().parents) if not each.exists()]
         place.parent.mkdir(parents=True, exist_ok=True)
         with place.open("a") as file:
             try:
@@ -177,6 +178,11 @@ class RunFolder:
                 yield
             finally:
                 _HELD.discard(place.resolve())
+                if missing and not any(each != place for each in place.parent.iterdir()):  # nothing came of it
+                    place.unlink()
+                    for folder in missing:
+                        with suppress(OSError):
+                            folder.rmdir()
 
     def seconds(self) -> dict[str, float]:
         """How long each finished stage took."""

@@ -10,7 +10,7 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, cause
 from ..files import read_json, sha256_json
 from .tables import SUFFIXES, exists, is_file_name, read_rows
 
@@ -324,9 +324,8 @@ def _hub_rows(hub: HubSet, limit: int | None) -> list[Any]:
             return datasets.load_dataset(hub.path, hub.config, split=hub.split).to_list()
         stream = datasets.load_dataset(hub.path, hub.config, split=hub.split, streaming=True)
         return list(stream.take(limit))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # foreign code
         raise UserError(
-            f"cannot load the dataset {hub.path} from the hub: {reason} (without a network use a local file, "
+            f"cannot load the dataset {hub.path} from the hub: {cause(error)} (without a network use a local file, "
             "or the bundled sets harmful and harmless)"
         ) from error

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, cause
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 _LISTS = ("data", "rows", "examples", "prompts", "instructions")
@@ -180,4 +180,4 @@ def _parquet_rows(path: Path, content: bytes) -> list[Any]:
     try:
         return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
     except Exception as error:  # foreign code: pyarrow raises many kinds
-        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} cannot be read as Parquet: {cause(error)}") from None

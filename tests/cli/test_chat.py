@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from refusal_mi.cli import exit_status
-from refusal_mi.cli.chat import Change, Session, interact, printable
+from refusal_mi.cli.chat import Change, Session, interact
 from refusal_mi.errors import UserError
 from refusal_mi.generation import Conversation, generate, stream
 from refusal_mi.interventions import Ablate, AblateInTurn, Add
+from refusal_mi.terminal import printable
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.directions import random_direction
 from tests.helpers.tiers import first_is_fast

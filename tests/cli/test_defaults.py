@@ -24,7 +24,7 @@ from tests.helpers.directions import random_direction
 from tests.helpers.runs import make_run, write_head
 
 
-class Called(Exception):
+class Called(BaseException):
     """What was to be seen has been seen."""
 
 

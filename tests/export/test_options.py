@@ -186,9 +186,6 @@ def test_what_has_no_weight_form_is_refused(tmp_path, tiny_dir, tiny_model):
     for tied in (Ablate(R, constants=[1.0]), Ablate(R, components=["embed"]), Add(R, 1.0, layer=0)):
         with pytest.raises(UserError, match="keep-tied"):
             export_checkpoint(tiny_dir("gemma"), tied, out, keep_tied=True)
-    for broken in (Ablate(R, strength=float("nan")), Ablate(R, constants=[float("inf")]), Add(R, float("inf"))):
-        with pytest.raises(UserError, match="finite"):
-            export_checkpoint(llama, broken, out)
     with pytest.raises(UserError, match="not a TransformerBridge"):
         orthogonalize_(tiny_model("qwen2"), R)
     assert not out.exists()

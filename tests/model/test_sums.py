@@ -7,7 +7,6 @@ from refusal_mi.errors import UserError
 from refusal_mi.model import loading
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.sums import allowed, check_sums, unexplained
-from tests.helpers import models
 from tests.helpers.models import FAMILIES, N_LAYERS, save_tiny
 
 
@@ -71,7 +70,7 @@ _BESIDE = {
 @pytest.mark.parametrize("family", _BESIDE)
 def test_families_that_write_elsewhere_are_refused_in_one_line(family, tmp_path, monkeypatch):
     small = {"head_dim": 8, "sliding_window": 64, "mamba_chunk_size": 8, "num_kv_shared_layers": 0}
-    monkeypatch.setitem(models.FAMILIES, family, FAMILIES["llama"] | small | _BESIDE[family])
+    monkeypatch.setitem(FAMILIES, family, FAMILIES["llama"] | small | _BESIDE[family])
     with pytest.raises(UserError, match=rf"{family} \({family}\) is not supported: 0\.[0-9]+ of the stream") as caught:
         load_model(save_tiny(family, tmp_path / family), device="cpu")
     assert "cannot load" not in str(caught.value)

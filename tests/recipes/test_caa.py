@@ -300,7 +300,7 @@ def test_bundled_and_published_pairs(reference_data):
 @pytest.mark.parametrize(
     ("entries", "problem"),
     [
-        ([], "JSON list"),
+        ([], "must hold a list"),
         ([{"question": "x"}], "entry 0 must be an object"),
         ([{"question": "x", "answer_matching_behavior": "yes", "answer_not_matching_behavior": "(B)"}], "one letter"),
         ([{"question": "x", "answer_matching_behavior": "(A)", "answer_not_matching_behavior": " A"}], "both answers"),

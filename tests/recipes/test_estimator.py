@@ -145,7 +145,7 @@ def test_the_command_line_names_one_in_the_working_directory(source, tmp_path, m
         ("mine_there:absent", "mine_there has no function 'absent'"),
         ("mine_there:number", "mine_there has no function 'number'"),
         ("mine_there:fails", "the estimator mine_there:fails failed: RuntimeError: no such thing"),
-        ("mine_there:lost", "the estimator mine_there:lost failed: ValueError"),
+        ("mine_there:lost", "the estimator mine_there:lost failed: UserError: a grid needs finite vectors"),
         ("mine_there:late", "the estimator mine_there:late failed: ModuleNotFoundError"),
         ("mine_there:unmarked", "says of each in is_degenerate"),
         ("mine_there:narrow", "a DirectionGrid with one vector for each position and layer, ("),
