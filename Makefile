@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 REAL_MODELS := qwen2.5-coder-0.5b-instruct smollm2-135m-instruct
 MISSING_MODELS = $(filter-out $(notdir $(wildcard $(REFUSAL_MI_REAL_MODELS)/*)),$(REAL_MODELS))
 
-.PHONY: demo test test-fast test-real check notebooks figures bench bench-long clean
+.PHONY: demo test test-fast test-real long check notebooks figures bench bench-long clean
 
 demo: $(READY)
 	$(BIN)/refusal-mi run
@@ -23,6 +23,10 @@ test-fast: $(READY)
 test-real: $(READY)
 	$(if $(MISSING_MODELS),$(error REFUSAL_MI_REAL_MODELS="$(REFUSAL_MI_REAL_MODELS)" names no folder with $(MISSING_MODELS)))
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m real tests/real
+
+# What takes too long for every change: 21,000 damaged and odd files in all readers (about 15 minutes on 2 cores).
+long: $(READY)
+	REFUSAL_MI_FUZZ=1500 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/project/test_fuzz.py
 
 # Runs every notebook from top to bottom, and fails where it says something else than the committed one.
 notebooks: $(READY)

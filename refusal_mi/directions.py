@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import UserError
-from .files import read_json, read_tensors, write_json, write_tensors
+from .files import floats, read_floats, read_json, read_tensors, write_json, write_tensors
 from .model.points import block_hook, layer_of_hook, resid_hook
 
 MIN_RELATIVE_NORM = 1e-6
@@ -78,8 +78,8 @@ class Direction:
             UserError: a file is missing or does not hold one vector.
         """
         path = Path(path)
-        vector = read_tensors(path)
-        if not isinstance(vector, Tensor) or vector.squeeze().ndim != 1:
+        vector = read_floats(path)
+        if vector.squeeze().ndim != 1:
             raise UserError(f"{path} does not hold one vector of shape [d_model]")
         beside = path.with_name(f"{path.stem}_metadata.json")
         metadata = read_json(beside)
@@ -147,10 +147,7 @@ class DirectionGrid:
     @classmethod
     def load(cls, path: Path) -> "DirectionGrid":
         """Read a `mean_diffs.pt` (`[n_pos, n_layers, d_model]`), ours or a published one."""
-        vectors = read_tensors(path)
-        if not isinstance(vectors, Tensor) or vectors.ndim != 3:
-            raise UserError(f"{path} does not hold a tensor of shape [n_pos, n_layers, d_model]")
-        vectors = vectors.double()
+        vectors = read_floats(path, None, None, None).double()
         largest = vectors.norm(dim=-1).max()
         degenerate = (vectors.norm(dim=-1) <= MIN_RELATIVE_NORM * largest).tolist()
         return cls(vectors, tuple(range(-len(vectors), 0)), tuple(map(tuple, degenerate)), {"source": str(path)})
@@ -229,12 +226,13 @@ def read_vectors(path: Path) -> LabelledVectors:
     """
     held = read_tensors(path)
     if isinstance(held, list) and held and all(isinstance(item, Tensor) for item in held):
-        if len({item.numel() for item in held}) != 1 or any(item.squeeze().ndim != 1 for item in held):
+        if len({item.numel() for item in held}) != 1 or any(
+            item.numel() != max(item.shape, default=0) for item in held
+        ):
             raise UserError(f"{path} holds a list of tensors of different shapes, not of vectors of one width")
-        held = torch.stack([item.reshape(-1) for item in held])
-    if not isinstance(held, Tensor):
-        raise UserError(f"{path} holds a {type(held).__name__}, not a vector or a stack of vectors")
-    if held.ndim not in (1, 2) or not held.is_floating_point() or held.numel() == 0:
+        held = torch.stack([floats(path, item).reshape(-1) for item in held])
+    held = floats(path, held)
+    if held.ndim not in (1, 2) or held.numel() == 0:
         raise UserError(
             f"{path} holds {held.dtype} of shape {list(held.shape)}; expected floats of shape [d], [1, d] or [n, d]"
         )

@@ -1,5 +1,7 @@
 """The one exception that means "the caller can fix this"."""
 
+import re
+
 
 class UserError(ValueError):
     """A mistake in what was asked for; the message says what was expected, what came, and what to do.
@@ -7,6 +9,9 @@ class UserError(ValueError):
     The command line prints it as one line and exits with status 2. Every other exception is a defect: one line that
     names it, and its traceback with --debug.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(re.sub(r"\s*\n\s*", " ", str(message)))
 
 
 def cause(error: BaseException) -> str:

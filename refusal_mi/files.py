@@ -14,10 +14,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from .errors import UserError
+from .errors import UserError, cause
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from torch import Tensor
 
 FORMAT = 1
 """Of the records that this version writes (docs/run-folder.md)."""
@@ -179,7 +180,7 @@ def parsed(parse: Callable[[Any], Any]) -> Any:
         try:
             return parse(value)
         except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"not of the expected form ({type(error).__name__}: {error})") from None
+            raise ValueError(f"not of the expected form ({type(error).__name__}: {cause(error)})") from None
 
     return PlainValidator(read)
 
@@ -224,6 +225,38 @@ def read_tensors(path: Path) -> Any:
     except Exception as error:  # foreign code
         reason = f"{type(error).__name__} {next(iter(str(error).splitlines()), '')}"
         raise UserError(f"{path} is not a file of plain tensors saved by torch.save: {reason}") from None
+
+
+def read_floats(path: Path, *sizes: int | None) -> "Tensor":
+    """Read a `.pt` file of one tensor of real numbers.
+
+    Args:
+        sizes: of its axes, None where any will do; none at all where any shape will do.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    return floats(path, read_tensors(path), *sizes)
+
+
+def floats(path: Path, held: Any, *sizes: int | None) -> "Tensor":
+    """What a file holds, if it is one dense tensor of real numbers of these sizes.
+
+    Raises:
+        UserError: it is something else.
+    """
+    import torch
+
+    is_plain = isinstance(held, torch.Tensor) and held.layout is torch.strided and held.is_floating_point()
+    fits = is_plain and (
+        not sizes
+        or (held.ndim == len(sizes) and all(want in (None, have) for want, have in zip(sizes, held.shape, strict=True)))
+    )
+    if fits:
+        return held.detach()
+    found = f"{held.dtype} of shape {list(held.shape)}" if isinstance(held, torch.Tensor) else type(held).__name__
+    wanted = f" of shape [{', '.join('...' if size is None else str(size) for size in sizes)}]" if sizes else ""
+    raise UserError(f"{path} holds {found}; expected a tensor of floats{wanted}")
 
 
 def sha256_file(path: Path) -> str:

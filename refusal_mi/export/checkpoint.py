@@ -187,7 +187,7 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     except (OSError, struct.error, ValueError, MemoryError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {cause(error)}") from None
     except (LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} has no safetensors header: {type(error).__name__} {error}") from None
+        raise UserError(f"{path} has no safetensors header: {type(error).__name__} {cause(error)}") from None
     last = max((tensor.start + tensor.n_bytes for tensor in tensors.values()), default=8 + length)
     if path.stat().st_size != last:
         raise UserError(f"{path} is {path.stat().st_size} bytes long where its header says {last}: it is not complete")

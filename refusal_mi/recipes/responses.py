@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..files import read_record, read_tensors, write_json, write_record, write_tensors
+from ..files import read_floats, read_record, write_json, write_record, write_tensors
 from ..generation import Sampling, discover_response_prefix, generate
 from ..judges.http import identify
 from ..judges.substring import Judge, SubstringJudge, caution
@@ -219,13 +219,12 @@ def load_vectors(path: Path, n_layers: int) -> Float[Tensor, "layer d_model"]:
     Raises:
         UserError: it has another shape.
     """
-    rows = read_tensors(path)
-    if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != n_layers + 1:
-        shape = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+    rows = read_floats(path)
+    if rows.ndim != 2 or len(rows) != n_layers + 1:
         raise UserError(
             f"{path} must hold [n_layers + 1, d_model] = [{n_layers + 1}, ...], row l the stream entering block l; "
-            f"found {shape} (with only n_layers rows it is unclear which end is missing: rewrite it with the "
-            "embedding row, or make it again with refusal-mi vector)"
+            f"found {list(rows.shape)} (with only n_layers rows it is unclear which end is missing: rewrite it with "
+            "the embedding row, or make it again with refusal-mi vector)"
         )
     return rows.float()
 

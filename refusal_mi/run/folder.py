@@ -9,7 +9,8 @@ from typing import Any
 
 from ..directions import Direction, DirectionGrid
 from ..errors import UserError
-from ..files import as_json, read_record, read_tensors
+from ..files import as_json, floats, read_floats, read_record, read_tensors
+from ..interventions import check_width
 from ..measures import LossResult
 from ..model.loading import model_alias
 from ..model.points import HookedModel
@@ -50,15 +51,20 @@ from .record import (
 def load_grid(folder: Path) -> DirectionGrid:
     """The candidates of a run folder."""
     record = read_record(folder / MEAN_DIFFS_RECORD, GridRecord)
-    vectors = read_tensors(folder / MEAN_DIFFS)
-    return DirectionGrid(vectors, record.positions, record.is_degenerate, {"method": record.method})
+    vectors = read_floats(folder / MEAN_DIFFS, len(record.positions), None, None)
+    degenerate = record.is_degenerate or tuple(tuple(norm == 0 for norm in row) for row in record.norms)
+    if [len(row) for row in degenerate] != [vectors.shape[1]] * len(record.positions):
+        raise UserError(
+            f"{folder / MEAN_DIFFS_RECORD} does not fit {MEAN_DIFFS}: it tells of other layers or positions"
+        )
+    return DirectionGrid(vectors, record.positions, degenerate, {"method": record.method})
 
 
 def load_scores(folder: Path) -> ScoreGrid:
     """The scores of a run folder, with its baselines and per-prompt values."""
     baseline = read_record(folder / BASELINE, BaselineRecord)
     rows = ScoreGrid.load(folder / EVALUATIONS, baseline.n_layers).rows
-    per_prompt = read_tensors(folder / SCORES)
+    per_prompt = read_floats(folder / SCORES, len(rows), 3, None)
     return ScoreGrid(rows, baseline.n_layers, baseline.harmful, baseline.harmless, per_prompt, baseline.zero_point)
 
 
@@ -409,12 +415,14 @@ def harmless_components(source: Path, directions: list[Direction]) -> list[float
     folder = source if source.is_dir() else source.parent
     if not (folder / MEANS).is_file():
         raise UserError(f"--affine harmless-mean needs a run folder with {MEANS}, and {folder} has none; give a number")
-    means = read_tensors(folder / MEANS)["harmless"].double()
+    held = read_tensors(folder / MEANS)
+    means = floats(folder / MEANS, held.get("harmless") if isinstance(held, dict) else held, None, None, None).double()
     lengths = []
     for direction in directions:
         if direction.position is None or not -means.shape[0] <= direction.position < 0:
             raise UserError("--affine harmless-mean needs directions that say at which prompt position they were read")
         if not 0 <= direction.layer < means.shape[1]:
             raise UserError(f"there is no harmless mean at layer {direction.layer}; give a number")
+        check_width(len(direction.vector), means.shape[2])
         lengths.append((means[direction.position, direction.layer] @ direction.unit).item())
     return lengths

@@ -1,0 +1,218 @@
+"""Damaged and odd files in every reader: what comes out is the content, or one line that says what is wrong.
+
+REFUSAL_MI_FUZZ files per reader; `make long` reads many.
+"""
+
+import copy
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from refusal_mi.analysis.result import load_result
+from refusal_mi.directions import Direction, load_direction, read_vectors
+from refusal_mi.errors import UserError
+from refusal_mi.export.checkpoint import open_checkpoint
+from refusal_mi.recipes.caa import load_vectors
+from refusal_mi.recipes.options import load_config
+from refusal_mi.run.folder import RunRecord, load_evaluations, load_grid, load_scores, read_directions
+from refusal_mi.run.stages import RunFolder
+from refusal_mi.text.pairs import load_pairs
+from refusal_mi.text.prompts import load_prompts
+from tests.helpers.directions import direction_of
+from tests.helpers.runs import make_run
+
+N_FILES = int(os.environ.get("REFUSAL_MI_FUZZ", "30"))
+ODD = (None, True, -1, 0, 3, 1e308, float("nan"), 10**400, "", "x", "blocks.9.hook_z", [], {}, [[]], [1, "a"], {"a": 1})
+ODD_TENSORS = (
+    torch.zeros(0),
+    torch.tensor(3.0),
+    torch.ones(2, 3, 4),
+    torch.ones(4, dtype=torch.int64),
+    torch.ones(4, dtype=torch.complex64),
+    torch.full((4,), torch.nan),
+    torch.zeros(4),
+    torch.eye(4).to_sparse(),
+    [torch.ones(4), torch.ones(3)],
+    {"vector": torch.ones(4)},
+    [],
+    {},
+    "text",
+    7,
+    torch.nn.Parameter(torch.ones(4)),
+)
+
+
+def nodes(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The places of all values in a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in items:
+        yield from nodes(entry, (*path, key))
+
+
+def odd_json(value: Any, rng: random.Random) -> Any:
+    """A value with one to three places replaced, removed or doubled."""
+    value = copy.deepcopy(value)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        *parents, last = rng.choice(list(nodes(value))) or (None,)
+        if last is None:
+            return rng.choice(ODD)
+        place = value
+        for key in parents:
+            place = place[key]
+        change = rng.randrange(4)
+        if change == 0 and isinstance(place, dict):
+            del place[last]
+        elif change == 1 and isinstance(place, list):
+            place.insert(last, copy.deepcopy(place[last]))
+        else:
+            place[last] = rng.choice(ODD)
+    return value
+
+
+def odd_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Bytes that were flipped, cut off, doubled or put in."""
+    data = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at = rng.randrange(len(data) + 1)
+        change = rng.randrange(4)
+        if change == 0 and at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+        elif change == 1:
+            del data[at : at + rng.choice((1, 8, len(data)))]
+        elif change == 2:
+            data[at:at] = rng.choice((b"\x00", b"\xff\xfe", b"[" * 2000, b'"', b"\n", b"\x1f\x8b", "\u202e".encode()))
+        else:
+            data[at:at] = data[at : at + 64]
+    return bytes(data)
+
+
+def damage(path: Path, rng: random.Random) -> None:
+    """Write something else into a file."""
+    content = path.read_bytes()
+    if path.suffix == ".json" and rng.random() < 0.8:
+        path.write_text(json.dumps(odd_json(json.loads(content), rng)))
+    elif path.suffix == ".safetensors" and rng.random() < 0.7:
+        length = int.from_bytes(content[:8], "little")
+        header = json.dumps(odd_json(json.loads(content[8 : 8 + length]), rng)).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    elif path.suffix == ".pt" and rng.random() < 0.5:
+        torch.save(rng.choice(ODD_TENSORS), path)
+    else:
+        path.write_bytes(odd_bytes(content, rng))
+
+
+def whole_run(folder: Path) -> None:
+    record = RunRecord.load(folder)
+    for name in (
+        "prompts",
+        "scores",
+        "selection",
+        "direction",
+        "norms",
+        "sides",
+        "losses",
+        "combination",
+        "thresholds",
+    ):
+        getattr(record, name)
+
+
+def stages(folder: Path) -> None:
+    run = RunFolder(folder)
+    run.seconds(), run.peak_mib(), run.before("s")
+    run.stage("s", {"a": 1}, ["out.json"], lambda: (folder / "out.json").write_text("1"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_dir) -> Path:
+    """One whole file or folder for every reader."""
+    root = tmp_path_factory.mktemp("fuzz")
+    make_run(root / "run", n_test=4)
+    (root / "run/generate_directions").mkdir(exist_ok=True)
+    torch.save(torch.randn(5, 8, 16).double(), root / "run/generate_directions/mean_diffs.pt")
+    evaluations = root / "run/select_direction/direction_evaluations.json"
+    shutil.copy(evaluations, evaluations.with_name("direction_evaluations_filtered.json"))
+    folder = RunFolder(root / "stages")
+    folder.stage("s", {"a": 1}, ["out.json"], lambda: (root / "stages/out.json").write_text("1"))
+    direction_of(torch.ones(4)).save(root / "direction" / "d.pt")
+    torch.save(torch.ones(3, 4), root / "direction" / "bare.pt")
+    torch.save(torch.ones(1, 4), root / "direction" / "one.pt")
+    (root / "rows").mkdir()
+    rows = [{"instruction": f"Say {n}", "input": "", "category": "c", "output": str(n)} for n in range(4)]
+    chats = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}] * 2
+    (root / "rows/a.json").write_text(json.dumps(rows))
+    (root / "rows/chat.json").write_text(json.dumps({"data": chats}))
+    (root / "rows/b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (root / "rows/c.csv").write_text('id,prompt\n1,One\n2,"Two, and"\n')
+    (root / "rows/d.txt").write_text("One\nTwo\n")
+    pair = {"question": "Is it?\n\nChoices:\n(A) No.\n(B) Yes.", "answer_matching_behavior": "(A)"}
+    (root / "pairs").mkdir()
+    (root / "pairs/p.json").write_text(json.dumps([pair | {"answer_not_matching_behavior": "(B)"}] * 2))
+    (root / "config").mkdir()
+    (root / "config/c.yaml").write_text("model_path: m\ndata_path:\n  generation: a.json\ntarget_layer: 3\n")
+    shutil.copytree(tiny_dir("llama"), root / "checkpoint")
+    return root
+
+
+READERS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
+    "run": ("run", "*.json", whole_run),
+    "score grid": (
+        "run",
+        "select_direction/direction_evaluations.json",
+        lambda run: load_evaluations(run / "select_direction/direction_evaluations.json", 8),
+    ),
+    "scores": ("run", "select_direction/*", load_scores),
+    "grid": ("run", "generate_directions/*", load_grid),
+    "ranked directions": ("run", "**/*.*", lambda run: read_directions(run, "0-1")),
+    "stage records": ("stages", ".stages/*.json", stages),
+    "direction": ("direction", "d*", lambda folder: Direction.load(folder / "d.pt")),
+    "vectors": ("direction", "bare.pt", lambda folder: read_vectors(folder / "bare.pt")),
+    "bare direction": (
+        "direction",
+        "one.pt",
+        lambda folder: load_direction(folder / "one.pt", "blocks.1.hook_resid_pre"),
+    ),
+    "CAA vectors": ("direction", "d*", lambda folder: load_vectors(folder / "d.pt", "model")),
+    "prompts": ("rows", "*", lambda folder: [load_prompts(path) for path in sorted(folder.iterdir())]),
+    "pairs": ("pairs", "*", lambda folder: load_pairs(folder / "p.json")),
+    "CAA config": ("config", "*", lambda folder: load_config(folder / "c.yaml")),
+    "checkpoint": ("checkpoint", "*.safetensors", open_checkpoint),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", READERS)
+def test_a_reader_says_what_is_wrong_in_one_line(name, made, tmp_path):
+    folder, pattern, read = READERS[name]
+    read(shutil.copytree(made / folder, tmp_path / "whole"))
+    rng, refused = random.Random(name), 0
+    for n in range(N_FILES):
+        place = shutil.copytree(made / folder, tmp_path / str(n))
+        files = sorted(path for path in place.glob(pattern) if path.is_file() and path.name != "lock")
+        damage(rng.choice(files), rng)
+        kept = [path.read_bytes() for path in files]
+        try:
+            read(place)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) > 20, error
+        except Exception as error:
+            error.add_note(f"{name}: {[content[:600] for content in kept]}")
+            raise
+        shutil.rmtree(place)
+    assert refused > N_FILES / 10
+
+
+def test_a_damaged_result_of_an_analysis_is_one_line(made, tmp_path):
+    for content in ([], {"kind": "pca"}, {"kind": 3, "format": 1}, "x"):
+        (tmp_path / "r.json").write_text(json.dumps(content))
+        with pytest.raises(UserError):
+            load_result(tmp_path / "r.json")
