@@ -217,6 +217,8 @@ def _load_failure(name: str, revision: str | None, error: Exception) -> str:
     reason = cause(error)
     if "trust_remote_code" in str(error):
         reason = "it brings Python code of its own, which is not run"
+    if "Available architectures" in reason:
+        reason = "TransformerLens does not know its architecture"
     if "ignore_mismatched_sizes" in reason:
         reason = "its weights do not have the shapes that its config.json names"
     if Path(name).is_dir():

@@ -26,7 +26,7 @@ class Naming:
 
     def role(self, name: str) -> tuple[Role, int | None] | None:
         """Role and block of a tensor; None if no pattern fits."""
-        bare = re.sub(r"^(?:model|transformer|gpt_neox)\.", "", name)
+        bare = re.sub(r"^(?:model\.decoder|model|transformer|gpt_neox)\.", "", name)
         inside = re.fullmatch(rf"{self.blocks}\.(\d+)\.(.+)", bare)
         patterns = self.block_tensors if inside else self.tensors
         rest = inside[2] if inside else bare
@@ -60,43 +60,74 @@ class Family:
 _LLAMA = Naming(
     r"layers",
     {
-        "embed": (r"embed_tokens\.weight",),
+        "embed": (r"embed_tokens\.weight", r"embed_positions\.weight"),
         "head": (r"lm_head\.weight",),
-        "norm": (r"norm\.(weight|bias)",),
-        "other": (r"rotary_emb\..+",),
+        "norm": (r"(norm|final_layernorm|final_layer_norm)\.(weight|bias)",),
+        "other": (r"rotary_emb\..+", r"lm_head\.bias"),
     },
     {
-        "attn": (rf"self_attn\.o_proj{_LINEAR}",),
+        "attn": (rf"self_attn\.(o_proj|out_proj|dense){_LINEAR}",),
         "mlp": (
-            rf"mlp\.down_proj{_LINEAR}",
+            rf"mlp\.(down_proj|c_proj|fc2){_LINEAR}",
+            rf"fc2{_LINEAR}",
             r"mlp\.experts\.\d+\.down_proj\.weight",
             r"block_sparse_moe\.experts\.\d+\.w2\.weight",
-            r"mlp\.experts\.down_proj(_bias)?",
-            r"mlp\.shared_expert\.down_proj\.weight",
+            r"(mlp|block_sparse_moe)\.experts\.down_proj(_bias)?",
+            r"block_sparse_moe\.output_linear\.weight",
+            r"mlp\.shared_experts?\.down_proj\.weight",
         ),
         "reader": (
-            rf"self_attn\.(q|k|v|qkv)_proj{_LINEAR}",
-            rf"mlp\.(gate|up|gate_up)_proj{_LINEAR}",
+            rf"self_attn\.(q|k|v|qkv|q_a|q_b|kv_b)_proj{_LINEAR}",
+            rf"self_attn\.kv_a_proj_with_mqa{_LINEAR}",
+            rf"mlp\.(gate_proj|up_proj|gate_up_proj|c_fc|fc1){_LINEAR}",
+            rf"fc1{_LINEAR}",
             r"mlp\.experts\.\d+\.(gate|up)_proj\.weight",
             r"block_sparse_moe\.experts\.\d+\.w[13]\.weight",
-            r"mlp\.experts\.gate_up_proj(_bias)?",
-            r"mlp\.shared_expert\.(gate|up)_proj\.weight",
+            r"(mlp|block_sparse_moe)\.experts\.gate_up_proj(_bias)?",
+            r"block_sparse_moe\.(input_linear|router\.layer)\.weight",
+            r"mlp\.shared_experts?\.(gate|up)_proj\.weight",
             r"(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)\.(weight|bias)",
         ),
-        "norm": (r"((input|post_attention|pre_feedforward|post_feedforward)_layernorm|self_attn\.[qk]_norm)\.weight",),
-        "other": (r"self_attn\.sinks", r"self_attn\.rotary_emb\..+"),
+        "norm": (
+            r"(input|post_attention|pre_feedforward|post_feedforward)_layernorm\.(weight|bias)",
+            r"(attention|feedforward|post_self_attn|post_mlp)_layernorm\.weight",
+            r"(self_attn|final)_layer_norm\.(weight|bias)",
+            r"self_attn\.([qk]_norm|(query|key|q_a|kv_a)_layernorm)\.weight",
+        ),
+        "other": (
+            r"self_attn\.sinks",
+            r"self_attn\.rotary_emb\..+",
+            r"mlp\.act_fn\..+",
+            r"mlp\.gate\.e_score_correction_bias",
+        ),
     },
 )
 
 _GPT2 = Naming(
     r"h",
-    {"embed": (r"w[tp]e\.weight",), "head": (r"lm_head\.weight",), "norm": (r"ln_f\.(weight|bias)",)},
     {
-        "attn": (rf"attn\.c_proj{_LINEAR}",),
-        "mlp": (rf"mlp\.c_proj{_LINEAR}",),
-        "reader": (rf"attn\.c_attn{_LINEAR}", rf"mlp\.c_fc{_LINEAR}"),
+        "embed": (r"w[tp]e\.weight",),
+        "head": (r"lm_head\.weight",),
+        "norm": (r"ln_f\.(weight|bias)",),
+        "other": (r"lm_head\.bias",),
+    },
+    {
+        "attn": (rf"attn\.(attention\.)?(c_proj|out_proj){_LINEAR}",),
+        "mlp": (rf"mlp\.(c_proj|fc_out){_LINEAR}",),
+        "reader": (rf"attn\.(attention\.)?(c_attn|qkv_proj|[qkv]_proj){_LINEAR}", rf"mlp\.(c_fc|fc_in){_LINEAR}"),
         "norm": (r"ln_[12]\.(weight|bias)",),
-        "other": (r"attn\.(masked_)?bias",),
+        "other": (r"attn\.(attention\.)?((masked_)?bias|causal_mask|embed_positions)",),
+    },
+)
+
+_MPT = Naming(
+    r"blocks",
+    {"embed": (r"wte\.weight",), "head": (r"lm_head\.weight",), "norm": (r"norm_f\.(weight|bias)",)},
+    {
+        "attn": (rf"attn\.out_proj{_LINEAR}",),
+        "mlp": (rf"ffn\.down_proj{_LINEAR}",),
+        "reader": (rf"attn\.Wqkv{_LINEAR}", rf"ffn\.up_proj{_LINEAR}"),
+        "norm": (r"norm_[12]\.(weight|bias)",),
     },
 )
 
@@ -129,6 +160,7 @@ _FALCON = Naming(
 )
 
 _POST_NORMS = {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+_GLM4_POST_NORMS = {"attn": "post_self_attn_layernorm", "mlp": "post_mlp_layernorm"}
 _GEMMA_TIED = "vLLM's gemma classes assert tied embeddings and llama.cpp's converter drops lm_head"
 _COHERE_TIED = "vLLM's cohere class skips lm_head and llama.cpp unembeds with the token embedding"
 _GPT2_TIED = "some vLLM versions skip gpt2's lm_head when loading"
@@ -140,21 +172,29 @@ def _root_width(config: Any) -> float:
 
 FAMILIES: dict[str, Family] = {
     **{name: Family(_LLAMA) for name in ("llama", "qwen2", "qwen3", "mistral", "phi3", "mixtral")},
-    **{name: Family(_LLAMA) for name in ("qwen2_moe", "qwen3_moe", "smollm3")},
+    **{name: Family(_LLAMA) for name in ("qwen2_moe", "qwen3_moe", "smollm3", "olmo", "olmoe", "seed_oss", "arcee")},
+    **{name: Family(_LLAMA) for name in ("ernie4_5", "ministral3", "glm", "starcoder2", "stablelm", "nemotron", "phi")},
+    **{name: Family(_LLAMA) for name in ("apertus", "hunyuan_v1_dense", "deepseek_v3", "opt")},
     "gpt_oss": Family(_LLAMA, expert_axis=2),
-    "cohere": Family(_LLAMA, tied_only=_COHERE_TIED),
-    "granite": Family(
-        _LLAMA,
-        embedding_scale=lambda config: config.embedding_multiplier,
-        residual_scale=lambda config: config.residual_multiplier,
-    ),
+    **{name: Family(_LLAMA, tied_only=_COHERE_TIED) for name in ("cohere", "cohere2")},
+    **{
+        name: Family(
+            _LLAMA,
+            embedding_scale=lambda config: config.embedding_multiplier,
+            residual_scale=lambda config: config.residual_multiplier,
+        )
+        for name in ("granite", "granitemoe")
+    },
     "gemma": Family(_LLAMA, gain_offset=1.0, embedding_scale=_root_width, tied_only=_GEMMA_TIED),
     **{
         name: Family(_LLAMA, _POST_NORMS, 1.0, embedding_scale=_root_width, tied_only=_GEMMA_TIED)
         for name in ("gemma2", "gemma3_text")
     },
-    **{name: Family(_LLAMA, _POST_NORMS) for name in ("olmo2", "olmo3")},
+    **{name: Family(_LLAMA, _POST_NORMS) for name in ("olmo2", "olmo3", "exaone4")},
+    "glm4": Family(_LLAMA, _GLM4_POST_NORMS),
     "gpt2": Family(_GPT2, is_in_out=True, tied_only=_GPT2_TIED),
+    **{name: Family(_GPT2) for name in ("gptj", "gpt_neo", "gpt_bigcode", "codegen")},
+    "mpt": Family(_MPT),
     "gpt_neox": Family(_NEOX),
     "falcon": Family(_FALCON),
 }

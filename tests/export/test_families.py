@@ -10,12 +10,15 @@ from refusal_mi.export.export import export_checkpoint
 from refusal_mi.export.plan import plan_export
 from refusal_mi.export.rewrite import rewrite
 from refusal_mi.interventions import Ablate
+from refusal_mi.model import writers
 from refusal_mi.model.loading import load_model
 from refusal_mi.weights import Projection
 from tests.helpers.directions import random_direction
 from tests.helpers.exports import (
     EXACT,
     FUSED_EXPERTS,
+    OTHER_POST_NORM,
+    OTHERS,
     POST_NORM,
     SWITCHED_OFF,
     hooked_logits,
@@ -27,7 +30,11 @@ from tests.helpers.exports import (
 from tests.helpers.tiers import first_is_fast
 
 
-@pytest.mark.parametrize("family", first_is_fast((*EXACT, "qwen2_moe", "smollm3")))
+def test_every_family_that_is_known_is_tried_here():
+    assert set(writers.FAMILIES) == {*EXACT, *POST_NORM, *OTHERS}
+
+
+@pytest.mark.parametrize("family", first_is_fast((*EXACT, *(each for each in OTHERS if each not in OTHER_POST_NORM))))
 def test_the_exported_weights_give_the_hooked_logits(family, tmp_path):
     ablation = Ablate(random_direction(1, scale=1.0))
     for dtype, limit in (("float32", 1e-5), ("float64", 1e-6)):  # norms and softmax compute in float32 even in float64
@@ -56,7 +63,7 @@ def test_an_edit_that_skips_one_writer_is_seen(family, tmp_path):
     assert (plain_logits(tmp_path / "out") - hooked).abs().max() > 1e3 * exact
 
 
-@pytest.mark.parametrize("family", first_is_fast((*POST_NORM, "olmo3")))
+@pytest.mark.parametrize("family", first_is_fast((*POST_NORM, *OTHER_POST_NORM)))
 def test_behind_a_post_norm_nothing_is_written_along_the_direction(family, tmp_path, monkeypatch):
     direction = random_direction(1)
     ablation = Ablate(direction)

@@ -13,18 +13,38 @@ from refusal_mi.interventions import Intervention, all_hooks
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.running import all_logits
 from refusal_mi.text.batches import TokenBatch
-from tests.helpers.models import FAMILIES, N_LAYERS, tiny_hf_model, tiny_tokenizer
+from tests.helpers.models import D_MODEL, FAMILIES, N_LAYERS, tiny_hf_model, tiny_tokenizer
 
 POST_NORM = ("gemma2", "gemma3_text", "olmo2")
-FUSED_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "qwen2_moe")
+FUSED_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "qwen2_moe", "olmoe", "deepseek_v3", "granitemoe")
 """Their kernels refuse float64."""
 OTHERS = {
     "qwen2_moe": FAMILIES["qwen2"]
     | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
     "smollm3": FAMILIES["qwen2"] | {"pad_token_id": 0},
     "olmo3": FAMILIES["olmo2"] | {"sliding_window": 64},
+    "exaone4": FAMILIES["olmo2"] | {"sliding_window": 64},
+    **dict.fromkeys(("olmo", "arcee", "stablelm", "phi"), FAMILIES["qwen2"]),
+    **dict.fromkeys(("seed_oss", "ernie4_5", "ministral3", "nemotron", "hunyuan_v1_dense"), FAMILIES["qwen3"]),
+    **dict.fromkeys(("cohere2", "starcoder2"), FAMILIES["qwen2"] | {"sliding_window": 64}),
+    **dict.fromkeys(("glm", "glm4"), FAMILIES["qwen3"] | {"pad_token_id": 0}),
+    "apertus": FAMILIES["qwen2"] | {"pad_token_id": 0},
+    "olmoe": FAMILIES["qwen2"] | {"num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": FAMILIES["qwen2"]
+    | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
+    | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
+    "granitemoe": FAMILIES["granite"] | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "opt": {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": 4, "ffn_dim": 48}
+    | {"max_position_embeddings": 512, "word_embed_proj_dim": D_MODEL},
+    "mpt": {"d_model": D_MODEL, "n_layers": N_LAYERS, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 512},
+    "gpt_neo": {"hidden_size": D_MODEL, "num_layers": N_LAYERS, "num_heads": 4, "intermediate_size": 48}
+    | {"max_position_embeddings": 512, "attention_types": [[["global", "local"], 2], [["global"], 1]]},
+    "gpt_bigcode": FAMILIES["gpt2"],
+    **dict.fromkeys(("gptj", "codegen"), FAMILIES["gpt2"] | {"rotary_dim": 8}),
 }
 """Exported too, and no part of the seventeen."""
+OTHER_POST_NORM = ("olmo3", "exaone4", "glm4")
 EXACT = tuple(family for family in FAMILIES if family not in POST_NORM)
 SWITCHED_OFF = 3
 """The coordinate whose post-norm gain is exactly zero."""
@@ -34,7 +54,7 @@ def save_model(family: str, directory: Path, dtype: torch.dtype = torch.float32,
     """A tiny model on disk; on post-norm families one gain of each post-norm is exactly zero."""
     with patch.dict(FAMILIES, OTHERS):
         model = tiny_hf_model(family, **changes)
-    if family in (*POST_NORM, "olmo3"):
+    if family in (*POST_NORM, *OTHER_POST_NORM):
         offset = 1.0 if family.startswith("gemma") else 0.0
         with torch.no_grad():
             for name, parameter in model.named_parameters():
