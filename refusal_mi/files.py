@@ -57,7 +57,7 @@ def clear_leftovers(folder: Path, name: str = "", *, deep: bool = False) -> None
         deep: in the folders below as well.
     """
     pattern = f".{glob.escape(name) if name else '*'}.*.tmp"
-    whose = re.compile(rf"\.{re.escape(platform.node())}-(\d+)(?:\.[0-9a-f]{{8}})?\.tmp$")
+    whose = re.compile(rf"\.{re.escape(platform.node())}-(\d{{1,9}})(?:\.[0-9a-f]{{8}})?\.tmp$")
     for left in [*(folder.rglob if deep else folder.glob)(pattern)]:
         match = whose.search(left.name)
         if match is None or _is_alive(int(match[1])):
@@ -69,6 +69,8 @@ def clear_leftovers(folder: Path, name: str = "", *, deep: bool = False) -> None
 
 
 def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # where asking would end it
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -58,12 +58,8 @@ _CATEGORY_COLUMNS = ("category", "semantic_category", "SemanticCategory")
 _OUTPUT_COLUMNS = ("output", "response", "completion", "answer")
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-_CONTEXTS = {
-    "input": "{instruction}\n\n{context}",
-    "contextstring": "{context}\n\n---\n\n{instruction}",
-    "context": "{context}\n\n---\n\n{instruction}",
-}
-"""Columns that hold the other half of an instruction, as Alpaca and HarmBench write it: how the two are joined."""
+_CONTEXT_COLUMNS = ("input", "contextstring", "context")
+"""Where Alpaca, HarmBench and Dolly write the other half of an instruction."""
 
 
 @dataclass(frozen=True)
@@ -257,15 +253,16 @@ def _prompts(
         instruction = record[text].strip()
         if instruction and context and (more := str(record.get(context) or "").strip()):
             counts[f"have a {context!r}, which is joined to their {text!r}"] += 1
-            instruction = _CONTEXTS[context.lower()].format(instruction=instruction, context=more)
+            halves = (instruction, more) if text.lower() == "instruction" else (more, "---", instruction)
+            instruction = "\n\n".join(halves)
         kind, answer = (record.get(each) if each else None for each in (category, output))
         yield Prompt(instruction, None if kind is None else str(kind), answer if isinstance(answer, str) else None)
 
 
 def _context_column(keys: set[str], text: str) -> str | None:
-    """The column with the other half of the instruction: "input" beside "instruction", else a context."""
-    found = _optional_column(dict.fromkeys(sorted(keys)), tuple(_CONTEXTS))
-    return None if found is None or (found.lower() == "input") != (text.lower() == "instruction") else found
+    """The column with the other half of the instruction; "input" is one only beside "instruction"."""
+    names = [name for name in _CONTEXT_COLUMNS if name != "input" or text.lower() == "instruction"]
+    return _optional_column(dict.fromkeys(sorted(keys)), names)
 
 
 def _is_chat(value: Any) -> bool:

@@ -193,6 +193,7 @@ def test_a_near_name_is_suggested(tmp_path):
         ({"instruction": "Add these.", "input": "1, 2", "output": "3"}, "Add these.\n\n1, 2"),
         ({"Behavior": "Summarize it.", "ContextString": "Once."}, "Once.\n\n---\n\nSummarize it."),
         ({"prompt": "Summarize it.", "context": "Once."}, "Once.\n\n---\n\nSummarize it."),
+        ({"instruction": "Summarize it.", "context": "Once.", "response": "x"}, "Summarize it.\n\nOnce."),
     ],
 )
 def test_the_other_half_of_an_instruction_is_joined_and_counted(tmp_path, row, text):
