@@ -119,8 +119,8 @@ def stream(
                 logits, past = prefix_logits_and_cache(model, latest, past)
             else:
                 logits = last_logits(model, batch)
-        finite(logits.amax(-1), LOGITS)
         new.append(int(logits[0].argmax()))
+        finite(logits[0, new[-1]], LOGITS)
         is_last = new[-1] in stops or len(new) == room
         yield _read(chat, new, stops) if is_last else Generated(_settled(chat, new), tuple(new), False)
         if is_last:
@@ -163,9 +163,9 @@ def _greedy(
     live, tokens, mask, past, first = answers, batch.tokens, batch.mask, None, None
     for _ in range(max_new_tokens):
         logits, past = prefix_logits_and_cache(model, tokens, past, mask)
-        finite(logits.amax(-1), LOGITS)  # NaN and infinity come through, a masked entry does not
         first = logits if first is None else first
         latest = logits.argmax(-1)
+        finite(logits.gather(-1, latest[:, None]), LOGITS)  # the largest is NaN where any is; a masked entry stays out
         for ids, token in zip(live, latest.tolist(), strict=True):
             if not ids or ids[-1] not in stops:
                 ids.append(token)
