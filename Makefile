@@ -24,9 +24,9 @@ test-real: $(READY)
 	$(if $(MISSING_MODELS),$(error REFUSAL_MI_REAL_MODELS="$(REFUSAL_MI_REAL_MODELS)" names no folder with $(MISSING_MODELS)))
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m real tests/real
 
-# What takes too long for every change: 21,000 damaged and odd files in all readers (about 15 minutes on 2 cores).
+# What takes too long for every change: 21,000 damaged files in all readers, 40 kills (about 25 minutes on 2 cores).
 long: $(READY)
-	REFUSAL_MI_FUZZ=1500 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/project/test_fuzz.py
+	REFUSAL_MI_FUZZ=1500 REFUSAL_MI_KILLS=40 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/project/test_fuzz.py tests/run/test_kills.py
 
 # Runs every notebook from top to bottom, and fails where it says something else than the committed one.
 notebooks: $(READY)
