@@ -94,7 +94,8 @@ class Direction:
         if not isinstance(hook_name, str) or layer_of_hook(hook_name) != layer:
             raise UserError(f"{beside} contradicts itself: layer {layer} is not {hook_name!r}")
         found = cls(vector.squeeze().clone(), layer, hook_name, position, metadata)
-        if norm is not None and not (isinstance(norm, float | int) and math.isclose(norm, found.norm, rel_tol=0.01)):
+        is_number = isinstance(norm, float | int) and abs(norm) < 1e30
+        if norm is not None and not (is_number and math.isclose(norm, found.norm, rel_tol=0.01)):
             raise UserError(f"{beside} names the norm {norm!r}, and the vector in {path.name} has {found.norm:.4g}")
         return found
 

@@ -181,7 +181,7 @@ def parsed(parse: Callable[[Any], Any]) -> Any:
     def read(value: Any) -> Any:
         try:
             return parse(value)
-        except (LookupError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"not of the expected form ({type(error).__name__}: {cause(error)})") from None
 
     return PlainValidator(read)

@@ -179,7 +179,7 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         with path.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
             header = json.loads(handle.read(length))
-        metadata = header.pop("__metadata__", {})
+        metadata = {key: str(value) for key, value in header.pop("__metadata__", {}).items()}
         tensors = {}
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (start, end), shape = entry["data_offsets"], tuple(entry["shape"])

@@ -42,7 +42,7 @@ class ScoreGrid:
         entries = read_json(path)
         try:
             rows = tuple(map(CandidateScore.read, entries))
-        except (LookupError, TypeError, ValueError, AttributeError):
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
             keys = ", ".join(CandidateScore(0, 0, None, None, None).describe())
             raise UserError(f"{path} is not a score grid: expected a list of objects with the keys {keys}") from None
         if not rows:

@@ -274,7 +274,7 @@ def _message(value: Any) -> tuple[str, str] | None:
     if not isinstance(value, dict):
         return None
     role, text = value.get("role", value.get("from")), value.get("content", value.get("value"))
-    return (_ROLES[role], text) if isinstance(text, str) and role in _ROLES else None
+    return (_ROLES[role], text) if isinstance(text, str) and isinstance(role, str) and role in _ROLES else None
 
 
 def _first_turn(name: str, value: Any, counts: Counter[str]) -> Prompt:
