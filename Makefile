@@ -11,7 +11,7 @@ MISSING_MODELS = $(filter-out $(notdir $(wildcard $(REFUSAL_MI_REAL_MODELS)/*)),
 demo: $(READY)
 	$(BIN)/refusal-mi run
 
-# Everything (about 4 minutes on 2 cores).
+# Everything (about 7 minutes on 2 cores).
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -19,7 +19,7 @@ test: $(READY)
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real"
 
-# Real chat models (about 12 minutes on 2 cores), in the folder that REFUSAL_MI_REAL_MODELS names.
+# Real chat models (about 14 minutes on 2 cores), in the folder that REFUSAL_MI_REAL_MODELS names.
 test-real: $(READY)
 	$(if $(MISSING_MODELS),$(error REFUSAL_MI_REAL_MODELS="$(REFUSAL_MI_REAL_MODELS)" names no folder with $(MISSING_MODELS)))
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m real tests/real
