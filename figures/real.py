@@ -22,9 +22,10 @@ from refusal_mi.figures.scores import plot_score_panels, plot_scores
 from refusal_mi.files import as_json, read_json, read_record, write_json, write_text
 from refusal_mi.report.page import combinations_of
 from refusal_mi.report.verdict import signed
-from refusal_mi.run.answers import SIDES
-from refusal_mi.run.folder import RunRecord
+from refusal_mi.run.answers import SIDES, Side
+from refusal_mi.run.folder import RunRecord, load_scores
 from refusal_mi.run.record import DIRECTION, DOES_NOT_REFUSE, LABELS, LabelsRecord
+from refusal_mi.search.grid import select
 from refusal_mi.stats import Rate
 
 PAGE, KNOWN = ROOT / "docs" / "real-models.md", ROOT / "docs" / "real-models.json"
@@ -152,13 +153,13 @@ def _seed(record: RunRecord, first: Path) -> dict[str, Any]:
 
 
 def _other_limit(record: RunRecord) -> dict[str, Any]:
-    summary = record.summary
-    assert summary is not None and summary.selection is not None
+    """Of a run that may have evaluated nothing but combinations."""
+    chosen = select(load_scores(record.path), record.thresholds)
     return {
-        "kl_max": record.run.options.thresholds.kl_max,
-        "n_survivors": summary.selection.n_survivors,
-        "best": as_json(summary.selection.best),
-        "completions": as_json(summary.completions),
+        "kl_max": record.thresholds.kl_max,
+        "n_survivors": len(chosen.survivors),
+        "best": as_json(chosen.best),
+        "completions": {} if record.summary is None else as_json(record.summary.completions),
         "combinations": [_combination(record, link.name, link.report) for link in combinations_of(record)],
     }
 
@@ -264,22 +265,26 @@ def _two(rates: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _effects(found: Mapping[str, Any]) -> Iterable[str]:
-    if not found["completions"]:
+    single, together = found["completions"], found["combinations"]
+    if not single and not together:
         return
     yield "| held-out prompts | intervention | n | refused [95%] | degenerate [95%] |"
     yield "|---|---|---|---|---|"
     for side in SIDES:
-        table = found["completions"][side]
-        for label, rates in table.items():
-            if isinstance(rates, Mapping):
-                yield _row(side, intervention_name(label, side), table["n"], rates)
-        for each in found["combinations"]:
-            yield _row(side, f"{each['name']} ablated", table["n"], each["completions"][side]["ablation"])
+        yield from _rows(side, single.get(side, {}))
+        for each in together:
+            rates = each["completions"][side]
+            yield from _rows(side, {"n": rates["n"], "ablation": rates["ablation"]} if single else rates, each["name"])
     yield ""
 
 
-def _row(side: str, what: str, n: int, rates: Mapping[str, Any]) -> str:
-    return f"| {side} | {what} | {n} | {_rate(rates['refusal'])} | {_rate(rates['degenerate'])} |"
+def _rows(side: Side, table: Mapping[str, Any], together: str = "") -> Iterable[str]:
+    """One row for each intervention; what is ablated together is named by its ranks."""
+    for label, rates in table.items():
+        if isinstance(rates, Mapping):
+            what = f"{together} ablated" if together and label == "ablation" else intervention_name(label, side)
+            refused, degenerate = _rate(rates["refusal"]), _rate(rates["degenerate"])
+            yield f"| {side} | {what} | {table['n']} | {refused} | {degenerate} |"
 
 
 def _losses(found: Mapping[str, Any]) -> Iterable[str]:
