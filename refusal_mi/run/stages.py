@@ -78,7 +78,7 @@ class RunFolder:
         Raises:
             UserError: its `run.json` names another model or revision, or another process works in it.
         """
-        if self._records.is_dir():
+        if os.access(self._records, os.W_OK):  # a folder that is only read needs neither
             with self.locked():
                 clear_leftovers(self.path, deep=True)
         before = self._model()
@@ -162,8 +162,12 @@ class RunFolder:
             yield
             return
         missing = [each for each in (place.parent, *place.parent.absolute().parents) if not each.exists()]
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("a") as file:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file = place.open("a")
+        except OSError as error:
+            raise UserError(f"cannot write {place}: {error.strerror or error}") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

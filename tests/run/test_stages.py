@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -122,6 +123,24 @@ def test_a_second_process_is_refused_and_a_dead_ones_lock_taken_over(tmp_path, c
     other_process.wait()
     folder.claim(MODEL)
     stage(folder, calls, {})
+    assert len(calls) == 1
+
+
+def test_a_folder_that_may_not_be_written_is_read_and_not_worked_in(tmp_path, calls, monkeypatch):
+    stage(RunFolder(tmp_path), calls, {})
+    opened = Path.open
+
+    def refusing(self, mode="r", *arguments, **options):
+        if "r" not in mode:
+            raise PermissionError(13, "Permission denied")
+        return opened(self, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    RunFolder(tmp_path).claim(MODEL)
+    RunFolder(tmp_path).check_weights(MODEL)
+    with pytest.raises(UserError, match=r"cannot write .*lock: Permission denied"):
+        stage(RunFolder(tmp_path), calls, {"a": 2})
     assert len(calls) == 1
 
 
