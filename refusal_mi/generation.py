@@ -20,7 +20,6 @@ from .progress import track
 from .text.batches import TokenBatch, batches_by_length, left_pad
 from .text.chat import ChatFormat, Message
 
-LOGITS = "the model's logits"
 MOST_LIVE = 0.75
 """Answers that have ended leave a batch once at most this fraction of it goes on."""
 
@@ -120,7 +119,7 @@ def stream(
             else:
                 logits = last_logits(model, batch)
         new.append(int(logits[0].argmax()))
-        finite(logits[0, new[-1]], LOGITS)
+        finite(logits[0, new[-1]])
         is_last = new[-1] in stops or len(new) == room
         yield _read(chat, new, stops) if is_last else Generated(_settled(chat, new), tuple(new), False)
         if is_last:
@@ -165,7 +164,7 @@ def _greedy(
         logits, past = prefix_logits_and_cache(model, tokens, past, mask)
         first = logits if first is None else first
         latest = logits.argmax(-1)
-        finite(logits.gather(-1, latest[:, None]), LOGITS)  # the largest is NaN where any is; a masked entry stays out
+        finite(logits.gather(-1, latest[:, None]))  # the largest is NaN where any is; a masked entry stays out
         for ids, token in zip(live, latest.tolist(), strict=True):
             if not ids or ids[-1] not in stops:
                 ids.append(token)

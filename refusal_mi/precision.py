@@ -21,8 +21,8 @@ def as_double(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     return with_float64(values).to(torch.float64)
 
 
-def finite(values: AnyTensor, what: str) -> AnyTensor:
-    """The same values, which are all numbers.
+def finite(values: AnyTensor, what: str = "the model's logits") -> AnyTensor:
+    """The same values, which are all numbers: for what leaves a model.
 
     Raises:
         UserError: some are NaN or infinite.

@@ -40,7 +40,7 @@ def mean_activations(
     for _, streams in _streams(model, chat, instructions, layers, len(chat.positions), [], batch_size):
         for layer, stream in enumerate(streams):
             total[:, layer] += with_float64(stream).sum(0, dtype=torch.float64).cpu()
-    return ActivationMeans(finite(total / len(instructions), STREAMS), chat.positions, len(instructions))
+    return ActivationMeans(total / len(instructions), chat.positions, len(instructions))
 
 
 def combine_spans(
@@ -101,7 +101,7 @@ def stream_residuals(
             the last token of the instruction.
 
     Raises:
-        UserError: there are no prompts.
+        UserError: there are no prompts, one does not fit the model, or streams are not finite.
     """
     wanted = range(model.cfg.n_layers + 1) if layers is None else layers
     n = len(chat.positions) if n_last is None else n_last
@@ -145,7 +145,7 @@ def template_residuals(
         batch_size=batch_size,
     ):
         table[indices] = streams.float().cpu()
-    return finite(table, STREAMS)
+    return table
 
 
 def captured(
@@ -161,12 +161,15 @@ def captured(
     Args:
         readers: hook point -> function of its activation, `[batch, pos, ...]`.
         prompt_width: columns of each row that are prompt, for interventions on prompt or response only.
+
+    Raises:
+        UserError: an activation is not finite.
     """
     taken: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Any:
         def read(activation: Tensor, hook: Any) -> None:
-            taken[name] = readers[name](activation).detach()
+            taken[name] = finite(readers[name](activation).detach(), f"the activations at {name}")
 
         return read
 
@@ -189,7 +192,8 @@ def _streams(
     rows = [chat.encode(instruction) for instruction in instructions]
     narrow = LastPositions(model, max(layers) - 1, n_last) if max(layers) > 0 else None
     for indices, batch in batches(model, rows, chat.pad_id, batch_size, description="reading residual streams"):
-        yield indices, residuals(model, batch, layers, n_last, hooks=hooks, narrow=narrow)
+        streams = residuals(model, batch, layers, n_last, hooks=hooks, narrow=narrow)
+        yield indices, [finite(stream, STREAMS) for stream in streams]
 
 
 def _span_means(

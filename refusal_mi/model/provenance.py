@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -73,8 +74,8 @@ def check_origin(
     """Refuse directions that were read in other weights than those that they are used on.
 
     Args:
-        provenances: of the directions; what does not name its model is not known and not refused, nor is a folder
-            told apart from a hub id.
+        provenances: of the directions; what does not name its model is not refused. A folder cannot be told from a
+            hub id: a warning says so.
         source: directory or hub id of the model that they are used on.
         allowed: whether another model is meant.
 
@@ -90,6 +91,8 @@ def check_origin(
         there = made.get("fingerprint") if is_directory else made.get("revision")
         is_same_kind = bool(made.get("fingerprint")) == is_directory
         is_other_id = not is_directory and made["source"] != source
+        if not is_same_kind and made["source"] != source:
+            warnings.warn(f"this direction was read in {made['source']}; is that {source}?", stacklevel=2)
         if is_same_kind and (is_other_id or (None not in (here, there) and here != there)):
             then, now = ((each or "unknown")[:12] for each in (there, here))
             where = f"in {made['source']} ({then}), not in {source} ({now})"

@@ -62,6 +62,7 @@ def test_another_models_directions_are_refused_and_a_copys_are_not(place, comman
 FOLDER, HUB = {"source": "/m", "fingerprint": "a"}, {"source": "owner/name", "revision": "c" * 40}
 
 
+@pytest.mark.filterwarnings("ignore:this direction was read in")
 @pytest.mark.parametrize(
     ("made", "source", "is_refused"),
     [
@@ -89,3 +90,11 @@ def test_what_is_known_to_be_another_model_is_refused(made, source, is_refused, 
             check_origin([{}, made], source)
     else:
         check_origin([{}, made], source)
+
+
+@pytest.mark.parametrize(("made", "source"), [(HUB, "."), (FOLDER, "owner/name")])
+def test_a_folder_and_a_hub_id_are_asked_about(made, source, monkeypatch):
+    monkeypatch.setattr(provenance, "fingerprint", lambda _: "here")
+    monkeypatch.setattr(provenance, "hub_commit", lambda *_: "d" * 40)
+    with pytest.warns(UserWarning, match=rf"was read in {made['source']}; is that {source}\?"):
+        check_origin([{"model": made}], source)

@@ -1,5 +1,8 @@
 """Exported weights do what the hooks did, family by family, reloaded from disk."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,6 +35,8 @@ from tests.helpers.tiers import first_is_fast
 
 def test_every_family_that_is_known_is_tried_here():
     assert set(writers.FAMILIES) == {*EXACT, *POST_NORM, *OTHERS}
+    page = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
+    assert [name for name in OTHERS if not re.search(rf"\b{name}\b", page)] == []
 
 
 @pytest.mark.parametrize("family", first_is_fast((*EXACT, *(each for each in OTHERS if each not in OTHER_POST_NORM))))

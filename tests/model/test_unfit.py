@@ -10,9 +10,9 @@ from refusal_mi.interventions import Ablate, Add
 from refusal_mi.measures import ABQuestions, next_token_logits
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.running import batches
-from refusal_mi.reading import combine_spans, mean_activations, template_residuals
+from refusal_mi.reading import captured, combine_spans, mean_activations, template_residuals
 from refusal_mi.search.sweep import Scorer
-from refusal_mi.text.batches import Span
+from refusal_mi.text.batches import Span, left_pad
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.pairs import ABPair
 from tests.helpers.directions import random_direction
@@ -41,6 +41,11 @@ READERS = {
     "combine_spans": spans,
     "template_residuals": template_residuals,
     "next_token_logits": next_token_logits,
+    "captured": lambda model, chat, prompts: captured(
+        model,
+        left_pad([chat.encode(prompt) for prompt in prompts], chat.pad_id),
+        {"blocks.3.hook_mlp_out": lambda x: x},
+    ),
     "generate": lambda model, chat, prompts: generate(model, chat, prompts, max_new_tokens=2),
     "stream": lambda model, chat, prompts: [
         list(stream(model, chat, [{"role": "user", "content": prompt}], max_new_tokens=2)) for prompt in prompts
@@ -85,7 +90,11 @@ def test_unfinite_numbers_of_an_intervention(value):
             make()
 
 
-@pytest.mark.parametrize("read", [*READERS.values(), scorer], ids=[*READERS, "scorer"])
+CUT = {name: read for name, read in READERS.items() if name != "captured"} | {"scorer": scorer}
+"""All that make their batches of prompts themselves."""
+
+
+@pytest.mark.parametrize("read", CUT.values(), ids=CUT)
 def test_a_prompt_longer_than_the_context_is_refused(read, narrow):
     chat = ChatFormat(narrow.tokenizer)
     with pytest.raises(UserError, match=r"(context of 48|no room for an answer)"):

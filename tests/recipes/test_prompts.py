@@ -274,3 +274,17 @@ def test_a_source_that_is_nearly_all_refused_is_not_tried_to_its_end(prepared, l
     with pytest.raises(UserError, match="harmless train prompts are answered"):
         prepared(HARMFUL, asks("harmless", 400, lambda index: index % 40 > 0))
     assert sum(text.startswith("harmless") for text in labelled) == 30 + 2 * 30
+
+
+def test_what_the_phrases_cannot_read_is_recorded_and_said_where_too_few_are_kept(prepared):
+    def english(n, refused):
+        return asks("what is the weather of the day in a town", n, lambda _: refused)
+
+    def chinese(n, refused):
+        return asks("请告诉我今天天气怎么样", n, lambda _: refused)
+
+    assert prepared(english(60, True), english(60, False)).judge_caution is None
+    found = prepared(chinese(60, True), chinese(60, False), name="other")
+    assert found.judge_caution.startswith("most prompts")
+    with pytest.raises(UserError, match=r"--no-filter \(most prompts .* another script"):
+        prepared(chinese(60, True), chinese(60, True), name="few")
