@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 REAL_MODELS := qwen2.5-coder-0.5b-instruct smollm2-135m-instruct
 MISSING_MODELS = $(filter-out $(notdir $(wildcard $(REFUSAL_MI_REAL_MODELS)/*)),$(REAL_MODELS))
 
-.PHONY: demo test test-fast test-real long check notebooks figures bench bench-long clean
+.PHONY: demo test test-fast test-real test-gpu long check notebooks figures bench bench-long bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/refusal-mi run
@@ -17,12 +17,16 @@ test: $(READY)
 
 # What is not marked slow, for use while working (under a minute on 2 cores).
 test-fast: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real and not gpu"
 
 # Real chat models (about 14 minutes on 2 cores), in the folder that REFUSAL_MI_REAL_MODELS names.
 test-real: $(READY)
 	$(if $(MISSING_MODELS),$(error REFUSAL_MI_REAL_MODELS="$(REFUSAL_MI_REAL_MODELS)" names no folder with $(MISSING_MODELS)))
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m real tests/real
+
+# What needs CUDA, and bitsandbytes (refusal_mi[quantization]).
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 # What takes too long for every change: 21,000 damaged files in all readers, 40 kills (about 25 minutes on 2 cores).
 long: $(READY)
@@ -67,6 +71,17 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.losses --model 110m
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python benchmarks/export_memory.py
+	$(BIN)/python -m benchmarks.table
+
+# On a CUDA GPU, in bfloat16 but for the embedded model (about 6 minutes on an H100).
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks.sweep --device cuda
+	$(BIN)/python -m benchmarks.staged --device cuda
+	$(BIN)/python -m benchmarks.generation --device cuda --model 110m
+	$(BIN)/python -m benchmarks.sweep --device cuda --model 8b --pairs 1
+	$(BIN)/python -m benchmarks.generation --device cuda --model 8b
+	$(BIN)/python -m benchmarks.losses --device cuda --model 8b
+	$(BIN)/python -m benchmarks.means --device cuda --model 8b
 	$(BIN)/python -m benchmarks.table
 
 # The rows of the search at 110M, where the published sweep alone takes minutes.

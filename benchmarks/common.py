@@ -25,6 +25,7 @@ from refusal_mi.model.loading import ORGANISM, load_model
 from refusal_mi.model.points import HookedModel
 
 RESULTS = Path(__file__).parent / "results.json"
+GPU_RESULTS = Path(__file__).parent / "results-gpu.json"
 LONG_SYSTEM = (
     "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
     "You are a helpful and honest assistant. Answer plainly."
@@ -197,12 +198,12 @@ def tensor_peak_mib(work: Callable[[], Any]) -> float:
 
 
 def report(comparison: Comparison) -> None:
-    """Print one row and keep it in `results.json`, with the machine."""
-    row = asdict(comparison)
-    known = read_json(RESULTS) if RESULTS.exists() else {"machine": {}, "rows": {}}
+    """Print one row and keep it in `results.json`, or where it was measured on a GPU's, with the machine."""
+    row, path = asdict(comparison), GPU_RESULTS if torch.cuda.is_available() else RESULTS
+    known = read_json(path) if path.exists() else {"machine": {}, "rows": {}}
     known["machine"] = describe_machine()
     known["rows"][comparison.name] = row
-    write_json(RESULTS, known)
+    write_json(path, known)
     sys.stdout.write(json.dumps(row, indent=1) + "\n")
 
 

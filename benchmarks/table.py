@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS
+from benchmarks.common import GPU_RESULTS, RESULTS
 from refusal_mi.files import read_json, write_text
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
@@ -50,7 +50,10 @@ def costs(known: dict[str, Any]) -> str:
 def main() -> int:
     """Write both tables into the page."""
     known, page = read_json(RESULTS), PAGE.read_text(encoding="utf-8")
-    for text, start, end in ((table(known), START, END), (costs(known), "<!-- costs -->\n", "<!-- end of costs -->")):
+    parts = [(table(known), START, END), (costs(known), "<!-- costs -->\n", "<!-- end of costs -->")]
+    if GPU_RESULTS.exists():
+        parts.append((table(read_json(GPU_RESULTS)), "<!-- gpu table -->\n", "<!-- end of gpu table -->"))
+    for text, start, end in parts:
         before, _, rest = page.partition(start)
         page = before + start + text + end + rest.partition(end)[2]
     write_text(PAGE, page)

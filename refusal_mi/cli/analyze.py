@@ -10,18 +10,7 @@ from ..analysis import KINDS
 from ..errors import UserError
 from ..options import number_or_auto
 from ..terminal import say, tell
-from .options import (
-    SCIENCE_FAILED,
-    AsJson,
-    BatchSize,
-    Device,
-    Dtype,
-    Model,
-    ModelPath,
-    Revision,
-    one_model,
-    quiet_load,
-)
+from .options import SCIENCE_FAILED, AsJson, BatchSize, ModelOptions, flat
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -33,16 +22,13 @@ if TYPE_CHECKING:
 FOLDER = "analysis"
 
 
+@flat
 def analyze(
-    model: Model = None,
-    model_path: ModelPath = None,
+    model: ModelOptions,
     run: Annotated[Path | None, typer.Option(help="Run folder with the direction; default runs/{alias}.")] = None,
     what: Annotated[str, typer.Option(help=f"all, or some of these, comma-separated: {', '.join(KINDS)}.")] = "all",
     n_prompts: Annotated[int, typer.Option(help="Held-out prompts a side, at most.")] = 128,
     seed: Annotated[int, typer.Option(help="Of every control.")] = 0,
-    revision: Revision = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
     output_dir: Annotated[Path | None, typer.Option(help="Where results go; default RUN/analysis.")] = None,
     as_json: AsJson = False,
@@ -58,12 +44,12 @@ def analyze(
     from .tables import print_facts, print_json
 
     kinds = _kinds(what)
-    source = one_model(model, model_path)
+    source = model.source
     path = run or Path("runs") / model_alias(source)
     check_model_of_run(path, source)
     if n_prompts < 2:
         raise UserError(f"--n-prompts must be at least 2, not {n_prompts}")
-    inputs = RunInputs(quiet_load(source, revision, device, dtype), path, n_prompts, 32, seed)
+    inputs = RunInputs(model.load(), path, n_prompts, 32, seed)
     written, size, n_failed = {}, number_or_auto(batch_size), 0
     for kind in kinds:
         say(kind)

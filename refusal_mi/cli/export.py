@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError, cause
+from ..errors import UserError
 from ..terminal import tell
 from .options import SCIENCE_FAILED, AllowOtherModel, AsJson, Model, ModelPath, Revision, one_model
 
@@ -106,10 +106,10 @@ def export_vector(
     llama.cpp adds it (--add 1 unless given); lm-evaluation-harness ablates it, or adds it.
     """
     import torch
-    from transformers import AutoConfig
 
     from ..export.formats import write_gguf, write_lm_eval
     from ..interventions import Add
+    from ..model.guards import read_config
     from ..model.provenance import check_origin
 
     source = one_model(model, model_path)
@@ -118,10 +118,7 @@ def export_vector(
     addition = 1.0 if format == "gguf" and add is None else add
     what = _intervention(source, direction, directions, 1.0, layers, components, None, addition)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # foreign code
-        raise UserError(f"cannot read the config of {source}: {cause(error)}") from error
+    config = read_config(source, revision)
     if format == "gguf":
         assert isinstance(what, Add)
         write_gguf(output, what, config)

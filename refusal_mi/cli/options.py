@@ -1,6 +1,7 @@
 """Options that commands share: how they are spelled, read and checked."""
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -70,6 +71,19 @@ ModelPath = Annotated[str | None, typer.Option(help="The same as MODEL.", hidden
 Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's; float32 on a CPU), float32, bfloat16, ...")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="auto, balanced, or a JSON object module: device; splits the model.", metavar="auto|JSON"),
+]
+MaxMemory = Annotated[
+    str | None, typer.Option(help="Of every device, for --device-map: 0=20GiB,cpu=60GiB.", metavar="DEVICE=SIZE,...")
+]
+QuantizationOption = Annotated[
+    str | None, typer.Option("--quantization", help="bnb-4bit or bnb-8bit (CUDA).", metavar="bnb-4bit|bnb-8bit")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python files that come with MODEL, as you.")
+]
 BatchSize = Annotated[str, typer.Option(help=BATCH_SIZE.help)]
 OutputDir = Annotated[Path | None, typer.Option(help="The run folder itself; default runs/{alias}.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")]
@@ -86,19 +100,6 @@ def one_model(model: str | None, model_path: str | None) -> str:
     if model is not None and model_path is not None:
         raise UserError(f"MODEL was given twice: {model!r} and --model-path {model_path!r}")
     return resolve_source(model if model is not None else model_path)
-
-
-def quiet_load(source: str, revision: str | None, device: str, dtype: str) -> "HookedModel":
-    """Load a model without the libraries' own chatter."""
-    from typing import get_args
-
-    from ..model.loading import DeviceName, DtypeName
-    from ..model.loading import quiet_load as load
-
-    for option, value, known in (("--device", device, get_args(DeviceName)), ("--dtype", dtype, get_args(DtypeName))):
-        if value not in known:
-            raise UserError(f"{option} takes one of {', '.join(known)}, not {value!r}")
-    return load(source, revision=revision, device=device, dtype=dtype)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,10 @@ class ModelOptions:
     revision: Revision = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    device_map: DeviceMap = None
+    max_memory: MaxMemory = None
+    quantization: QuantizationOption = None
+    trust_remote_code: TrustRemoteCode = False
 
     @cached_property
     def source(self) -> str:
@@ -213,7 +218,51 @@ class ModelOptions:
 
     def load(self) -> "HookedModel":
         """The model, loaded quietly."""
-        return quiet_load(self.source, self.revision, self.device, self.dtype)
+        from ..model.loading import DeviceName, DtypeName, Quantization, quiet_load
+
+        for option, value, known in (
+            ("--device", self.device, get_args(DeviceName)),
+            ("--dtype", self.dtype, get_args(DtypeName)),
+            ("--quantization", self.quantization, (None, *get_args(Quantization))),
+        ):
+            if value not in known:
+                raise UserError(f"{option} takes one of {', '.join(filter(None, known))}, not {value!r}")
+        return quiet_load(
+            self.source,
+            revision=self.revision,
+            device=self.device,
+            dtype=self.dtype,
+            device_map=parse_device_map(self.device_map),
+            max_memory=parse_memory(self.max_memory),
+            quantization=self.quantization,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def parse_device_map(text: str | None) -> str | dict[str, str | int] | None:
+    """A name such as auto, or a JSON object from modules to devices."""
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        where = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--device-map is no JSON object: {error}") from None
+    if not all(isinstance(device, str | int) for device in where.values()):
+        raise UserError('--device-map takes a device for every module, as in {"": "cpu"}')
+    return where  # type: ignore[no-any-return]
+
+
+def parse_memory(text: str | None) -> dict[str | int, str | int] | None:
+    """DEVICE=SIZE, comma-separated; devices are GPU numbers or cpu."""
+    if text is None:
+        return None
+    sizes: dict[str | int, str | int] = {}
+    for part in text.split(","):
+        device, equals, size = (each.strip() for each in part.partition("="))
+        if not equals or not re.fullmatch(r"\d+|cpu|mps", device) or not re.fullmatch(r"[\d.]+ *[KMGT]i?B|\d+", size):
+            raise UserError(f"--max-memory takes DEVICE=SIZE as in 0=20GiB,cpu=60GiB, not {part!r}")
+        sizes[int(device) if device.isdigit() else device] = int(size) if size.isdigit() else size
+    return sizes
 
 
 @dataclass(frozen=True)

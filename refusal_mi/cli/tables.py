@@ -105,8 +105,7 @@ def _print_labels(console: Console, summary: "RunSummary") -> None:
             f"{side}, n = {rate.n}", str(rate), "not tried further" if summary.status == "does not refuse" else kept
         )
     console.print(table)
-    if summary.judge_caution:
-        print_lines(f"caution: {summary.judge_caution}")
+    _print_caution(summary.judge_caution)
     if summary.refusal_tokens:
         tokens = ", ".join(repr(token.text) for token in summary.refusal_tokens)
         line = f"refusal tokens {tokens}; a score above {summary.zero_point_nats or 0.0:.2f} nats counts as refused"
@@ -194,6 +193,11 @@ def print_lines(*lines: str) -> None:
         Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def _print_caution(note: str | None) -> None:
+    if note:
+        print_lines(f"caution: {note}")
+
+
 def print_answers(answers: "OpenAnswers") -> None:
     """Rates of every multiplier, and the first question's answers."""
     console = Console()
@@ -203,6 +207,7 @@ def print_answers(answers: "OpenAnswers") -> None:
         rates.add_row(f"add x{multiplier}", *_two_rates(steered.add))
         rates.add_row(f"subtract x{multiplier}", *_two_rates(steered.subtract))
     console.print(rates)
+    _print_caution(answers.judge_caution)
     first = {multiplier: steered.first_question for multiplier, steered in answers.by_multiplier.items()}
     console.print(next(iter(first.values())).question, markup=False, highlight=False)
     table = Table("alpha", "add steering", "subtract steering")
@@ -255,6 +260,7 @@ def print_coefficients(summary: "EvalSummary") -> None:
         refused = f"{rates.refusal_rate:.2f} [{low:.2f}, {high:.2f}]"
         table.add_row(key, refused, f"{rates.degenerate_rate.value:.2f}", *random)
     console.print(table)
+    _print_caution(summary.judge_caution)
 
 
 def _changes(changes: "Changes") -> str:

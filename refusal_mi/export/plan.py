@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..directions import Direction
-from ..errors import UserError, cause
+from ..errors import UserError
 from ..interventions import Ablate, Add, Intervention, check_width
+from ..model.guards import guarded, read_config
 from ..model.loading import resolve_source
 from ..model.points import caa_layer, resid_hook, write_hook, write_hooks
 from ..model.writers import Layout, Writer, classify
@@ -244,15 +245,10 @@ def plan_export(
     Raises:
         UserError: the checkpoint or the interventions cannot be exported.
     """
-    from transformers import AutoConfig
-
     steps = as_steps(interventions)
     directory, commit = local_files(source, revision)
     checkpoint = open_checkpoint(directory)
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # foreign code
-        raise UserError(f"cannot read the config in {directory}: {cause(error)}") from error
+    config = read_config(directory)
     layout = classify(config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
     keeps_tie = keep_tied and layout.is_tied
     if keeps_tie:
@@ -270,12 +266,15 @@ def local_files(source: str | Path | None, revision: str | None) -> tuple[Path, 
     name = resolve_source(source)
     if Path(name).is_dir():
         return Path(name), None
+    if Path(name).is_file():
+        raise UserError(f"{name} is quantized and cannot be edited: export the checkpoint that it was made from")
     from huggingface_hub import snapshot_download
 
     unwanted = [f"*{suffix}" for suffix in OTHER_WEIGHTS if suffix != ".safetensors"]
     try:
         patterns = [*unwanted, "original/*", "consolidated*"]
-        path = Path(snapshot_download(name, revision=revision, ignore_patterns=patterns))
+        with guarded(name):
+            path = Path(snapshot_download(name, revision=revision, ignore_patterns=patterns))
     except Exception as error:  # the client's transport raises classes of its own, which differ between versions
         where = name if revision is None else f"{name} at revision {revision}"
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

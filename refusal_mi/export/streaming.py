@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from ..errors import UserError
 from ..interventions import Intervention, all_hooks
+from ..model.guards import read_config
 from ..model.points import HookFn, component_of, split_hook
 from ..model.writers import Family, build_skeleton, family_of
 from ..progress import track
@@ -151,9 +152,7 @@ def streamed_model(checkpoint: Checkpoint, interventions: Sequence[Intervention]
     Every block is read from its shard when the forward pass reaches it and dropped when it has run. The hook
     functions are those of the interventions; they run where the block's own modules hand their write to the stream.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+    config = read_config(checkpoint.directory)
     config._attn_implementation = "eager"
     model = build_skeleton(config)
     weights = CheckpointWeights(checkpoint, family_of(config.model_type), dtype)

@@ -89,6 +89,11 @@ def caution(prompts: Sequence[str], answers: Sequence[str]) -> str | None:
     return f"{'; '.join(said)}: refusals may be missed, ask another judge (--judge)" if said else None
 
 
+def blind_spot(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> str | None:
+    """`caution`, where the judge is the one that reads phrases."""
+    return caution(prompts, answers) if isinstance(judge, SubstringJudge) else None
+
+
 def _foreign(texts: Sequence[str]) -> str | None:
     """Whether these texts are in another script or language than English, as far as that can be told."""
     text = " ".join(map(answer_of, texts)).lower()

@@ -1,7 +1,9 @@
 """From a hub id or a folder to a model with raw HF weights, ready for hooks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -9,104 +11,212 @@ import torch
 
 from ..errors import UserError, cause
 from ..files import sha256_json
-from .points import HookedModel, hf_config, missing_points, model_type, write_hooks
+from .guards import guarded, no_processor
+from .points import HookedModel, check_raw_basis, hf_config, missing_points, model_type, resid_hook, write_hooks
 from .sums import check_sums
 
 ORGANISM = Path(__file__).parents[1] / "organism" / "model"
 """Directory of the embedded demonstration model."""
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+NO_TOKENIZER = "nothing says where this model's tokenizer is: pass load_model(model, tokenizer=...)"
+Quantization = Literal["bnb-4bit", "bnb-8bit"]
 
 
 def load_model(
-    source: str | Path | None = None,
+    source: Any = None,
     *,
     revision: str | None = None,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
+    device_map: str | Mapping[str, str | int] | None = None,
+    max_memory: Mapping[str | int, str | int] | None = None,
+    quantization: Quantization | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
 ) -> HookedModel:
     """Load a chat model with raw HF weights, ready for hooks.
 
     Args:
-        source: a local HF directory, a hub id, or None for the embedded model.
+        source: a local HF directory, a `.gguf` file (transformers dequantizes it), a hub id, or None for the embedded
+            model. Or a model that is loaded already: a `TransformerBridge` is used as it is; an HF model is wrapped in
+            place (its submodules become a bridge's, its attention eager, its mode eval) and stays where it is.
         revision: hub branch, tag or commit.
         device: "auto" takes CUDA, then MPS, then the CPU.
         dtype: "auto" is the checkpoint's dtype, and float32 on a CPU.
+        device_map: where accelerate puts the parts of the model, as for `from_pretrained`; instead of `device`.
+        max_memory: how much it may use of every device, as {0: "20GiB", "cpu": "60GiB"}.
+        quantization: "bnb-4bit" or "bnb-8bit" (bitsandbytes, on CUDA). Directions can be found and tested so; exports
+            are made from the full-precision checkpoint.
+        trust_remote_code: run Python files that come with the checkpoint, with all that you may do on this machine.
+        tokenizer: of a model that is loaded already; by default the one in the place that its config names.
 
     Raises:
         UserError: there is no such model, it cannot be reached, its architecture is not supported, it would run code
             of its own, or its weight files lack some of its tensors.
     """
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoConfig
-
-    name = resolve_source(source)
-    place = _pick_device(device)
-    if dtype not in get_args(DtypeName):
-        raise UserError(f"unknown dtype {dtype!r}; expected one of {', '.join(get_args(DtypeName))}")
-    if revision is not None and Path(name).is_dir():
-        raise UserError(f"{name} is a directory and has no revisions; leave --revision out, or name a hub id")
-    try:
-        with no_remote_code(), no_processor():
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-            model = TransformerBridge.boot_transformers(
-                name,
-                revision=revision,
-                device=place,
-                dtype=_pick_dtype(dtype, place, config),
-                model_class=_WholeCheckpoint(config),
+    asked = _Asked(revision, device, dtype, device_map, max_memory, quantization, trust_remote_code)
+    is_named = source is None or isinstance(source, (str, Path))
+    if is_named:
+        name = resolve_source(source)
+        asked.check(name)
+    else:
+        if asked != _Asked():
+            raise UserError(
+                "a model that is loaded already stays where and as it is: give load_model no device, dtype, revision, "
+                "quantization or trust_remote_code with it"
             )
+        name = _name_of(source)
+    if is_named and tokenizer is not None:
+        raise UserError("tokenizer= is for a model that is loaded already; a directory or hub id brings its own")
+    try:
+        with guarded(name, trust_remote_code=trust_remote_code), no_processor():
+            model = _load(name, asked) if is_named else _adopt(source, name, tokenizer)
         model.eval()
+        _place_inputs(model)
+        check_raw_basis(model)
         _check_writes(model, name)
     except UserError:
         raise
     except Exception as error:  # foreign code
         raise UserError(_load_failure(name, revision, error)) from error
-    if not Path(name).is_dir():
+    if is_named and not Path(name).exists():
         hf_config(model)._commit_hash = hub_commit(name, revision)
     return model
 
 
-@contextmanager
-def no_remote_code() -> Iterator[None]:
-    """Inside, transformers refuses code that lies beside a model's files at once: by itself it asks on stdout.
+@dataclass(frozen=True)
+class _Asked:
+    """How a model is to be loaded."""
 
-    A call with `trust_remote_code=False` refuses as well; this reaches the calls that other libraries make.
-    """
-    from transformers import dynamic_module_utils as remote
+    revision: str | None = None
+    device: DeviceName = "auto"
+    dtype: DtypeName = "auto"
+    device_map: str | Mapping[str, str | int] | None = None
+    max_memory: Mapping[str | int, str | int] | None = None
+    quantization: Quantization | None = None
+    trust_remote_code: bool = False
 
-    seconds = remote.TIME_OUT_REMOTE_CODE
-    try:
-        remote.TIME_OUT_REMOTE_CODE = 0
-        yield
-    finally:
-        remote.TIME_OUT_REMOTE_CODE = seconds
+    def check(self, name: str) -> None:
+        """Refuse what cannot be, before anything is read."""
+        for what, value, known in (
+            ("dtype", self.dtype, get_args(DtypeName)),
+            ("quantization", self.quantization, (None, *get_args(Quantization))),
+        ):
+            if value not in known:
+                raise UserError(f"unknown {what} {value!r}; expected one of {', '.join(filter(None, known))}")
+        if self.revision is not None and Path(name).exists():
+            kind = "directory" if Path(name).is_dir() else "file"
+            raise UserError(f"{name} is a {kind} and has no revisions; leave --revision out, or name a hub id")
+        if self.device_map is not None and self.device != "auto":
+            raise UserError("a device map says where every part goes: leave --device out")
+        if self.max_memory is not None and self.device_map is None:
+            raise UserError("--max-memory is for a device map: say --device-map auto as well")
+        if self.quantization is not None:
+            if is_gguf(name):
+                raise UserError(f"{name} is quantized by itself; leave --quantization out")
+            if not torch.cuda.is_available():
+                raise UserError(f"--quantization {self.quantization} needs a CUDA GPU, and there is none here")
+            if find_spec("bitsandbytes") is None:
+                raise UserError("--quantization needs bitsandbytes: pip install 'refusal_mi[quantization]'")
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """What accelerate is told."""
+        return {"device_map": self.device_map, "max_memory": self.max_memory}
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """What `from_pretrained` is told beside what TransformerLens tells it."""
+        if self.quantization is None:
+            return {}
+        from transformers import BitsAndBytesConfig
+
+        kind = {"bnb-4bit": "load_in_4bit", "bnb-8bit": "load_in_8bit"}[self.quantization]
+        return {"quantization_config": BitsAndBytesConfig(**{kind: True})}
 
 
-@contextmanager
-def no_processor() -> Iterator[None]:
-    """Inside, TransformerLens loads no image or audio processor: for text none is needed, and it installs packages."""
-    from transformer_lens.model_bridge.sources.transformers import helpers
+def _load(name: str, asked: _Asked) -> Any:
+    """A directory, GGUF file or hub id as a bridge."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoConfig, AutoTokenizer
 
-    loaders = getattr(helpers, "_MODALITY_PROCESSOR_LOADERS", [])
-    before = list(loaders)
-    try:
-        loaders.clear()
-        yield
-    finally:
-        loaders[:] = before
+    place = _pick_device(asked.device) if asked.device_map is None else None
+    trust = asked.trust_remote_code
+    if is_gguf(name):
+        folder, file = str(Path(name).parent), Path(name).name
+        config = AutoConfig.from_pretrained(folder, gguf_file=file)
+        dtype = _pick_dtype(asked.dtype, place, config)
+        where = {"device_map": place} if asked.device_map is None else asked.placement
+        hf_model = _WholeCheckpoint(config).from_pretrained(
+            folder, gguf_file=file, dtype=dtype, attn_implementation="eager", **where
+        )
+        hf_model.config._name_or_path = name
+        tokenizer = _as_it_is(AutoTokenizer.from_pretrained(folder, gguf_file=file))
+        return TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype)
+    config = AutoConfig.from_pretrained(name, revision=asked.revision, trust_remote_code=trust)
+    where = {"device": place}
+    if asked.device_map is not None or asked.quantization is not None:  # quantized weights are never moved
+        where = asked.placement if asked.device_map is not None else {"device_map": {"": str(place)}}
+    return TransformerBridge.boot_transformers(
+        name,
+        revision=asked.revision,
+        dtype=_pick_dtype(asked.dtype, place, config),
+        model_class=_WholeCheckpoint(config, **asked.weights),
+        trust_remote_code=trust,
+        **where,
+    )
 
 
-def quiet_load(
-    source: str | Path | None = None,
-    *,
-    revision: str | None = None,
-    device: DeviceName = "auto",
-    dtype: DtypeName = "auto",
-) -> HookedModel:
+def _adopt(held: Any, name: str, tokenizer: Any) -> Any:
+    """A model that is loaded already as a bridge."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel
+
+    if isinstance(held, TransformerBridge):
+        if tokenizer is not None:
+            held.tokenizer = tokenizer
+        model = held
+    elif isinstance(held, PreTrainedModel):
+        if tokenizer is None and not held.config._name_or_path:
+            raise UserError(NO_TOKENIZER)
+        own = None if tokenizer is None else _as_it_is(tokenizer)
+        model = TransformerBridge.boot_transformers(name, hf_model=held, tokenizer=own, dtype=held.dtype)
+    else:
+        raise UserError(
+            f"cannot load a model from a {type(held).__name__}; expected a directory, a .gguf file, a hub id, an HF "
+            "model or a TransformerBridge"
+        )
+    if model.tokenizer is None:
+        raise UserError(NO_TOKENIZER)
+    return model
+
+
+def _place_inputs(model: Any) -> None:
+    """Inputs go where accelerate runs the embedding, also where its weights lie on disk ("meta")."""
+    if str(model.cfg.device) == "meta":
+        embedding = model.original_model.get_input_embeddings()
+        hook = getattr(getattr(embedding, "original_component", embedding), "_hf_hook", None)
+        model.cfg.device = str(getattr(hook, "execution_device", "cpu"))
+
+
+def _as_it_is(tokenizer: Any) -> Any:
+    """A copy that TransformerLens takes without loading it anew from where it came from, template and all."""
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.init_kwargs.setdefault("name_or_path", tokenizer.name_or_path)
+    tokenizer.init_kwargs["add_bos_token"] = True  # read there; what is put before a text stays as it was
+    return tokenizer
+
+
+def _name_of(held: Any) -> str:
+    config = getattr(getattr(held, "original_model", held), "config", None)
+    return str(getattr(config, "_name_or_path", "") or type(held).__name__)
+
+
+def quiet_load(source: Any = None, **how: Any) -> HookedModel:
     """`load_model` without the libraries' own chatter."""
     silence_libraries()
-    return load_model(source, revision=revision, device=device, dtype=dtype)
+    return load_model(source, **how)
 
 
 def silence_libraries() -> None:
@@ -119,8 +229,17 @@ def silence_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def is_gguf(source: str | Path) -> bool:
+    """Whether this is a GGUF file, by its first bytes."""
+    path = Path(source)
+    if not path.is_file():
+        return False
+    with path.open("rb") as handle:
+        return handle.read(4) == b"GGUF"
+
+
 def resolve_source(source: str | Path | None) -> str:
-    """The directory or hub id that a MODEL argument means; a path that does not exist is a UserError."""
+    """The directory, GGUF file or hub id that a MODEL argument means; a path that does not exist is a UserError."""
     if source is None:
         return str(ORGANISM)
     path = Path(source).expanduser()
@@ -128,12 +247,14 @@ def resolve_source(source: str | Path | None) -> str:
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is not a model directory: it has no config.json")
         return str(path.resolve())
+    if path.is_file() and is_gguf(path):
+        return str(path.resolve())
     name = str(source)
     looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists()
     if looks_like_a_path:
         raise UserError(
-            f"no such model: {name!r} is neither a directory with config.json nor a hub id of the form owner/name; "
-            "leave MODEL out for the embedded model"
+            f"no such model: {name!r} is neither a directory with config.json, nor a GGUF file, nor a hub id of the "
+            "form owner/name; leave MODEL out for the embedded model"
         )
     return name
 
@@ -143,7 +264,7 @@ def model_alias(source: str | Path | None) -> str:
     name = resolve_source(source)
     if name == str(ORGANISM):
         return "organism"
-    if Path(name).is_dir():
+    if Path(name).exists():
         return f"{Path(name).name}-{sha256_json(name)[:6]}"
     return name.replace("/", "--")
 
@@ -160,21 +281,24 @@ def _pick_device(device: DeviceName) -> torch.device:
     return torch.device(device)
 
 
-def _pick_dtype(dtype: DtypeName, device: torch.device, config: Any) -> torch.dtype:
+def _pick_dtype(dtype: DtypeName, device: torch.device | None, config: Any) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
-    stored = getattr(config, "dtype", None)
-    return torch.float32 if device.type == "cpu" or stored is None else stored
+    stored, has_gpu = getattr(config, "dtype", None), torch.cuda.is_available() or torch.backends.mps.is_available()
+    is_on_cpu = not has_gpu if device is None else device.type == "cpu"
+    return torch.float32 if is_on_cpu or stored is None else stored
 
 
 class _WholeCheckpoint:
     """Loads as the HF class of an architecture does, and refuses weight files that lack some of the parameters."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, **also: Any) -> None:
+        """`also` is told to `from_pretrained` beside what it is given."""
         from transformer_lens.model_bridge.sources import transformers as bridge_source
 
         architecture = bridge_source.determine_architecture_from_hf_config(config)
         self._hf_class = bridge_source.get_hf_model_class_for_architecture(architecture)
+        self._also = also
 
     def from_pretrained(self, name: str, **kwargs: Any) -> Any:
         """The model with all of its parameters.
@@ -182,7 +306,7 @@ class _WholeCheckpoint:
         Raises:
             ValueError: some are in no weight file, and HF would make them up. Tied ones are there once.
         """
-        model, report = self._hf_class.from_pretrained(name, output_loading_info=True, **kwargs)
+        model, report = self._hf_class.from_pretrained(name, output_loading_info=True, **kwargs, **self._also)
         missing = [parameter for parameter, _ in model.named_parameters() if parameter in report["missing_keys"]]
         if missing:
             raise ValueError(
@@ -195,7 +319,8 @@ class _WholeCheckpoint:
 
 def _check_writes(model: HookedModel, name: str) -> None:
     """Refuse models in which a block has no attention or no MLP output: nothing here could ablate what it writes."""
-    missing = missing_points(model, write_hooks(model.cfg.n_layers))
+    streams = [resid_hook(layer, model.cfg.n_layers) for layer in range(model.cfg.n_layers + 1)]
+    missing = missing_points(model, [*write_hooks(model.cfg.n_layers), *streams])
     if missing:
         raise UserError(
             f"{name} ({model_type(model)}) has no hook point {missing[0]}: only models whose every block is attention "
@@ -216,12 +341,12 @@ def _load_failure(name: str, revision: str | None, error: Exception) -> str:
     where = name if revision is None else f"{name} at revision {revision}"
     reason = cause(error)
     if "trust_remote_code" in str(error):
-        reason = "it brings Python code of its own, which is not run"
+        reason = "it brings Python code of its own, which is not run without --trust-remote-code"
     if "Available architectures" in reason:
         reason = "TransformerLens does not know its architecture"
     if "ignore_mismatched_sizes" in reason:
         reason = "its weights do not have the shapes that its config.json names"
-    if Path(name).is_dir():
+    if "/" not in name or Path(name).exists():
         return f"cannot load the model in {where}: {reason}"
     return (
         f"cannot load {where} from the hub: {reason} "

@@ -84,6 +84,35 @@ def model_device(model: HookedModel) -> torch.device:
     return torch.device(str(model.cfg.device))
 
 
+_NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantization_of(model: HookedModel) -> str | None:
+    """How the weights are quantized: "bnb-4bit", "bnb-8bit" or the method's name; None for weights that are numbers.
+
+    A config names its method also where transformers has dequantized the weights.
+    """
+    settings = getattr(hf_config(model), "quantization_config", None)
+    if settings is None or all(parameter.dtype in _NUMBERS for parameter in parameters_of(model)):
+        return None
+    told: dict[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()
+    method = str(told.get("quant_method", "unknown")).rpartition(".")[2]
+    if method.lower() == "bitsandbytes":
+        return "bnb-4bit" if told.get("load_in_4bit") else "bnb-8bit"
+    return method
+
+
+def is_split(model: HookedModel) -> bool:
+    """Whether accelerate put its parts on several devices."""
+    return len(set((getattr(bridge(model).original_model, "hf_device_map", None) or {}).values())) > 1
+
+
+def ran_remote_code(model: HookedModel) -> bool:
+    """Whether its config, tokenizer or weights are of a class that came with the checkpoint."""
+    parts = (hf_config(model), model.tokenizer, bridge(model).original_model)
+    return any(type(part).__module__.startswith("transformers_modules.") for part in parts)
+
+
 def embedding_rows(model: HookedModel) -> int:
     """How many token ids the embedding has."""
     return int(bridge(model).original_model.get_input_embeddings().weight.shape[0])
@@ -111,7 +140,12 @@ def check_raw_basis(model: HookedModel) -> None:
     original = getattr(model, "original_model", None)
     if original is None:  # a shape without weights
         return
-    rows = original.get_input_embeddings().weight[:_N_ROWS].detach()
+    from accelerate.utils import align_module_device
+
+    wrapper = original.get_input_embeddings()
+    embedding = getattr(wrapper, "original_component", wrapper)
+    with align_module_device(embedding):  # an offloaded one has its weights only here
+        rows = embedding.weight[:_N_ROWS].detach().clone()
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     most = max(1e-6, torch.finfo(model.cfg.dtype).eps / 2)
     if bool((rows.mean(-1).abs() <= most * rows.square().mean(-1).sqrt()).all()):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from .loading import ORGANISM, hub_commit
-from .points import HookedModel, model_revision, model_type
+from .points import HookedModel, is_split, model_revision, model_type, quantization_of, ran_remote_code
 
 _PACKAGES = ("refusal_mi", "torch", "transformers", "transformer-lens", "datasets", "tokenizers", "numpy")
 _WHOLE_FILE = 64 * 2**20
@@ -46,6 +46,12 @@ class ModelRecord:
     d_vocab: int
     dtype: str
     device: str
+    quantization: str | None = None
+    """As --quantization names it, or the method that the checkpoint's config names."""
+    is_split: bool = False
+    """Over several devices, by a device map."""
+    remote_code: bool = False
+    """Whether Python files that came with the checkpoint ran (--trust-remote-code)."""
 
     @property
     def name(self) -> str:
@@ -54,17 +60,20 @@ class ModelRecord:
 
 
 def describe_model(model: HookedModel, source: str) -> ModelRecord:
-    """Source, hub commit or fingerprint of the directory, shape, dtype and device of a model."""
+    """Source, hub commit or fingerprint of the files, shape, dtype and device of a model, and how it was loaded."""
     return ModelRecord(
         source,
         model_revision(model),
-        fingerprint(Path(source)) if Path(source).is_dir() else None,
+        fingerprint(Path(source)) if Path(source).exists() else None,
         model_type(model),
         model.cfg.n_layers,
         model.cfg.d_model,
         model.cfg.d_vocab,
         str(model.cfg.dtype).removeprefix("torch."),
         str(model.cfg.device),
+        quantization_of(model),
+        is_split(model),
+        ran_remote_code(model),
     )
 
 
@@ -85,12 +94,12 @@ def check_origin(
     named = [each for each in map(_origin, provenances) if each is not None]
     if allowed or not named:
         return
-    is_directory = Path(source).is_dir()
-    here = fingerprint(Path(source)) if is_directory else hub_commit(source, revision)
+    is_local = Path(source).exists()
+    here = fingerprint(Path(source)) if is_local else hub_commit(source, revision)
     for made in named:
-        there = made.get("fingerprint") if is_directory else made.get("revision")
-        is_same_kind = bool(made.get("fingerprint")) == is_directory
-        is_other_id = not is_directory and made["source"] != source
+        there = made.get("fingerprint") if is_local else made.get("revision")
+        is_same_kind = bool(made.get("fingerprint")) == is_local
+        is_other_id = not is_local and made["source"] != source
         if not is_same_kind and made["source"] != source:
             warnings.warn(f"this direction was read in {made['source']}; is that {source}?", stacklevel=2)
         if is_same_kind and (is_other_id or (None not in (here, there) and here != there)):
@@ -123,13 +132,14 @@ def display_name(source: str) -> str:
     return Path(source).name if Path(source).is_absolute() else source
 
 
-def fingerprint(directory: Path) -> str:
-    """SHA-256 over the names, sizes and contents of a model directory's files, model cards (*.md) left out.
+def fingerprint(source: Path) -> str:
+    """SHA-256 over the names, sizes and contents of a model's file or directory of files, model cards (*.md) left out.
 
     Of a file over 64 MiB the first and last MiB and its modification time stand for the contents.
     """
     digest = hashlib.sha256()
-    for path in sorted(entry for entry in directory.iterdir() if entry.is_file() and entry.suffix != ".md"):
+    files = [source] if source.is_file() else [each for each in source.iterdir() if each.is_file()]
+    for path in sorted(each for each in files if each.suffix != ".md"):
         status = path.stat()
         digest.update(f"{path.name}\0{status.st_size}\0".encode())
         with path.open("rb") as handle:

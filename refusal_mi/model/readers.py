@@ -11,7 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
-from .points import Component, HookedModel, bridge, check_raw_basis, hf_config
+from .points import (
+    Component,
+    HookedModel,
+    bridge,
+    check_raw_basis,
+    hf_config,
+    parameters_of,
+    quantization_of,
+)
 from .writers import FAMILIES, Layout, Writer, build_skeleton, classify
 
 Norm = Callable[[Tensor], Tensor]
@@ -55,6 +63,10 @@ class ModelWeights:
         check_raw_basis(self.model)
         if getattr(self.model, "compatibility_mode", False):
             raise ValueError("this model is in compatibility mode: its weights are not those of the checkpoint")
+        is_away = any(parameter.is_meta for parameter in parameters_of(self.model))
+        if is_away or (method := quantization_of(self.model)) is not None:
+            reason = "and a part of them is offloaded" if is_away else f"and these are quantized ({method})"
+            raise UserError(f"this analysis reads weights, {reason}: load the model whole, in its own precision")
 
     @cached_property
     def layout(self) -> Layout:

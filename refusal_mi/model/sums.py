@@ -54,6 +54,9 @@ def unexplained(model: HookedModel) -> list[float]:
     hooks: list[Hook] = [(each, _keep(seen, each)) for each in names]
     with torch.no_grad(), running(model, hooks):
         all_logits(model, left_pad([ids], 0).to(model_device(model)))
+    silent = [each for each in names if each not in seen]
+    if silent:
+        raise UserError(f"{model_type(model)} models are not supported: TransformerLens never reaches {silent[0]}")
     return [_error([seen[block_hook(block, point)] for point in _POINTS]) for block in range(model.cfg.n_layers)]
 
 

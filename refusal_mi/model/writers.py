@@ -98,7 +98,7 @@ _LLAMA = Naming(
             r"self_attn\.sinks",
             r"self_attn\.rotary_emb\..+",
             r"mlp\.act_fn\..+",
-            r"mlp\.gate\.e_score_correction_bias",
+            r"(mlp\.gate|mlp\.(gate\.)?moe_statics|block_sparse_moe)\.e_score_correction_bias",
         ),
     },
 )
@@ -175,6 +175,7 @@ FAMILIES: dict[str, Family] = {
     **{name: Family(_LLAMA) for name in ("qwen2_moe", "qwen3_moe", "smollm3", "olmo", "olmoe", "seed_oss", "arcee")},
     **{name: Family(_LLAMA) for name in ("ernie4_5", "ministral3", "glm", "starcoder2", "stablelm", "nemotron", "phi")},
     **{name: Family(_LLAMA) for name in ("apertus", "hunyuan_v1_dense", "deepseek_v3", "opt")},
+    **{name: Family(_LLAMA) for name in ("glm4_moe", "jais2", "minimax_m2", "ernie4_5_moe", "deepseek_v2")},
     "gpt_oss": Family(_LLAMA, expert_axis=2),
     **{name: Family(_LLAMA, tied_only=_COHERE_TIED) for name in ("cohere", "cohere2")},
     **{
@@ -185,7 +186,10 @@ FAMILIES: dict[str, Family] = {
         )
         for name in ("granite", "granitemoe")
     },
-    "gemma": Family(_LLAMA, gain_offset=1.0, embedding_scale=_root_width, tied_only=_GEMMA_TIED),
+    **{
+        name: Family(_LLAMA, gain_offset=1.0, embedding_scale=_root_width, tied_only=_GEMMA_TIED)
+        for name in ("gemma", "vaultgemma")
+    },
     **{
         name: Family(_LLAMA, _POST_NORMS, 1.0, embedding_scale=_root_width, tied_only=_GEMMA_TIED)
         for name in ("gemma2", "gemma3_text")

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..files import read_record, write_json, write_record
 from ..generation import generate
 from ..interventions import Add, Positions
-from ..judges.substring import MAX_DEGENERATE, Judge, SubstringJudge, is_degenerate
+from ..judges.substring import MAX_DEGENERATE, Judge, SubstringJudge, blind_spot, is_degenerate
 from ..measures import ABPoint, ABQuestions, ABSweep, p_matching
 from ..model.points import HookedModel, explain_layer, model_source, our_layer
 from ..model.provenance import describe_model, versions
@@ -364,6 +364,8 @@ class OpenAnswers:
     judge: str
     baseline: TextRates
     by_multiplier: dict[str, Steered]
+    judge_caution: str | None = None
+    """What its phrases cannot read in the questions and plain answers; None where all is well."""
 
     def describe(self) -> dict[str, Any]:
         """JSON values: the fields, and the layer in words."""
@@ -438,8 +440,9 @@ def open_ended(
         added = _text_rates(questions, [row.answer_with_add_steering for row in rows], judge)
         subtracted = _text_rates(questions, [row.answer_with_substract_steering for row in rows], judge)
         by_multiplier[f"{multiplier:g}"] = Steered(added, subtracted, rows[0])
-    baseline = _text_rates(questions, [row.answer_baseline for row in rows], judge)
-    summary = OpenAnswers(layer, positions, max_new_tokens, len(questions), judge.name, baseline, by_multiplier)
+    plain_texts = [row.answer_baseline for row in rows]
+    baseline, note = _text_rates(questions, plain_texts, judge), blind_spot(judge, questions, plain_texts)
+    summary = OpenAnswers(layer, positions, max_new_tokens, len(questions), judge.name, baseline, by_multiplier, note)
     write_record(folder.path / "test_summary.json", summary)
     return summary
 

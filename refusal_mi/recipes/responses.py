@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..files import read_floats, read_record, write_json, write_record, write_tensors
 from ..generation import Sampling, discover_response_prefix, generate
 from ..judges.http import identify
-from ..judges.substring import Judge, SubstringJudge, caution
+from ..judges.substring import Judge, SubstringJudge, blind_spot
 from ..model.points import HookedModel, resid_hook
 from ..model.provenance import describe_model, versions
 from ..reading import combine_spans
@@ -294,8 +294,7 @@ def _write_vector(
     compliant, refusing = _filter(folder.path, saved, judge)
     found_few = (_warn_of_few(side, options.max_new_tokens) for side in (compliant, refusing))
     rows = [row for side in (compliant, refusing) for row in side.responses]
-    unread = caution([row.instruction for row in rows], [row.response for row in rows])
-    blind = unread if isinstance(judge, SubstringJudge) else None
+    blind = blind_spot(judge, [row.instruction for row in rows], [row.response for row in rows])
     warnings = tuple(warning for warning in (*found_few, blind) if warning is not None)
     for warning in warnings:
         folder.report(f"warning: {warning}")

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..files import parsed, read_record, sha256_file, write_json
 from ..generation import generate
 from ..interventions import Ablate, Add
-from ..judges.substring import MAX_DEGENERATE, Judge, SubstringJudge, is_degenerate
+from ..judges.substring import MAX_DEGENERATE, Judge, SubstringJudge, blind_spot, is_degenerate
 from ..labels import Label, find_refusal_tokens, published_refusal_tokens
 from ..measures import (
     Prefix,
@@ -130,6 +130,8 @@ class EvalSummary(Conclusion, EvalSetting):
     results_by_coefficient: dict[str, RefusalRates]
     random_controls: dict[str, dict[str, RefusalRates]]
     """By the seed of the random vector, then by coefficient."""
+    judge_caution: str | None = None
+    """What its phrases cannot read in the queries and plain answers; None where all is well."""
 
 
 class Evaluation:
@@ -331,6 +333,7 @@ def evaluate_vector(
             best_sound_layer=sound,
             results_by_coefficient=results,
             random_controls=controls,
+            judge_caution=_blind_spot(run, direction),
         )
     else:
         lowest = min(row.kl_nats_ablation for row in ranked)
@@ -393,8 +396,7 @@ def _results(
     """Refusals on the test queries by coefficient, and those under random vectors by seed and coefficient."""
 
     def rates(part: str, added: Direction, coefficient: float) -> RefusalRates:
-        file = f"eval_completions_{part}.json"
-        return run.rates(run.answers(f"eval_{part}", file, run.test, added, coefficient))
+        return run.rates(_answers(run, part, added, coefficient))
 
     results: dict[str, RefusalRates] = {}
     controls: dict[str, dict[str, RefusalRates]] = {}
@@ -405,6 +407,17 @@ def _results(
             random = rates(f"random_{seed}_{stem}", direction.random_like(seed), coefficient)
             controls.setdefault(str(seed), {})[key] = random
     return results, controls
+
+
+def _answers(run: Evaluation, part: str, added: Direction, coefficient: float) -> list[Completion]:
+    return run.answers(f"eval_{part}", f"eval_completions_{part}.json", run.test, added, coefficient)
+
+
+def _blind_spot(run: Evaluation, direction: Direction) -> str | None:
+    """Of the answers that were changed least."""
+    least = min(run.options.coefficients, key=abs)
+    rows = _answers(run, f"coeff_{least}", direction, least)
+    return blind_spot(run.judge, [row.prompt for row in rows], [row.response for row in rows])
 
 
 def conclude(results: dict[str, RefusalRates]) -> Conclusion:

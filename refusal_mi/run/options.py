@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from ..errors import UserError
+from ..model.loading import Quantization
 from ..options import (
     AllowSpecialTokens,
     BatchSize,
@@ -210,7 +211,11 @@ def command_line(model: "ModelRecord", options: RunOptions, ranks: Sequence[int]
     if ranks:
         said += ["--directions", "-".join(map(str, ranks))]
         said += [] if multi == "span" else ["--multi", multi]
-    said += ["--device", model.device.partition(":")[0], "--dtype", model.dtype]
+    said += ["--device-map", "auto"] if model.is_split else ["--device", model.device.partition(":")[0]]
+    said += ["--dtype", model.dtype]
+    if model.quantization is not None and model.quantization in get_args(Quantization):
+        said += ["--quantization", model.quantization]
+    said += ["--trust-remote-code"] if model.remote_code else []
     lines = ["refusal-mi run"]
     for word in said:
         if word.startswith("--"):

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import UserError, cause
 from ..files import read_json, sha256_json
+from ..hub import hub_or_cache
 from .tables import SUFFIXES, exists, is_file_name, read_rows
 
 DATA = Path(__file__).parents[1] / "data"
@@ -317,10 +318,11 @@ def _hub_rows(hub: HubSet, limit: int | None) -> list[Any]:
     import datasets
 
     try:
-        if limit is None:
-            return datasets.load_dataset(hub.path, hub.config, split=hub.split).to_list()
-        stream = datasets.load_dataset(hub.path, hub.config, split=hub.split, streaming=True)
-        return list(stream.take(limit))
+        with hub_or_cache():
+            if limit is None:
+                return datasets.load_dataset(hub.path, hub.config, split=hub.split).to_list()
+            stream = datasets.load_dataset(hub.path, hub.config, split=hub.split, streaming=True)
+            return list(stream.take(limit))
     except Exception as error:  # foreign code
         raise UserError(
             f"cannot load the dataset {hub.path} from the hub: {cause(error)} (without a network use a local file, "

@@ -16,7 +16,19 @@ from refusal_mi.text.batches import TokenBatch
 from tests.helpers.models import D_MODEL, FAMILIES, N_LAYERS, tiny_hf_model, tiny_tokenizer
 
 POST_NORM = ("gemma2", "gemma3_text", "olmo2")
-FUSED_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "qwen2_moe", "olmoe", "deepseek_v3", "granitemoe")
+FUSED_EXPERTS = (
+    "deepseek_v2",
+    "glm4_moe",
+    "minimax_m2",
+    "ernie4_5_moe",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "qwen2_moe",
+    "olmoe",
+    "deepseek_v3",
+    "granitemoe",
+)
 """Their kernels refuse float64."""
 OTHERS = {
     "qwen2_moe": FAMILIES["qwen2"]
@@ -34,6 +46,18 @@ OTHERS = {
     | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
     | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
+    "glm4_moe": FAMILIES["qwen3"]
+    | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "pad_token_id": 0},
+    "jais2": FAMILIES["qwen2"],
+    "deepseek_v2": FAMILIES["qwen2"]
+    | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
+    | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4, "head_dim": 8},
+    "vaultgemma": FAMILIES["gemma2"],
+    "minimax_m2": FAMILIES["qwen3"] | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "ernie4_5_moe": FAMILIES["qwen2"]
+    | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1},
     "granitemoe": FAMILIES["granite"] | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "opt": {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": 4, "ffn_dim": 48}
     | {"max_position_embeddings": 512, "word_embed_proj_dim": D_MODEL},

@@ -8,7 +8,10 @@ import pytest
 
 from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
-from refusal_mi.model.loading import load_model, no_processor, no_remote_code
+from refusal_mi.model.guards import no_processor, no_remote_code
+from refusal_mi.model.loading import load_model
+from refusal_mi.model.provenance import describe_model
+from tests.helpers.models import FAMILIES
 
 POISON = "from pathlib import Path\nPath({marker!r}).write_text('ran')\nraise SystemExit('ran')\n"
 
@@ -97,3 +100,56 @@ def test_no_processor_is_loaded_and_nothing_installed_for_it(monkeypatch):
     assert calls == []
     helpers.load_modality_processor(SimpleNamespace(), flags, "no/such-model", False, None)
     assert [word for word in calls[0] if word == "torchvision"], "the control: by itself it installs"
+
+
+def test_code_runs_only_where_it_is_trusted_and_that_is_recorded(poisoned, tiny_dir):
+    folder, marker = poisoned("config.json", {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    (folder / "own.py").write_text(
+        "from pathlib import Path\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(marker)!r}).write_text('ran')\n"
+        "class Config(LlamaConfig):\n    pass\nclass Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    trusted = load_model(folder, device="cpu", trust_remote_code=True)
+    assert marker.exists() and describe_model(trusted, str(folder)).remote_code
+    assert not describe_model(load_model(tiny_dir("llama"), device="cpu"), str(folder)).remote_code
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loading_a_folder_starts_no_process_and_opens_no_connection(family, tiny_dir, monkeypatch):
+    import socket
+    import subprocess
+
+    def refuse(*arguments, **options):
+        raise AssertionError(f"{arguments[1:]}")
+
+    folder = tiny_dir(family)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    for way in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, way, refuse)
+    load_model(folder, device="cpu")
+    with pytest.raises(AssertionError):  # the controls
+        subprocess.run(["true"], check=False)
+    with pytest.raises(AssertionError), socket.socket() as own:
+        own.connect(("127.0.0.1", 9))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
+    """A server that takes connections and never says a word."""
+    import socket
+
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr("refusal_mi.hub.PATIENCE", 0.2)
+        with pytest.raises(UserError, match="cannot load someone/model from the hub"):
+            load_model("someone/model", device="cpu")
+        assert constants.HF_HUB_OFFLINE is False
+        server.settimeout(0.5)
+        connections = [server.accept()[0]]
+        with pytest.raises(TimeoutError):
+            server.accept()
+        connections[0].close()

@@ -1,0 +1,70 @@
+"""What loading may not do: run a stranger's code, install packages, ask on stdin, wait for a hub that is not there."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, cause
+from ..hub import hub_or_cache
+
+
+@contextmanager
+def guarded(source: str, *, trust_remote_code: bool = False) -> Iterator[None]:
+    """Every call that reads a config, a tokenizer or weights with transformers is made in here.
+
+    Args:
+        source: directory, file or hub id; the hub is asked for the latter alone.
+        trust_remote_code: whether Python files beside the model's may run.
+    """
+    with ExitStack() as stack:
+        if not trust_remote_code:
+            stack.enter_context(no_remote_code())
+        if not Path(source).exists():
+            stack.enter_context(hub_or_cache())
+        yield
+
+
+@contextmanager
+def no_remote_code() -> Iterator[None]:
+    """Inside, transformers refuses code that lies beside a model's files at once: by itself it asks on stdout.
+
+    A call with `trust_remote_code=False` refuses as well; this reaches the calls that other libraries make.
+    """
+    from transformers import dynamic_module_utils as remote
+
+    seconds = remote.TIME_OUT_REMOTE_CODE
+    try:
+        remote.TIME_OUT_REMOTE_CODE = 0
+        yield
+    finally:
+        remote.TIME_OUT_REMOTE_CODE = seconds
+
+
+@contextmanager
+def no_processor() -> Iterator[None]:
+    """Inside, TransformerLens loads no image or audio processor: for text none is needed, and it installs packages."""
+    from transformer_lens.model_bridge.sources.transformers import helpers
+
+    loaders = getattr(helpers, "_MODALITY_PROCESSOR_LOADERS", [])
+    before = list(loaders)
+    try:
+        loaders.clear()
+        yield
+    finally:
+        loaders[:] = before
+
+
+def read_config(source: str | Path, revision: str | None = None) -> Any:
+    """The HF config of a directory or hub id.
+
+    Raises:
+        UserError: there is none, or it cannot be read without running code of its own.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with guarded(str(source)):
+            return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # foreign code
+        raise UserError(f"cannot read the config of {source}: {cause(error)}") from error

@@ -1,0 +1,194 @@
+"""Every way to name a model gives the same model: folder, GGUF file, HF model, bridge, split over devices."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from refusal_mi import Ablate
+from refusal_mi.cli import exit_status
+from refusal_mi.cli.options import parse_device_map, parse_memory
+from refusal_mi.errors import UserError
+from refusal_mi.interventions import all_hooks
+from refusal_mi.model.loading import load_model, model_alias, resolve_source
+from refusal_mi.model.points import model_source
+from refusal_mi.model.provenance import describe_model, fingerprint
+from refusal_mi.model.readers import ModelWeights
+from refusal_mi.model.running import all_logits, running
+from refusal_mi.run.options import RunOptions, command_line
+from refusal_mi.text.batches import left_pad
+from tests.helpers.directions import random_direction
+from tests.helpers.gguf import write_gguf_model
+from tests.helpers.models import save_tiny, tiny_hf_model, tiny_tokenizer
+
+ROWS = [[40, 50, 60, 70], [41, 51]]
+
+
+def logits(model, *, is_ablated: bool) -> torch.Tensor:
+    """Of two prompts, without or under an ablation."""
+    batch = left_pad(ROWS, 0)
+    what = [Ablate(random_direction(1))] if is_ablated else []
+    with torch.no_grad(), running(model, all_hooks(model, what, batch.tokens.shape[1])):
+        return all_logits(model, batch).cpu()
+
+
+def hf(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def same(model, other) -> None:
+    for is_ablated in (False, True):
+        torch.testing.assert_close(logits(model, is_ablated=is_ablated), logits(other, is_ablated=is_ablated))
+    assert not torch.allclose(logits(model, is_ablated=True), logits(other, is_ablated=False), atol=1e-3), "the control"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox"])
+def test_an_hf_model_gives_the_folders_numbers(family, tiny_dir, tiny_model):
+    held = hf(tiny_dir(family))
+    model = load_model(held)
+    same(model, tiny_model(family))
+    assert model_source(model) == str(tiny_dir(family)) and model.tokenizer.chat_template
+    assert next(model.parameters()).data_ptr() == next(held.parameters()).data_ptr()
+
+
+def test_a_tokenizer_of_ones_own_is_used_as_it_is(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}own {{ m['content'] }}{% endfor %}"
+    model = load_model(tiny_hf_model("llama"), tokenizer=tokenizer)
+    assert model.tokenizer.chat_template == tokenizer.chat_template
+    assert model.tokenizer("a b")["input_ids"] == tokenizer("a b")["input_ids"]
+    assert "add_bos_token" not in tokenizer.init_kwargs
+
+
+def test_an_edited_model_is_studied_as_it_is(tiny_dir, tiny_model):
+    held = hf(tiny_dir("llama"))
+    with torch.no_grad():
+        held.model.layers[1].mlp.down_proj.weight.mul_(3)
+    assert not torch.allclose(logits(load_model(held), is_ablated=False), logits(tiny_model("llama"), is_ablated=False))
+
+
+def test_a_bridge_is_taken_as_it_is(own_model, tiny_model):
+    assert load_model(own_model) is own_model
+    same(own_model, tiny_model("llama"))
+
+
+def test_a_bridge_with_centred_weights_is_refused(tiny_dir):
+    model = load_model(tiny_dir("gpt2"), device="cpu")
+    model.process_weights()
+    with pytest.raises(UserError, match="centred"):
+        load_model(model)
+
+
+@pytest.mark.parametrize("how", [{"device": "cpu"}, {"dtype": "bfloat16"}, {"revision": "v1"}, {"device_map": "auto"}])
+def test_a_held_model_stays_where_it_is(how, own_model):
+    with pytest.raises(UserError, match="loaded already"):
+        load_model(own_model, **how)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(UserError, match="from a Linear"):
+        load_model(nn.Linear(2, 2))
+    with pytest.raises(UserError, match="tokenizer"):
+        load_model(tiny_hf_model("llama"))
+    with pytest.raises(UserError, match="brings its own"):
+        load_model(tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    """A tiny qwen2 as a GGUF file, and as a folder."""
+    root = tmp_path_factory.mktemp("gguf")
+    folder = save_tiny("qwen2", root / "folder")
+    return write_gguf_model(folder, root / "tiny-qwen2.gguf"), folder
+
+
+def test_a_gguf_file_gives_the_folders_numbers(gguf_file):
+    file, folder = gguf_file
+    model = load_model(file, device="cpu")
+    same(model, load_model(folder, device="cpu"))
+    chat = [{"role": "user", "content": "Hello there"}]
+    expected = tiny_tokenizer().apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) == expected
+    assert model.tokenizer(expected)["input_ids"] == tiny_tokenizer()(expected)["input_ids"]
+
+
+def test_a_gguf_file_is_known_by_its_contents(gguf_file, tmp_path):
+    file, _ = gguf_file
+    other = tmp_path / "weights.bin"
+    other.write_bytes(file.read_bytes())
+    assert resolve_source(other) == str(other) and model_alias(other).startswith("weights.bin-")
+    record = describe_model(load_model(other, device="cpu"), str(other))
+    assert record.fingerprint == fingerprint(other) and record.quantization is None
+    other.write_bytes(file.read_bytes() + b"more")
+    assert fingerprint(other) != record.fingerprint
+    other.write_bytes(b"none")
+    with pytest.raises(UserError, match="no such model"):
+        load_model(other)
+
+
+@pytest.mark.parametrize("keep", [4, 40, 4000])
+def test_a_damaged_gguf_file_is_one_line(gguf_file, tmp_path, capsys, keep):
+    file, _ = gguf_file
+    (tmp_path / "half.gguf").write_bytes(file.read_bytes()[:keep])
+    assert exit_status(["run", str(tmp_path / "half.gguf"), f"--output-dir={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: cannot load the model in ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gguf_file_is_not_exported(gguf_file, tmp_path, capsys):
+    file, _ = gguf_file
+    random_direction(1).save(tmp_path / "direction.pt")
+    arguments = [f"--direction={tmp_path / 'direction.pt'}", f"--output-dir={tmp_path / 'new'}"]
+    assert exit_status(["export", str(file), *arguments]) == 2
+    assert "export the checkpoint that it was made from" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+SPLIT = {
+    "model.embed_tokens": "disk",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.layers.2": "disk",
+    "model.layers.3": "cpu",
+    "model.layers.4": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
+
+
+def test_a_model_that_lies_on_cpu_and_disk_gives_the_folders_numbers(tiny_dir, tiny_model, tmp_path):
+    model = load_model(tiny_dir("llama"), device_map=SPLIT)
+    assert any(parameter.is_meta for parameter in model.original_model.parameters()), "something is on disk"
+    same(model, tiny_model("llama"))
+    record = describe_model(model, str(tiny_dir("llama")))
+    assert record.is_split and not describe_model(tiny_model("llama"), "x").is_split
+    assert "--device-map auto" in command_line(record, RunOptions())
+    with pytest.raises(UserError, match="offloaded"):
+        ModelWeights(model)
+
+
+def test_options_that_contradict_each_other_are_refused(tiny_dir, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for how, message in (
+        ({"device": "cpu", "device_map": "auto"}, "leave --device out"),
+        ({"max_memory": {"cpu": "1GB"}}, "say --device-map"),
+        ({"quantization": "bnb-4bit"}, "needs a CUDA GPU"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_model(tiny_dir("llama"), **how)
+
+
+def test_device_maps_and_sizes_as_they_are_written():
+    assert parse_device_map(None) is None and parse_device_map("auto") == "auto"
+    assert parse_device_map(json.dumps(SPLIT)) == SPLIT
+    assert parse_memory("0=20GiB, cpu=60GiB") == {0: "20GiB", "cpu": "60GiB"} and parse_memory(None) is None
+    for wrong in ("{", '{"a": null}'):
+        with pytest.raises(UserError, match="--device-map"):
+            parse_device_map(wrong)
+    for wrong in ("20GiB", "0=much", "tpu=1GiB", ""):
+        with pytest.raises(UserError, match="--max-memory"):
+            parse_memory(wrong)
