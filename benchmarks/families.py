@@ -75,7 +75,7 @@ _ALSO: dict[str, dict[str, Any]] = {  # ... leaves a field as it is
     "mpt": {"expansion_ratio": 2},
     "persimmon": {"num_key_value_heads": None},
 }
-N_LAST, SHOWN = 3, 130
+N_LAST, SHOWN = 3, 110
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import UserError
 
+Quantization = Literal["bnb-4bit", "bnb-8bit"]
+"""bitsandbytes, on CUDA."""
 Positions = Literal["all", "prompt", "response"]
 """Where an intervention acts: everywhere; on the prompt; or from the last prompt token on (it writes the first
 answer token) and on every generated token."""

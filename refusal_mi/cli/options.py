@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, get
 import typer
 
 from ..errors import UserError
-from ..options import BATCH_SIZE, AllowSpecialTokens, JudgeModel, Option, System, TemplateKwargs, said
+from ..options import BATCH_SIZE, AllowSpecialTokens, JudgeModel, Option, Quantization, System, TemplateKwargs, said
 from ..search.thresholds import PUBLISHED, Rule
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ class ModelOptions:
 
     def load(self) -> "HookedModel":
         """The model, loaded quietly."""
-        from ..model.loading import DeviceName, DtypeName, Quantization, quiet_load
+        from ..model.loading import DeviceName, DtypeName, quiet_load
 
         for option, value, known in (
             ("--device", self.device, get_args(DeviceName)),

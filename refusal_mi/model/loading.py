@@ -11,6 +11,7 @@ import torch
 
 from ..errors import UserError, cause
 from ..files import sha256_json
+from ..options import Quantization
 from .guards import guarded, no_processor
 from .points import HookedModel, check_raw_basis, hf_config, missing_points, model_type, resid_hook, write_hooks
 from .sums import check_sums
@@ -20,7 +21,6 @@ ORGANISM = Path(__file__).parents[1] / "organism" / "model"
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 NO_TOKENIZER = "nothing says where this model's tokenizer is: pass load_model(model, tokenizer=...)"
-Quantization = Literal["bnb-4bit", "bnb-8bit"]
 
 
 def load_model(

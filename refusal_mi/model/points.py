@@ -96,8 +96,9 @@ def quantization_of(model: HookedModel) -> str | None:
     if settings is None or all(parameter.dtype in _NUMBERS for parameter in parameters_of(model)):
         return None
     told: dict[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()
-    method = str(told.get("quant_method", "unknown")).rpartition(".")[2]
-    if method.lower() == "bitsandbytes":
+    method = told.get("quant_method", "unknown")
+    method = str(getattr(method, "value", method))  # transformers names it by a member of an enumeration
+    if method == "bitsandbytes":
         return "bnb-4bit" if told.get("load_in_4bit") else "bnb-8bit"
     return method
 
@@ -148,7 +149,8 @@ def check_raw_basis(model: HookedModel) -> None:
         rows = embedding.weight[:_N_ROWS].detach().clone()
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     most = max(1e-6, torch.finfo(model.cfg.dtype).eps / 2)
-    if bool((rows.mean(-1).abs() <= most * rows.square().mean(-1).sqrt()).all()):
+    rows = rows[rows.any(-1)]
+    if len(rows) > 0 and bool((rows.mean(-1).abs() <= most * rows.square().mean(-1).sqrt()).all()):
         raise ValueError(
             "the weights of this model are centred (compatibility mode or process_weights), which changes the residual "
             "basis; load it with refusal_mi.load_model(...) or TransformerBridge.boot_transformers(...) and raw weights"

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from ..errors import UserError
-from ..model.loading import Quantization
 from ..options import (
     AllowSpecialTokens,
     BatchSize,
     JudgeModel,
     JudgeName,
     Option,
+    Quantization,
     RefusalTokens,
     ResponsePrefix,
     System,

@@ -319,4 +319,4 @@ def _n_shared(rows: Rows) -> int:
 def _pass_overhead(model: HookedModel) -> float:
     """What one more forward pass costs, in tokens: Python and kernel launches against a token's arithmetic."""
     n_parameters = sum(parameter.numel() for parameter in parameters_of(model))
-    return 16 + 1.6e8 / n_parameters if model_device(model).type == "cpu" else 512
+    return 16 + 1.6e8 / n_parameters if model_device(model).type == "cpu" else 512.0

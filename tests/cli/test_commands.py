@@ -97,7 +97,7 @@ def test_the_column_is_that_of_files_and_of_the_evaluation_set(run_fails, tmp_pa
 
 
 def test_a_folder_that_cannot_be_written_shows_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("refusal_mi.cli.options.quiet_load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("refusal_mi.model.loading.quiet_load", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         assert "file is not a folder" in fails(["run", "--output-dir", folder], capsys)

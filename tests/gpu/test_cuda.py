@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from refusal_mi import Ablate, Direction
 from refusal_mi.cli import exit_status
@@ -23,7 +24,7 @@ from refusal_mi.text.batches import left_pad
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.prompts import load_prompts
 from tests.helpers.directions import random_direction
-from tests.helpers.models import FAMILIES, save_tiny
+from tests.helpers.models import FAMILIES, save_tiny, tiny_tokenizer
 
 pytestmark = pytest.mark.gpu
 ROWS = [[40, 50, 60, 70], [41, 51]]
@@ -77,8 +78,13 @@ def test_ablation_leaves_nothing_along_the_direction(family, tmp_path):
 @pytest.fixture(scope="module")
 def wide_dir(tmp_path_factory):
     """Wide enough for 4-bit blocks."""
-    wide = {"hidden_size": 256, "intermediate_size": 512, "attention_bias": False, "mlp_bias": False}
-    return save_tiny("llama", tmp_path_factory.mktemp("wide") / "llama", **wide)
+    tokenizer, folder = tiny_tokenizer(), tmp_path_factory.mktemp("wide") / "llama"
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **shape)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit"])

@@ -133,7 +133,7 @@ def test_a_cpu_computes_in_float32_whatever_the_checkpoint_says(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nothing-like-this", "neither a directory with config.json nor a hub id"),
+        ("nothing-like-this", "neither a directory with config.json, nor a GGUF file, nor a hub id"),
         ("./not/here", "neither a directory"),
         ("a/b/c", "neither a directory"),
         ("/no/such/folder", "neither a directory"),

@@ -225,7 +225,7 @@ def test_the_command_repeats_the_options(tmp_path, monkeypatch, options):
         raise UserError("far enough")
 
     monkeypatch.setattr("refusal_mi.recipes.arditi.run", stop)
-    monkeypatch.setattr("refusal_mi.cli.options.quiet_load", lambda *_: None)
+    monkeypatch.setattr("refusal_mi.model.loading.quiet_load", lambda *_, **__: None)
     arguments = shlex.split(command_line(run.model, options).replace("\\\n", " "))
     assert arguments[:3] == ["refusal-mi", "run", "example/chat-model"]
     assert exit_status([*arguments[1:], "--output-dir", str(tmp_path / "out")]) == 2
