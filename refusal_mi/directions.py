@@ -36,6 +36,8 @@ class Direction:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.vector.is_floating_point():
+            raise UserError(f"a direction must be a vector of floats, not of {self.vector.dtype}")
         if not bool(torch.isfinite(self.vector).all()):
             raise UserError("a direction must be finite: this one holds NaN or infinity")
         if self.norm == 0:
@@ -82,6 +84,11 @@ class Direction:
         if vector.squeeze().ndim != 1:
             raise UserError(f"{path} does not hold one vector of shape [d_model]")
         beside = path.with_name(f"{path.stem}_metadata.json")
+        if not beside.exists():
+            raise UserError(
+                f"nothing beside {path} says where it was read: expected {beside.name} with its layer, as refusal-mi "
+                "run and Direction.save write it"
+            )
         metadata = read_json(beside)
         if not isinstance(metadata, dict) or "layer" not in metadata:
             raise UserError(f"{beside.name} beside {path} does not say which layer it was read at")
@@ -240,6 +247,8 @@ def read_vectors(path: Path) -> LabelledVectors:
     rows = held.reshape(-1, held.shape[-1]).double()
     if not bool(torch.isfinite(rows).all()):
         raise UserError(f"{path} holds numbers that are not finite")
+    if not bool(rows.any()):
+        raise UserError(f"{path} holds zeros only, which have no direction")
     return LabelledVectors(path.stem, rows)
 
 

@@ -15,5 +15,6 @@ class UserError(ValueError):
 
 
 def cause(error: BaseException) -> str:
-    """The first line that an error of foreign code says, or what it is called."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of what an error of foreign code says, with the next after a colon; or what it is called."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

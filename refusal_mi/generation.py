@@ -65,7 +65,7 @@ def generate(
     if keep_first_logits and (sampling is not None or not use_kv_cache):
         raise UserError("first logits are kept of greedy, cached answers only")
     rows = [chat.encode(instruction) for instruction in instructions]
-    rooms = [_room(model, len(row), max_new_tokens) for row in rows]
+    rooms = [_room(model, *each, max_new_tokens) for each in zip(instructions, rows, strict=True)]
     check_fits(model, rows)
     stops = stop_token_ids(model)
     answers: dict[int, Generated] = {}
@@ -106,7 +106,7 @@ def stream(
     """
     check_raw_basis(model)
     ids = chat.encode(conversation)
-    room = _room(model, len(ids), max_new_tokens)
+    room = _room(model, conversation, ids, max_new_tokens)
     check_fits(model, [ids])
     stops, past, new = stop_token_ids(model), None, list[int]()
     hooks = all_hooks(model, interventions, len(ids))
@@ -180,15 +180,16 @@ def _greedy(
     return answers, first
 
 
-def _room(model: HookedModel, n_prompt: int, max_new_tokens: int) -> int:
+def _room(model: HookedModel, asked: str | Sequence[Message], prompt: Sequence[int], max_new_tokens: int) -> int:
     """How many tokens an answer may have: what was asked for, as far as the context goes."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    room = min(max_new_tokens, model.cfg.n_ctx - n_prompt)
+    room = min(max_new_tokens, model.cfg.n_ctx - len(prompt))
     if room < 1:
+        text = asked if isinstance(asked, str) else asked[-1]["content"]
         raise UserError(
-            f"no room for an answer: the prompt has {n_prompt} tokens of the model's {model.cfg.n_ctx}, and "
-            f"{max_new_tokens} new ones were asked for (--max-new-tokens); shorten the prompt"
+            f"no room for an answer: the prompt has {len(prompt)} tokens of the model's {model.cfg.n_ctx}, and "
+            f"{max_new_tokens} new ones were asked for (--max-new-tokens); shorten {text[:60]!r}"
         )
     return room
 

@@ -409,7 +409,7 @@ def _steering_vector(model: "HookedModel", path: Path, layer: int | None) -> "Di
     from torch import Tensor
 
     from ..directions import Direction
-    from ..files import read_tensors
+    from ..files import floats, read_tensors
     from ..interventions import Add
     from ..model.points import resid_hook
     from ..recipes.responses import load_vectors, row_direction
@@ -428,6 +428,6 @@ def _steering_vector(model: "HookedModel", path: Path, layer: int | None) -> "Di
     elif layer is None:
         raise UserError(f"nothing beside {path} says where the vector was read: say with --layer where to add it")
     else:
-        vector = Direction(tensor.squeeze().clone(), layer, resid_hook(layer, model.cfg.n_layers))
+        vector = Direction(floats(path, tensor).squeeze().clone(), layer, resid_hook(layer, model.cfg.n_layers))
     Add(vector).hooks(model)
     return vector

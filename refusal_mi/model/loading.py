@@ -342,6 +342,10 @@ def _load_failure(name: str, revision: str | None, error: Exception) -> str:
     reason = cause(error)
     if "trust_remote_code" in str(error):
         reason = "it brings Python code of its own, which is not run without --trust-remote-code"
+    if "Weights only load failed" in reason:
+        reason = "its pickled weights hold more than tensors, which could run code; get them as safetensors"
+    if is_gguf(name):
+        reason = f"it is no whole GGUF file of a chat model ({reason})"
     if "Available architectures" in reason:
         reason = "TransformerLens does not know its architecture"
     if "ignore_mismatched_sizes" in reason:

@@ -66,6 +66,8 @@ def read_rows(path: Path) -> list[Any]:
             return []
         return _json_rows(path, text)
     elif suffix != ".txt":
+        if not text.strip():
+            raise UserError(f"{path} is empty")
         raise UserError(f"{path}: format unknown; expected {', '.join(SUFFIXES)}, maybe with .gz")
     return _lines(text)
 

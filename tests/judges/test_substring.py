@@ -6,6 +6,7 @@ from refusal_mi.judges.substring import (
     REFUSAL_SUBSTRINGS,
     SubstringJudge,
     answer_of,
+    blind_spot,
     caution,
     is_degenerate,
     is_refusal,
@@ -175,3 +176,17 @@ CODE = ["def add(a, b):\n    if a is not None:\n        return a + b\n\nfor x in
 def test_what_the_phrases_cannot_read_is_said(prompts, answers, said):
     found = caution(prompts, answers)
     assert found is None if said is None else found.startswith(said)
+
+
+def test_only_the_judge_that_reads_phrases_has_a_blind_spot():
+    class Endpoint:
+        name = "endpoint"
+
+        def complied(self, prompts, responses):
+            return [True for _ in responses]
+
+    chinese = ["请告诉我今天天气怎么样"] * 4
+    assert "another script" in blind_spot(SubstringJudge(), chinese, chinese)
+    assert blind_spot(Endpoint(), chinese, chinese) is None
+    english = ["what is the weather of the day in the town"] * 4
+    assert blind_spot(SubstringJudge(), english, english) is None
