@@ -10,17 +10,17 @@ from ..hub import hub_or_cache
 
 
 @contextmanager
-def guarded(source: str, *, trust_remote_code: bool = False) -> Iterator[None]:
+def guarded(source: str | None, *, trust_remote_code: bool = False) -> Iterator[None]:
     """Every call that reads a config, a tokenizer or weights with transformers is made in here.
 
     Args:
-        source: directory, file or hub id; the hub is asked for the latter alone.
+        source: directory, file or hub id; the hub is asked for the latter alone. None: nothing is read from a place.
         trust_remote_code: whether Python files beside the model's may run.
     """
     with ExitStack() as stack:
         if not trust_remote_code:
             stack.enter_context(no_remote_code())
-        if not Path(source).exists():
+        if source is not None and not Path(source).exists():
             stack.enter_context(hub_or_cache())
         yield
 

@@ -70,7 +70,8 @@ def load_model(
     if is_named and tokenizer is not None:
         raise UserError("tokenizer= is for a model that is loaded already; a directory or hub id brings its own")
     try:
-        with guarded(name, trust_remote_code=trust_remote_code), no_processor():
+        is_read = is_named or (tokenizer is None and getattr(source, "tokenizer", None) is None)
+        with guarded(name if is_read else None, trust_remote_code=trust_remote_code), no_processor():
             model = _load(name, asked) if is_named else _adopt(source, name, tokenizer)
         model.eval()
         _place_inputs(model)
@@ -232,10 +233,11 @@ def silence_libraries() -> None:
 def is_gguf(source: str | Path) -> bool:
     """Whether this is a GGUF file, by its first bytes."""
     path = Path(source)
-    if not path.is_file():
+    try:
+        with path.open("rb") as handle:
+            return handle.read(4) == b"GGUF"
+    except OSError:
         return False
-    with path.open("rb") as handle:
-        return handle.read(4) == b"GGUF"
 
 
 def resolve_source(source: str | Path | None) -> str:
