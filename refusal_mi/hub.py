@@ -15,25 +15,25 @@ def hub_or_cache() -> Iterator[None]:
 
     before = constants.HF_HUB_OFFLINE
     try:
-        constants.HF_HUB_OFFLINE = before or not _answers(constants.ENDPOINT)
+        constants.HF_HUB_OFFLINE = before or not answers(constants.ENDPOINT)
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     """Whether anything at all comes back; in a thread, because looking up a name has no time limit of its own."""
     from huggingface_hub import get_session
 
-    answers: list[int] = []
+    statuses: list[int] = []
 
     def ask() -> None:
         try:
-            answers.append(get_session().head(url, timeout=PATIENCE).status_code)
+            statuses.append(get_session().head(url, timeout=PATIENCE).status_code)
         except Exception:  # foreign code: the transports have classes of their own, which differ between versions
             return
 
     asking = Thread(target=ask, daemon=True)
     asking.start()
     asking.join(PATIENCE)
-    return bool(answers)
+    return bool(statuses)

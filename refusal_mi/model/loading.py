@@ -236,7 +236,7 @@ def is_gguf(source: str | Path) -> bool:
     try:
         with path.open("rb") as handle:
             return handle.read(4) == b"GGUF"
-    except OSError:
+    except (OSError, ValueError):  # a folder, or a name that no file can have
         return False
 
 

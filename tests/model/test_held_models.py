@@ -56,7 +56,7 @@ def test_an_hf_model_gives_the_folders_numbers(family, tiny_dir, tiny_model):
 
 def test_a_tokenizer_of_ones_own_is_used_as_it_is_and_no_hub_is_asked(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("refusal_mi.hub._answers", lambda url: pytest.fail("asked"))
+    monkeypatch.setattr("refusal_mi.hub.answers", lambda url: pytest.fail("asked"))
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}own {{ m['content'] }}{% endfor %}"
     model = load_model(tiny_hf_model("llama"), tokenizer=tokenizer)
