@@ -2,10 +2,33 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Thread
+from threading import RLock, Thread
+from typing import Any
 
 PATIENCE = 2.0
 """Seconds that the hub has for its first answer."""
+_ONE_THREAD = RLock()
+
+
+@contextmanager
+def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, an attribute of another library's module is `value`; a second thread waits, and finds it as it was."""
+    with _ONE_THREAD:
+        before = getattr(holder, name)
+        try:
+            setattr(holder, name, value)
+            yield
+        finally:
+            setattr(holder, name, before)
+
+
+@contextmanager
+def no_hub() -> Iterator[None]:
+    """Inside, the hub is not asked; what its cache has can be read."""
+    from huggingface_hub import constants
+
+    with replaced(constants, "HF_HUB_OFFLINE", True):
+        yield
 
 
 @contextmanager
@@ -13,12 +36,11 @@ def hub_or_cache() -> Iterator[None]:
     """Inside, the hub's cache alone is read where the hub does not answer; its client would try for half a minute."""
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
-    try:
-        constants.HF_HUB_OFFLINE = before or not answers(constants.ENDPOINT)
+    with (
+        _ONE_THREAD,
+        replaced(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE or not answers(constants.ENDPOINT)),
+    ):
         yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def answers(url: str) -> bool:

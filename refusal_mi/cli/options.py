@@ -247,7 +247,7 @@ def parse_device_map(text: str | None) -> str | dict[str, str | int] | None:
         where = json.loads(text)
     except ValueError as error:
         raise UserError(f"--device-map is no JSON object: {error}") from None
-    if not all(isinstance(device, str | int) for device in where.values()):
+    if not all(isinstance(device, str | int) and not isinstance(device, bool) for device in where.values()):
         raise UserError('--device-map takes a device for every module, as in {"": "cpu"}')
     return where  # type: ignore[no-any-return]
 
@@ -259,7 +259,11 @@ def parse_memory(text: str | None) -> dict[str | int, str | int] | None:
     sizes: dict[str | int, str | int] = {}
     for part in text.split(","):
         device, equals, size = (each.strip() for each in part.partition("="))
-        if not equals or not re.fullmatch(r"\d+|cpu|mps", device) or not re.fullmatch(r"[\d.]+ *[KMGT]i?B|\d+", size):
+        if (
+            not equals
+            or not re.fullmatch(r"\d+|cpu|mps", device)
+            or not re.fullmatch(r"\d+(\.\d+)? *[KMGT]i?B|\d+", size)
+        ):
             raise UserError(f"--max-memory takes DEVICE=SIZE as in 0=20GiB,cpu=60GiB, not {part!r}")
         sizes[int(device) if device.isdigit() else device] = int(size) if size.isdigit() else size
     return sizes

@@ -6,22 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, cause
-from ..hub import hub_or_cache
+from ..hub import hub_or_cache, no_hub, replaced
 
 
 @contextmanager
-def guarded(source: str | None, *, trust_remote_code: bool = False) -> Iterator[None]:
+def guarded(source: str, *, trust_remote_code: bool = False, is_hub_asked: bool = True) -> Iterator[None]:
     """Every call that reads a config, a tokenizer or weights with transformers is made in here.
 
     Args:
-        source: directory, file or hub id; the hub is asked for the latter alone. None: nothing is read from a place.
+        source: directory, file or hub id; the hub is asked for the latter alone.
         trust_remote_code: whether Python files beside the model's may run.
+        is_hub_asked: whether the hub is, or its cache alone read.
     """
     with ExitStack() as stack:
+        stack.enter_context(hub_or_cache() if is_hub_asked and not Path(source).exists() else no_hub())
         if not trust_remote_code:
             stack.enter_context(no_remote_code())
-        if source is not None and not Path(source).exists():
-            stack.enter_context(hub_or_cache())
         yield
 
 
@@ -33,12 +33,8 @@ def no_remote_code() -> Iterator[None]:
     """
     from transformers import dynamic_module_utils as remote
 
-    seconds = remote.TIME_OUT_REMOTE_CODE
-    try:
-        remote.TIME_OUT_REMOTE_CODE = 0
+    with replaced(remote, "TIME_OUT_REMOTE_CODE", 0):
         yield
-    finally:
-        remote.TIME_OUT_REMOTE_CODE = seconds
 
 
 @contextmanager
@@ -46,13 +42,8 @@ def no_processor() -> Iterator[None]:
     """Inside, TransformerLens loads no image or audio processor: for text none is needed, and it installs packages."""
     from transformer_lens.model_bridge.sources.transformers import helpers
 
-    loaders = getattr(helpers, "_MODALITY_PROCESSOR_LOADERS", [])
-    before = list(loaders)
-    try:
-        loaders.clear()
+    with replaced(helpers, "_MODALITY_PROCESSOR_LOADERS", []):
         yield
-    finally:
-        loaders[:] = before
 
 
 def read_config(source: str | Path, revision: str | None = None) -> Any:

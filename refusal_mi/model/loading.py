@@ -1,7 +1,6 @@
 """From a hub id or a folder to a model with raw HF weights, ready for hooks."""
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,14 +12,23 @@ from ..errors import UserError, cause
 from ..files import sha256_json
 from ..options import Quantization
 from .guards import guarded, no_processor
-from .points import HookedModel, check_raw_basis, hf_config, missing_points, model_type, resid_hook, write_hooks
+from .held import adopt, as_it_is, name_of
+from .points import (
+    HookedModel,
+    check_raw_basis,
+    hf_config,
+    missing_points,
+    model_type,
+    resid_hook,
+    set_from_files,
+    write_hooks,
+)
 from .sums import check_sums
 
 ORGANISM = Path(__file__).parents[1] / "organism" / "model"
 """Directory of the embedded demonstration model."""
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-NO_TOKENIZER = "nothing says where this model's tokenizer is: pass load_model(model, tokenizer=...)"
 
 
 def load_model(
@@ -40,7 +48,9 @@ def load_model(
     Args:
         source: a local HF directory, a `.gguf` file (transformers dequantizes it), a hub id, or None for the embedded
             model. Or a model that is loaded already: a `TransformerBridge` is used as it is; an HF model is wrapped in
-            place (its submodules become a bridge's, its attention eager, its mode eval) and stays where it is.
+            place (its submodules become a bridge's, its attention eager, its mode eval) and stays where it is, also
+            where it is refused then: save it first, its `save_pretrained` finds shared tensors afterwards. The same
+            model gives the same bridge again. What is recorded of such a model is a fingerprint of its parameters.
         revision: hub branch, tag or commit.
         device: "auto" takes CUDA, then MPS, then the CPU.
         dtype: "auto" is the checkpoint's dtype, and float32 on a CPU.
@@ -49,7 +59,8 @@ def load_model(
         quantization: "bnb-4bit" or "bnb-8bit" (bitsandbytes, on CUDA). Directions can be found and tested so; exports
             are made from the full-precision checkpoint.
         trust_remote_code: run Python files that come with the checkpoint, with all that you may do on this machine.
-        tokenizer: of a model that is loaded already; by default the one in the place that its config names.
+        tokenizer: of a model that is loaded already; by default the one in the directory that its config names, or of
+            that hub id in the hub's cache.
 
     Raises:
         UserError: there is no such model, it cannot be reached, its architecture is not supported, it would run code
@@ -66,13 +77,16 @@ def load_model(
                 "a model that is loaded already stays where and as it is: give load_model no device, dtype, revision, "
                 "quantization or trust_remote_code with it"
             )
-        name = _name_of(source)
+        name = name_of(source)
     if is_named and tokenizer is not None:
         raise UserError("tokenizer= is for a model that is loaded already; a directory or hub id brings its own")
     try:
-        is_read = is_named or (tokenizer is None and getattr(source, "tokenizer", None) is None)
-        with guarded(name if is_read else None, trust_remote_code=trust_remote_code), no_processor():
-            model = _load(name, asked) if is_named else _adopt(source, name, tokenizer)
+        if is_named:
+            with guarded(name, trust_remote_code=trust_remote_code), no_processor():
+                model = _load(name, asked)
+        else:
+            model = adopt(source, tokenizer)
+        set_from_files(model, is_so=is_named)
         model.eval()
         _place_inputs(model)
         check_raw_basis(model)
@@ -109,6 +123,13 @@ class _Asked:
         if self.revision is not None and Path(name).exists():
             kind = "directory" if Path(name).is_dir() else "file"
             raise UserError(f"{name} is a {kind} and has no revisions; leave --revision out, or name a hub id")
+        if not isinstance(self.device, str):
+            raise UserError(f"device takes auto, cuda, mps or cpu, not {self.device!r}")
+        places = self.device_map.values() if isinstance(self.device_map, Mapping) else [self.device_map or ""]
+        if any(isinstance(place, bool) or not isinstance(place, str | int) for place in places):
+            raise UserError('--device-map takes auto, or a device for every module as in {"": "cpu"}')
+        if self.max_memory is not None and not isinstance(self.max_memory, Mapping):
+            raise UserError(f'max_memory takes a size for every device as in {{"cpu": "5GB"}}, not {self.max_memory!r}')
         if self.device_map is not None and self.device != "auto":
             raise UserError("a device map says where every part goes: leave --device out")
         if self.max_memory is not None and self.device_map is None:
@@ -153,7 +174,7 @@ def _load(name: str, asked: _Asked) -> Any:
             folder, gguf_file=file, dtype=dtype, attn_implementation="eager", **where
         )
         hf_model.config._name_or_path = name
-        tokenizer = _as_it_is(AutoTokenizer.from_pretrained(folder, gguf_file=file))
+        tokenizer = as_it_is(AutoTokenizer.from_pretrained(folder, gguf_file=file))
         return TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype)
     config = AutoConfig.from_pretrained(name, revision=asked.revision, trust_remote_code=trust)
     where = {"device": place}
@@ -169,49 +190,12 @@ def _load(name: str, asked: _Asked) -> Any:
     )
 
 
-def _adopt(held: Any, name: str, tokenizer: Any) -> Any:
-    """A model that is loaded already as a bridge."""
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import PreTrainedModel
-
-    if isinstance(held, TransformerBridge):
-        if tokenizer is not None:
-            held.tokenizer = tokenizer
-        model = held
-    elif isinstance(held, PreTrainedModel):
-        if tokenizer is None and not held.config._name_or_path:
-            raise UserError(NO_TOKENIZER)
-        own = None if tokenizer is None else _as_it_is(tokenizer)
-        model = TransformerBridge.boot_transformers(name, hf_model=held, tokenizer=own, dtype=held.dtype)
-    else:
-        raise UserError(
-            f"cannot load a model from a {type(held).__name__}; expected a directory, a .gguf file, a hub id, an HF "
-            "model or a TransformerBridge"
-        )
-    if model.tokenizer is None:
-        raise UserError(NO_TOKENIZER)
-    return model
-
-
 def _place_inputs(model: Any) -> None:
     """Inputs go where accelerate runs the embedding, also where its weights lie on disk ("meta")."""
     if str(model.cfg.device) == "meta":
         embedding = model.original_model.get_input_embeddings()
         hook = getattr(getattr(embedding, "original_component", embedding), "_hf_hook", None)
         model.cfg.device = str(getattr(hook, "execution_device", "cpu"))
-
-
-def _as_it_is(tokenizer: Any) -> Any:
-    """A copy that TransformerLens takes without loading it anew from where it came from, template and all."""
-    tokenizer = deepcopy(tokenizer)
-    tokenizer.init_kwargs.setdefault("name_or_path", tokenizer.name_or_path)
-    tokenizer.init_kwargs["add_bos_token"] = True  # read there; what is put before a text stays as it was
-    return tokenizer
-
-
-def _name_of(held: Any) -> str:
-    config = getattr(getattr(held, "original_model", held), "config", None)
-    return str(getattr(config, "_name_or_path", "") or type(held).__name__)
 
 
 def quiet_load(source: Any = None, **how: Any) -> HookedModel:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -48,8 +49,21 @@ def bridge(model: HookedModel) -> Any:
 
 
 def model_source(model: HookedModel) -> str:
-    """The directory or hub id that the weights came from."""
-    return str(hf_config(model)._name_or_path)
+    """The directory or hub id that the weights came from; the HF class of a model that names none."""
+    return str(hf_config(model)._name_or_path or type(bridge(model).original_model).__name__)
+
+
+_FROM_FILES: "WeakSet[Any]" = WeakSet()
+
+
+def set_from_files(model: HookedModel, *, is_so: bool) -> None:
+    """Say whether the weights are those of the files of `model_source`."""
+    (_FROM_FILES.add if is_so else _FROM_FILES.discard)(model)
+
+
+def is_from_files(model: HookedModel) -> bool:
+    """Whether it was loaded here by name; a model that was taken as it is may hold anything."""
+    return model in _FROM_FILES
 
 
 def model_revision(model: HookedModel) -> str | None:
@@ -93,7 +107,8 @@ def quantization_of(model: HookedModel) -> str | None:
     A config names its method also where transformers has dequantized the weights.
     """
     settings = getattr(hf_config(model), "quantization_config", None)
-    if settings is None or all(parameter.dtype in _NUMBERS for parameter in parameters_of(model)):
+    matrices = [each for each in bridge(model).original_model.buffers() if each.ndim > 1 and each.dtype != torch.bool]
+    if settings is None or all(each.dtype in _NUMBERS for each in (*parameters_of(model), *matrices)):
         return None
     told: dict[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()
     method = told.get("quant_method", "unknown")

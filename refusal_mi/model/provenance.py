@@ -9,13 +9,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import UserError
 from .loading import ORGANISM, hub_commit
-from .points import HookedModel, is_split, model_revision, model_type, quantization_of, ran_remote_code
+from .points import (
+    HookedModel,
+    bridge,
+    is_from_files,
+    is_split,
+    model_revision,
+    model_type,
+    quantization_of,
+    ran_remote_code,
+)
 
 _PACKAGES = ("refusal_mi", "torch", "transformers", "transformer-lens", "datasets", "tokenizers", "numpy")
 _WHOLE_FILE = 64 * 2**20
 _EDGE = 2**20
+_HELD = "held:"
 
 
 def versions() -> dict[str, str]:
@@ -39,7 +51,7 @@ class ModelRecord:
     revision: str | None
     """Hub commit."""
     fingerprint: str | None
-    """Of a directory."""
+    """Of a directory or file; of the parameters, after "held:", where the model was given as an object."""
     model_type: str
     n_layers: int
     d_model: int
@@ -64,7 +76,7 @@ def describe_model(model: HookedModel, source: str) -> ModelRecord:
     return ModelRecord(
         source,
         model_revision(model),
-        fingerprint(Path(source)) if Path(source).exists() else None,
+        _fingerprint(model, source),
         model_type(model),
         model.cfg.n_layers,
         model.cfg.d_model,
@@ -75,6 +87,27 @@ def describe_model(model: HookedModel, source: str) -> ModelRecord:
         is_split(model),
         ran_remote_code(model),
     )
+
+
+def _fingerprint(model: HookedModel, source: str) -> str | None:
+    if not is_from_files(model):
+        return _HELD + parameters_fingerprint(model)
+    return fingerprint(Path(source)) if Path(source).exists() else None
+
+
+def parameters_fingerprint(model: HookedModel) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers, offloaded ones too."""
+    from accelerate.utils import align_module_device
+
+    digest = hashlib.sha256()
+    for path, module in bridge(model).original_model.named_modules():
+        with align_module_device(module):
+            parts = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in parts:
+                digest.update(f"{path}.{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def check_origin(
@@ -98,6 +131,12 @@ def check_origin(
     here = fingerprint(Path(source)) if is_local else hub_commit(source, revision)
     for made in named:
         there = made.get("fingerprint") if is_local else made.get("revision")
+        if str(made.get("fingerprint")).startswith(_HELD):
+            warnings.warn(
+                f"this direction was read in a model in memory, made of {made['source']}: is it {source}, unedited?",
+                stacklevel=2,
+            )
+            continue
         is_same_kind = bool(made.get("fingerprint")) == is_local
         is_other_id = not is_local and made["source"] != source
         if not is_same_kind and made["source"] != source:

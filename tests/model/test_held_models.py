@@ -1,6 +1,7 @@
 """Every way to name a model gives the same model: folder, GGUF file, HF model, bridge, split over devices."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.interventions import all_hooks
 from refusal_mi.model.loading import load_model, model_alias, resolve_source
 from refusal_mi.model.points import model_source
-from refusal_mi.model.provenance import describe_model, fingerprint
+from refusal_mi.model.provenance import check_origin, describe_model, fingerprint
 from refusal_mi.model.readers import ModelWeights
 from refusal_mi.model.running import all_logits, running
 from refusal_mi.run.options import RunOptions, command_line
@@ -70,6 +71,80 @@ def test_an_edited_model_is_studied_as_it_is(tiny_dir, tiny_model):
     with torch.no_grad():
         held.model.layers[1].mlp.down_proj.weight.mul_(3)
     assert not torch.allclose(logits(load_model(held), is_ablated=False), logits(tiny_model("llama"), is_ablated=False))
+
+
+def test_an_hf_model_has_one_bridge(tiny_dir, tiny_model):
+    held = hf(tiny_dir("llama"))
+    model = load_model(held)
+    assert load_model(held) is model and load_model(model.original_model) is model
+    same(model, tiny_model("llama"))
+    with pytest.raises(UserError, match="give load_model the bridge"):
+        load_model(load_model(tiny_dir("llama"), device="cpu").original_model)
+
+
+def test_what_a_model_holds_is_recorded(tiny_dir):
+    folder = str(tiny_dir("llama"))
+    plain, again, edited = (load_model(hf(folder)) for _ in range(3))
+    with torch.no_grad():
+        edited.original_model.lm_head.weight[3, 3] += 1e-3
+    one, same_one, other = (describe_model(each, folder).fingerprint for each in (plain, again, edited))
+    assert one == same_one != other and one.startswith("held:")
+    loaded = load_model(folder, device="cpu")
+    assert describe_model(loaded, folder).fingerprint == fingerprint(tiny_dir("llama"))
+    assert describe_model(load_model(loaded), folder).fingerprint.startswith("held:")
+    made = [{"model": {"source": folder, "fingerprint": other, "revision": None}}]
+    with pytest.warns(UserWarning, match="in memory"):
+        check_origin(made, folder)
+
+
+def test_a_model_that_names_no_place_is_not_the_working_directory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = load_model(tiny_hf_model("llama"), tokenizer=tiny_tokenizer())
+    before = describe_model(model, model_source(model))
+    (tmp_path / "new").write_text("a")
+    assert describe_model(model, model_source(model)) == before and before.source == "LlamaForCausalLM"
+
+
+def test_the_hub_is_not_asked_for_a_tokenizer(monkeypatch, tiny_dir, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("refusal_mi.hub.answers", lambda url: pytest.fail("asked"))
+    for name in ("someone/none", str(tmp_path / "gone")):
+        held = hf(tiny_dir("llama"))
+        held.config._name_or_path = name
+        with pytest.raises(UserError, match="tokenizer="):
+            load_model(held)
+
+
+def test_two_threads_that_load_leave_other_libraries_as_they_were(tiny_dir):
+    from huggingface_hub import constants
+    from transformers import dynamic_module_utils
+
+    before = constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda family: load_model(tiny_dir(family), device="cpu"), ["llama", "gpt2", "gemma2"] * 2))
+    assert before == (constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE)
+
+
+def test_models_that_cannot_be_hooked_say_what_to_do(tiny_dir):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    folder = tiny_dir("llama")
+    with pytest.raises(UserError, match="predicts no tokens"):
+        load_model(AutoModelForSequenceClassification.from_pretrained(folder))
+    with pytest.raises(UserError, match="compiled model"):
+        load_model(torch.compile(hf(folder)))
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    with pytest.raises(UserError, match="no weights"):
+        load_model(empty, tokenizer=tiny_tokenizer())
+    with pytest.raises(UserError, match="takes an HF tokenizer"):
+        load_model(hf(folder), tokenizer=len)
+    large = tiny_tokenizer()
+    large.add_tokens([f"new{number}" for number in range(5000)])
+    held = hf(folder)
+    with pytest.raises(UserError, match="another model's"):
+        load_model(held, tokenizer=large)
+    assert load_model(held).tokenizer is not large, "the refused one is not kept"
 
 
 def test_a_bridge_is_taken_as_it_is(own_model, tiny_model):
@@ -179,6 +254,7 @@ def test_options_that_contradict_each_other_are_refused(tiny_dir, monkeypatch):
         ({"device": "cpu", "device_map": "auto"}, "leave --device out"),
         ({"max_memory": {"cpu": "1GB"}}, "say --device-map"),
         ({"quantization": "bnb-4bit"}, "needs a CUDA GPU"),
+        ({"device_map": {"": True}}, "a device for every module"),
     ):
         with pytest.raises(UserError, match=message):
             load_model(tiny_dir("llama"), **how)
@@ -188,9 +264,9 @@ def test_device_maps_and_sizes_as_they_are_written():
     assert parse_device_map(None) is None and parse_device_map("auto") == "auto"
     assert parse_device_map(json.dumps(SPLIT)) == SPLIT
     assert parse_memory("0=20GiB, cpu=60GiB") == {0: "20GiB", "cpu": "60GiB"} and parse_memory(None) is None
-    for wrong in ("{", '{"a": null}'):
+    for wrong in ("{", '{"a": null}', '{"": true}'):
         with pytest.raises(UserError, match="--device-map"):
             parse_device_map(wrong)
-    for wrong in ("20GiB", "0=much", "tpu=1GiB", ""):
+    for wrong in ("20GiB", "0=much", "tpu=1GiB", "cpu=1.2.3GB", ""):
         with pytest.raises(UserError, match="--max-memory"):
             parse_memory(wrong)

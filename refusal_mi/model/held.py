@@ -1,0 +1,111 @@
+"""Models that are loaded already: wrapped in place, known by what they hold."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .guards import guarded, no_processor
+from .points import embedding_rows
+
+NO_TOKENIZER = "nothing says where this model's tokenizer is: pass load_model(model, tokenizer=...)"
+_WRAPPED = "_refusal_mi_bridge"
+
+
+def adopt(held: Any, tokenizer: Any = None) -> Any:
+    """A bridge, or an HF model as the one bridge that is made of it.
+
+    Args:
+        tokenizer: by default a bridge's own, or the one in the directory that an HF model's config names; of a hub id
+            the one in the hub's cache.
+
+    Raises:
+        UserError: it is neither, some parts of it cannot be hooked, or there is no tokenizer that fits.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(f"tokenizer= takes an HF tokenizer, not a {type(tokenizer).__name__}")
+    if isinstance(held, TransformerBridge):
+        tokenizer = held.tokenizer if tokenizer is None else as_it_is(tokenizer)
+    elif isinstance(held, PreTrainedModel):
+        _check_hf_model(held)
+        tokenizer = _tokenizer_of(held) if tokenizer is None else as_it_is(tokenizer)
+    else:
+        raise UserError(_what_it_is(held))
+    if tokenizer is None:
+        raise UserError(NO_TOKENIZER)
+    n_rows = (
+        embedding_rows(held) if isinstance(held, TransformerBridge) else held.get_input_embeddings().weight.shape[0]
+    )
+    if len(tokenizer) > n_rows:
+        raise UserError(f"this tokenizer has {len(tokenizer)} ids and the model's embedding {n_rows}: another model's?")
+    model = held if isinstance(held, TransformerBridge) else held.__dict__.get(_WRAPPED)
+    if model is None:
+        with no_processor():
+            model = TransformerBridge.boot_transformers(
+                name_of(held), hf_model=held, tokenizer=tokenizer, dtype=held.dtype
+            )
+        held.__dict__[_WRAPPED] = model  # a second bridge would take its submodules from the first
+    elif tokenizer is not model.tokenizer:
+        model.tokenizer = tokenizer
+    return model
+
+
+def as_it_is(tokenizer: Any) -> Any:
+    """A copy that TransformerLens takes without loading it anew from where it came from, template and all."""
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.init_kwargs.setdefault("name_or_path", tokenizer.name_or_path)
+    tokenizer.init_kwargs["add_bos_token"] = True  # read there; what is put before a text stays as it was
+    return tokenizer
+
+
+def name_of(held: Any) -> str:
+    """What the config calls it, else its class."""
+    config = getattr(getattr(held, "original_model", held), "config", None)
+    return str(getattr(config, "_name_or_path", "") or type(held).__name__)
+
+
+def _check_hf_model(held: Any) -> None:
+    """Refuse what can be no chat model, and what another bridge has wrapped."""
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    if held.get_output_embeddings() is None:
+        raise UserError(f"a {type(held).__name__} predicts no tokens: load it with AutoModelForCausalLM")
+    is_offloaded = hasattr(held, "hf_device_map")
+    if not is_offloaded and any(parameter.is_meta for parameter in held.parameters()):
+        raise UserError(f"this {type(held).__name__} has no weights (device meta): load it with from_pretrained")
+    if _WRAPPED not in held.__dict__ and any(isinstance(each, GeneralizedComponent) for each in held.modules()):
+        raise UserError("a TransformerBridge has wrapped this HF model: give load_model the bridge")
+
+
+def _tokenizer_of(held: Any) -> Any:
+    """Of the directory that it was loaded from, or of the hub's cache; the hub is not asked."""
+    from transformers import AutoTokenizer
+
+    wrapped = held.__dict__.get(_WRAPPED)
+    if wrapped is not None:
+        return wrapped.tokenizer
+    name = held.config._name_or_path
+    if not name:
+        raise UserError(NO_TOKENIZER)
+    try:
+        with guarded(name, is_hub_asked=False):
+            return as_it_is(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+    except Exception as error:  # foreign code
+        where = (
+            f"{name} has no tokenizer" if Path(name).exists() else f"{name} is no directory here and not in the cache"
+        )
+        raise UserError(f"{where}: pass load_model(model, tokenizer=...)") from error
+
+
+def _what_it_is(held: Any) -> str:
+    if hasattr(held, "_orig_mod"):
+        return "load_model cannot hook a compiled model: give it the model before torch.compile (its _orig_mod)"
+    if hasattr(held, "merge_and_unload"):
+        return "load_model cannot hook an adapter's wrapper: give it model.merge_and_unload()"
+    return (
+        f"cannot load a model from a {type(held).__name__}; expected a directory, a .gguf file, a hub id, an HF "
+        "model or a TransformerBridge"
+    )
