@@ -32,15 +32,19 @@ def no_hub() -> Iterator[None]:
 
 
 @contextmanager
-def hub_or_cache() -> Iterator[None]:
-    """Inside, the hub's cache alone is read where the hub does not answer; its client would try for half a minute."""
+def hub_or_cache() -> Iterator[bool]:
+    """Inside, the hub's cache alone is read where the hub does not answer; its client would try for half a minute.
+
+    Yields:
+        whether the hub was there, or was not to be asked (HF_HUB_OFFLINE).
+    """
     from huggingface_hub import constants
 
-    with (
-        _ONE_THREAD,
-        replaced(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE or not answers(constants.ENDPOINT)),
-    ):
-        yield
+    with _ONE_THREAD:
+        is_unwanted = constants.HF_HUB_OFFLINE
+        is_there = is_unwanted or answers(constants.ENDPOINT)
+        with replaced(constants, "HF_HUB_OFFLINE", is_unwanted or not is_there):
+            yield is_there
 
 
 def answers(url: str) -> bool:

@@ -10,19 +10,26 @@ from ..hub import hub_or_cache, no_hub, replaced
 
 
 @contextmanager
-def guarded(source: str, *, trust_remote_code: bool = False, is_hub_asked: bool = True) -> Iterator[None]:
+def guarded(source: str, *, trust_remote_code: bool = False, is_hub_asked: bool = True) -> Iterator[bool]:
     """Every call that reads a config, a tokenizer or weights with transformers is made in here.
 
     Args:
         source: directory, file or hub id; the hub is asked for the latter alone.
         trust_remote_code: whether Python files beside the model's may run.
         is_hub_asked: whether the hub is, or its cache alone read.
+
+    Yields:
+        False where the hub was asked and did not answer.
     """
     with ExitStack() as stack:
-        stack.enter_context(hub_or_cache() if is_hub_asked and not Path(source).exists() else no_hub())
+        is_there = True
+        if is_hub_asked and not Path(source).exists():
+            is_there = stack.enter_context(hub_or_cache())
+        else:
+            stack.enter_context(no_hub())
         if not trust_remote_code:
             stack.enter_context(no_remote_code())
-        yield
+        yield is_there
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """From a hub id or a folder to a model with raw HF weights, ready for hooks."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from .points import (
     write_hooks,
 )
 from .sums import check_sums
+from .writers import nearest_type
 
 ORGANISM = Path(__file__).parents[1] / "organism" / "model"
 """Directory of the embedded demonstration model."""
@@ -80,9 +82,10 @@ def load_model(
         name = name_of(source)
     if is_named and tokenizer is not None:
         raise UserError("tokenizer= is for a model that is loaded already; a directory or hub id brings its own")
+    is_there = True
     try:
         if is_named:
-            with guarded(name, trust_remote_code=trust_remote_code), no_processor():
+            with guarded(name, trust_remote_code=trust_remote_code) as is_there, no_processor():
                 model = _load(name, asked)
         else:
             model = adopt(source, tokenizer)
@@ -96,7 +99,10 @@ def load_model(
     except Exception as error:  # foreign code
         raise UserError(_load_failure(name, revision, error)) from error
     if is_named and not Path(name).exists():
-        hf_config(model)._commit_hash = hub_commit(name, revision)
+        commit = hub_commit(name, revision)
+        hf_config(model)._commit_hash = commit
+        if not is_there:
+            warnings.warn(f"the hub does not answer: {name} is taken from its cache, commit {commit}", stacklevel=2)
     return model
 
 
@@ -310,7 +316,7 @@ def _check_writes(model: HookedModel, name: str) -> None:
     if missing:
         raise UserError(
             f"{name} ({model_type(model)}) has no hook point {missing[0]}: only models whose every block is attention "
-            "and an MLP are supported"
+            f"and an MLP are supported{nearest_type(model_type(model))}"
         )
     check_sums(model, name)
 

@@ -9,6 +9,7 @@ from ..errors import UserError
 from ..text.batches import left_pad
 from .points import BlockPoint, Hook, HookedModel, block_hook, embedding_rows, model_device, model_type
 from .running import all_logits, running
+from .writers import nearest_type
 
 N_TOKENS = 12
 TOLERANCE = 2.0
@@ -35,6 +36,7 @@ def check_sums(model: HookedModel, name: str) -> None:
         raise UserError(
             f"{name} ({model_type(model)}) is not supported: {errors[worst]:.2g} of the stream after block {worst} was "
             "written by neither the stream before it nor its attention and MLP, so that hooks there miss it"
+            f"{nearest_type(model_type(model))}"
         )
 
 
@@ -56,7 +58,10 @@ def unexplained(model: HookedModel) -> list[float]:
         all_logits(model, left_pad([ids], 0).to(model_device(model)))
     silent = [each for each in names if each not in seen]
     if silent:
-        raise UserError(f"{model_type(model)} models are not supported: TransformerLens never reaches {silent[0]}")
+        kind = model_type(model)
+        raise UserError(
+            f"{kind} models are not supported: TransformerLens never reaches {silent[0]}{nearest_type(kind)}"
+        )
     return [_error([seen[block_hook(block, point)] for point in _POINTS]) for block in range(model.cfg.n_layers)]
 
 

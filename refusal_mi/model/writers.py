@@ -204,6 +204,26 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def nearest_type(model_type: str) -> str:
+    """The type of `FAMILIES` that people may take instead, as the end of a refusal: qwen3 for qwen3_next."""
+    stem, generation = _kind(model_type)
+    kin = [each for each in FAMILIES if stem.startswith(_kind(each)[0])]
+    if not kin:
+        return ""
+
+    def nearness(each: str) -> tuple[int, int, int]:
+        its_stem, its_generation = _kind(each)
+        return len(its_stem), -abs(its_generation - generation), -len(each)
+
+    return f" (the nearest type that is supported: {max(kin, key=nearness)})"
+
+
+def _kind(model_type: str) -> tuple[str, int]:
+    """Name and generation: gemma and 3 of gemma3_text."""
+    match = re.match(r"([a-z]*)[^0-9]*(\d*)", model_type.lower())
+    return (match[1], int(match[2] or 1)) if match else ("", 1)
+
+
 def family_of(model_type: str) -> Family:
     """The family of an HF model type.
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 # Runs in a process of its own, where the runtime type checker is off, as for users, so that values outside a Literal
 # reach the package's own message.
 SCRIPT = """
-import json, os, sys, time, urllib.request
+import json, os, sys, time, urllib.request, warnings
 from contextlib import redirect_stderr
 from io import StringIO
 
@@ -41,6 +41,12 @@ def command(*arguments):
         status = exit_status(arguments)
     return {"status": status, "stderr": captured.getvalue().splitlines()}
 
+def warned(function):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    return [str(each.message) for each in caught if "hub" in str(each.message)]
+
 def rows(prompts):
     return [[prompt.instruction, prompt.output] for prompt in prompts.prompts]
 
@@ -66,6 +72,8 @@ found |= {
     "no hub": command("run", "someone/other", "--output-dir", "no-hub"),
     "no hub for prompts": command("run", sys.argv[1], "--harmful", "someone/never", "--output-dir", "no-prompts"),
     "cached": model_revision(load_model("someone/tiny", revision="v1", device="cpu")),
+    "warned": warned(lambda: load_model("someone/tiny", revision="v1", device="cpu")),
+    "not warned": warned(lambda: load_model(sys.argv[1], device="cpu")),
     "folders": sorted(os.listdir()),
 }
 print(json.dumps(found))
@@ -126,6 +134,8 @@ def test_the_command_line_says_it_in_one_line_and_writes_nothing(found, case):
 
 def test_a_model_in_the_cache_needs_no_hub(found):
     assert found["cached"] == COMMIT
+    assert found["warned"] == [f"the hub does not answer: someone/tiny is taken from its cache, commit {COMMIT}"]
+    assert found["not warned"] == []
 
 
 def test_values_outside_the_choices_are_named(found):

@@ -7,6 +7,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.model import loading
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.sums import allowed, check_sums, unexplained
+from refusal_mi.model.writers import nearest_type
 from tests.helpers.models import FAMILIES, N_LAYERS, save_tiny
 
 
@@ -74,3 +75,13 @@ def test_families_that_write_elsewhere_are_refused_in_one_line(family, tmp_path,
     with pytest.raises(UserError, match=rf"{family} \({family}\) is not supported: 0\.[0-9]+ of the stream") as caught:
         load_model(save_tiny(family, tmp_path / family), device="cpu")
     assert "cannot load" not in str(caught.value)
+    assert str(caught.value).endswith(f"supported: {'falcon' if family == 'falcon_h1' else 'gemma3_text'})")
+
+
+@pytest.mark.parametrize(
+    ("asked", "nearest"),
+    [("qwen3_next", "qwen3"), ("qwen3_5", "qwen3"), ("granitemoehybrid", "granitemoe"), ("deepseek_v4", "deepseek_v3")],
+)
+def test_a_type_that_is_not_supported_has_a_next_of_kin(asked, nearest):
+    assert nearest_type(asked) == f" (the nearest type that is supported: {nearest})"
+    assert nearest_type("mamba") == nearest_type("openai-gpt") == nearest_type("") == ""
