@@ -39,8 +39,10 @@ def adopt(held: Any, tokenizer: Any = None) -> Any:
     n_rows = (
         embedding_rows(held) if isinstance(held, TransformerBridge) else held.get_input_embeddings().weight.shape[0]
     )
-    if len(tokenizer) > n_rows:
-        raise UserError(f"this tokenizer has {len(tokenizer)} ids and the model's embedding {n_rows}: another model's?")
+    if tokenizer.vocab_size > n_rows:  # added ones, such as a pad token, need no row unless a prompt has them
+        raise UserError(
+            f"this tokenizer has {tokenizer.vocab_size} ids and the model's embedding {n_rows}: is it another model's?"
+        )
     model = held if isinstance(held, TransformerBridge) else held.__dict__.get(_WRAPPED)
     if model is None:
         with no_processor():

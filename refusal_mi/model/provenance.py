@@ -105,7 +105,7 @@ def parameters_fingerprint(model: HookedModel) -> str:
             parts = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             for name, tensor in parts:
                 digest.update(f"{path}.{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                flat = tensor.detach().as_subclass(torch.Tensor).cpu().contiguous().reshape(-1)
                 digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()
 

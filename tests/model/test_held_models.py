@@ -139,12 +139,13 @@ def test_models_that_cannot_be_hooked_say_what_to_do(tiny_dir):
         load_model(empty, tokenizer=tiny_tokenizer())
     with pytest.raises(UserError, match="takes an HF tokenizer"):
         load_model(hf(folder), tokenizer=len)
-    large = tiny_tokenizer()
-    large.add_tokens([f"new{number}" for number in range(5000)])
-    held = hf(folder)
+    small = tiny_hf_model("llama", vocab_size=100, eos_token_id=0)
     with pytest.raises(UserError, match="another model's"):
-        load_model(held, tokenizer=large)
-    assert load_model(held).tokenizer is not large, "the refused one is not kept"
+        load_model(small, tokenizer=tiny_tokenizer())
+    padded = tiny_tokenizer()
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    assert len(padded) > padded.vocab_size
+    assert load_model(hf(folder), tokenizer=padded).tokenizer.pad_token == "[PAD]"
 
 
 def test_a_bridge_is_taken_as_it_is(own_model, tiny_model):
