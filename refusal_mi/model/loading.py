@@ -338,6 +338,10 @@ def _load_failure(name: str, revision: str | None, error: Exception) -> str:
         reason = "its pickled weights hold more than tensors, which could run code; get them as safetensors"
     if is_gguf(name):
         reason = f"it is no whole GGUF file of a chat model ({reason})"
+        if (Path(name).parent / "adapter_config.json").exists():
+            reason = (
+                "transformers takes the adapter_config.json beside it for its own; put the file into another folder"
+            )
     if "Available architectures" in reason:
         reason = "TransformerLens does not know its architecture"
     if "ignore_mismatched_sizes" in reason:

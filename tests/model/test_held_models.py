@@ -216,6 +216,19 @@ def test_a_damaged_gguf_file_is_one_line(gguf_file, tmp_path, capsys, keep):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_gguf_file_beside_an_adapter_asks_no_hub(gguf_file, tmp_path, monkeypatch):
+    file, _ = gguf_file
+    (tmp_path / "a.gguf").write_bytes(file.read_bytes())
+    assert load_model(tmp_path / "a.gguf", device="cpu")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base", "peft_type": "LORA"}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    asked = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *what, **how: asked.append(what))
+    with pytest.raises(UserError, match="put the file into another folder"):
+        load_model(tmp_path / "a.gguf", device="cpu")
+    assert not asked
+
+
 def test_a_gguf_file_is_not_exported(gguf_file, tmp_path, capsys):
     file, _ = gguf_file
     random_direction(1).save(tmp_path / "direction.pt")
