@@ -4,9 +4,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, cause
 from .guards import guarded, no_processor
-from .points import embedding_rows
 
 NO_TOKENIZER = "nothing says where this model's tokenizer is: pass load_model(model, tokenizer=...)"
 _WRAPPED = "_refusal_mi_bridge"
@@ -36,9 +35,7 @@ def adopt(held: Any, tokenizer: Any = None) -> Any:
         raise UserError(_what_it_is(held))
     if tokenizer is None:
         raise UserError(NO_TOKENIZER)
-    n_rows = (
-        embedding_rows(held) if isinstance(held, TransformerBridge) else held.get_input_embeddings().weight.shape[0]
-    )
+    n_rows = getattr(held, "original_model", held).get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > n_rows:  # added ones, such as a pad token, need no row unless a prompt has them
         raise UserError(
             f"this tokenizer has {tokenizer.vocab_size} ids and the model's embedding {n_rows}: is it another model's?"
@@ -96,10 +93,10 @@ def _tokenizer_of(held: Any) -> Any:
         with guarded(name, is_hub_asked=False):
             return as_it_is(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
     except Exception as error:  # foreign code
-        where = (
-            f"{name} has no tokenizer" if Path(name).exists() else f"{name} is no directory here and not in the cache"
-        )
-        raise UserError(f"{where}: pass load_model(model, tokenizer=...)") from error
+        where = name if Path(name).exists() else f"{name}, which is no directory here, or in the hub's cache"
+        raise UserError(
+            f"cannot read a tokenizer in {where}: pass load_model(model, tokenizer=...) ({cause(error)})"
+        ) from error
 
 
 def _what_it_is(held: Any) -> str:

@@ -132,7 +132,7 @@ class _Asked:
         if not isinstance(self.device, str):
             raise UserError(f"device takes auto, cuda, mps or cpu, not {self.device!r}")
         places = self.device_map.values() if isinstance(self.device_map, Mapping) else [self.device_map or ""]
-        if any(isinstance(place, bool) or not isinstance(place, str | int) for place in places):
+        if any(isinstance(place, bool) or not isinstance(place, str | int | torch.device) for place in places):
             raise UserError('--device-map takes auto, or a device for every module as in {"": "cpu"}')
         if self.max_memory is not None and not isinstance(self.max_memory, Mapping):
             raise UserError(f'max_memory takes a size for every device as in {{"cpu": "5GB"}}, not {self.max_memory!r}')

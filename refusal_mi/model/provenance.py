@@ -66,6 +66,11 @@ class ModelRecord:
     """Whether Python files that came with the checkpoint ran (--trust-remote-code)."""
 
     @property
+    def is_held(self) -> bool:
+        """Whether the model was given as an object, which may hold other weights than `source`."""
+        return (self.fingerprint or "").startswith(_HELD)
+
+    @property
     def name(self) -> str:
         """The model as people call it."""
         return display_name(self.source)

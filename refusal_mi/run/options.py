@@ -222,4 +222,5 @@ def command_line(model: "ModelRecord", options: RunOptions, ranks: Sequence[int]
             lines.append(shlex.quote(word))
         else:
             lines[-1] += f" {shlex.quote(word)}"
-    return " \\\n    ".join(lines)
+    held = "# the model was held in memory: this repeats the run where that is what the files hold\n"
+    return (held if model.is_held else "") + " \\\n    ".join(lines)

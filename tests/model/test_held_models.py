@@ -1,16 +1,21 @@
 """Every way to name a model gives the same model: folder, GGUF file, HF model, bridge, split over devices."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import nn
 
 from refusal_mi import Ablate
 from refusal_mi.cli import exit_status
 from refusal_mi.cli.options import parse_device_map, parse_memory
 from refusal_mi.errors import UserError
+from refusal_mi.hub import replaced
 from refusal_mi.interventions import all_hooks
 from refusal_mi.model.loading import load_model, model_alias, resolve_source
 from refusal_mi.model.points import model_source
@@ -18,6 +23,7 @@ from refusal_mi.model.provenance import check_origin, describe_model, fingerprin
 from refusal_mi.model.readers import ModelWeights
 from refusal_mi.model.running import all_logits, running
 from refusal_mi.run.options import RunOptions, command_line
+from refusal_mi.run.stages import RunFolder
 from refusal_mi.text.batches import left_pad
 from tests.helpers.directions import random_direction
 from tests.helpers.gguf import write_gguf_model
@@ -89,8 +95,10 @@ def test_what_a_model_holds_is_recorded(tiny_dir):
         edited.original_model.lm_head.weight[3, 3] += 1e-3
     one, same_one, other = (describe_model(each, folder).fingerprint for each in (plain, again, edited))
     assert one == same_one != other and one.startswith("held:")
+    assert command_line(describe_model(edited, folder), RunOptions()).startswith("# the model was held in memory")
     loaded = load_model(folder, device="cpu")
     assert describe_model(loaded, folder).fingerprint == fingerprint(tiny_dir("llama"))
+    assert command_line(describe_model(loaded, folder), RunOptions()).startswith("refusal-mi run")
     assert describe_model(load_model(loaded), folder).fingerprint.startswith("held:")
     made = [{"model": {"source": folder, "fingerprint": other, "revision": None}}]
     with pytest.warns(UserWarning, match="in memory"):
@@ -115,14 +123,62 @@ def test_the_hub_is_not_asked_for_a_tokenizer(monkeypatch, tiny_dir, tmp_path):
             load_model(held)
 
 
-def test_two_threads_that_load_leave_other_libraries_as_they_were(tiny_dir):
-    from huggingface_hub import constants
+def test_two_threads_that_replace_leave_things_as_they_were():
+    holder, is_in, other_is_in = SimpleNamespace(value=0), Event(), Event()
+
+    def first():
+        with replaced(holder, "value", 1):
+            is_in.set()
+            other_is_in.wait(0.3)  # in vain: without the lock the other one keeps 1 for what was there
+
+    def second():
+        is_in.wait()
+        with replaced(holder, "value", 2):
+            other_is_in.set()
+            time.sleep(0.1)
+            assert holder.value == 2
+
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(first), pool.submit(second)]:
+            each.result()
+    assert holder.value == 0
+
+
+def test_loading_leaves_other_libraries_as_they_were(tiny_dir, monkeypatch):
+    from transformer_lens.model_bridge.sources.transformers import helpers
     from transformers import dynamic_module_utils
 
-    before = constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def seen() -> tuple[bool, int, int]:
+        processors = vars(helpers)["_MODALITY_PROCESSOR_LOADERS"]
+        return constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE, len(processors)
+
+    before = seen()
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda family: load_model(tiny_dir(family), device="cpu"), ["llama", "gpt2", "gemma2"] * 2))
-    assert before == (constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE)
+    assert seen() == before
+
+
+def test_stages_of_an_edited_model_are_computed_again(tiny_dir, tmp_path):
+    held, computed = load_model(hf(tiny_dir("llama"))), []
+
+    def stage() -> None:
+        def compute() -> None:
+            computed.append(1)
+            (tmp_path / "run" / "out.txt").write_text("x")
+
+        inputs = {"model": describe_model(held, model_source(held))}
+        RunFolder(tmp_path / "run").stage("s", inputs, ["out.txt"], compute)
+
+    (tmp_path / "run").mkdir()
+    stage()
+    stage()
+    assert len(computed) == 1
+    with torch.no_grad():
+        held.original_model.lm_head.weight[0, 0] += 1
+    stage()
+    assert len(computed) == 2
 
 
 def test_models_that_cannot_be_hooked_say_what_to_do(tiny_dir):
