@@ -8,7 +8,7 @@ import pytest
 
 from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
-from refusal_mi.model.guards import no_processor, no_remote_code
+from refusal_mi.model.guards import guarded, no_processor, no_remote_code
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.provenance import describe_model
 from tests.helpers.models import FAMILIES
@@ -41,6 +41,17 @@ def test_a_checkpoint_with_code_of_its_own_is_refused_without_a_question(poisone
     with pytest.raises(UserError, match="brings Python code of its own, which is not run"):
         load_model(folder, device="cpu")
     assert not marker.exists() and "Do you wish" not in capsys.readouterr().out
+
+
+def test_a_call_that_says_nothing_of_trust_is_refused_too(poisoned, monkeypatch):
+    """As other libraries make them; the control is `test_by_itself_transformers_asks_and_runs_it`."""
+    from transformers import AutoConfig
+
+    folder, marker = poisoned("config.json", OWN_CLASSES, **UNKNOWN)
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with guarded(str(folder)), pytest.raises(ValueError, match="trust_remote_code"):
+        AutoConfig.from_pretrained(folder)
+    assert not marker.exists()
 
 
 def test_an_export_builds_no_model_of_such_code(poisoned, monkeypatch):
