@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+HOOKED := .venv-hooked
 READY := $(VENV)/.ready
 REAL_MODELS := qwen2.5-coder-0.5b-instruct smollm2-135m-instruct
 MISSING_MODELS = $(filter-out $(notdir $(wildcard $(REFUSAL_MI_REAL_MODELS)/*)),$(REAL_MODELS))
 
-.PHONY: demo test test-fast test-real test-gpu long check notebooks figures bench bench-long bench-gpu clean
+.PHONY: demo test test-fast test-real test-hooked test-gpu long check notebooks figures bench bench-long bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/refusal-mi run
@@ -17,12 +18,16 @@ test: $(READY)
 
 # What is not marked slow, for use while working (under a minute on 2 cores).
 test-fast: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real and not gpu and not hooked"
 
 # Real chat models (about 14 minutes on 2 cores), in the folder that REFUSAL_MI_REAL_MODELS names.
 test-real: $(READY)
 	$(if $(MISSING_MODELS),$(error REFUSAL_MI_REAL_MODELS="$(REFUSAL_MI_REAL_MODELS)" names no folder with $(MISSING_MODELS)))
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m real tests/real
+
+# HookedTransformer (TransformerLens 3.9), in an environment of its own (about 3 minutes on 2 cores).
+test-hooked: $(HOOKED)/.ready
+	OMP_NUM_THREADS=1 $(HOOKED)/bin/python -m pytest -n 2 --dist loadgroup -m hooked tests/hooked
 
 # What needs CUDA, and bitsandbytes (refusal_mi[quantization]).
 test-gpu: $(READY)
@@ -52,6 +57,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(READY)
+
+$(HOOKED)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(HOOKED)
+	$(HOOKED)/bin/python -m pip install --quiet --upgrade pip
+	sed 's/^transformer-lens==.*/transformer-lens==3.9.0/' constraints.txt > $(HOOKED)/constraints.txt
+	$(HOOKED)/bin/python -m pip install --quiet -c $(HOOKED)/constraints.txt -e '.[dev]'
+	touch $(HOOKED)/.ready
 
 # Every row against the straightforward way (about 15 minutes on 2 cores); the table goes to docs/scaling.md.
 bench: $(READY)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..directions import Direction
 from ..errors import UserError
 from ..figures import style as draw
-from ..model.points import EMBEDDING, BlockPoint, HookedModel, block_hook, resid_hook
+from ..model.points import EMBEDDING, BlockPoint, HookedModel, block_hook, mlp_output_hook, resid_hook
 from ..model.readers import ModelWeights
 from ..model.running import batches
 from ..precision import as_double
@@ -228,7 +228,7 @@ def _split(
     for block in range(layer):
         names += [block_hook(block, point) for point in _READ]
         if weights.bias("mlp", block) is not None:
-            names.append(block_hook(block, "mlp.hook_out"))
+            names.append(mlp_output_hook(model, block))
     taken = captured(model, batch, {name: lambda x: as_double(x[:, position]).cpu() for name in names})
     n, n_heads = len(batch.tokens), model.cfg.n_heads
     heads, attn_biases = torch.zeros(n, layer, n_heads, dtype=torch.float64), torch.zeros(n, layer, dtype=torch.float64)
@@ -238,7 +238,7 @@ def _split(
         heads[:, block], attn_biases[:, block], _ = head_contributions(weights, block, unit, z, written)
         bias, gain = weights.bias("mlp", block), weights.gain("mlp", block)
         if bias is not None:
-            scale = scale_after(taken[block_hook(block, "mlp.hook_out")], gain, mlp)
+            scale = scale_after(taken[mlp_output_hook(model, block)], gain, mlp)
             mlp_biases[:, block] = scale * (bias @ (gain * unit))
         mlps[:, block] = mlp @ unit - mlp_biases[:, block]
     return heads, attn_biases, mlps, mlp_biases, taken[EMBEDDING] @ unit, taken[target] @ unit

@@ -47,9 +47,15 @@ def no_remote_code() -> Iterator[None]:
 @contextmanager
 def no_processor() -> Iterator[None]:
     """Inside, TransformerLens loads no image or audio processor: for text none is needed, and it installs packages."""
-    from transformer_lens.model_bridge.sources.transformers import helpers
+    with ExitStack() as stack:
+        try:
+            from transformer_lens.model_bridge.sources.transformers import helpers
+        except ImportError:  # TransformerLens 3 has no list of them
+            from transformers import AutoProcessor
 
-    with replaced(helpers, "_MODALITY_PROCESSOR_LOADERS", []):
+            stack.enter_context(replaced(AutoProcessor, "from_pretrained", lambda *_, **__: None))
+        else:
+            stack.enter_context(replaced(helpers, "_MODALITY_PROCESSOR_LOADERS", []))
         yield
 
 

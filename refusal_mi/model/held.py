@@ -6,27 +6,44 @@ from typing import Any
 
 from ..errors import UserError, cause
 from .guards import guarded, no_processor
+from .hooked import (
+    OF_THE_HF_MODEL,
+    Identity,
+    check_is_same,
+    check_unprocessed,
+    identify,
+    is_hooked_transformer,
+    translated,
+)
 
 NO_TOKENIZER = "nothing says where this model's tokenizer is: pass load_model(model, tokenizer=...)"
 _WRAPPED = "_refusal_mi_bridge"
 
 
-def adopt(held: Any, tokenizer: Any = None) -> Any:
-    """A bridge, or an HF model as the one bridge that is made of it.
+def adopt(held: Any, tokenizer: Any = None, hf_model: Any = None) -> Any:
+    """A bridge or a `HookedTransformer`, or an HF model as the one bridge that is made of it.
 
     Args:
-        tokenizer: by default a bridge's own, or the one in the directory that an HF model's config names; of a hub id
-            the one in the hub's cache.
+        tokenizer: by default a TransformerLens model's own, or the one in the directory that an HF model's config
+            names; of a hub id the one in the hub's cache.
+        hf_model: what a `HookedTransformer` was made of, an HF model, a directory or a hub id in the hub's cache; by
+            default the one that its tokenizer comes from. Weights are read by analyses from an HF model alone.
 
     Raises:
-        UserError: it is neither, some parts of it cannot be hooked, or there is no tokenizer that fits.
+        UserError: it is none of these, some parts of it cannot be hooked, it was processed, or there is no tokenizer
+            that fits.
     """
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(f"tokenizer= takes an HF tokenizer, not a {type(tokenizer).__name__}")
-    if isinstance(held, TransformerBridge):
+    if hf_model is not None and not is_hooked_transformer(held):
+        raise UserError("hf_model= is what a HookedTransformer was made of; any other model says so itself")
+    if is_hooked_transformer(held):
+        _identify(held, tokenizer, hf_model)
+        tokenizer = held.tokenizer if tokenizer is None else tokenizer
+    elif isinstance(held, TransformerBridge):
         tokenizer = held.tokenizer if tokenizer is None else as_it_is(tokenizer)
     elif isinstance(held, PreTrainedModel):
         _check_hf_model(held)
@@ -35,12 +52,12 @@ def adopt(held: Any, tokenizer: Any = None) -> Any:
         raise UserError(_what_it_is(held))
     if tokenizer is None:
         raise UserError(NO_TOKENIZER)
-    n_rows = getattr(held, "original_model", held).get_input_embeddings().weight.shape[0]
+    n_rows = _hf_part(held).get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > n_rows:  # added ones, such as a pad token, need no row unless a prompt has them
         raise UserError(
             f"this tokenizer has {tokenizer.vocab_size} ids and the model's embedding {n_rows}: is it another model's?"
         )
-    model = held if isinstance(held, TransformerBridge) else held.__dict__.get(_WRAPPED)
+    model = held.__dict__.get(_WRAPPED) if isinstance(held, PreTrainedModel) else held
     if model is None:
         with no_processor():
             model = TransformerBridge.boot_transformers(
@@ -62,8 +79,44 @@ def as_it_is(tokenizer: Any) -> Any:
 
 def name_of(held: Any) -> str:
     """What the config calls it, else its class."""
-    config = getattr(getattr(held, "original_model", held), "config", None)
+    config = getattr(_hf_part(held), "config", None)
     return str(getattr(config, "_name_or_path", "") or type(held).__name__)
+
+
+def _hf_part(held: Any) -> Any:
+    return getattr(translated(held) or held, "original_model", held)
+
+
+def _identify(model: Any, tokenizer: Any, hf_model: Any) -> None:
+    """Find out what a `HookedTransformer` was made of, and refuse one that is not that any more."""
+    from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+    check_unprocessed(model)
+    before = translated(model)
+    if hf_model is None and before is not None:
+        return
+    if isinstance(hf_model, PreTrainedModel):
+        check_is_same(model, hf_model)
+        identify(model, Identity(hf_model.config, hf_model.generation_config, hf_model))
+        return
+    name = str(hf_model or model.cfg.tokenizer_name or getattr(tokenizer or model.tokenizer, "name_or_path", ""))
+    try:
+        with guarded(name, is_hub_asked=False):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            try:
+                generation = GenerationConfig.from_pretrained(name)
+            except OSError:  # it has none of its own
+                generation = None
+    except Exception as error:  # foreign code
+        raise UserError(f"cannot read which model this is in {name!r}: {OF_THE_HF_MODEL} ({cause(error)})") from error
+    text = config.get_text_config()
+    shape = (text.num_hidden_layers, text.hidden_size)
+    if shape != (model.cfg.n_layers, model.cfg.d_model):
+        raise UserError(
+            f"{name} has {shape[0]} layers of width {shape[1]}, this HookedTransformer {model.cfg.n_layers} of "
+            f"{model.cfg.d_model}: {OF_THE_HF_MODEL}"
+        )
+    identify(model, Identity(config, generation))
 
 
 def _check_hf_model(held: Any) -> None:
@@ -106,5 +159,5 @@ def _what_it_is(held: Any) -> str:
         return "load_model cannot hook an adapter's wrapper: give it model.merge_and_unload()"
     return (
         f"cannot load a model from a {type(held).__name__}; expected a directory, a .gguf file, a hub id, an HF "
-        "model or a TransformerBridge"
+        "model, a TransformerBridge or a HookedTransformer"
     )

@@ -44,15 +44,17 @@ def load_model(
     quantization: Quantization | None = None,
     trust_remote_code: bool = False,
     tokenizer: Any = None,
+    hf_model: Any = None,
 ) -> HookedModel:
     """Load a chat model with raw HF weights, ready for hooks.
 
     Args:
         source: a local HF directory, a `.gguf` file (transformers dequantizes it), a hub id, or None for the embedded
-            model. Or a model that is loaded already: a `TransformerBridge` is used as it is; an HF model is wrapped in
-            place (its submodules become a bridge's, its attention eager, its mode eval) and stays where it is, also
-            where it is refused then: save it first, its `save_pretrained` finds shared tensors afterwards. The same
-            model gives the same bridge again. What is recorded of such a model is a fingerprint of its parameters.
+            model. Or a model that is loaded already: a `TransformerBridge` is used as it is, and so is an unprocessed
+            `HookedTransformer` of TransformerLens 3.9; an HF model is wrapped in place (its submodules become a
+            bridge's, its attention eager, its mode eval) and stays where it is, also where it is refused then: save it
+            first, its `save_pretrained` finds shared tensors afterwards. The same model gives the same bridge again.
+            What is recorded of such a model is a fingerprint of its parameters.
         revision: hub branch, tag or commit.
         device: "auto" takes CUDA, then MPS, then the CPU.
         dtype: "auto" is the checkpoint's dtype, and float32 on a CPU.
@@ -63,6 +65,8 @@ def load_model(
         trust_remote_code: run Python files that come with the checkpoint, with all that you may do on this machine.
         tokenizer: of a model that is loaded already; by default the one in the directory that its config names, or of
             that hub id in the hub's cache.
+        hf_model: what a `HookedTransformer` was made of: the HF model, which analyses of weights need, or its
+            directory or hub id; by default the one that its tokenizer comes from.
 
     Raises:
         UserError: there is no such model, it cannot be reached, its architecture is not supported, it would run code
@@ -80,15 +84,16 @@ def load_model(
                 "quantization or trust_remote_code with it"
             )
         name = name_of(source)
-    if is_named and tokenizer is not None:
-        raise UserError("tokenizer= is for a model that is loaded already; a directory or hub id brings its own")
+    if is_named and (tokenizer is not None or hf_model is not None):
+        what = "hf_model=" if tokenizer is None else "tokenizer="
+        raise UserError(f"{what} is for a model that is loaded already; a directory or hub id brings its own")
     is_there = True
     try:
         if is_named:
             with guarded(name, trust_remote_code=trust_remote_code) as is_there, no_processor():
                 model = _load(name, asked)
         else:
-            model = adopt(source, tokenizer)
+            model = adopt(source, tokenizer, hf_model)
         set_from_files(model, is_so=is_named)
         model.eval()
         _place_inputs(model)

@@ -6,9 +6,10 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
+from .hooked import has_norm_after, translated
 
 Component = Literal["embed", "attn", "mlp"]
 """What writes into the residual stream: the token embedding, attention blocks, MLP blocks."""
@@ -33,7 +34,8 @@ class ModelConfig(Protocol):
 class HookedModel(Protocol):
     """All that is used of a model outside of this folder, whose functions do the rest.
 
-    At run time it is a `TransformerBridge`, with everything that TransformerLens offers.
+    At run time it is a `TransformerBridge` or, of TransformerLens 3, a `HookedTransformer`, with everything that
+    TransformerLens offers.
     """
 
     @property
@@ -44,8 +46,17 @@ class HookedModel(Protocol):
 
 
 def bridge(model: HookedModel) -> Any:
-    """The model as TransformerLens' own class: for this folder, which alone knows that layout."""
-    return model
+    """The model as a bridge: for this folder, which alone knows that layout.
+
+    Raises:
+        UserError: it is a model that `load_model` has not been given.
+    """
+    if hasattr(model, "original_model") or not isinstance(model, nn.Module):  # a bridge, or a shape without weights
+        return model
+    as_bridge = translated(model)
+    if as_bridge is None:
+        raise UserError(f"this {type(model).__name__} cannot be hooked as it is: use what load_model(model) returns")
+    return as_bridge
 
 
 def model_source(model: HookedModel) -> str:
@@ -153,7 +164,7 @@ def check_raw_basis(model: HookedModel) -> None:
     Raises:
         ValueError: they were, as by compatibility mode or `process_weights` of a model with LayerNorm.
     """
-    original = getattr(model, "original_model", None)
+    original = getattr(bridge(model), "original_model", None)
     if original is None:  # a shape without weights
         return
     from accelerate.utils import align_module_device
@@ -193,6 +204,20 @@ _WRITES: dict[Component, BlockPoint] = {"attn": "hook_attn_out", "mlp": "hook_ml
 def block_hook(block: int, point: BlockPoint) -> str:
     """The full name of a hook point of a block."""
     return f"blocks.{block}.{point}"
+
+
+def mlp_output_hook(model: HookedModel, block: int) -> str:
+    """The hook point of what an MLP computes, before a norm that comes after it.
+
+    Raises:
+        UserError: the model has none, as a `HookedTransformer` with norms after its MLPs.
+    """
+    before = block_hook(block, "mlp.hook_out")
+    if not missing_points(model, [before]):
+        return before
+    if has_norm_after(model, block):
+        raise UserError("TransformerLens 3 shows no MLP output before the norm after it: use version 4 for this model")
+    return block_hook(block, "hook_mlp_out")
 
 
 def split_hook(name: str) -> tuple[int, str]:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
+from .hooked import hf_weights, is_hooked_transformer, linear_maps, norm_of
 from .points import (
     Component,
     HookedModel,
@@ -29,6 +30,8 @@ _LONG = 1e3
 
 def named_weights(model: HookedModel) -> dict[str, Tensor]:
     """Every parameter, by its name in the HF checkpoint."""
+    if is_hooked_transformer(model):
+        return hf_weights(model)
     named = bridge(model).original_model.named_parameters(remove_duplicate=False)
     return {name.replace("._original_component", ""): parameter for name, parameter in named}
 
@@ -36,6 +39,8 @@ def named_weights(model: HookedModel) -> dict[str, Tensor]:
 def norm_before(model: HookedModel, layer: int, component: Literal["attn", "mlp"]) -> Norm | None:
     """The norm through which a component of block `layer` reads the stream; None where it reads it as it is."""
     block = bridge(model).blocks[layer]
+    if is_hooked_transformer(model):
+        return norm_of(block, component)
     is_shared = component == "mlp" and not hasattr(block, "ln2") and not hasattr(block, "ln2_post")
     return getattr(block, "ln1" if component == "attn" or is_shared else "ln2", None)
 
@@ -48,6 +53,8 @@ def final_norm(model: HookedModel) -> Norm:
 def readers(model: HookedModel, layer: int) -> dict[str, Callable[[Tensor], Tensor]]:
     """The linear maps of block `layer` that read the normed stream: q, k, v and what the MLP has of gate and in."""
     block = bridge(model).blocks[layer]
+    if is_hooked_transformer(model):
+        return linear_maps(block)
     dense = dict(block.mlp.named_children()) if hasattr(block.mlp, "out") else {}
     of_attention = {name: getattr(block.attn, name) for name in ("q", "k", "v")}
     return of_attention | {name: dense[name] for name in ("gate", "in") if name in dense}

@@ -250,22 +250,24 @@ def continued(
     *,
     use_kv_cache: bool = True,
 ) -> Int[Tensor, "batch new"]:
-    """New tokens by TransformerLens' own loop; what follows a stop token means nothing."""
-    options: dict[str, Any] = {"eos_token_id": list(stops)} if stops else {}
+    """New tokens of every row until all rows have had a stop token; what follows one means nothing."""
+    from transformer_lens.utilities.logits_utils import sample_logits
+
+    drawn: dict[str, Any] = {"temperature": 0.0}
     if sampling is not None:
-        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    tokens = bridge(model).generate(
-        batch.tokens,
-        attention_mask=batch.mask,
-        max_new_tokens=n_new,
-        return_type="tokens",
-        verbose=False,
-        use_past_kv_cache=use_kv_cache,
-        do_sample=sampling is not None,
-        stop_at_eos=bool(stops),
-        **options,
-    )
-    return tokens[:, batch.tokens.shape[1] :]
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    whole, past, new = batch, None, list[Tensor]()
+    for _ in range(n_new):
+        if use_kv_cache:
+            latest = whole.tokens if past is None else new[-1][:, None]
+            logits, past = prefix_logits_and_cache(model, latest, past, whole.mask)
+        else:
+            logits = last_logits(model, whole)
+        new.append(sample_logits(logits, **drawn))
+        whole = whole.extended(new[-1])
+        if torch.isin(torch.stack(new), torch.tensor(stops, device=logits.device)).any(0).all():
+            break
+    return torch.stack(new, dim=1)
 
 
 def layers_of_cache(cache: Any, first: int = 0) -> list[tuple[Tensor, Tensor]]:

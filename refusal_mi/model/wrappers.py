@@ -89,7 +89,8 @@ def what_to_leave_out(model: Any, hooks: Sequence[Hook], *, keep_blocks: bool = 
     Args:
         keep_blocks: leave the wrappers around whole blocks in: their hook points are read, or the pass ends at one.
     """
-    if not all(_is_ours(function) for _, function in hooks) or not is_untouched(model):
+    has_wrappers = all(hasattr(block, "original_component") for block in model.blocks)
+    if not has_wrappers or not all(_is_ours(function) for _, function in hooks) or not is_untouched(model):
         return None
     inside = {block: list(_walk(block.original_component)) for block in model.blocks}
     loose = {block: list(_loose(block, parts)) for block, parts in inside.items()}

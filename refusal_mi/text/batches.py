@@ -26,6 +26,12 @@ class TokenBatch:
     def to(self, device: torch.device) -> "TokenBatch":
         return TokenBatch(self.tokens.to(device), self.mask.to(device))
 
+    def extended(self, new: Int[Tensor, " batch"]) -> "TokenBatch":
+        """With one more token in every row."""
+        return TokenBatch(
+            torch.cat([self.tokens, new[:, None]], -1), torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        )
+
 
 @dataclass(frozen=True)
 class Span:

@@ -19,7 +19,7 @@ def printed_by_make(target: str, models: Path | None = None) -> subprocess.Compl
     """What make would run, or why it does not."""
     others = {key: value for key, value in os.environ.items() if key != VARIABLE and not key.startswith("MAKE")}
     named = {} if models is None else {VARIABLE: str(models)}
-    command = ["make", "--dry-run", "--assume-old=.venv/.ready", target]
+    command = ["make", "--dry-run", "--assume-old=.venv/.ready", "--assume-old=.venv-hooked/.ready", target]
     return subprocess.run(command, cwd=ROOT, env=others | named, capture_output=True, text=True)
 
 
