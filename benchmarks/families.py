@@ -74,6 +74,7 @@ _ALSO: dict[str, dict[str, Any]] = {  # ... leaves a field as it is
     },
     "mpt": {"expansion_ratio": 2},
     "persimmon": {"num_key_value_heads": None},
+    "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
 }
 N_LAST, SHOWN = 3, 110
 

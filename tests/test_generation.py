@@ -114,7 +114,7 @@ def test_a_multi_byte_character_that_was_cut_off_is_not_a_replacement_character(
     eos = chat.tokenizer.eos_token_id
     for written, text in ((whole[:-1], "n"), (whole, "né"), ([*whole[:-1], eos], "n\ufffd")):
         new = torch.tensor([written])
-        monkeypatch.setattr(model, "generate", lambda tokens, new=new, **_: torch.cat([tokens, new], dim=1))
+        monkeypatch.setattr("refusal_mi.generation.continued", lambda *_, new=new, **__: new)
         assert generate(model, chat, ASKS[:1], use_kv_cache=False)[0].text == text
 
 

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..files import sha256_file, write_json, write_text
 from ..interventions import Ablate, Add, Intervention
 from ..model.provenance import display_name, versions
-from ..model.writers import build_skeleton, classify
+from ..model.writers import build_skeleton, classify, text_config
 from ..weights import EditFigures, TensorEdit, edit_, factors
 from .adapter import LoRA, write_adapters
 from .checkpoint import RECORD, Checkpoint, copy_companions, fresh_directory
@@ -203,7 +203,7 @@ def export_checkpoint(
     revision: str | None = None,
     force: bool = False,
 ) -> ExportReport:
-    """Write a checkpoint that loads with `AutoModelForCausalLM` and behaves like the hooked model.
+    """Write a checkpoint that loads as its source does and behaves like the hooked model.
 
     Args:
         source: local directory, hub id, or None for the embedded model.
@@ -308,7 +308,8 @@ def orthogonalize_(
     if layout.is_tied and layout.token_embedding in edits:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-        model.config.tie_word_embeddings = False
+        for config in (model.config, text_config(model.config)):
+            config.tie_word_embeddings = False
     figures = {}
     with torch.no_grad():
         for name, edit in edits.items():

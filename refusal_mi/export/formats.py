@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..files import write_saved, write_whole
 from ..interventions import Ablate, Add, check_width
 from ..model.points import EMBEDDING, caa_layer
-from ..model.writers import build_skeleton, family_of
+from ..model.writers import build_skeleton, family_of, text_config
 from .streaming import ModelShape, blocks_of, write_site
 
 _LLAMA_CPP_NAMES = {
@@ -42,20 +42,20 @@ def write_gguf(path: Path, addition: Add, config: Any) -> None:
         from gguf import GGUFWriter
     except ImportError:
         raise UserError("control vectors need the gguf library: pip install 'refusal_mi[export]'") from None
-    direction, layer = addition.direction, addition.target
-    check_width(len(direction.vector), config.hidden_size)
+    direction, layer, text = addition.direction, addition.target, text_config(config)
+    check_width(len(direction.vector), text.hidden_size)
     if addition.positions != "all":
         raise UserError("a control vector acts at all positions")
-    if not _FIRST_STEERABLE <= layer <= config.num_hidden_layers:
+    if not _FIRST_STEERABLE <= layer <= text.num_hidden_layers:
         raise UserError(
             f"layer {layer} has no control vector: llama.cpp steers the output of block 1 and later, which are our "
-            f"layers {_FIRST_STEERABLE}..{config.num_hidden_layers}"
+            f"layers {_FIRST_STEERABLE}..{text.num_hidden_layers}"
         )
     values = (direction.vector.detach().cpu().double() * addition.coefficient).float().numpy()
 
     def write(temporary: Path) -> None:
         writer = GGUFWriter(temporary, "controlvector")
-        writer.add_string("controlvector.model_hint", _LLAMA_CPP_NAMES.get(config.model_type, config.model_type))
+        writer.add_string("controlvector.model_hint", _LLAMA_CPP_NAMES.get(text.model_type, text.model_type))
         writer.add_uint32("controlvector.layer_count", 1)
         writer.add_tensor(f"direction.{caa_layer(layer)}", values)
         writer.write_header_to_file()
@@ -82,16 +82,17 @@ def write_lm_eval(path: Path, intervention: Ablate | Add, config: Any, dtype: to
         raise UserError(f"the harness takes a steering file that ends in .pt, not {path.name}")
     if intervention.positions != "all":
         raise UserError("a steering file acts at all positions")
+    text = text_config(config)
     if isinstance(intervention, Ablate):
         unit = _one_unit(intervention)
-        check_width(len(unit), config.hidden_size)
+        check_width(len(unit), text.hidden_size)
         entries = {name: _entry("clamp", unit.to(dtype), 0.0) for name in _write_modules(intervention, config)}
     else:
         layer = intervention.target
-        if not 1 <= layer <= config.num_hidden_layers:
+        if not 1 <= layer <= text.num_hidden_layers:
             raise UserError(f"layer {layer} has no steering entry: the harness adds to outputs of blocks (layers 1..)")
         vector = intervention.direction.vector.detach().cpu().to(dtype)
-        check_width(len(vector), config.hidden_size)
+        check_width(len(vector), text.hidden_size)
         model = build_skeleton(config)
         block = _in_base(list(blocks_of(model))[caa_layer(layer)], model)
         entries = {block: _entry("add", vector, intervention.coefficient)}
@@ -112,9 +113,9 @@ def _one_unit(step: Ablate) -> Float[Tensor, " d_model"]:
 
 def _write_modules(step: Ablate, config: Any) -> list[str]:
     """Modules, named inside the base model, whose outputs are the writes."""
-    family, model = family_of(config.model_type), build_skeleton(config)
+    family, model = family_of(config), build_skeleton(config)
     modules = []
-    for point, _ in step.hooks(ModelShape(config.num_hidden_layers, config.hidden_size)):
+    for point, _ in step.hooks(ModelShape(text_config(config).num_hidden_layers, text_config(config).hidden_size)):
         if point == EMBEDDING:
             names = [name for name, _ in model.named_parameters() if family.naming.role(name) == ("embed", None)]
             modules += [name.rsplit(".", 1)[0] for name in names]

@@ -177,6 +177,12 @@ NORM_NOTE = (
 )
 
 
+IMAGE_NOTE = (
+    "what makes embeddings of images was left alone: in prompts with images it may still write along the direction, "
+    "where the hooks would remove it"
+)
+
+
 @dataclass(frozen=True)
 class Planned:
     """An export that can be made."""
@@ -227,6 +233,8 @@ class Planned:
             )
         if self.keeps_tie:
             notes.append("the token embedding is tied and was left alone; the comparison leaves it alone too")
+        if self.layout.sees_images:
+            notes.append(IMAGE_NOTE)
         if self.is_behind_a_norm:
             notes.append(NORM_NOTE)
         return notes

@@ -97,6 +97,8 @@ def write_config(source: Checkpoint, target: Path, *, is_untied: bool, dtype: Ex
     config = dict(source.config)
     if is_untied:
         config["tie_word_embeddings"] = False
+        if isinstance(text := config.get("text_config"), dict):
+            config["text_config"] = text | {"tie_word_embeddings": False}
     if dtype != "keep":
         config.pop("torch_dtype", None)
         config["dtype"] = dtype

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..interventions import Intervention, all_hooks
 from ..model.guards import read_config
 from ..model.points import HookFn, component_of, split_hook
-from ..model.writers import Family, build_skeleton, family_of
+from ..model.writers import Family, bare_name, build_skeleton, family_of, text_config
 from ..progress import track
 from ..text.batches import TokenBatch
 from .checkpoint import Checkpoint
@@ -29,7 +29,7 @@ class CheckpointWeights:
 
     def __init__(self, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
         self.checkpoint, self.dtype = checkpoint, dtype
-        self.by_bare_name = {_bare(name): name for name in checkpoint.tensors}
+        self.by_bare_name = {bare_name(name): name for name in checkpoint.tensors}
         self.family = family
         outside = {family.naming.role(name): bare for bare, name in self.by_bare_name.items()}
         self.head = outside.get(("head", None))
@@ -53,7 +53,7 @@ class CheckpointWeights:
 
     def read(self, name: str) -> Shaped[Tensor, "..."]:
         """The parameter that the loaded model calls `name`."""
-        bare = _bare(name)
+        bare = bare_name(name)
         if bare in self.by_bare_name:
             return self._stored(bare)
         if self.family.naming.role(name) == ("head", None):
@@ -84,11 +84,6 @@ def _assign(module: nn.Module, path: str, value: nn.Parameter) -> None:
     for parent in parents:
         module = getattr(module, parent)
     module._parameters[leaf] = value
-
-
-def _bare(name: str) -> str:
-    head, _, rest = name.partition(".")
-    return rest if head in ("model", "transformer", "gpt_neox") else name
 
 
 DtypeText = Literal["float32", "bfloat16", "float16"]
@@ -155,7 +150,7 @@ def streamed_model(checkpoint: Checkpoint, interventions: Sequence[Intervention]
     config = read_config(checkpoint.directory)
     config._attn_implementation = "eager"
     model = build_skeleton(config)
-    weights = CheckpointWeights(checkpoint, family_of(config.model_type), dtype)
+    weights = CheckpointWeights(checkpoint, family_of(config), dtype)
     blocks = blocks_of(model)
     for prefix, module in _units(model, blocks):
         weights.attach(prefix, module)
@@ -181,8 +176,9 @@ class ModelShape:
 def _attach_hooks(
     model: Any, blocks: Mapping[str, nn.Module], config: Any, interventions: Sequence[Intervention]
 ) -> None:
-    family, inside = family_of(config.model_type), list(blocks.values())
-    shape = ModelShape(config.num_hidden_layers, config.hidden_size)
+    family, inside = family_of(config), list(blocks.values())
+    text = text_config(config)
+    shape = ModelShape(text.num_hidden_layers, text.hidden_size)
     for point, change in all_hooks(shape, interventions):
         block, place = split_hook(point)
         if place == "hook_resid_pre":
@@ -227,8 +223,10 @@ def _on_output(change: HookFn) -> Callable[..., Any]:
 
 def blocks_of(model: Any) -> dict[str, nn.Module]:
     """Path -> decoder block."""
-    lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
-    name, blocks = next((name, part) for name, part in lists if len(part) == model.config.num_hidden_layers)
+    n_layers = text_config(model.config).num_hidden_layers
+    lists = [(name, part) for name, part in model.get_decoder().named_modules() if isinstance(part, nn.ModuleList)]
+    name, blocks = next((name, part) for name, part in lists if len(part) == n_layers)
+    name = next(path for path, part in model.named_modules() if part is blocks)
     return {f"{name}.{index}": block for index, block in enumerate(blocks)}
 
 

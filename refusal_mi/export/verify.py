@@ -16,6 +16,7 @@ from ..interventions import all_hooks
 from ..model.loading import ORGANISM, load_model
 from ..model.points import all_stops
 from ..model.running import all_logits, continued, running
+from ..model.writers import auto_class
 from ..text.batches import TokenBatch, left_pad
 from ..text.chat import ChatFormat
 from ..text.prompts import load_prompts
@@ -148,12 +149,14 @@ class Comparison:
 
     def _exported(self, directory: Path, adapter: Path | None, dtype: DtypeText) -> Answers:
         """An export in plain `transformers` (with PEFT for an adapter), as any user would load it."""
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
         kind = getattr(torch, dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=kind, attn_implementation="eager", trust_remote_code=False
-        ).eval()
+        model: Any = (
+            auto_class(self.plan.layout.config)
+            .from_pretrained(directory, dtype=kind, attn_implementation="eager", trust_remote_code=False)
+            .eval()
+        )
         if adapter is not None:
             model = load_adapter(model, adapter)
         batch, stops = self.batch, list(self.stops)

@@ -47,7 +47,17 @@ def no_remote_code() -> Iterator[None]:
 @contextmanager
 def no_processor() -> Iterator[None]:
     """Inside, TransformerLens loads no image or audio processor: for text none is needed, and it installs packages."""
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+
     with ExitStack() as stack:
+        check = getattr(ArchitectureAdapter, "_check_required_libraries", None)  # none in TransformerLens 3
+        if check is not None:
+
+            def check_others(adapter: Any) -> None:
+                if adapter.required_libraries != ["torchvision"]:  # the processor's alone
+                    check(adapter)
+
+            stack.enter_context(replaced(ArchitectureAdapter, "_check_required_libraries", check_others))
         try:
             from transformer_lens.model_bridge.sources.transformers import helpers
         except ImportError:  # TransformerLens 3 has no list of them

@@ -21,7 +21,7 @@ from .points import (
     parameters_of,
     quantization_of,
 )
-from .writers import FAMILIES, Layout, Writer, build_skeleton, classify
+from .writers import FAMILIES, Layout, Writer, build_skeleton, classify, text_config
 
 Norm = Callable[[Tensor], Tensor]
 _CHUNK = 4096
@@ -83,10 +83,11 @@ class ModelWeights:
             UserError: nobody has said so for this type of model.
         """
         config = hf_config(self.model)
-        if config.model_type not in FAMILIES:
+        kind = text_config(config).model_type
+        if kind not in FAMILIES:
             raise UserError(
                 f"this analysis reads weights, and which of them write into the stream is not known for model type "
-                f"{config.model_type!r}; project_residuals, linear_probes and patch_activations read activations only"
+                f"{kind!r}; project_residuals, linear_probes and patch_activations read activations only"
             )
         skeleton = build_skeleton(config)
         return classify(config, {name: tuple(p.shape) for name, p in skeleton.named_parameters()}, skeleton=skeleton)

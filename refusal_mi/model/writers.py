@@ -26,7 +26,9 @@ class Naming:
 
     def role(self, name: str) -> tuple[Role, int | None] | None:
         """Role and block of a tensor; None if no pattern fits."""
-        bare = re.sub(r"^(?:model\.decoder|model|transformer|gpt_neox)\.", "", name)
+        bare = bare_name(name)
+        if _OF_IMAGES.match(bare):
+            return "other", None
         inside = re.fullmatch(rf"{self.blocks}\.(\d+)\.(.+)", bare)
         patterns = self.block_tensors if inside else self.tensors
         rest = inside[2] if inside else bare
@@ -34,6 +36,16 @@ class Naming:
             if any(re.fullmatch(option, rest) for option in options):
                 return role, int(inside[1]) if inside else None
         return None
+
+
+def bare_name(name: str) -> str:
+    """A tensor's name without the path of the language model that it belongs to."""
+    return _PATH.sub("", name)
+
+
+_PATH = re.compile(r"^(?:(?:model\.)?language_model\.(?:model\.)?|model\.decoder\.|model\.|transformer\.|gpt_neox\.)")
+_OF_IMAGES = re.compile(r"(?:vision_tower|vision_model|visual|multi_modal_projector)\.")
+"""What makes embeddings of images: no text passes through it."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +206,7 @@ FAMILIES: dict[str, Family] = {
         name: Family(_LLAMA, _POST_NORMS, 1.0, embedding_scale=_root_width, tied_only=_GEMMA_TIED)
         for name in ("gemma2", "gemma3_text")
     },
+    **{name: Family(_LLAMA) for name in ("qwen2_5_vl_text", "qwen3_vl_text")},
     **{name: Family(_LLAMA, _POST_NORMS) for name in ("olmo2", "olmo3", "exaone4")},
     "glm4": Family(_LLAMA, _GLM4_POST_NORMS),
     "gpt2": Family(_GPT2, is_in_out=True, tied_only=_GPT2_TIED),
@@ -224,12 +237,18 @@ def _kind(model_type: str) -> tuple[str, int]:
     return (match[1], int(match[2] or 1)) if match else ("", 1)
 
 
-def family_of(model_type: str) -> Family:
-    """The family of an HF model type.
+def text_config(config: Any) -> Any:
+    """The config of the language model: a model that reads images too has one inside its own."""
+    return config.get_text_config(decoder=True)
+
+
+def family_of(config: Any) -> Family:
+    """The family of a model by its HF config.
 
     Raises:
         UserError: its writers are not known.
     """
+    model_type = text_config(config).model_type
     if model_type not in FAMILIES:
         raise UserError(
             f"no export for model type {model_type!r}: which of its tensors write into the stream is not known; "
@@ -267,7 +286,7 @@ class Layout:
 
     family: Family
     config: Any
-    """The HF config of the language model."""
+    """The HF config of the checkpoint."""
     writers: tuple[Writer, ...]
     token_embedding: str
     head: str
@@ -277,19 +296,24 @@ class Layout:
 
     @property
     def n_layers(self) -> int:
-        return self.config.num_hidden_layers
+        return text_config(self.config).num_hidden_layers
 
     @property
     def d_model(self) -> int:
-        return self.config.hidden_size
+        return text_config(self.config).hidden_size
 
     @property
     def embedding_scale(self) -> float:
-        return self.family.embedding_scale(self.config)
+        return self.family.embedding_scale(text_config(self.config))
 
     @property
     def residual_scale(self) -> float:
-        return self.family.residual_scale(self.config)
+        return self.family.residual_scale(text_config(self.config))
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether something beside the token embedding can write what enters the first block."""
+        return sees_images(self.config)
 
 
 def classify(config: Any, shapes: Mapping[str, tuple[int, ...]], *, skeleton: Any = None) -> Layout:
@@ -304,7 +328,7 @@ def classify(config: Any, shapes: Mapping[str, tuple[int, ...]], *, skeleton: An
         UserError: the architecture is not known, a tensor fits no class, or the writers found are not exactly those
             that the architecture has and the hook points cover.
     """
-    family = family_of(config.model_type)
+    family, text = family_of(config), text_config(config)
     model = build_skeleton(config) if skeleton is None else skeleton
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     roles = _roles(family, shapes)
@@ -314,7 +338,7 @@ def classify(config: Any, shapes: Mapping[str, tuple[int, ...]], *, skeleton: An
     token = next(name for name, value in model.named_parameters() if value is model.get_input_embeddings().weight)
     head_module = next(name for name, part in model.named_modules() if part is model.get_output_embeddings())
     writers = [
-        _writer(family, name, role, layer, shapes, config, token)
+        _writer(family, name, role, layer, shapes, text, token)
         for name, (role, layer) in roles.items()
         if role in _WRITERS
     ]
@@ -322,23 +346,37 @@ def classify(config: Any, shapes: Mapping[str, tuple[int, ...]], *, skeleton: An
     missing = [name for name in post_norms if name not in shapes]
     if missing:
         raise UserError(f"the checkpoint has no {missing[0]}, the norm that follows a writer")
-    known = set(write_hooks(config.num_hidden_layers))
+    known = set(write_hooks(text.num_hidden_layers))
     for writer in writers:
         if writer.point not in known:
             raise UserError(f"{writer.name} writes into the stream at {writer.point}, which no hook covers")
     embedding = next(writer.name for writer in writers if writer.is_token_embedding)
-    return Layout(family, config, tuple(writers), embedding, f"{head_module}.weight", is_tied)
+    # Where transformers renames on loading, a head that is added goes by the old names as well.
+    path = embedding.removesuffix(bare_name(embedding)) if embedding.startswith("language_model.") else ""
+    head = f"{path.removesuffix('model.')}{head_module}.weight"
+    return Layout(family, config, tuple(writers), embedding, head, is_tied)
 
 
 def build_skeleton(config: Any) -> Any:
     """The HF causal language model of a config, with parameters on the meta device and buffers in memory."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = auto_class(config).from_config(config, trust_remote_code=False)
     model.tie_weights()
     return model.eval()
+
+
+def sees_images(config: Any) -> bool:
+    """Whether it is a language model that reads images too."""
+    return text_config(config) is not config
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a checkpoint as users do."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
 
 
 def _roles(family: Family, names: Iterable[str]) -> dict[str, tuple[Role, int | None]]:
@@ -392,7 +430,7 @@ def _writer(
     if role in family.post_norms:
         stem = name.split(f".{layer}.")[0]
         post_norm = f"{stem}.{layer}.{family.post_norms[role]}.weight"
-    is_token = role == "embed" and token_embedding.endswith(name)
+    is_token = role == "embed" and bare_name(token_embedding) == bare_name(name)
     return Writer(name, role, layer, axis, is_bias, is_token, post_norm)  # type: ignore[arg-type]
 
 

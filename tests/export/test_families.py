@@ -20,6 +20,7 @@ from tests.helpers.directions import random_direction
 from tests.helpers.exports import (
     EXACT,
     FUSED_EXPERTS,
+    INSIDE_TOWERS,
     OTHER_POST_NORM,
     OTHERS,
     POST_NORM,
@@ -34,7 +35,7 @@ from tests.helpers.tiers import first_is_fast
 
 
 def test_every_family_that_is_known_is_tried_here():
-    assert set(writers.FAMILIES) == {*EXACT, *POST_NORM, *OTHERS}
+    assert set(writers.FAMILIES) == {*EXACT, *POST_NORM, *OTHERS, *INSIDE_TOWERS}
     page = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
     assert [name for name in OTHERS if not re.search(rf"\b{name}\b", page)] == []
 

@@ -16,6 +16,8 @@ from refusal_mi.text.batches import TokenBatch
 from tests.helpers.models import D_MODEL, FAMILIES, N_LAYERS, tiny_hf_model, tiny_tokenizer
 
 POST_NORM = ("gemma2", "gemma3_text", "olmo2")
+INSIDE_TOWERS = ("qwen2_5_vl_text", "qwen3_vl_text")
+"""Types of language models that come inside a model that reads images alone: tests/export/test_towers.py."""
 FUSED_EXPERTS = (
     "deepseek_v2",
     "glm4_moe",
