@@ -11,7 +11,7 @@ from torch import Tensor
 from .directions import ActivationMeans
 from .errors import UserError
 from .interventions import Intervention, PromptWidth, all_hooks
-from .model.points import Hook, HookedModel
+from .model.points import Hook, HookedModel, missing_points
 from .model.running import LastPositions, batches, last_logits, residuals, running
 from .precision import as_double, finite, with_float64
 from .text.batches import Span, TokenBatch
@@ -163,8 +163,11 @@ def captured(
         prompt_width: columns of each row that are prompt, for interventions on prompt or response only.
 
     Raises:
-        UserError: an activation is not finite.
+        UserError: the model has no such hook point, or an activation is not finite.
     """
+    missing = missing_points(model, readers)
+    if missing:
+        raise UserError(f"this model has no {missing[0]}, which this analysis reads")
     taken: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Any:

@@ -1,11 +1,18 @@
 """Rates and means with their intervals."""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
+from typing import Any
 
 _Z = NormalDist().inv_cdf(0.975)
+
+
+def _mean(values: Any) -> float:
+    return float(values.mean())
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,92 @@ class Rate:
         return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
 
 
+@dataclass(frozen=True)
+class Paired:
+    """The same prompts before and after: how many changed, and whether that is more than chance."""
+
+    both: int
+    only_before: int
+    only_after: int
+    neither: int
+
+    def __post_init__(self) -> None:
+        counts = (self.both, self.only_before, self.only_after, self.neither)
+        if min(counts) < 0 or sum(counts) == 0:
+            raise ValueError(f"a paired comparison needs counts of at least one prompt, not {counts}")
+
+    @classmethod
+    def of(cls, before: Sequence[bool], after: Sequence[bool]) -> "Paired":
+        """Flags of the same prompts in the same order.
+
+        Raises:
+            ValueError: they are not as many, or none.
+        """
+        pairs = Counter((bool(a), bool(b)) for a, b in zip(before, after, strict=True))
+        return cls(pairs[True, True], pairs[True, False], pairs[False, True], pairs[False, False])
+
+    @property
+    def n(self) -> int:
+        return self.both + self.only_before + self.only_after + self.neither
+
+    @property
+    def difference(self) -> float:
+        """Rate after minus rate before."""
+        return (self.only_after - self.only_before) / self.n
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's test, exact and two-sided: of the prompts that changed, as many each way as by a fair coin."""
+        from scipy.stats import binomtest
+
+        changed = self.only_before + self.only_after
+        return 1.0 if changed == 0 else float(binomtest(self.only_after, changed).pvalue)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% of the difference by Agresti and Min (2005).
+
+        Half a prompt more in each cell of those that changed keeps a width where none did. Over rates and changes of
+        all sizes it covers 95–97% on average for 8 to 100 prompts, at worst 90% (83% for 8).
+        """
+        n, changed, gain = self.n + 2, self.only_before + self.only_after + 1, self.only_after - self.only_before
+        half = _Z * math.sqrt(changed - gain**2 / n) / n
+        return max(-1.0, gain / n - half), min(1.0, gain / n + half)
+
+    def describe(self) -> dict[str, float | int]:
+        """Difference, interval and exact p as JSON values."""
+        low, high = self.interval
+        changed = {"only_before": self.only_before, "only_after": self.only_after}
+        return {"difference": self.difference, "low": low, "high": high, "p": self.p_value, "n": self.n, **changed}
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{signed(self.difference)} [{signed(low)}, {signed(high)}], p {p_text(self.p_value)}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign, two decimals; none before zero."""
+    text = f"{value:+.2f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def p_text(p: float) -> str:
+    """A p-value as papers have it: = 0.03, < 0.001."""
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of a family of tests (Holm 1979): below 0.05 where the family errs in at most 5% of cases."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean and its 95% interval by the normal approximation: mean ± 1.96·s/√n; one value has no width.
+    """The mean and its 95% interval by Student's t: mean ± t·s/√n; one value has no width.
 
     Raises:
         ValueError: there are no values.
@@ -56,6 +147,49 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     if n == 0:
         raise ValueError("a mean needs at least one value")
     mean = math.fsum(values) / n
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else 0.0
-    half = _Z * math.sqrt(variance / n)
+    if n == 1:
+        return mean, mean, mean
+    from scipy.stats import t
+
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    half = float(t.ppf(0.975, n - 1)) * math.sqrt(variance / n)
     return mean, mean - half, mean + half
+
+
+def bootstrap_interval(
+    *samples: Sequence[float], statistic: Callable[..., float] = _mean, n_resamples: int = 9999, seed: int = 0
+) -> tuple[float, float, float]:
+    """A statistic of per-prompt numbers and its 95% interval by the BCa bootstrap (Efron 1987), seeded.
+
+    For what is skewed or a ratio, where t is wrong. Several samples are of the same prompts, and are drawn together.
+    Where all values are equal, or the statistic never changes, it has no width.
+
+    Args:
+        statistic: of the samples, such as `lambda a, b: a.mean() / b.mean()`; of one the mean.
+
+    Raises:
+        ValueError: there are no values, or the samples are not of the same prompts.
+    """
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
+    n = {len(each) for each in arrays}
+    if len(n) != 1 or n == {0}:
+        raise ValueError("a bootstrap needs values, and as many in every sample")
+    value = float(statistic(*arrays))
+    if n == {1} or all((each == each[0]).all() for each in arrays):
+        return value, value, value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = bootstrap(
+            arrays,
+            statistic,
+            paired=True,
+            vectorized=False,
+            n_resamples=n_resamples,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    low, high = float(found.low), float(found.high)
+    return (value, low, high) if math.isfinite(low + high) else (value, value, value)

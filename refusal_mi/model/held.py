@@ -99,7 +99,11 @@ def _identify(model: Any, tokenizer: Any, hf_model: Any) -> None:
         check_is_same(model, hf_model)
         identify(model, Identity(hf_model.config, hf_model.generation_config, hf_model))
         return
+    if not isinstance(hf_model, str | Path | None):
+        raise UserError(f"hf_model= takes an HF model, a directory or a hub id, not a {type(hf_model).__name__}")
     name = str(hf_model or model.cfg.tokenizer_name or getattr(tokenizer or model.tokenizer, "name_or_path", ""))
+    if not name:
+        raise UserError(f"nothing says which model this is: {OF_THE_HF_MODEL}")
     try:
         with guarded(name, is_hub_asked=False):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)

@@ -167,7 +167,8 @@ def hf_weights(model: Any) -> dict[str, Tensor]:
     if identity.hf_model is None:
         raise UserError(f"this analysis reads weights by their HF names: {OF_THE_HF_MODEL}")
     check_is_same(model, identity.hf_model)
-    return dict(identity.hf_model.named_parameters(remove_duplicate=False))
+    named = identity.hf_model.named_parameters(remove_duplicate=False)
+    return {name.replace("._original_component", ""): parameter for name, parameter in named}
 
 
 def check_is_same(model: Any, hf_model: Any) -> None:

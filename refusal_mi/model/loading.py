@@ -20,6 +20,7 @@ from .points import (
     hf_config,
     missing_points,
     model_type,
+    name_mixers,
     resid_hook,
     set_from_files,
     write_hooks,
@@ -97,6 +98,7 @@ def load_model(
         set_from_files(model, is_so=is_named)
         model.eval()
         _place_inputs(model)
+        name_mixers(model)
         check_raw_basis(model)
         _check_writes(model, name)
     except UserError:

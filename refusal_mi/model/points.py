@@ -155,6 +155,14 @@ def missing_points(model: HookedModel, names: Iterable[str]) -> list[str]:
     return [name for name in names if name not in bridge(model).hook_dict]
 
 
+def name_mixers(model: HookedModel) -> None:
+    """Give a block whose mixer is no attention, but a recurrence (qwen3_next), `hook_attn_out` for what that writes."""
+    for block in bridge(model).blocks:
+        parts = getattr(block, "_modules", {})
+        if "linear_attn" in parts and "attn" not in parts:
+            block.hook_aliases = {**block.hook_aliases, "hook_attn_out": "linear_attn.hook_out"}
+
+
 def check_raw_basis(model: HookedModel) -> None:
     """Refuse a model whose writing weights were centred: its residual stream is not that of the HF weights.
 

@@ -15,9 +15,11 @@ from .hooked import hf_weights, is_hooked_transformer, linear_maps, norm_of
 from .points import (
     Component,
     HookedModel,
+    block_hook,
     bridge,
     check_raw_basis,
     hf_config,
+    missing_points,
     parameters_of,
     quantization_of,
 )
@@ -122,6 +124,8 @@ class ModelWeights:
 
     def head_rows(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """W_O of every head of a block, before a post-norm."""
+        if missing_points(self.model, [block_hook(layer, "attn.hook_z")]):
+            raise UserError(f"block {layer} of this model has no attention heads, which this analysis is about")
         (writer,) = self.writers("attn", layer)
         heads = "(head feature) d_model -> head feature d_model"
         return rearrange(self.written_rows(writer), heads, head=self.model.cfg.n_heads)

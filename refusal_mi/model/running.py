@@ -228,7 +228,7 @@ def prefix_logits_and_cache(
 
 def keep_rows_(cache: Any, rows: Int[Tensor, " kept"]) -> None:
     """Drop all other rows of a batch from an HF cache."""
-    cache.batch_select_indices(rows)
+    cache.reorder_cache(rows)  # batch_select_indices knows no recurrent states
 
 
 @dataclass(frozen=True)
@@ -268,6 +268,14 @@ def continued(
         if torch.isin(torch.stack(new), torch.tensor(stops, device=logits.device)).any(0).all():
             break
     return torch.stack(new, dim=1)
+
+
+def has_key_cache(model: HookedModel) -> bool:
+    """Whether its cache is keys and values in every layer: what recurrent mixers keep cannot be shared by prompts."""
+    token = torch.ones(1, 1, dtype=torch.long, device=model_device(model))
+    with torch.no_grad(), running(model):
+        _, cache = prefix_logits_and_cache(model, token)
+    return all(hasattr(layer, "keys") for layer in cache.layers)
 
 
 def layers_of_cache(cache: Any, first: int = 0) -> list[tuple[Tensor, Tensor]]:

@@ -75,10 +75,10 @@ _LLAMA = Naming(
         "embed": (r"embed_tokens\.weight", r"embed_positions\.weight"),
         "head": (r"lm_head\.weight",),
         "norm": (r"(norm|final_layernorm|final_layer_norm)\.(weight|bias)",),
-        "other": (r"rotary_emb\..+", r"lm_head\.bias"),
+        "other": (r"rotary_emb\..+", r"lm_head\.bias", r"mtp\..+"),
     },
     {
-        "attn": (rf"self_attn\.(o_proj|out_proj|dense){_LINEAR}",),
+        "attn": (rf"self_attn\.(o_proj|out_proj|dense){_LINEAR}", r"linear_attn\.out_proj\.weight"),
         "mlp": (
             rf"mlp\.(down_proj|c_proj|fc2){_LINEAR}",
             rf"fc2{_LINEAR}",
@@ -91,6 +91,7 @@ _LLAMA = Naming(
         "reader": (
             rf"self_attn\.(q|k|v|qkv|q_a|q_b|kv_b)_proj{_LINEAR}",
             rf"self_attn\.kv_a_proj_with_mqa{_LINEAR}",
+            r"linear_attn\.in_proj_(qkvz|qkv|ba|[zab])\.weight",
             rf"mlp\.(gate_proj|up_proj|gate_up_proj|c_fc|fc1){_LINEAR}",
             rf"fc1{_LINEAR}",
             r"mlp\.experts\.\d+\.(gate|up)_proj\.weight",
@@ -108,6 +109,7 @@ _LLAMA = Naming(
         ),
         "other": (
             r"self_attn\.sinks",
+            r"linear_attn\.(conv1d\.(weight|bias)|A_log|dt_bias|norm\.weight)",
             r"self_attn\.rotary_emb\..+",
             r"mlp\.act_fn\..+",
             r"(mlp\.gate|mlp\.(gate\.)?moe_statics|block_sparse_moe)\.e_score_correction_bias",
@@ -206,7 +208,7 @@ FAMILIES: dict[str, Family] = {
         name: Family(_LLAMA, _POST_NORMS, 1.0, embedding_scale=_root_width, tied_only=_GEMMA_TIED)
         for name in ("gemma2", "gemma3_text")
     },
-    **{name: Family(_LLAMA) for name in ("qwen2_5_vl_text", "qwen3_vl_text")},
+    **{name: Family(_LLAMA) for name in ("qwen2_5_vl_text", "qwen3_vl_text", "qwen3_next", "qwen3_5_text")},
     **{name: Family(_LLAMA, _POST_NORMS) for name in ("olmo2", "olmo3", "exaone4")},
     "glm4": Family(_LLAMA, _GLM4_POST_NORMS),
     "gpt2": Family(_GPT2, is_in_out=True, tied_only=_GPT2_TIED),

@@ -1,6 +1,5 @@
 """Several directions ablated together: their span, what ablating it does, and which together do more than one."""
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from ..run.record import (
     RunSummary,
 )
 from ..run.stages import RunFolder
-from ..stats import mean_interval
+from ..stats import Paired, mean_interval
 from ..text.prompts import PromptSet
 from .context import Prepared, RunContext
 from .effects import BASELINE, Labelled, evaluate, loss_sets, loss_texts, losses, rates, texts_sha256
@@ -378,16 +377,9 @@ def _refused(run: Prepared, combination: Combination) -> list[bool]:
 
 
 def rate_difference(of: Sequence[bool], against: Sequence[bool]) -> Difference:
-    """Difference of two rates on the same prompts, with the 95% interval of Agresti and Min (2005).
-
-    Its half prompt more in each discordant cell keeps a width where the two never differ.
-    """
-    n = len(of)
-    more = sum(a and not b for a, b in zip(of, against, strict=True))
-    less = sum(b and not a for a, b in zip(of, against, strict=True))
-    center = (more - less) / (n + 2)
-    half = 1.96 * math.sqrt((more + less + 1) - (more - less) ** 2 / (n + 2)) / (n + 2)
-    return Difference((more - less) / n, max(-1.0, center - half), min(1.0, center + half))
+    """Difference of two rates on the same prompts, with its paired 95% interval."""
+    paired = Paired.of(against, of)
+    return Difference(paired.difference, *paired.interval)
 
 
 def _members(ranks: Sequence[int], max_size: int) -> Iterator[tuple[int, ...]]:

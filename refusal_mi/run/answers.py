@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from ..files import parsed, read_record
-from ..stats import Rate
+from ..stats import Paired, Rate
 
 Side = Literal["harmful", "harmless"]
 SIDES: tuple[Side, Side] = get_args(Side)
+CHANGE = "change_of_refusal"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Effect:
     degenerate: Rate
     unsafe: Mapping[str, Rate] = field(default_factory=dict)
     """Judge -> rate of what it calls success, where another judge than the substrings was asked."""
+    refused: tuple[bool, ...] = field(default=(), repr=False, compare=False)
+    """Prompt by prompt, where the answers were read and not their rates alone."""
 
     def describe(self) -> dict[str, Any]:
         """Every rate under its name."""
@@ -56,8 +59,15 @@ class SideEffects:
         return tuple(effect for effect in self.effects if effect.label.startswith("random"))
 
     def describe(self) -> dict[str, Any]:
-        """The set, how many prompts, and the rates by label."""
-        return {"set": self.set_name, "n": self.n, **{effect.label: effect for effect in self.effects}}
+        """The set, how many prompts, and by label the rates and the change of refusals on the same prompts."""
+        rows = {effect.label: effect.describe() | self._change(effect) for effect in self.effects}
+        return {"set": self.set_name, "n": self.n, **rows}
+
+    def _change(self, effect: Effect) -> dict[str, Any]:
+        base = self.find("baseline")
+        if base is None or base is effect or not base.refused or not effect.refused:
+            return {}
+        return {CHANGE: Paired.of(base.refused, effect.refused)}
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,9 @@ class Evaluation:
 
     def effect(self, label: str) -> Effect:
         """The rates, under a label."""
-        return Effect(label, self.refusal, self.degenerate, {judge: self.rate(judge) for judge in self.judges[1:]})
+        unsafe = {judge: self.rate(judge) for judge in self.judges[1:]}
+        flags = tuple(answer.is_refused for answer in self.answers)
+        return Effect(label, self.refusal, self.degenerate, unsafe, flags)
 
     def describe(self) -> dict[str, Any]:
         """The published keys, and our own rates."""
@@ -171,7 +183,7 @@ def read_sides(tables: Any) -> dict[Side, SideEffects]:
 
 
 def read_effect(label: str, rates: Any) -> Effect:
-    others = {name: _rate(rate) for name, rate in rates.items() if name not in ("refusal", "degenerate")}
+    others = {name: _rate(rate) for name, rate in rates.items() if name not in ("refusal", "degenerate", CHANGE)}
     return Effect(label, _rate(rates["refusal"]), _rate(rates["degenerate"]), others)
 
 

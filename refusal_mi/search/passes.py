@@ -25,6 +25,7 @@ from ..model.points import Hook, HookedModel, model_device, parameters_of, resid
 from ..model.running import (
     LastPositions,
     cache_from_layers,
+    has_key_cache,
     last_logits,
     layers_of_cache,
     n_block_outputs,
@@ -130,7 +131,10 @@ def choose_passes(model: HookedModel, rows: Rows, pad_id: int, batch_size: int |
     comparison is made on the longest and the shortest prompt, with a random direction added halfway up, which uses
     all the savings; a fallback is a warning.
     """
-    plain, shared = PlainPasses(model, rows, pad_id, batch_size), SharedPasses(model, rows, pad_id, batch_size)
+    plain = PlainPasses(model, rows, pad_id, batch_size)
+    if not has_key_cache(model):
+        return plain
+    shared = SharedPasses(model, rows, pad_id, batch_size)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     probe, ends = _probe(model), sorted({order[0], order[-1]})
     expected, obtained = (passes.added([probe], ends).double().softmax(-1) for passes in (plain, shared))

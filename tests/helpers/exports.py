@@ -27,11 +27,16 @@ FUSED_EXPERTS = (
     "qwen3_moe",
     "gpt_oss",
     "qwen2_moe",
+    "qwen3_next",
     "olmoe",
     "deepseek_v3",
     "granitemoe",
 )
 """Their kernels refuse float64."""
+_LINEAR_ATTENTION = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "pad_token_id": 0} | {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 OTHERS = {
     "qwen2_moe": FAMILIES["qwen2"]
     | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
@@ -61,6 +66,10 @@ OTHERS = {
     "ernie4_5_moe": FAMILIES["qwen2"]
     | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1},
     "granitemoe": FAMILIES["granite"] | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_5_text": FAMILIES["qwen3"] | _LINEAR_ATTENTION,
+    "qwen3_next": FAMILIES["qwen3"]
+    | _LINEAR_ATTENTION
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
     "opt": {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": 4, "ffn_dim": 48}
     | {"max_position_embeddings": 512, "word_embed_proj_dim": D_MODEL},
     "mpt": {"d_model": D_MODEL, "n_layers": N_LAYERS, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 512},

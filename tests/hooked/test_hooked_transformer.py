@@ -292,6 +292,11 @@ def test_what_it_was_made_of_is_checked(directory, pair):
         load_model(hooked, hf_model=tiny_hf_model("gpt2", seed=5, **WHERE_4_ONLY["gpt2"]))
     with pytest.raises(UserError, match=r"has 5 layers of width 32, this HookedTransformer \d+ of"):
         load_model(hooked_transformer(ORGANISM), hf_model=str(directory("gpt2")))
+    with pytest.raises(UserError, match="takes an HF model, a directory or a hub id, not a TransformerBridge"):
+        load_model(hooked, hf_model=pair("gpt2")[0])
+    hooked.tokenizer.name_or_path = ""
+    with pytest.raises(UserError, match="nothing says which model this is: pass the HF model"):
+        load_model(hooked)
     with pytest.raises(UserError, match="use what load_model"):
         generate(hooked, ChatFormat(hooked.tokenizer), PROMPTS)
     with pytest.raises(UserError, match="hf_model="):

@@ -1,10 +1,15 @@
-"""Rates and their Wilson intervals."""
+"""Rates, means and paired differences: their intervals cover, and their tests are those of SciPy and statsmodels."""
 
 import math
 
+import numpy as np
 import pytest
+from scipy.stats import binom, bootstrap, multinomial
+from scipy.stats import t as student
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 
-from refusal_mi.stats import Rate
+from refusal_mi.stats import Paired, Rate, bootstrap_interval, holm, mean_interval, p_text
 
 
 # The ends solve (p − k/n)² = z² p (1 − p) / n, here by bisection.
@@ -45,3 +50,101 @@ def test_rate_of_flags_and_its_json():
 def test_impossible_rates_are_refused(count, n):
     with pytest.raises(ValueError, match="count"):
         Rate(count, n)
+
+
+def paired(both: int, only_before: int, only_after: int, neither: int) -> Paired:
+    before = [True] * (both + only_before) + [False] * (only_after + neither)
+    after = [True] * both + [False] * only_before + [True] * only_after + [False] * neither
+    return Paired.of(before, after)
+
+
+@pytest.mark.parametrize("cells", [(8, 10, 0, 14), (3, 5, 2, 9), (0, 0, 1, 6), (4, 0, 0, 4), (0, 60, 41, 2)])
+def test_the_paired_test_is_that_of_statsmodels(cells):
+    both, less, more, neither = cells
+    expected = mcnemar([[both, less], [more, neither]], exact=True).pvalue
+    found = paired(*cells)
+    assert found.p_value == pytest.approx(expected, abs=1e-12)
+    assert found.difference == pytest.approx((more - less) / sum(cells))
+
+
+def test_what_two_wilson_intervals_hide_is_an_effect_on_the_same_prompts():
+    """18 of 32 refused before, 8 after, none newly: the intervals overlap, p is 0.002. Unrelated changes are not."""
+    found = paired(8, 10, 0, 14)
+    assert Rate(18, 32).interval[0] < Rate(8, 32).interval[1]
+    assert found.p_value == pytest.approx(2 / 2**10) and found.interval[1] < 0
+    assert str(found) == "−0.31 [−0.46, −0.13], p = 0.002"
+    assert paired(4, 14, 4, 10).p_value == pytest.approx(0.0309, abs=1e-4)
+    assert paired(2, 16, 6, 8).p_value > 0.05, "the control: the same rates, prompts that changed both ways"
+
+
+def test_pairs_must_be_of_the_same_prompts():
+    with pytest.raises(ValueError):
+        Paired.of([True], [True, False])
+    with pytest.raises(ValueError, match="at least one"):
+        Paired.of([], [])
+
+
+@pytest.mark.parametrize("n", [8, 16, 32, 100])
+def test_the_paired_interval_covers_on_average_and_never_badly(n):
+    """Exact coverage, summed over all tables, over a grid of what could be true."""
+    tables = [(more, less) for more in range(n + 1) for less in range(n + 1 - more)]
+    low, high = np.array([paired(0, less, more, n - more - less).interval for more, less in tables]).T
+    counts = np.array([(more, less, n - more - less) for more, less in tables])
+    coverage = []
+    for changed in (0.05, 0.1, 0.2, 0.4, 0.6, 0.9):
+        for share in (0.5, 0.7, 0.9, 1.0):
+            p = np.array([changed * share, changed * (1 - share), 1 - changed])
+            inside = (low <= p[0] - p[1]) & (p[0] - p[1] <= high)
+            coverage.append(multinomial.pmf(counts, n, p)[inside].sum())
+    assert 0.94 <= np.mean(coverage) <= 0.98 and min(coverage) >= (0.9 if n > 8 else 0.82)
+
+
+@pytest.mark.parametrize("n", [8, 16, 32, 100])
+def test_the_rate_interval_covers_on_average(n):
+    low, high = np.array([Rate(count, n).interval for count in range(n + 1)]).T
+    rates = np.linspace(0.02, 0.98, 97)
+    coverage = [binom.pmf(range(n + 1), n, p)[(low <= p) & (p <= high)].sum() for p in rates]
+    assert 0.94 <= np.mean(coverage) <= 0.96
+
+
+@pytest.mark.parametrize("n", [8, 12, 32, 100])
+def test_the_interval_of_a_mean_covers_at_small_n_where_the_normal_one_does_not(n):
+    draws = np.random.default_rng(n).normal(1.0, 2.0, (20_000, n))
+    mean, half = draws.mean(-1), draws.std(-1, ddof=1) / math.sqrt(n)
+    first = mean_interval(draws[0].tolist())
+    assert first == pytest.approx((mean[0], *student.interval(0.95, n - 1, mean[0], half[0])))
+    factor = (first[2] - first[0]) / half[0]
+    assert 0.94 <= (abs(mean - 1) <= factor * half).mean() <= 0.96
+    normal = (abs(mean - 1) <= 1.96 * half).mean()
+    assert normal < 0.93 or n > 12
+
+
+def test_holm_is_that_of_statsmodels():
+    p = [0.04, 0.001, 0.03, 0.2, 0.011, 0.9]
+    assert holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+    assert holm([]) == []
+
+
+def test_the_bootstrap_is_scipys_and_seeded():
+    skewed = np.random.default_rng(3).exponential(1.0, 24)
+    value, low, high = bootstrap_interval(skewed.tolist(), seed=5)
+    own = bootstrap((skewed,), np.mean, method="BCa", n_resamples=9999, rng=np.random.default_rng(5))
+    assert (low, high) == pytest.approx(tuple(own.confidence_interval), rel=1e-9)
+    assert low < value < high and bootstrap_interval(skewed.tolist(), seed=5) == (value, low, high)
+    assert high - value > value - low, "skewed to the right, as the numbers are"
+    assert bootstrap_interval([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0) == bootstrap_interval([2.0])
+
+
+def test_a_ratio_of_the_same_prompts_is_resampled_together():
+    prompts = np.random.default_rng(1).exponential(1.0, 40)
+    _, low, high = bootstrap_interval(
+        (0.5 * prompts).tolist(), prompts.tolist(), statistic=lambda a, b: a.mean() / b.mean(), n_resamples=999
+    )
+    assert (low, high) == pytest.approx((0.5, 0.5)), "on every draw of prompts the ratio is one half"
+    with pytest.raises(ValueError, match="as many"):
+        bootstrap_interval([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize(("p", "said"), [(0.0004, "< 0.001"), (0.0312, "= 0.031"), (0.5, "= 0.50")])
+def test_p_values_read_as_in_papers(p, said):
+    assert p_text(p) == said

@@ -158,6 +158,43 @@ def test_an_effect_that_a_random_direction_has_too_is_not_claimed(tmp_path):
     assert sum("not shown to be specific" in sentence for sentence in verdict.sentences) == 2
 
 
+def test_the_same_prompts_are_paired(tmp_path):
+    """18 of 32 refused before and 8 of these after is an effect; the same rates with 8 newly refused ones is chance."""
+    baseline = (18 / 32, 0.0)
+    changes = {("harmful", "baseline"): baseline, ("harmful", "random_ablation_0"): baseline}
+    changes |= {("harmful", "ablation"): (8 / 32, 0.0), ("harmless", "actadd"): (0.0, 0.0)}
+    run = make_run(tmp_path, n_test=32, changes=changes)
+    verdict = judge_run(RunRecord.load(run))
+    assert verdict.headline.startswith("Ablating one direction stops refusals")
+    assert "(−0.31 [−0.46, −0.13], p = 0.002)" in " ".join(verdict.sentences)
+    change = json.loads((run / "summary.json").read_text())["completions"]["harmful"]["ablation"]["change_of_refusal"]
+    assert change["only_before"] == 10 and change["only_after"] == 0 and change["p"] < 0.01
+
+    path = run / "completions/harmful_ablation_evaluations.json"
+    record = json.loads(path.read_text())
+    flags = [row["is_jailbreak_substring_matching"] for row in record["completions"]]
+    for row, flag in zip(record["completions"], reversed(flags), strict=True):
+        row["is_jailbreak_substring_matching"] = flag
+    path.write_text(json.dumps(record))
+    verdict = judge_run(RunRecord.load(run))
+    assert "not shown to mediate" in verdict.headline
+    assert "p = 0.076)" in " ".join(verdict.sentences)
+
+
+def test_an_effect_must_differ_from_every_control(tmp_path):
+    """One control that does nearly as much is enough; what is compared is the same prompts."""
+    run = make_run(tmp_path, changes={("harmful", "random_ablation_0"): (0.9, 0.0)})
+    assert "One direction mediates" in judge_run(RunRecord.load(run)).headline
+    summary = json.loads((run / "summary.json").read_text())
+    for kind in ("completions", "evaluations"):
+        near = (run / f"completions/harmful_ablation_{kind}.json").read_text()
+        (run / f"completions/harmful_random_ablation_1_{kind}.json").write_text(near)
+    sides = summary["completions"]["harmful"]
+    sides["random_ablation_1"] = sides["ablation"]
+    write_json(run / "summary.json", summary)
+    assert "Adding one direction causes refusals" in judge_run(RunRecord.load(run)).headline
+
+
 def make_combination(run, label="2-0", multi="span"):
     """The ablation of a run as that of a combination inside it: `run/2-0/`."""
     write_span(run / label, [2, 0], multi, [3.25, 4.5])
