@@ -38,9 +38,10 @@ TYPES = (
     *("helium", "hunyuan_v1_dense", "jais2", "jamba", "jetmoe", "lfm2", "llama", "llama4_text", "mamba"),
     *("mamba2", "minimax_m2", "ministral3", "mistral", "mixtral", "mpt", "nanochat", "nemotron", "nemotron_h"),
     *("olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "openai-gpt", "opt", "persimmon", "phi", "phi3", "phimoe"),
-    *("qwen2", "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_next", "recurrent_gemma", "rwkv", "seed_oss"),
+    *("qwen2", "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "recurrent_gemma"),
+    *("rwkv", "seed_oss"),
     *("smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu", "zamba2"),
-    *("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl"),
+    *("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5"),
 )
 N_LAYERS, WIDTH, N_HEADS, HIDDEN = 4, 64, 4, 96
 _SMALL: dict[str, Any] = {

@@ -208,7 +208,8 @@ FAMILIES: dict[str, Family] = {
         name: Family(_LLAMA, _POST_NORMS, 1.0, embedding_scale=_root_width, tied_only=_GEMMA_TIED)
         for name in ("gemma2", "gemma3_text")
     },
-    **{name: Family(_LLAMA) for name in ("qwen2_5_vl_text", "qwen3_vl_text", "qwen3_next", "qwen3_5_text")},
+    **{name: Family(_LLAMA) for name in ("qwen2_5_vl_text", "qwen3_vl_text")},
+    **{name: Family(_LLAMA) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
     **{name: Family(_LLAMA, _POST_NORMS) for name in ("olmo2", "olmo3", "exaone4")},
     "glm4": Family(_LLAMA, _GLM4_POST_NORMS),
     "gpt2": Family(_GPT2, is_in_out=True, tied_only=_GPT2_TIED),

@@ -22,7 +22,7 @@ from refusal_mi.text.batches import left_pad
 from tests.helpers.directions import random_direction
 from tests.helpers.tiers import first_is_fast
 
-TOWERS = ("llava", "gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl")
+TOWERS = ("llava", "gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 POST_NORM = {"gemma3"}
 BATCH = left_pad([[5, 9, 33, 40, 71, 12], [8, 44, 90]], 0)
 
@@ -123,7 +123,7 @@ def test_streamed_adapter_in_memory_and_weights_agree(model_type, source, hooked
     assert (plain(edited) - expected).abs().max() > 5 * limit
     orthogonalize_(edited, ablation())
     assert (plain(edited) - expected).abs().max() <= limit
-    weights = ModelWeights(load_model(folder, device="cpu", dtype="float32"))
+    weights = ModelWeights(load_model(folder, device="cpu", dtype="float32"))  # block 1 has heads in all of them
     assert weights.head_rows(1).shape == (4, 16, 64) and weights.unembedding.shape[1] == 64
 
 

@@ -28,6 +28,7 @@ FUSED_EXPERTS = (
     "gpt_oss",
     "qwen2_moe",
     "qwen3_next",
+    "qwen3_5_moe_text",
     "olmoe",
     "deepseek_v3",
     "granitemoe",
@@ -67,9 +68,13 @@ OTHERS = {
     | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1},
     "granitemoe": FAMILIES["granite"] | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_5_text": FAMILIES["qwen3"] | _LINEAR_ATTENTION,
-    "qwen3_next": FAMILIES["qwen3"]
-    | _LINEAR_ATTENTION
-    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5_moe_text"),
+        FAMILIES["qwen3"]
+        | _LINEAR_ATTENTION
+        | {"num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    ),
     "opt": {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": 4, "ffn_dim": 48}
     | {"max_position_embeddings": 512, "word_embed_proj_dim": D_MODEL},
     "mpt": {"d_model": D_MODEL, "n_layers": N_LAYERS, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 512},
