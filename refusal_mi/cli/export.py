@@ -8,7 +8,7 @@ import typer
 
 from ..errors import UserError
 from ..terminal import tell
-from .options import SCIENCE_FAILED, AllowOtherModel, AsJson, Model, ModelPath, Revision, one_model
+from .options import SCIENCE_FAILED, AllowOtherModel, AsJson, Layer, Model, ModelPath, Revision, one_model
 
 if TYPE_CHECKING:
     from ..interventions import Ablate, Add
@@ -36,6 +36,7 @@ def export(
     direction: DirectionSource = None,
     directions: Ranks = None,
     strength: Strength = 1.0,
+    layer: Layer = None,
     layers: Layers = None,
     components: Components = "embed,attn,mlp",
     affine: Affine = None,
@@ -58,7 +59,7 @@ def export(
 
     source = one_model(model, model_path)
     _quiet()
-    what = _intervention(source, direction, directions, strength, layers, components, affine, add)
+    what = _intervention(source, revision, direction, directions, strength, layer, layers, components, affine, add)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
     if direction is not None and output_dir.resolve() in direction.expanduser().resolve().parents:
         raise UserError(f"{output_dir} holds {direction}, which the direction comes from; choose another --output-dir")
@@ -95,6 +96,7 @@ def export_vector(
     revision: Revision = None,
     direction: DirectionSource = None,
     directions: Ranks = None,
+    layer: Layer = None,
     layers: Layers = None,
     components: Components = "embed,attn,mlp",
     add: AddOption = None,
@@ -116,7 +118,7 @@ def export_vector(
     if format not in ("gguf", "lm-eval"):
         raise UserError(f"--format takes gguf or lm-eval, not {format!r}")
     addition = 1.0 if format == "gguf" and add is None else add
-    what = _intervention(source, direction, directions, 1.0, layers, components, None, addition)
+    what = _intervention(source, revision, direction, directions, 1.0, layer, layers, components, None, addition)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
     config = read_config(source, revision)
     if format == "gguf":
@@ -140,15 +142,18 @@ def parse_blocks(text: str | None) -> range | None:
 
 def _intervention(
     source: str,
+    revision: str | None,
     direction: Path | None,
     ranks: str | None,
     strength: float,
+    layer: int | None,
     layers: str | None,
     components: str,
     affine: str | None,
     add: float | None,
 ) -> "Ablate | Add":
     from ..interventions import Ablate, Add
+    from ..model.guards import read_config
     from ..model.loading import model_alias
     from ..run.folder import harmless_components, read_directions
 
@@ -157,7 +162,8 @@ def _intervention(
         raise UserError(
             f"no such direction: {place}; make one with refusal-mi run, or give --direction FILE or RUN_DIR"
         )
-    directions = read_directions(place, ranks)
+    n_layers = read_config(source, revision).get_text_config().num_hidden_layers
+    directions = read_directions(place, n_layers, ranks, layer, moves=add is not None)
     parts = tuple(part.strip() for part in components.split(","))
     unknown = [part for part in parts if part not in ("embed", "attn", "mlp")]
     if unknown:
@@ -167,7 +173,7 @@ def _intervention(
             raise UserError(
                 "an addition (--add, a control vector) is one direction at its own layer: it takes no ablation option"
             )
-        return Add(directions[0], add)
+        return Add(directions[0], add, layer)
     constants = None
     if affine == "harmless-mean":
         constants = harmless_components(place, directions)

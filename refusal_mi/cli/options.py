@@ -90,6 +90,10 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Compute every stage again.
 AllowOtherModel = Annotated[
     bool, typer.Option("--allow-other-model", help="Use directions that were read in another model.")
 ]
+Layer = Annotated[
+    int | None,
+    typer.Option(help="The stream entering this block: where a bare vector was read, and where it is added."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
