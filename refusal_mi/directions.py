@@ -97,6 +97,8 @@ class Direction:
         hook_name = metadata.pop("hook_name", None)
         if not _is_whole(layer) or layer < 0 or not (position is None or _is_whole(position)):
             raise UserError(f"{beside}: layer and pos must be whole numbers, not {layer!r} and {position!r}")
+        if position is not None and position >= 0:
+            raise UserError(f"{beside}: pos counts from the end of the prompt, -1 is the last token; found {position}")
         if hook_name is None:
             hook_name = block_hook(layer, "hook_resid_pre")
         if not isinstance(hook_name, str) or layer_of_hook(hook_name) != layer:

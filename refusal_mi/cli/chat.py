@@ -116,11 +116,11 @@ def _reset(session: Session, argument: str) -> str:
 
 
 def _save(session: Session, argument: str) -> str:
-    from ..files import write_json
+    from ..files import at_home, write_json
 
     if not argument:
         raise UserError("/save takes the name of a file")
-    path = Path(argument).expanduser()
+    path = at_home(argument)
     conversations = [{"label": label} | each.describe() for label, each in session.conversations.items()]
     write_json(path, {"model": session.name, "conversations": conversations})
     return f"saved {path}"

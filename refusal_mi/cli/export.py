@@ -54,6 +54,7 @@ def export(
     How closely it does is measured.
     """
     from ..export.export import export_adapter, export_checkpoint
+    from ..files import at_home
     from ..model.provenance import check_origin
     from .tables import print_export, print_json
 
@@ -61,8 +62,11 @@ def export(
     _quiet()
     what = _intervention(source, revision, direction, directions, strength, layer, layers, components, affine, add)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
-    if direction is not None and output_dir.resolve() in direction.expanduser().resolve().parents:
-        raise UserError(f"{output_dir} holds {direction}, which the direction comes from; choose another --output-dir")
+    place = _place(source, direction)
+    if at_home(output_dir).resolve() in (place.resolve(), *place.resolve().parents):
+        raise UserError(
+            f"{output_dir} is or holds {place}, which the direction comes from; choose another --output-dir"
+        )
     if verify not in ("auto", "full", "streaming", "none"):
         raise UserError(f"--verify takes auto, full, streaming or none, not {verify!r}")
     if adapter:
@@ -110,6 +114,7 @@ def export_vector(
     import torch
 
     from ..export.formats import write_gguf, write_lm_eval
+    from ..files import check_not_input
     from ..interventions import Add
     from ..model.guards import read_config
     from ..model.provenance import check_origin
@@ -120,6 +125,7 @@ def export_vector(
     addition = 1.0 if format == "gguf" and add is None else add
     what = _intervention(source, revision, direction, directions, 1.0, layer, layers, components, None, addition)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
+    check_not_input(output, [_place(source, direction)])
     config = read_config(source, revision)
     if format == "gguf":
         assert isinstance(what, Add)
@@ -135,7 +141,7 @@ def parse_blocks(text: str | None) -> range | None:
     if text is None:
         return None
     first, colon, last = text.partition(":")
-    if not colon or not first.isdigit() or not last.isdigit() or int(first) >= int(last):
+    if not colon or not first.isdecimal() or not last.isdecimal() or int(first) >= int(last):
         raise UserError(f"--layers takes A:B, the blocks A to B-1 counted from 0, not {text!r}")
     return range(int(first), int(last))
 
@@ -154,10 +160,9 @@ def _intervention(
 ) -> "Ablate | Add":
     from ..interventions import Ablate, Add
     from ..model.guards import read_config
-    from ..model.loading import model_alias
     from ..run.folder import harmless_components, read_directions
 
-    place = Path("runs") / model_alias(source) if direction is None else direction.expanduser()
+    place = _place(source, direction)
     if not place.exists():
         raise UserError(
             f"no such direction: {place}; make one with refusal-mi run, or give --direction FILE or RUN_DIR"
@@ -180,6 +185,14 @@ def _intervention(
     elif affine is not None:
         constants = _numbers(affine)
     return Ablate(directions, strength, parse_blocks(layers), parts, constants)  # type: ignore[arg-type]
+
+
+def _place(source: str, direction: Path | None) -> Path:
+    """The file or run folder that directions are read from."""
+    from ..files import at_home
+    from ..model.loading import model_alias
+
+    return Path("runs") / model_alias(source) if direction is None else at_home(direction)
 
 
 def _provenances(what: "Ablate | Add") -> list[Mapping[str, Any]]:
