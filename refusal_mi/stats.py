@@ -138,7 +138,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean and its 95% interval by Student's t: mean ± t·s/√n; one value has no width.
+    """The mean and its 95% interval by the normal approximation: mean ± 1.96·s/√n; one value has no width.
 
     Raises:
         ValueError: there are no values.
@@ -147,12 +147,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     if n == 0:
         raise ValueError("a mean needs at least one value")
     mean = math.fsum(values) / n
-    if n == 1:
-        return mean, mean, mean
-    from scipy.stats import t
-
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    half = float(t.ppf(0.975, n - 1)) * math.sqrt(variance / n)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else 0.0
+    half = _Z * math.sqrt(variance / n)
     return mean, mean - half, mean + half
 
 
@@ -161,7 +157,7 @@ def bootstrap_interval(
 ) -> tuple[float, float, float]:
     """A statistic of per-prompt numbers and its 95% interval by the BCa bootstrap (Efron 1987), seeded.
 
-    For what is skewed or a ratio, where t is wrong. Several samples are of the same prompts, and are drawn together.
+    For what is skewed or a ratio, where a symmetric one is wrong. Several samples are of the same prompts, and are drawn together.
     Where all values are equal, or the statistic never changes, it has no width.
 
     Args:

@@ -81,7 +81,7 @@ class PatchingResult(AnalysisResult):
         return (self.controls[site] - self.harmless_scores[:, None, None]).mean(0) / self.gap_nats
 
     def interval(self, site: Site, layer: int, cell: int, way: Way = "into harmless") -> tuple[float, float]:
-        """95% interval of an effect over pairs (Student's t, the gap held fixed)."""
+        """95% interval of an effect over pairs (normal approximation, the gap held fixed)."""
         _, low, high = mean_interval(self._shifts(self.patched[site], way)[:, layer, cell].tolist())
         return low, high
 

@@ -85,7 +85,7 @@ def test_the_star_is_the_choice_with_the_interval_of_its_prompts(index):
     best, measure = select(scores).best, list(NAMES)[index]
     star = trace(plot_scores(scores, measure=measure, chosen=best), "chosen, 95% interval")
     values = scores.per_prompt[scores.rows.index(best), index, :N_VAL].tolist()
-    half = 2.131450 * statistics.stdev(values) / math.sqrt(N_VAL)  # Student's t of 15 degrees of freedom
+    half = 1.959964 * statistics.stdev(values) / math.sqrt(N_VAL)
     assert (star.x, star.y) == ((best.layer,), (getattr(best, NAMES[measure]),))
     assert star.error_y.array[0] == pytest.approx(half, rel=1e-6)
     assert star.error_y.arrayminus[0] == pytest.approx(half, rel=1e-6)

@@ -1,15 +1,14 @@
-"""Rates, means and paired differences: their intervals cover, and their tests are those of SciPy and statsmodels."""
+"""Rates and paired differences: their intervals cover, and their tests are those of SciPy and statsmodels."""
 
 import math
 
 import numpy as np
 import pytest
 from scipy.stats import binom, bootstrap, multinomial
-from scipy.stats import t as student
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from refusal_mi.stats import Paired, Rate, bootstrap_interval, holm, mean_interval, p_text
+from refusal_mi.stats import Paired, Rate, bootstrap_interval, holm, p_text
 
 
 # The ends solve (p − k/n)² = z² p (1 − p) / n, here by bisection.
@@ -105,18 +104,6 @@ def test_the_rate_interval_covers_on_average(n):
     rates = np.linspace(0.02, 0.98, 97)
     coverage = [binom.pmf(range(n + 1), n, p)[(low <= p) & (p <= high)].sum() for p in rates]
     assert 0.94 <= np.mean(coverage) <= 0.96
-
-
-@pytest.mark.parametrize("n", [8, 12, 32, 100])
-def test_the_interval_of_a_mean_covers_at_small_n_where_the_normal_one_does_not(n):
-    draws = np.random.default_rng(n).normal(1.0, 2.0, (20_000, n))
-    mean, half = draws.mean(-1), draws.std(-1, ddof=1) / math.sqrt(n)
-    first = mean_interval(draws[0].tolist())
-    assert first == pytest.approx((mean[0], *student.interval(0.95, n - 1, mean[0], half[0])))
-    factor = (first[2] - first[0]) / half[0]
-    assert 0.94 <= (abs(mean - 1) <= factor * half).mean() <= 0.96
-    normal = (abs(mean - 1) <= 1.96 * half).mean()
-    assert normal < 0.93 or n > 12
 
 
 def test_holm_is_that_of_statsmodels():
