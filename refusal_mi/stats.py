@@ -157,8 +157,8 @@ def bootstrap_interval(
 ) -> tuple[float, float, float]:
     """A statistic of per-prompt numbers and its 95% interval by the BCa bootstrap (Efron 1987), seeded.
 
-    For what is skewed or a ratio, where a symmetric one is wrong. Several samples are of the same prompts, and are drawn together.
-    Where all values are equal, or the statistic never changes, it has no width.
+    For what is skewed or a ratio, where a symmetric one is wrong. Several samples are of the same prompts, and are drawn
+    together. Where all values are equal, or the statistic never changes, it has no width.
 
     Args:
         statistic: of the samples, such as `lambda a, b: a.mean() / b.mean()`; of one the mean.
