@@ -157,7 +157,7 @@ def bootstrap_interval(
 ) -> tuple[float, float, float]:
     """A statistic of per-prompt numbers and its 95% interval by the BCa bootstrap (Efron 1987), seeded.
 
-    For what is skewed or a ratio, where a symmetric one is wrong. Several samples are of the same prompts, and are drawn
+    For what is skewed or a ratio, where a symmetric one is wrong. Several samples are of the same prompts, drawn
     together. Where all values are equal, or the statistic never changes, it has no width.
 
     Args:
