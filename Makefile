@@ -27,7 +27,7 @@ test-real: $(READY)
 
 # HookedTransformer (TransformerLens 3.9), in an environment of its own (about 3 minutes on 2 cores).
 test-hooked: $(HOOKED)/.ready
-	OMP_NUM_THREADS=1 $(HOOKED)/bin/python -m pytest -n 2 --dist loadgroup -m hooked tests/hooked
+	OMP_NUM_THREADS=1 $(HOOKED)/bin/python -m pytest -o addopts="-q -rs --strict-markers" -n 2 --dist loadgroup -m hooked tests/hooked
 
 # What needs CUDA, and bitsandbytes (refusal_mi[quantization]).
 test-gpu: $(READY)
