@@ -74,6 +74,7 @@ _ALSO: dict[str, dict[str, Any]] = {  # ... leaves a field as it is
         "activation_sparsity_pattern": [0.0] * N_LAYERS,
     },
     "mpt": {"expansion_ratio": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * (N_LAYERS // 2), "tie_word_embeddings": False},
     "persimmon": {"num_key_value_heads": None},
     "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
 }
@@ -152,7 +153,7 @@ def _shrink(config: Any, model_type: str, tokenizer: Any) -> None:
     fresh["pad_token_id"] = None
     for name in ("layer_types", "mlp_layer_types", "attention_layers"):
         kinds = getattr(config, name, None)
-        if isinstance(kinds, list) and len(kinds) > N_LAYERS:
+        if name not in small and isinstance(kinds, list) and len(kinds) > N_LAYERS:
             spread = list(dict.fromkeys(kinds))
             fresh[name] = [spread[index % len(spread)] for index in range(N_LAYERS)]
     fresh = {name: value for name, value in fresh.items() if small.get(name) is not ...}

@@ -197,7 +197,9 @@ def write_site(family: Family, model: Any, point: str) -> str:
     if component in family.post_norms:
         return f"{prefix}.{family.post_norms[component]}"
     if component == "mlp":
-        return f"{prefix}.mlp"
+        return next(
+            f"{prefix}.{name}" for name in ("mlp", "feed_forward") if hasattr(model.get_submodule(prefix), name)
+        )
     return next(name for name, _ in model.named_modules() if family.naming.role(f"{name}.weight") == ("attn", block))
 
 

@@ -156,11 +156,16 @@ def missing_points(model: HookedModel, names: Iterable[str]) -> list[str]:
 
 
 def name_mixers(model: HookedModel) -> None:
-    """Give a block whose mixer is no attention, but a recurrence (qwen3_next), `hook_attn_out` for what that writes."""
+    """Give a block whose mixer is no attention, but another mixer, `hook_attn_out` for what that writes."""
     for block in bridge(model).blocks:
         parts = getattr(block, "_modules", {})
-        if "linear_attn" in parts and "attn" not in parts:
-            block.hook_aliases = {**block.hook_aliases, "hook_attn_out": "linear_attn.hook_out"}
+        mixer = next((name for name in _MIXERS if name in parts), None)
+        if mixer is not None and "attn" not in parts:
+            block.hook_aliases = {**block.hook_aliases, "hook_attn_out": f"{mixer}.hook_out"}
+
+
+_MIXERS = ("linear_attn", "conv")
+"""A recurrence (qwen3_next), a short convolution (lfm2)."""
 
 
 def check_raw_basis(model: HookedModel) -> None:

@@ -74,11 +74,15 @@ _LLAMA = Naming(
     {
         "embed": (r"embed_tokens\.weight", r"embed_positions\.weight"),
         "head": (r"lm_head\.weight",),
-        "norm": (r"(norm|final_layernorm|final_layer_norm)\.(weight|bias)",),
+        "norm": (r"(norm|final_layernorm|final_layer_norm|embedding_norm)\.(weight|bias)",),
         "other": (r"rotary_emb\..+", r"lm_head\.bias", r"mtp\..+"),
     },
     {
-        "attn": (rf"self_attn\.(o_proj|out_proj|dense){_LINEAR}", r"linear_attn\.out_proj\.weight"),
+        "attn": (
+            rf"self_attn\.(o_proj|out_proj|dense){_LINEAR}",
+            r"linear_attn\.out_proj\.weight",
+            rf"conv\.out_proj{_LINEAR}",
+        ),
         "mlp": (
             rf"mlp\.(down_proj|c_proj|fc2){_LINEAR}",
             rf"fc2{_LINEAR}",
@@ -87,10 +91,13 @@ _LLAMA = Naming(
             r"(mlp|block_sparse_moe)\.experts\.down_proj(_bias)?",
             r"block_sparse_moe\.output_linear\.weight",
             r"mlp\.shared_experts?\.down_proj\.weight",
+            r"feed_forward\.w2\.weight",
         ),
         "reader": (
             rf"self_attn\.(q|k|v|qkv|q_a|q_b|kv_b)_proj{_LINEAR}",
             rf"self_attn\.kv_a_proj_with_mqa{_LINEAR}",
+            rf"conv\.in_proj{_LINEAR}",
+            r"feed_forward\.w[13]\.weight",
             r"linear_attn\.in_proj_(qkvz|qkv|ba|[zab])\.weight",
             rf"mlp\.(gate_proj|up_proj|gate_up_proj|c_fc|fc1){_LINEAR}",
             rf"fc1{_LINEAR}",
@@ -105,10 +112,12 @@ _LLAMA = Naming(
             r"(input|post_attention|pre_feedforward|post_feedforward)_layernorm\.(weight|bias)",
             r"(attention|feedforward|post_self_attn|post_mlp)_layernorm\.weight",
             r"(self_attn|final)_layer_norm\.(weight|bias)",
-            r"self_attn\.([qk]_norm|(query|key|q_a|kv_a)_layernorm)\.weight",
+            r"self_attn\.([qk]_norm|(query|key|q|k|q_a|kv_a)_layernorm)\.weight",
+            r"(operator_norm|ffn_norm|self_attn\.attn_sub_norm|mlp\.ffn_sub_norm)\.weight",
         ),
         "other": (
             r"self_attn\.sinks",
+            r"conv\.conv\.(weight|bias)",
             r"linear_attn\.(conv1d\.(weight|bias)|A_log|dt_bias|norm\.weight)",
             r"self_attn\.rotary_emb\..+",
             r"mlp\.act_fn\..+",
@@ -209,7 +218,7 @@ FAMILIES: dict[str, Family] = {
         for name in ("gemma2", "gemma3_text")
     },
     **{name: Family(_LLAMA) for name in ("qwen2_5_vl_text", "qwen3_vl_text")},
-    **{name: Family(_LLAMA) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
+    **{name: Family(_LLAMA) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "bitnet", "youtu")},
     **{name: Family(_LLAMA, _POST_NORMS) for name in ("olmo2", "olmo3", "exaone4")},
     "glm4": Family(_LLAMA, _GLM4_POST_NORMS),
     "gpt2": Family(_GPT2, is_in_out=True, tied_only=_GPT2_TIED),

@@ -81,6 +81,11 @@ OTHERS = {
     "gpt_neo": {"hidden_size": D_MODEL, "num_layers": N_LAYERS, "num_heads": 4, "intermediate_size": 48}
     | {"max_position_embeddings": 512, "attention_types": [[["global", "local"], 2], [["global"], 1]]},
     "gpt_bigcode": FAMILIES["gpt2"],
+    "bitnet": FAMILIES["qwen2"],
+    "lfm2": FAMILIES["qwen2"] | {"layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"]},
+    "youtu": FAMILIES["qwen2"]
+    | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    | {"num_key_value_heads": 4},
     **dict.fromkeys(("gptj", "codegen"), FAMILIES["gpt2"] | {"rotary_dim": 8}),
 }
 """Exported too, and no part of the seventeen."""

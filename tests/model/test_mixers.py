@@ -1,4 +1,4 @@
-"""Models that mix attention with a recurrence (qwen3_next, qwen3_5): its output is a write like any other."""
+"""Models that mix attention with a recurrence (qwen3_next, qwen3_5) or convolution (lfm2): it writes like any other."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from refusal_mi.text.chat import ChatFormat
 from tests.helpers.directions import random_direction
 
 pytestmark = pytest.mark.slow
-TYPES = ("qwen3_next", "qwen3_5_text")
+TYPES = ("qwen3_next", "qwen3_5_text", "lfm2")
 ASKS = ["Name a color", "What is the capital of France, and why is it so?", "Hi", "Why does the sea look blue to us?"]
 ABLATION = Ablate(random_direction(1, width=64))
 
