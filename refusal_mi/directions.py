@@ -1,6 +1,7 @@
 """Directions in the residual stream: one, a grid of candidates, files of several; estimated, compared, saved."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import UserError
-from .files import floats, read_floats, read_json, read_tensors, write_json, write_tensors
-from .model.points import block_hook, layer_of_hook, resid_hook
+from .files import floats, read_floats, read_json, read_record, read_tensors, write_json, write_tensors
+from .model.points import block_hook, layer_of_hook, resid_hook, stream_after
 
 MIN_RELATIVE_NORM = 1e-6
 """A difference of means shorter than this fraction of the means themselves is rounding error, not a direction."""
@@ -96,6 +97,8 @@ class Direction:
         hook_name = metadata.pop("hook_name", None)
         if not _is_whole(layer) or layer < 0 or not (position is None or _is_whole(position)):
             raise UserError(f"{beside}: layer and pos must be whole numbers, not {layer!r} and {position!r}")
+        if position is not None and position >= 0:
+            raise UserError(f"{beside}: pos counts from the end of the prompt, -1 is the last token; found {position}")
         if hook_name is None:
             hook_name = block_hook(layer, "hook_resid_pre")
         if not isinstance(hook_name, str) or layer_of_hook(hook_name) != layer:
@@ -288,25 +291,79 @@ def normalize_across(stacks: list[LabelledVectors]) -> list[LabelledVectors]:
     ]
 
 
-def load_direction(path: Path, hook: str | None = None) -> Direction:
-    """One vector with its place: from the JSON beside the file, or from `hook` for a bare tensor from elsewhere.
+def load_direction(path: Path, n_layers: int, layer: int | None = None, *, moves: bool = False) -> Direction:
+    """One vector of a file with its place: the one rule of every command that takes a file.
+
+    A JSON beside the file says where the vector was read. Of a file of n_layers + 1 rows, one per layer, `layer`
+    chooses the row. A bare vector was read where `layer` says, which must agree with a name that says it too: CAA
+    calls the output of block L, our layer L + 1, `vec_layer_{L}_{model}.pt`.
+
+    Args:
+        n_layers: of the model that it is used in.
+        layer: `l` is the stream entering block `l`; `n_layers` the stream after the last block.
+        moves: whether `layer` may be another one than the JSON says: an addition may act elsewhere.
 
     Raises:
-        UserError: the place is not known, or the file holds several vectors.
+        UserError: the place is not known, does not exist or is said in two ways, or the file holds something else.
     """
     path = Path(path)
+    if layer is not None:
+        resid_hook(layer, n_layers)
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     if path.with_name(f"{path.stem}_metadata.json").exists():
-        if hook is not None:
-            raise UserError(f"{path} says itself where it was read; leave --hook out")
-        return Direction.load(path)
+        found = Direction.load(path)
+        if found.layer > n_layers:
+            raise UserError(f"{path} was read at layer {found.layer}, and this model has layers 0..{n_layers}")
+        if not moves and layer not in (None, found.layer):
+            raise UserError(f"{path} says itself where it was read, layer {found.layer}: leave layer {layer} out")
+        return found
     rows = read_vectors(path).rows
-    if len(rows) != 1:
-        raise UserError(f"{path} holds {len(rows)} vectors; expected one")
-    if hook is None:
+    named = _CAA_NAME.fullmatch(path.stem)
+    if len(rows) > 1:
+        if len(rows) != n_layers + 1:
+            raise UserError(
+                f"{path} holds {len(rows)} vectors: expected one, or one for each of the layers 0..{n_layers}, row l "
+                "the stream entering block l"
+            )
+        if layer is None:
+            raise UserError(f"{path} holds {len(rows)} vectors, one per layer: choose one with --layer")
+        rows = rows[layer : layer + 1]
+    elif named is not None:
+        said = stream_after(int(named[1]))
+        if layer not in (None, said):
+            raise UserError(
+                f"{path} is named as CAA names the output of block {named[1]}, our layer {said}, not {layer}"
+            )
+        layer = said
+    elif layer is None:
+        raise UserError(f"nothing beside {path} says where the vector was read: say with --layer at which layer")
+    place, record = resid_hook(layer, n_layers), path.with_name("run.json")
+    made = {"model": read_record(record, _Beside).model} if record.exists() else {}
+    return Direction(rows[0].float(), layer, place, None, {"source": str(path), **made})
+
+
+_CAA_NAME = re.compile(r"vec_layer_(\d{1,9})_.+", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """Of the `run.json` of the folder that a vector lies in."""
+
+    model: dict[str, Any] | None = None
+
+
+def layer_rows(path: Path, n_layers: int) -> Float[Tensor, "layer d_model"]:
+    """All rows of a file of one vector per layer 0..n_layers, such as a `refusal_vector.pt`.
+
+    Raises:
+        UserError: it has another shape.
+    """
+    rows = read_floats(path)
+    if rows.ndim != 2 or len(rows) != n_layers + 1:
         raise UserError(
-            f"{path} is a bare tensor: say where it was read with --hook, such as blocks.13.hook_resid_post for the "
-            "output of block 13"
+            f"{path} must hold [n_layers + 1, d_model] = [{n_layers + 1}, ...], row l the stream entering block l; "
+            f"found {list(rows.shape)} (with only n_layers rows it is unclear which end is missing: rewrite it with "
+            "the embedding row, or make it again with refusal-mi vector)"
         )
-    return Direction(rows[0].float(), layer_of_hook(hook), hook, None, {"source": str(path)})
+    return rows.float()

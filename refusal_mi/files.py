@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -78,6 +78,32 @@ def _is_alive(process: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def at_home(path: str | Path) -> Path:
+    """The path with ~ and ~user written out.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{path}: there is no home folder of that name; write the path out, or begin it with ./"
+        ) from None
+
+
+def check_not_input(output: Path, inputs: Iterable[Path]) -> None:
+    """Make sure that a new file takes the place of nothing that it is made from.
+
+    Raises:
+        UserError: it is one of the inputs, or replaces a file in a folder among them.
+    """
+    there = output.resolve()
+    for each in inputs:
+        if each.resolve() == there or (output.exists() and each.resolve() in there.parents):
+            raise UserError(f"{output} would be written over, and {each} is read: choose another place for what is new")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -250,6 +276,7 @@ def floats(path: Path, held: Any, *sizes: int | None) -> "Tensor":
     import torch
 
     is_plain = isinstance(held, torch.Tensor) and held.layout is torch.strided and held.is_floating_point()
+    is_plain = is_plain and not held.is_meta
     fits = is_plain and (
         not sizes
         or (held.ndim == len(sizes) and all(want in (None, have) for want, have in zip(sizes, held.shape, strict=True)))

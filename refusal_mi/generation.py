@@ -15,7 +15,7 @@ from .interventions import Intervention, all_hooks
 from .model.points import HookedModel, check_raw_basis, model_device, stop_token_ids
 from .model.running import Sampling as Sampling
 from .model.running import check_fits, continued, keep_rows_, last_logits, prefix_logits_and_cache, running
-from .precision import finite
+from .precision import finite, told
 from .progress import track
 from .text.batches import TokenBatch, batches_by_length, left_pad
 from .text.chat import ChatFormat, Message
@@ -119,7 +119,8 @@ def stream(
             else:
                 logits = last_logits(model, batch)
         new.append(int(logits[0].argmax()))
-        finite(logits[0, new[-1]])
+        if not finite(logits[0, new[-1]]):
+            told(logits)
         is_last = new[-1] in stops or len(new) == room
         yield _read(chat, new, stops) if is_last else Generated(_settled(chat, new), tuple(new), False)
         if is_last:
@@ -164,7 +165,8 @@ def _greedy(
         logits, past = prefix_logits_and_cache(model, tokens, past, mask)
         first = logits if first is None else first
         latest = logits.argmax(-1)
-        finite(logits.gather(-1, latest[:, None]))  # the largest is NaN where any is; a masked entry stays out
+        if not finite(logits.gather(-1, latest[:, None])).all():  # NaN where any is; a masked entry stays out
+            told(logits)
         for ids, token in zip(live, latest.tolist(), strict=True):
             if not ids or ids[-1] not in stops:
                 ids.append(token)

@@ -19,6 +19,8 @@ from .options import Positions as Positions
 
 NEAR_DUPLICATE, NEARLY_DEPENDENT = 1e-3, 0.1
 """Relative singular values of the unit directions below which a span is refused, or warned about."""
+LONGEST = 1e18
+"""Of what is added: a norm's sum of squares overflows in float32 at about 1.8e19."""
 Change = Callable[[Tensor], Tensor]
 PromptWidth = int | Int[Tensor, " batch"] | None
 """Columns of a left-padded batch that are prompt, for all rows or each; None: all of them."""
@@ -155,6 +157,11 @@ class Add:
 
     def __post_init__(self) -> None:
         check_finite("coefficient", self.coefficient)
+        if abs(self.coefficient) * self.direction.norm > LONGEST:
+            raise UserError(
+                f"{self.coefficient:g} times this direction, of norm {self.direction.norm:.3g}, is too long to add: "
+                "its square overflows in the model's norms, which would make every answer empty"
+            )
 
     @property
     def target(self) -> int:

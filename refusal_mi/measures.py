@@ -16,7 +16,7 @@ from .errors import UserError
 from .interventions import Intervention, all_hooks
 from .model.points import Hook, HookedModel, explain_layer, model_device
 from .model.running import all_logits, batches, last_logits, read_out, residuals, running
-from .precision import as_double, finite
+from .precision import as_double, finite, told
 from .text.batches import TokenBatch
 from .text.chat import ChatFormat
 from .text.pairs import ABPair, LetterSpan, locate_letter
@@ -167,7 +167,7 @@ def _next_tokens(
         hooks = all_hooks(model, interventions, batch.tokens.shape[1] - len(after))
         with torch.no_grad(), running(model, hooks):
             logits = last_logits(model, batch)
-        yield indices, finite(logits)
+        yield indices, told(finite(logits))
 
 
 MOST_LOGITS = 2**22
@@ -335,7 +335,7 @@ def answer_row(index: int, column: int, answer: LetterSpan, first: int) -> _Row:
 def _read_(model: HookedModel, batch: TokenBatch, rows: Sequence[_Row], table: Float[Tensor, "pair 2"]) -> None:
     """Fill in the log probabilities of a batch."""
     if rows[0].choices is not None:
-        log_p = as_double(finite(last_logits(model, batch))).log_softmax(-1)
+        log_p = as_double(told(finite(last_logits(model, batch)))).log_softmax(-1)
         for line, row in zip(log_p, rows, strict=True):
             table[row.pair] = line[list(row.choices or ())].cpu()
         return

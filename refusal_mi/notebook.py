@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .directions import Direction
+from .directions import Direction, layer_rows
 from .errors import UserError
 from .interventions import Intervention
 from .measures import ScoredText
@@ -187,7 +187,7 @@ def other_vectors(
     from .model.points import model_source
     from .recipes.caa import write_vectors
     from .recipes.options import VectorOptions, default_pairs, default_sets
-    from .recipes.responses import VECTOR, load_vectors, row_direction, vector
+    from .recipes.responses import VECTOR, row_direction, vector
     from .run.stages import RunFolder
     from .text.pairs import PairSet, load_pairs
 
@@ -200,7 +200,7 @@ def other_vectors(
         default_sets(source)[1], n_samples=n_queries, n_completions=n_answers, max_new_tokens=24, batch_size=24
     )
     vector(run.model, source, options, folder)
-    rows = load_vectors(folder.path / VECTOR, run.model.cfg.n_layers)
+    rows = layer_rows(folder.path / VECTOR, run.model.cfg.n_layers)
     return {one.layer: one for one in caa.values()}, {
         layer: row_direction(rows, layer) for layer in range(1, len(rows))
     }

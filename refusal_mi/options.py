@@ -139,7 +139,7 @@ def number_or_auto(text: str) -> int | None:
     """A positive number, or None for auto."""
     if text == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UserError(f"--batch-size takes auto or a positive number, not {text!r}")
     return int(text)
 
@@ -163,7 +163,7 @@ def token_ids(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         raise UserError(f"--refusal-tokens takes token ids such as 40,2121, not {text!r}")
     return tuple(map(int, parts))
 

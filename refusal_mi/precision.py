@@ -35,3 +35,17 @@ def finite(values: AnyTensor, what: str = "the model's logits") -> AnyTensor:
             "cannot mask padding)"
         )
     return values
+
+
+def told(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
+    """The same logits, which say something: a stream that overflows inside a norm gives zeros.
+
+    Raises:
+        UserError: all of a row are 0.
+    """
+    if not bool(logits.any(-1).all()):
+        raise UserError(
+            "the model's logits are all 0: its activations are so large that a norm divides by infinity; the weights "
+            "are damaged, or an intervention is too strong"
+        )
+    return logits

@@ -11,6 +11,7 @@ from refusal_mi import generation
 from refusal_mi.errors import UserError
 from refusal_mi.generation import Generated, Sampling, discover_response_prefix, generate, stream
 from refusal_mi.interventions import Ablate, Add
+from refusal_mi.measures import next_token_logits
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.points import write_hooks
 from refusal_mi.text.chat import ChatFormat
@@ -225,3 +226,28 @@ def test_a_response_prefix_is_what_answers_share_and_begins_with_an_added_token(
 def test_random_models_share_no_prefix(tiny_model):
     model = tiny_model("gpt2")
     assert discover_response_prefix(model, ChatFormat(model.tokenizer), ASKS) == ""
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_addition_that_overflows_a_norm_is_no_empty_answer(family, tiny_model):
+    direction = random_direction()
+    with pytest.raises(UserError, match="too long to add"):
+        Add(direction, 1e19)
+    model = tiny_model(family)
+    assert all(answer.token_ids for answer in generate(model, ChatFormat(model.tokenizer), ["Hi"], max_new_tokens=2))
+    assert Add(direction, 1e15).hooks(model)
+
+
+def test_streams_that_overflow_inside_a_norm_are_named(own_model):
+    chat, blow_up = ChatFormat(own_model.tokenizer), own_model.blocks[1].mlp.original_component.down_proj.weight
+    ask = {
+        "generate": lambda: generate(own_model, chat, ["Hi"], max_new_tokens=1),
+        "stream": lambda: list(stream(own_model, chat, "Hi", max_new_tokens=1)),
+        "logits": lambda: next_token_logits(own_model, chat, ["Hi"]),
+    }
+    assert all(len(each()) for each in ask.values())
+    with torch.no_grad():
+        blow_up.mul_(1e30)  # finite, and their squares are not
+    for each in ask.values():
+        with pytest.raises(UserError, match="logits are all 0"):
+            each()

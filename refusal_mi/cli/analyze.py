@@ -139,7 +139,9 @@ def plot(
     what: Annotated[What, typer.Option(help="scores: the three per-layer scores; one of them; rates; loss.")] = (
         What.scores
     ),
-    width: Annotated[int, typer.Option(help="Of a static image, in pixels (a PNG has twice as many).")] = WIDTH,
+    width: Annotated[
+        int, typer.Option(min=100, max=10_000, help="Of a static image, in pixels (a PNG has twice as many).")
+    ] = WIDTH,
 ) -> int:
     """Draw a saved run or analysis again, without a model."""
     from ..figures.save import save_figure
@@ -214,7 +216,7 @@ def compare(
     """Show the cosine similarity of every two vectors."""
     from ..directions import compare, read_vectors
     from ..directions import normalize_across as shared_norm
-    from ..files import write_tensors
+    from ..files import check_not_input, write_tensors
     from .tables import print_json
 
     if normalize_across and output_dir is None:
@@ -226,6 +228,8 @@ def compare(
         names = [file.name for file in files]
         if len(set(names)) < len(names):
             raise UserError(f"--normalize-across needs files of different names, not {', '.join(names)}")
+        for name in names:
+            check_not_input(output_dir / name, files)
         stacks = shared_norm(stacks)
         for name, stack in zip(names, stacks, strict=True):
             rows = stack.rows.float()

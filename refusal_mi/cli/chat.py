@@ -13,7 +13,7 @@ import typer
 from ..errors import UserError
 from ..options import position_scope
 from ..terminal import printable, say, tell
-from .options import AllowOtherModel, ModelOptions, OutputDir, TemplateOptions, flat
+from .options import AllowOtherModel, Layer, ModelOptions, OutputDir, TemplateOptions, flat
 
 if TYPE_CHECKING:
     from ..directions import Direction
@@ -116,11 +116,11 @@ def _reset(session: Session, argument: str) -> str:
 
 
 def _save(session: Session, argument: str) -> str:
-    from ..files import write_json
+    from ..files import at_home, write_json
 
     if not argument:
         raise UserError("/save takes the name of a file")
-    path = Path(argument).expanduser()
+    path = at_home(argument)
     conversations = [{"label": label} | each.describe() for label, each in session.conversations.items()]
     write_json(path, {"model": session.name, "conversations": conversations})
     return f"saved {path}"
@@ -268,15 +268,12 @@ def chat(
         str | None,
         typer.Option("--ablate", "--vectors-ablated", help="0-2: ablate ranks 0 and 2 of this model's run folder."),
     ] = None,
-    direction: Annotated[Path | None, typer.Option(help="Ablate the direction in this .pt file.")] = None,
-    steer: Annotated[Path | None, typer.Option(help="Add the vector in this .pt file.")] = None,
+    direction: Annotated[Path | None, typer.Option(help="Ablate the direction in this .pt file or run folder.")] = None,
+    steer: Annotated[Path | None, typer.Option(help="Add the vector in this .pt file or run folder.")] = None,
     coefficient: Annotated[
         float | None, typer.Option(help="How much of --steer to add, default 1; negative subtracts.")
     ] = None,
-    layer: Annotated[
-        int | None,
-        typer.Option(help="Where to add --steer: the stream entering this block; default: where it was read."),
-    ] = None,
+    layer: Layer = None,
     positions: Annotated[
         str | None,
         typer.Option(help="Where --steer acts: all (default), prompt, or response (from the last prompt token on)."),
@@ -298,19 +295,22 @@ def chat(
     Prompts also come from --prompt or from a pipe, one a line: each is the next turn of one conversation and gets
     one answer; a line /reset starts a new one.
     """
-    from ..directions import Direction
     from ..generation import Conversation
+    from ..interventions import Add
     from ..model.provenance import check_origin, display_name
     from ..recipes.combinations import check_multi
     from ..recipes.options import default_folder
+    from ..run.folder import read_directions
 
     if sum(option is not None for option in (ablate, direction, steer)) > 1:
         raise UserError("give one of --ablate, --direction and --steer")
     where = position_scope(positions or "all")
-    about_steering = {"--coefficient": coefficient, "--layer": layer, "--positions": positions}
+    about_steering = {"--coefficient": coefficient, "--positions": positions}
     lost = [name for name, value in about_steering.items() if value is not None]
     if steer is None and lost:
         raise UserError(f"{lost[0]} says how to add --steer FILE, which is missing")
+    if layer is not None and steer is None and direction is None:
+        raise UserError("--layer says where the vector of --steer FILE or --direction FILE was read, which is missing")
     if prompt and not all(text.strip() for text in prompt):
         raise UserError("--prompt takes a text that is not empty")
     check_multi(multi)
@@ -325,9 +325,12 @@ def chat(
         _check_run(run_folder, model.named, output_dir)
         return _ablation_by_ranks(loaded, model.source, run_folder, text, multi)
 
-    steering = None if steer is None else _Steering(_steering_vector(loaded, steer, layer), steer.name, layer, where)
-    change = None
-    used = [Direction.load(direction)] if direction is not None else [steering.direction] if steering else []
+    n_layers, change = loaded.cfg.n_layers, None
+    file = direction or steer
+    used = [] if file is None else read_directions(file, n_layers, layer=layer, moves=steer is not None)
+    for each in used:
+        Add(each).hooks(loaded)
+    steering = None if steer is None else _Steering(used[0], steer.name, layer, where)
     check_origin([each.provenance for each in used], model.source, model.revision, allowed=allow_other_model)
     if ablate is not None:
         change = by_ranks(ablate)
@@ -402,32 +405,3 @@ def _ablation_of(model: "HookedModel", direction: "Direction", name: str) -> Cha
     ablation = Ablate(direction)
     ablation.hooks(model)
     return Change(f"ablated {name}", (ablation,))
-
-
-def _steering_vector(model: "HookedModel", path: Path, layer: int | None) -> "Direction":
-    """One vector and where it was read: from its metadata, from --layer, or row --layer of one vector per layer."""
-    from torch import Tensor
-
-    from ..directions import Direction
-    from ..files import floats, read_tensors
-    from ..interventions import Add
-    from ..model.points import resid_hook
-    from ..recipes.responses import load_vectors, row_direction
-
-    tensor = read_tensors(path)
-    if layer is not None:
-        resid_hook(layer, model.cfg.n_layers)
-    if isinstance(tensor, Tensor) and tensor.ndim == 2 and len(tensor) > 1:
-        if layer is None:
-            raise UserError(f"{path} holds {len(tensor)} vectors, one per layer: choose one with --layer")
-        vector = row_direction(load_vectors(path, model.cfg.n_layers), layer)
-    elif path.with_name(f"{path.stem}_metadata.json").exists():
-        vector = Direction.load(path)
-    elif not isinstance(tensor, Tensor) or tensor.squeeze().ndim != 1:
-        raise UserError(f"{path} holds neither one vector of shape [d_model] nor one per layer")
-    elif layer is None:
-        raise UserError(f"nothing beside {path} says where the vector was read: say with --layer where to add it")
-    else:
-        vector = Direction(floats(path, tensor).squeeze().clone(), layer, resid_hook(layer, model.cfg.n_layers))
-    Add(vector).hooks(model)
-    return vector

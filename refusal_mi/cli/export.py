@@ -8,7 +8,7 @@ import typer
 
 from ..errors import UserError
 from ..terminal import tell
-from .options import SCIENCE_FAILED, AllowOtherModel, AsJson, Model, ModelPath, Revision, one_model
+from .options import SCIENCE_FAILED, AllowOtherModel, AsJson, Layer, Model, ModelPath, Revision, one_model
 
 if TYPE_CHECKING:
     from ..interventions import Ablate, Add
@@ -36,6 +36,7 @@ def export(
     direction: DirectionSource = None,
     directions: Ranks = None,
     strength: Strength = 1.0,
+    layer: Layer = None,
     layers: Layers = None,
     components: Components = "embed,attn,mlp",
     affine: Affine = None,
@@ -53,15 +54,19 @@ def export(
     How closely it does is measured.
     """
     from ..export.export import export_adapter, export_checkpoint
+    from ..files import at_home
     from ..model.provenance import check_origin
     from .tables import print_export, print_json
 
     source = one_model(model, model_path)
     _quiet()
-    what = _intervention(source, direction, directions, strength, layers, components, affine, add)
+    what = _intervention(source, revision, direction, directions, strength, layer, layers, components, affine, add)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
-    if direction is not None and output_dir.resolve() in direction.expanduser().resolve().parents:
-        raise UserError(f"{output_dir} holds {direction}, which the direction comes from; choose another --output-dir")
+    place = _place(source, direction)
+    if at_home(output_dir).resolve() in (place.resolve(), *place.resolve().parents):
+        raise UserError(
+            f"{output_dir} is or holds {place}, which the direction comes from; choose another --output-dir"
+        )
     if verify not in ("auto", "full", "streaming", "none"):
         raise UserError(f"--verify takes auto, full, streaming or none, not {verify!r}")
     if adapter:
@@ -95,6 +100,7 @@ def export_vector(
     revision: Revision = None,
     direction: DirectionSource = None,
     directions: Ranks = None,
+    layer: Layer = None,
     layers: Layers = None,
     components: Components = "embed,attn,mlp",
     add: AddOption = None,
@@ -108,6 +114,7 @@ def export_vector(
     import torch
 
     from ..export.formats import write_gguf, write_lm_eval
+    from ..files import check_not_input
     from ..interventions import Add
     from ..model.guards import read_config
     from ..model.provenance import check_origin
@@ -116,8 +123,9 @@ def export_vector(
     if format not in ("gguf", "lm-eval"):
         raise UserError(f"--format takes gguf or lm-eval, not {format!r}")
     addition = 1.0 if format == "gguf" and add is None else add
-    what = _intervention(source, direction, directions, 1.0, layers, components, None, addition)
+    what = _intervention(source, revision, direction, directions, 1.0, layer, layers, components, None, addition)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
+    check_not_input(output, [_place(source, direction)])
     config = read_config(source, revision)
     if format == "gguf":
         assert isinstance(what, Add)
@@ -133,31 +141,34 @@ def parse_blocks(text: str | None) -> range | None:
     if text is None:
         return None
     first, colon, last = text.partition(":")
-    if not colon or not first.isdigit() or not last.isdigit() or int(first) >= int(last):
+    if not colon or not first.isdecimal() or not last.isdecimal() or int(first) >= int(last):
         raise UserError(f"--layers takes A:B, the blocks A to B-1 counted from 0, not {text!r}")
     return range(int(first), int(last))
 
 
 def _intervention(
     source: str,
+    revision: str | None,
     direction: Path | None,
     ranks: str | None,
     strength: float,
+    layer: int | None,
     layers: str | None,
     components: str,
     affine: str | None,
     add: float | None,
 ) -> "Ablate | Add":
     from ..interventions import Ablate, Add
-    from ..model.loading import model_alias
+    from ..model.guards import read_config
     from ..run.folder import harmless_components, read_directions
 
-    place = Path("runs") / model_alias(source) if direction is None else direction.expanduser()
+    place = _place(source, direction)
     if not place.exists():
         raise UserError(
             f"no such direction: {place}; make one with refusal-mi run, or give --direction FILE or RUN_DIR"
         )
-    directions = read_directions(place, ranks)
+    n_layers = read_config(source, revision).get_text_config().num_hidden_layers
+    directions = read_directions(place, n_layers, ranks, layer, moves=add is not None)
     parts = tuple(part.strip() for part in components.split(","))
     unknown = [part for part in parts if part not in ("embed", "attn", "mlp")]
     if unknown:
@@ -167,13 +178,21 @@ def _intervention(
             raise UserError(
                 "an addition (--add, a control vector) is one direction at its own layer: it takes no ablation option"
             )
-        return Add(directions[0], add)
+        return Add(directions[0], add, layer)
     constants = None
     if affine == "harmless-mean":
         constants = harmless_components(place, directions)
     elif affine is not None:
         constants = _numbers(affine)
     return Ablate(directions, strength, parse_blocks(layers), parts, constants)  # type: ignore[arg-type]
+
+
+def _place(source: str, direction: Path | None) -> Path:
+    """The file or run folder that directions are read from."""
+    from ..files import at_home
+    from ..model.loading import model_alias
+
+    return Path("runs") / model_alias(source) if direction is None else at_home(direction)
 
 
 def _provenances(what: "Ablate | Add") -> list[Mapping[str, Any]]:

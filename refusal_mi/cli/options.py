@@ -39,7 +39,7 @@ def own_spelling(arguments: Sequence[str]) -> list[str]:
     while rest:
         argument = _dashed(rest.pop(0))
         name, equals, value = argument.partition("=")
-        is_empty = value == "" if equals else rest[:1] == [""]
+        is_empty = not value.strip() if equals else bool(rest) and not rest[0].strip()
         if is_empty and name.startswith("--") and name not in MAY_BE_EMPTY:
             raise UserError(f"{name} was given an empty value; leave the option out, or say what is meant")
         if name not in LISTS:
@@ -89,6 +89,10 @@ OutputDir = Annotated[Path | None, typer.Option(help="The run folder itself; def
 Fresh = Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")]
 AllowOtherModel = Annotated[
     bool, typer.Option("--allow-other-model", help="Use directions that were read in another model.")
+]
+Layer = Annotated[
+    int | None,
+    typer.Option(help="The stream entering this block: where a bare vector was read, and where it is added."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -265,7 +269,7 @@ def parse_memory(text: str | None) -> dict[str | int, str | int] | None:
             or not re.fullmatch(r"\d+(\.\d+)? *[KMGT]i?B|\d+", size)
         ):
             raise UserError(f"--max-memory takes DEVICE=SIZE as in 0=20GiB,cpu=60GiB, not {part!r}")
-        sizes[int(device) if device.isdigit() else device] = int(size) if size.isdigit() else size
+        sizes[int(device) if device.isdecimal() else device] = int(size) if size.isdecimal() else size
     return sizes
 
 

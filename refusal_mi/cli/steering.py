@@ -34,7 +34,7 @@ CAALayers = Annotated[str | None, typer.Option(help="all, or such as 13 14 or 10
 Vector = Annotated[
     Path | None, typer.Option(help="A vector, or a folder of vec_layer_{L}_{model}.pt; default runs/{alias}/caa.")
 ]
-Hook = Annotated[str | None, typer.Option(help="Where a bare tensor was read, such as blocks.13.hook_resid_post.")]
+Hook = Annotated[str | None, typer.Option(help="Where a bare vector was read, such as blocks.13.hook_resid_post.")]
 PositionsOption = Annotated[
     str, typer.Option("--positions", help="response: from the last prompt token on; prompt; or all.")
 ]
@@ -94,7 +94,7 @@ def test(
     hook: Hook = None,
     layer: Annotated[
         int | None,
-        typer.Option(help="Output of this block; default: the config's, the one that `ab` chose, or the vector's."),
+        typer.Option(help="Output of this block: where to add it, and where a bare vector was read (or --hook)."),
     ] = None,
     multipliers: Annotated[str, typer.Option(help="How often the vector is added and subtracted.")] = "1,2,3",
     questions: Annotated[str | None, typer.Option(help="Open questions: a file or a bundled set.")] = None,
@@ -113,7 +113,7 @@ def test(
     """Answer open questions with a vector added and subtracted."""
     from ..model.points import explain_layer, our_layer
     from ..model.provenance import check_origin
-    from ..recipes.caa import load_vectors, vector_for
+    from ..recipes.caa import check_vectors, vector_for
     from ..recipes.caa_eval import open_ended
     from ..recipes.options import default_pairs
     from ..text.pairs import load_questions
@@ -122,12 +122,14 @@ def test(
     settings, model = _start(config, model)
     times, where = numbers("--multipliers")(multipliers), position_scope(positions)
     asked = load_questions(questions or settings.test or default_pairs(model.source)[2])[:n_questions]
-    by_layer = load_vectors(_vector_path(vector, settings, model), model.source, hook=hook)
-    folder = _folder(output_dir or _default(model, _CAA), fresh)
+    path = _vector_path(vector, settings, model)
+    check_vectors(path)
+    folder, verdict = _folder(output_dir or _default(model, _CAA), fresh), judge.build("refusal")
     named = layer if layer is not None else settings.target_layer
-    chosen = _only_layer(by_layer, folder.path) if named is None else named
-    direction, verdict = vector_for(by_layer, chosen), judge.build("refusal")
     loaded = model.load()
+    by_layer = _vectors(path, model, loaded.cfg.n_layers, named, hook)
+    chosen = _only_layer(by_layer, folder.path) if named is None else named
+    direction = vector_for(by_layer, chosen)
     made = [vector.provenance for vector in by_layer.values()]
     check_origin(made, model.source, model.revision, allowed=allow_other_model)
     answers = open_ended(
@@ -185,7 +187,7 @@ def ab(
     from ..figures.effects import plot_layer_sweep
     from ..figures.save import save_figure
     from ..model.provenance import check_origin, display_name
-    from ..recipes.caa import load_controls, load_vectors
+    from ..recipes.caa import check_vectors, load_controls
     from ..recipes.caa_eval import ABTask, evaluate_choices
     from ..recipes.options import default_pairs
     from ..text.pairs import load_pairs, load_questions
@@ -194,18 +196,19 @@ def ab(
     settings, model = _start(config, model)
     times, where = numbers("--multipliers")(multipliers), position_scope(positions)
     path = _vector_path(vector, settings, model)
-    by_layer = load_vectors(path, model.source, hook=hook)
+    check_vectors(path)
     default_train, default_test, default_questions = default_pairs(model.source)
     reported, other = load_pairs(pairs or default_test), load_pairs(choose_on or default_train)
     asked = load_questions(questions or settings.test or default_questions)[:n_questions] if n_questions else []
     folder, wanted = _folder(output_dir or _default(model, _CAA), fresh), layer_numbers(layers)
     loaded = model.load()
+    by_layer = _vectors(path, model, loaded.cfg.n_layers, wanted[0] if wanted and len(wanted) == 1 else None, hook)
     made = [vector.provenance for vector in by_layer.values()]
     check_origin(made, model.source, model.revision, allowed=allow_other_model)
     if layers == "all" and len(by_layer) == 1:
         wanted = tuple(range(loaded.cfg.n_layers))
     task = ABTask(times, wanted, where, batch_size, max_new_tokens, str(path))
-    controls = load_controls(path, model.source, by_layer)
+    controls = load_controls(path, model.source, loaded.cfg.n_layers, by_layer)
     chat = template.chat(loaded)
     results = evaluate_choices(loaded, chat, by_layer, controls, reported, other, asked, folder, task)
     save_figure(plot_layer_sweep(results.sweep, model=display_name(model.source)), folder.path / "layer_sweep.html")
@@ -228,6 +231,21 @@ def _start(config: Path | None, model: ModelOptions) -> "tuple[CAAConfig, ModelO
 
 def _vector_path(vector: Path | None, settings: "CAAConfig", model: ModelOptions) -> Path:
     return vector or settings.steering_vector_path or _default(model, _CAA)
+
+
+def _vectors(
+    path: Path, model: ModelOptions, n_layers: int, layer: int | None, hook: str | None
+) -> "dict[int, Direction]":
+    """The vectors of a file or folder; a bare one was read at --hook, or at the output of the block of --layer."""
+    from ..model.points import layer_of_hook, our_layer
+    from ..recipes.caa import load_vectors
+
+    if hook is not None:
+        if path.is_dir():
+            raise UserError(f"--hook says where one vector was read, and {path} is a folder of them")
+        return load_vectors(path, model.source, n_layers, layer_of_hook(hook))
+    place = None if layer is None else our_layer(layer, n_layers)
+    return load_vectors(path, model.source, n_layers, place, moves=True)
 
 
 def _default(model: ModelOptions, name: str) -> Path:

@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from ..errors import UserError, cause
-from ..files import clear_leftovers, read_json, read_record, temporary_beside
+from ..files import at_home, clear_leftovers, read_json, read_record, temporary_beside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -231,7 +231,7 @@ def fresh_directory(out: str | Path, source: Path, *, force: bool) -> Iterator[P
         UserError: `out` exists and `force` was not given or it is no export, it is a link, it lies in (or around) the
             source, or it cannot be written.
     """
-    target = Path(out).expanduser().absolute()
+    target = at_home(out).absolute()
     old = target.with_name(f".{target.name}.refusal_mi-old")
     if old.is_dir() and not target.exists():  # an earlier --force was killed between its two renames
         old.rename(target)
@@ -252,7 +252,7 @@ def fresh_directory(out: str | Path, source: Path, *, force: bool) -> Iterator[P
 
 def output_path(out: str | Path, source: Path, *, force: bool) -> Path:
     """The absolute output path, if it may be written."""
-    target = Path(out).expanduser().absolute()
+    target = at_home(out).absolute()
     place, origin = target.resolve(), source.resolve()
     if place == origin or place in origin.parents or origin in place.parents:
         raise UserError(f"{target} is the source, or one lies in the other; choose an --output-dir beside it")

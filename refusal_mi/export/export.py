@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..directions import Direction
 from ..errors import UserError
-from ..files import sha256_file, write_json, write_text
+from ..files import at_home, sha256_file, write_json, write_text
 from ..interventions import Ablate, Add, Intervention
 from ..model.provenance import display_name, versions
 from ..model.writers import build_skeleton, classify, text_config
@@ -253,7 +253,7 @@ def publish(
             places = (original, temporary) if is_adapter else (temporary, None)
             verification = comparison.measure(*places, figures=written.figures)
         report = ExportReport(
-            path=Path(out).expanduser().absolute(),
+            path=at_home(out).absolute(),
             kind=kind,
             source=plan.source,
             revision=plan.revision,

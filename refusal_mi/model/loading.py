@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..errors import UserError, cause
-from ..files import sha256_json
+from ..files import at_home, sha256_json
 from ..options import Quantization
 from .guards import guarded, no_processor
 from .held import adopt, as_it_is, name_of
@@ -241,7 +241,7 @@ def resolve_source(source: str | Path | None) -> str:
     """The directory, GGUF file or hub id that a MODEL argument means; a path that does not exist is a UserError."""
     if source is None:
         return str(ORGANISM)
-    path = Path(source).expanduser()
+    path = at_home(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is not a model directory: it has no config.json")

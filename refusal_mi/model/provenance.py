@@ -147,7 +147,7 @@ def check_origin(
         if not is_same_kind and made["source"] != source:
             warnings.warn(f"this direction was read in {made['source']}; is that {source}?", stacklevel=2)
         if is_same_kind and (is_other_id or (None not in (here, there) and here != there)):
-            then, now = ((each or "unknown")[:12] for each in (there, here))
+            then, now = (str(each or "unknown")[:12] for each in (there, here))
             where = f"in {made['source']} ({then}), not in {source} ({now})"
             if made["source"] == source:
                 where = f"in other weights: {source} has changed since (from {then} to {now})"

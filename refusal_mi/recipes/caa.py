@@ -117,22 +117,36 @@ def write_vectors(
     return made[""]
 
 
-def load_vectors(path: Path, source: str, *, hook: str | None = None) -> dict[int, Direction]:
-    """CAA layer -> vector, from one file or from a folder that `write_vectors` filled.
+def check_vectors(path: Path) -> None:
+    """Make sure that there is something to load, before a model is.
 
     Raises:
-        UserError: there are no vectors of this model, they were made from different pairs, or a bare tensor comes
-            without its hook point.
+        UserError: there is no such file or folder.
     """
     if not path.exists():
         raise UserError(f"no such file or folder: {path}; make vectors with refusal-mi caa vectors, or name --vector")
+
+
+def load_vectors(
+    path: Path, source: str, n_layers: int, layer: int | None = None, *, moves: bool = False
+) -> dict[int, Direction]:
+    """CAA layer -> vector, from one file or from a folder that `write_vectors` filled.
+
+    Args:
+        n_layers: of the model that they are used in.
+        layer: of one file, and `moves`, as `directions.load_direction` takes them.
+
+    Raises:
+        UserError: there are no vectors of this model, they were made from different pairs, or one has no place.
+    """
+    check_vectors(path)
     if not path.is_dir():
-        direction = load_direction(path, hook)
+        direction = load_direction(path, n_layers, layer, moves=moves)
         return {caa_layer(direction.layer): direction}
     name = published_name(source)
     named = {file: re.fullmatch(r"vec_layer_\d+_(.+)", file.stem) for file in sorted(path.glob("vec_layer_*.pt"))}
     models = {file: match[1] for file, match in named.items() if match}
-    directions = [load_direction(file) for file, owner in models.items() if owner == name]
+    directions = [load_direction(file, n_layers) for file, owner in models.items() if owner == name]
     if not directions:
         others = sorted(set(models.values()))
         held = f"it has vectors of {', '.join(others)}" if others else "it has no vec_layer_{L}_{model}.pt files"
@@ -155,11 +169,13 @@ def vector_for(vectors: Mapping[int, Direction], layer: int) -> Direction:
     return vectors[layer]
 
 
-def load_controls(path: Path, source: str, vectors: Mapping[int, Direction]) -> dict[str, dict[int, Direction]]:
+def load_controls(
+    path: Path, source: str, n_layers: int, vectors: Mapping[int, Direction]
+) -> dict[str, dict[int, Direction]]:
     """Controls for every vector, by kind: random ones of its norm, and those of shuffled labels that lie beside it."""
     controls = {"random vectors of equal norm": {layer: vector.random_like(0) for layer, vector in vectors.items()}}
     beside = path / SHUFFLED
-    shuffled = load_vectors(beside, source) if path.is_dir() and beside.is_dir() else {}
+    shuffled = load_vectors(beside, source, n_layers) if path.is_dir() and beside.is_dir() else {}
     if set(vectors) <= set(shuffled):
         controls["shuffled labels"] = {layer: shuffled[layer] for layer in vectors}
     return controls

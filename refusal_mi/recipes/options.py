@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..errors import UserError
+from ..files import at_home
 from ..options import (
     AllowSpecialTokens,
     Layers,
@@ -147,7 +148,7 @@ def read_layer(text: str) -> LayerChoice:
         return "auto"
     if text == "sound":
         return "sound"
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UserError(f"--layer takes auto, sound or a number, not {text!r}")
     return int(text)
 
@@ -278,7 +279,7 @@ def load_config(path: Path | None) -> CAAConfig:
     if wrong is not None:
         raise UserError(f"{path}: {wrong} must be a text, not {texts[wrong]!r}")
     folder = Path(path).resolve().parent
-    paths = {key: folder / Path(value).expanduser() for key, value in texts.items()}
+    paths = {key: folder / at_home(value) for key, value in texts.items()}
     model = texts.get("model_path")
     return CAAConfig(
         str(paths["model_path"]) if model is not None and paths["model_path"].is_dir() else model,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..files import read_floats, read_record, write_json, write_record, write_tensors
+from ..files import read_record, write_json, write_record, write_tensors
 from ..generation import Sampling, discover_response_prefix, generate
 from ..judges.http import identify
 from ..judges.substring import Judge, SubstringJudge, blind_spot
@@ -211,22 +211,6 @@ def query_pools(dataset: str, column: str | None) -> tuple[PromptSet, PromptSet,
         raise UserError(f"expected one prompt set or TRAIN,VAL,TEST, not {len(names)} sets: {dataset!r}")
     train, val, test = (load_prompts(name, column=column) for name in (names * 3)[:3])
     return train, val, test
-
-
-def load_vectors(path: Path, n_layers: int) -> Float[Tensor, "layer d_model"]:
-    """A `refusal_vector.pt`: one row per layer 0..n_layers.
-
-    Raises:
-        UserError: it has another shape.
-    """
-    rows = read_floats(path)
-    if rows.ndim != 2 or len(rows) != n_layers + 1:
-        raise UserError(
-            f"{path} must hold [n_layers + 1, d_model] = [{n_layers + 1}, ...], row l the stream entering block l; "
-            f"found {list(rows.shape)} (with only n_layers rows it is unclear which end is missing: rewrite it with "
-            "the embedding row, or make it again with refusal-mi vector)"
-        )
-    return rows.float()
 
 
 def row_direction(vectors: Float[Tensor, "layer d_model"], layer: int) -> Direction:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, layer_rows
 from ..errors import UserError
 from ..files import parsed, read_record, sha256_file, write_json
 from ..generation import generate
@@ -31,7 +31,7 @@ from ..stats import Rate
 from ..text.chat import ChatFormat
 from ..text.prompts import Prompt, PromptSet
 from .options import EvalOptions
-from .responses import KEPT, RESPONSES, TOKENS, VECTOR, Response, SavedTokens, load_vectors, query_pools, row_direction
+from .responses import KEPT, RESPONSES, TOKENS, VECTOR, Response, SavedTokens, query_pools, row_direction
 
 SCORES = "layer_selection_scores.json"
 SUMMARY = "eval_summary.json"
@@ -149,7 +149,7 @@ class Evaluation:
         self.chat = ChatFormat(
             model.tokenizer, options.system, options.template_kwargs, prefix, options.allow_special_tokens
         )
-        self.vectors = load_vectors(vector_dir / VECTOR, model.cfg.n_layers)
+        self.vectors = layer_rows(vector_dir / VECTOR, model.cfg.n_layers)
         self.n_layers = model.cfg.n_layers
         seen = vector_dir / RESPONSES[0]
         self.training_is_known = seen.exists()

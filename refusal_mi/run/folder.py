@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..directions import Direction, DirectionGrid
+from ..directions import Direction, DirectionGrid, load_direction
 from ..errors import UserError
 from ..files import as_json, floats, read_floats, read_record, read_tensors
 from ..interventions import check_width
@@ -375,12 +375,16 @@ def check_model_of_run(path: Path, source: str) -> None:
         raise UserError(f"{path} holds a run of {before} ({model_alias(before)}), not of {source}: name that MODEL")
 
 
-def read_directions(source: Path, ranks: str | None = None) -> list[Direction]:
+def read_directions(
+    source: Path, n_layers: int, ranks: str | None = None, layer: int | None = None, *, moves: bool = False
+) -> list[Direction]:
     """The directions of a file or a run folder.
 
     Args:
-        source: a `direction.pt` (its metadata JSON beside it), or a run folder.
+        source: a `.pt` file, or a run folder.
+        n_layers: of the model that they are used in.
         ranks: of a run folder's candidates, best is 0: "0-2" is ranks 0 and 2.
+        layer: and `moves`, as `directions.load_direction` takes them.
 
     Raises:
         UserError: there is no such file, run or rank, or it is the folder of a combination, which its run stands for.
@@ -397,13 +401,15 @@ def read_directions(source: Path, ranks: str | None = None) -> list[Direction]:
         raise UserError(f"{source} holds a combination of directions of a run: export it with {way_out}")
     if source.is_dir():
         if ranks is not None:
+            if layer is not None and not moves:
+                raise UserError(f"{source} says itself where its candidates were read: leave layer {layer} out")
             return load_ranked(source, parse_directions(ranks))
         if not (source / DIRECTION).is_file():
             raise UserError(f"{source} has no {DIRECTION}: finish the run with refusal-mi run, or name another run")
-        return [Direction.load(source / DIRECTION)]
+        return [load_direction(source / DIRECTION, n_layers, layer, moves=moves)]
     if ranks is not None:
         raise UserError(f"--directions ranks the candidates of a run folder, and {source} is not a folder")
-    return [Direction.load(source)]
+    return [load_direction(source, n_layers, layer, moves=moves)]
 
 
 def harmless_components(source: Path, directions: list[Direction]) -> list[float]:

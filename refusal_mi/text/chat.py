@@ -110,19 +110,18 @@ class ChatFormat:
 
         Where a message has the text of a special token in it, that message is tokenized apart, as plain text.
         """
-        text = self.render(conversation)
-        ids = self._tokenized(text)
-        if self.allow_special_tokens or self._special is None or self._special.search(self._told(conversation)) is None:
-            return ids
+        if not self._has_special(conversation):
+            return self._tokenized(self.render(conversation))
         messages = self.messages(conversation) if isinstance(conversation, str) else list(conversation)
-        apart = self._tokenized_apart(messages, text)
-        if apart is None:
-            warnings.warn(
-                f"special tokens in this prompt act as such, its tokenizer cannot read them as text: "
-                f"{messages[-1]['content'][:80]!r}",
-                stacklevel=2,
-            )
-        return apart or ids
+        apart, before, after = self._tokenized_apart(messages), self.pre_instruction_ids, self.post_instruction_ids
+        if apart and (tuple(apart[: len(before)]), tuple(apart[-len(after) :])) == (before, after):
+            return apart
+        warnings.warn(
+            f"special tokens in this prompt act as such, its tokenizer cannot read them as text: "
+            f"{messages[-1]['content'][:80]!r}",
+            stacklevel=2,
+        )
+        return self._tokenized(self.render(conversation))
 
     def _rendered(self, messages: Sequence[Message]) -> str:
         given = as_parts(messages) if self._takes_parts else messages
@@ -162,9 +161,24 @@ class ChatFormat:
         longest_first = sorted(texts, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first))) if texts else None
 
-    def _tokenized_apart(self, messages: Sequence[Message], text: str) -> list[int] | None:
+    def _has_special(self, conversation: str | Sequence[Message]) -> bool:
+        """Whether a message has a special token written out that is to be text."""
+        if self.allow_special_tokens or self._special is None:
+            return False
+        return self._special.search(self._told(conversation)) is not None
+
+    def _probed(self) -> list[list[int]]:
+        """Token ids of prompts that share what belongs to the template, and the system message."""
+        rows = []
+        for probe in _PROBES:
+            apart = self._tokenized_apart(self.messages(probe)) if self._has_special(probe) else None
+            rows.append(apart or self._tokenized(self.render(probe)))
+        return rows
+
+    def _tokenized_apart(self, messages: Sequence[Message]) -> list[int] | None:
         """Token ids with the messages that have special tokens in them as plain text; None where that fails."""
         assert self._special is not None
+        text = self._rendered(messages)
         marks = {f"\ue000{index}\ue001": each["content"] for index, each in enumerate(messages)}
         marks = {mark: content for mark, content in marks.items() if self._special.search(content)}
         hidden = {content: mark for mark, content in marks.items()}
@@ -180,8 +194,7 @@ class ChatFormat:
                 ids += plain
             elif piece:
                 ids += self._tokenized(piece)
-        before, after = list(self.pre_instruction_ids), list(self.post_instruction_ids)
-        return ids if ids[: len(before)] == before and ids[-len(after) :] == after else None
+        return ids
 
     def encode_answered(self, instruction: str, answer: str) -> tuple[list[int], int]:
         """Token ids of prompt and answer together, and the index of the answer's first token."""
@@ -206,7 +219,7 @@ class ChatFormat:
     @cached_property
     def post_instruction_ids(self) -> tuple[int, ...]:
         """The template's token ids after the instruction: the longest suffix that all prompts share."""
-        reversed_rows = [self.encode(probe)[::-1] for probe in _PROBES]
+        reversed_rows = [row[::-1] for row in self._probed()]
         shared = takewhile(lambda column: len(set(column)) == 1, zip(*reversed_rows, strict=False))
         ids = tuple(column[0] for column in shared)[::-1]
         if not ids:
@@ -216,8 +229,7 @@ class ChatFormat:
     @cached_property
     def pre_instruction_ids(self) -> tuple[int, ...]:
         """Token ids before the instruction (BOS, system message, header): the longest prefix that all prompts share."""
-        rows = [self.encode(probe) for probe in _PROBES]
-        shared = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+        shared = takewhile(lambda column: len(set(column)) == 1, zip(*self._probed(), strict=False))
         return tuple(column[0] for column in shared)
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import sha256_json
+from ..files import at_home, sha256_json
 from .batches import Span
 from .chat import ChatFormat
 from .prompts import DATA, ORGANISM_DATA
@@ -87,7 +87,7 @@ def load_pairs(source: str | Path) -> PairSet:
     if name in ("caa_train", "caa_test"):
         whole = load_pairs("caa").pairs
         return PairSet(name, whole[:N_GENERAL_TRAIN] if name == "caa_train" else whole[N_GENERAL_TRAIN:])
-    path = _FILES.get(name, Path(source).expanduser())
+    path = _FILES.get(name, at_home(source))
     if name not in _FILES and not is_file_name(name):
         raise UserError(f"no such pair set: {name!r}; expected one of {', '.join(PAIR_SETS)}, or a file")
     entries = read_rows(path)

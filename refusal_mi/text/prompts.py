@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, cause
-from ..files import read_json, sha256_json
+from ..files import at_home, read_json, sha256_json
 from ..hub import hub_or_cache
 from .tables import SUFFIXES, exists, is_file_name, read_rows
 
@@ -59,7 +59,7 @@ _CATEGORY_COLUMNS = ("category", "semantic_category", "SemanticCategory")
 _OUTPUT_COLUMNS = ("output", "response", "completion", "answer")
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-_CONTEXT_COLUMNS = ("input", "contextstring", "context")
+_CONTEXT_COLUMNS = ("input", "contextstring", "context_string", "context")
 """Where Alpaca, HarmBench and Dolly write the other half of an instruction."""
 
 
@@ -150,7 +150,7 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
         known = KNOWN_HUB_SETS[name.lower()]
         return _to_set(name.lower(), _hub_rows(known, limit), known.column, known)
     if is_file_name(name):
-        path = Path(source).expanduser()
+        path = at_home(source)
         return _to_set(path.name.split(".")[0] or path.name, read_rows(path)[:limit], column, None)
     if name.count("/") == 1:
         hub = HubSet(name, "train", column or "")
@@ -245,17 +245,21 @@ def _prompts(
     output = known.output if known else _optional_column(first, _OUTPUT_COLUMNS)
     keys = {key for record in records for key in record}
     context = None if known and known.must_be_empty else _context_column(keys, text)
+    beside = None if known or context else _optional_column(dict.fromkeys(sorted(keys)), ("input",))
     for record in records:
         if known and known.must_be_empty and str(record.get(known.must_be_empty) or "").strip():
             counts[f"have an {known.must_be_empty} and are left out, as published"] += 1
             continue
         if not isinstance(record.get(text), str):
             raise UserError(f"{name} has a row whose {text!r} is not text: {record.get(text)!r}")
+        _check_unicode(name, record[text])
         instruction = record[text].strip()
         if instruction and context and (more := str(record.get(context) or "").strip()):
             counts[f"have a {context!r}, which is joined to their {text!r}"] += 1
             halves = (instruction, more) if text.lower() == "instruction" else (more, "---", instruction)
             instruction = "\n\n".join(halves)
+        if instruction and beside and beside != text and str(record.get(beside) or "").strip():
+            counts[f"have a {beside!r} beside their {text!r}, which is not used"] += 1
         kind, answer = (record.get(each) if each else None for each in (category, output))
         yield Prompt(instruction, None if kind is None else str(kind), answer if isinstance(answer, str) else None)
 
@@ -264,6 +268,12 @@ def _context_column(keys: set[str], text: str) -> str | None:
     """The column with the other half of the instruction; "input" is one only beside "instruction"."""
     names = [name for name in _CONTEXT_COLUMNS if name != "input" or text.lower() == "instruction"]
     return _optional_column(dict.fromkeys(sorted(keys)), names)
+
+
+def _check_unicode(name: str, text: str) -> None:
+    """JSON can spell half of a character, which no file and no tokenizer takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{name} has a row with half of a character (a lone surrogate): {ascii(text)[:80]}")
 
 
 def _is_chat(value: Any) -> bool:
@@ -275,6 +285,9 @@ def _message(value: Any) -> tuple[str, str] | None:
     if not isinstance(value, dict):
         return None
     role, text = value.get("role", value.get("from")), value.get("content", value.get("value"))
+    if isinstance(text, list) and text and all(isinstance(each, dict) and each.get("type") == "text" for each in text):
+        parts = [each.get("text") for each in text]
+        text = "\n".join(parts) if all(isinstance(each, str) for each in parts) else None
     return (_ROLES[role], text) if isinstance(text, str) and isinstance(role, str) and role in _ROLES else None
 
 
@@ -285,6 +298,7 @@ def _first_turn(name: str, value: Any, counts: Counter[str]) -> Prompt:
     asked = next((index for index, (role, _) in enumerate(told) if role == "user"), None)
     if asked is None or len(told) < len(turns):
         raise UserError(f"{name} has a row that is no chat with a user message: {str(value)[:80]!r}")
+    _check_unicode(name, told[asked][1])
     rest = told[asked + 1 :]
     answer = rest[0][1] if rest and rest[0][0] == "assistant" else None
     if asked:

@@ -18,7 +18,13 @@ _LISTS = ("data", "rows", "examples", "prompts", "instructions")
 _LARGEST = 2**31
 """Bytes that a gzipped file may have unpacked."""
 _DELIMITERS = ",;\t"
-_BOMS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
+_BOMS = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+    b"\xef\xbb\xbf": "utf-8-sig",
+}
 
 
 def exists(name: str) -> bool:
@@ -104,9 +110,14 @@ def _content(path: Path) -> bytes:
 def _text(path: Path, content: bytes) -> str:
     encoding = next((name for mark, name in _BOMS.items() if content.startswith(mark)), "utf-8")
     try:
-        return content.decode(encoding)
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    if "\0" in text:
+        raise UserError(
+            f"{path} is not UTF-8 text: it holds NUL characters, as binary files and UTF-16 without a mark do"
+        )
+    return text
 
 
 def _lines(text: str) -> list[str]:
@@ -166,6 +177,9 @@ def _csv_rows(path: Path, text: str) -> list[Any]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows = []
     try:
+        names = [name for name in reader.fieldnames or () if name]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{path} has two columns named {twice!r}, of which one would be lost")
         for row in reader:
             if None in row:
                 raise UserError(f"{path}, line {reader.line_num}: more fields than the header has; quote the commas")

@@ -63,7 +63,7 @@ def fails(tiny_dir, tmp_path, monkeypatch, capsys):
         ("caa vectors nowhere --config none.yaml", "no such file: none.yaml"),
         ("caa test MODEL", "make vectors with refusal-mi caa vectors"),
         ("caa test MODEL --vector folder", "make them with refusal-mi caa vectors"),
-        ("caa test MODEL --vector bare.pt", "--hook"),
+        ("caa test MODEL --vector bare.pt", "--layer"),
         ("caa test MODEL --vector file --hook blocks.1.hook_resid_post", "not a file of plain tensors"),
         ("caa test MODEL --n-questions 0", "--n-questions"),
         ("caa ab MODEL --multipliers one", "--multipliers takes numbers"),

@@ -268,11 +268,11 @@ def test_prompts_as_options_and_the_published_spelling(tiny_dir, tmp_path, capsy
     [
         (["--ablate", "0-2"], "first run: refusal-mi run"),
         (["--ablate", "0", "--steer", "x.pt"], "one of --ablate, --direction and --steer"),
-        (["--layer", "2"], "--steer FILE"),
+        (["--layer", "2"], "--steer FILE or --direction FILE"),
         (["--direction", "missing.pt"], "no such file"),
         (["--steer", "bare.pt"], "--layer"),
         (["--steer", "bare.pt", "--layer", "9"], "layer 9 does not exist"),
-        (["--steer", "matrix.pt", "--layer", "1"], "one per layer"),
+        (["--steer", "matrix.pt", "--layer", "1"], "expected floats of shape [d], [1, d] or [n, d]"),
         (["--positions", "some"], "--positions"),
         (["--multi", "both"], "--multi"),
     ],

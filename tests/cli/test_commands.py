@@ -228,9 +228,10 @@ def test_model_info_looks_for_refusal_tokens_after_the_response_prefix(tiny_dir,
 
 @pytest.mark.parametrize("option", ["--output-dir", "--harmful", "--eval-set", "--multi", "--refusal-tokens"])
 @pytest.mark.parametrize("joined", [True, False])
-def test_an_empty_value_is_no_default(option, joined, tiny_dir, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("blank", ["", " ", "\t"])
+def test_an_empty_value_is_no_default(option, joined, blank, tiny_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    given = [f"{option}="] if joined else [option, ""]
+    given = [f"{option}={blank}"] if joined else [option, blank]
     assert f"{option} was given an empty value" in fails(["run", tiny_dir("gpt2"), *given], capsys)
     assert not list(tmp_path.iterdir())
 

@@ -95,9 +95,9 @@ def test_hook_names_say_the_layer():
 def test_the_published_vector(reference_data, tmp_path, capsys):
     path = reference_data / "caa/steering_vector_llama2_7b_layer13.pt"
     assert read_vectors(path).rows.shape == (1, 4096)
-    with pytest.raises(UserError, match="bare tensor"):
-        load_direction(path)
-    direction = load_direction(path, "blocks.13.hook_resid_post")
+    with pytest.raises(UserError, match="say with --layer"):
+        load_direction(path, 32)
+    direction = load_direction(path, 32, 14)
     assert direction.layer == 14 and direction.vector.dtype == torch.float32
     mine = read_vectors(path).rows[0].float() * 1.7
     torch.save(mine, tmp_path / "mine.pt")

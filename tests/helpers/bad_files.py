@@ -37,12 +37,18 @@ _TEXTS = {
     "no_answers.json": '[{"prompt": "a"}]',
     "answers.json": '[{"prompt": "a", "response": "b"}]',
     "pairs.json": '[{"question": "a"}]',
+    "twice.csv": "prompt,prompt\na,b\n",
+    "nul.txt": "a\0b\0c\n",
+    "half_character.json": '["\\ud800 hello"]',
     "run/run.json": "{",
+    "held/refusal_mi.json": '{"kind": "checkpoint"}',
     "odd_run/run.json": '{"format": 99}',
     "no_run/note.txt": "nothing",
 }
 _TENSORS: dict[str, Any] = {
     "bare.pt": torch.ones(32),
+    "other.pt": torch.ones(32),
+    "meta.pt": torch.ones(32, device="meta"),
     "wide.pt": torch.ones(33),
     "nan.pt": torch.full((32,), float("nan")),
     "zero.pt": torch.zeros(32),
@@ -80,7 +86,11 @@ def make_bad_files(root: Path, model: Path) -> None:
         (root / name).write_bytes(content)
     for name, held in _TENSORS.items():
         torch.save(held, root / name)
-    random_direction(1).save(root / "read.pt")
+    for name in ("read.pt", "after.pt", "number.pt", "held/direction.pt"):
+        random_direction(1).save(root / name)
+    for name, said in {"after": {"pos": 0}, "number": {"model": {"source": "/m", "fingerprint": 5}}}.items():
+        there = json.loads((root / f"{name}_metadata.json").read_text())
+        (root / f"{name}_metadata.json").write_text(json.dumps(there | said))
     torch.save(Bomb(), root / "bomb.pt")
     (root / "half.pt").write_bytes((root / "bare.pt").read_bytes()[:200])
     (root / "folder").mkdir()

@@ -118,19 +118,18 @@ def test_files_are_one_vector_each_with_its_place(setting, tmp_path):
         assert record["hook_name"] == resid_hook(layer + 1, model.cfg.n_layers)
         assert record["caa_hook_name"] == f"blocks.{layer}.hook_resid_post"
         assert torch.equal(Direction.load(path).vector, made[layer].vector)
-    assert sorted(load_vectors(tmp_path, "owner/Name-7b")) == [1, 4]
+    assert sorted(load_vectors(tmp_path, "owner/Name-7b", model.cfg.n_layers)) == [1, 4]
     with pytest.raises(UserError, match="it has vectors of Name-7b"):
-        load_vectors(tmp_path, "owner/Other")
+        load_vectors(tmp_path, "owner/Other", 5)
 
 
-def test_bare_tensors_need_their_hook(tmp_path):
+def test_bare_tensors_need_their_layer(tmp_path):
     torch.save(torch.randn(1, 6).half(), tmp_path / "v.pt")
-    with pytest.raises(UserError, match=r"--hook"):
-        load_vectors(tmp_path / "v.pt", "owner/x")
-    assert list(load_vectors(tmp_path / "v.pt", "owner/x", hook="blocks.13.hook_resid_post")) == [13]
-    assert list(load_vectors(tmp_path / "v.pt", "owner/x", hook="blocks.13.hook_resid_pre")) == [12]
-    with pytest.raises(UserError, match="not a point"):
-        load_vectors(tmp_path / "v.pt", "owner/x", hook="blocks.13.hook_attn_out")
+    with pytest.raises(UserError, match=r"--layer"):
+        load_vectors(tmp_path / "v.pt", "owner/x", 32)
+    assert list(load_vectors(tmp_path / "v.pt", "owner/x", 32, 14)) == [13]
+    with pytest.raises(UserError, match="output of no block"):
+        load_vectors(tmp_path / "v.pt", "owner/x", 32, 0)
 
 
 def _naive_log_p(model, chat: ChatFormat, pair: ABPair, answer: str, vector: torch.Tensor | None, layer: int) -> float:
@@ -373,5 +372,5 @@ def test_the_write_up_from_the_command_line(tiny_dir, tmp_path, monkeypatch, cap
     assert {row["layer"] for row in record["rows"]} == {1, 2, 3}
     assert Path("out/layer_sweep.html").exists()
     torch.save(torch.zeros(1, 32) + 1, "bare.pt")
-    assert exit_status(["caa", "test", *arguments[2:3], "--vector", "bare.pt", "--layer", "2"]) == 2
-    assert "--hook" in capsys.readouterr().err
+    assert exit_status(["caa", "test", *arguments[2:3], "--vector", "bare.pt"]) == 2
+    assert "--layer" in capsys.readouterr().err

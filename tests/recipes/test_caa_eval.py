@@ -124,13 +124,13 @@ def test_controls_are_random_and_those_of_shuffled_labels_where_they_lie(tiny_mo
     texts = [f"{'x' * n}?\n\nChoices:\n(A) No.\n(B) Yes." for n in range(8)]
     many = PairSet("many", tuple(ABPair(text, *pair) for text, pair in zip(texts, letters, strict=True)))
     made = write_vectors(model, source, chat, many, tmp_path / "v", layers=[1, 2])
-    controls = load_controls(tmp_path / "v", source, made)
+    controls = load_controls(tmp_path / "v", source, 5, made)
     assert set(controls["shuffled labels"]) == {1, 2}
     (tmp_path / "v/shuffled/vec_layer_2_Name.pt").unlink()
-    kept = load_controls(tmp_path / "v", source, made)
+    kept = load_controls(tmp_path / "v", source, 5, made)
     assert list(kept) == ["random vectors of equal norm"]
     controls = kept["random vectors of equal norm"]
     assert controls[2].norm == pytest.approx(made[2].norm) and controls[2].layer == made[2].layer
     write_vectors(model, source, chat, PairSet("few", many.pairs[:2]), tmp_path / "v", layers=[3])
     with pytest.raises(UserError, match="different pairs"):
-        load_vectors(tmp_path / "v", source)
+        load_vectors(tmp_path / "v", source, 5)

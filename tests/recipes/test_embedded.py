@@ -36,7 +36,7 @@ def test_caa_moves_the_choice_both_ways_and_shuffled_labels_do_not(model, tmp_pa
     chat = ChatFormat(model.tokenizer)
     train, held_out = load_pairs("organism_ab"), _first(load_pairs("organism_ab_test"), 64)
     write_vectors(model, str(ORGANISM), chat, train, tmp_path, layers=[1, 2, 3], batch_size=32)
-    vectors, controls = (load_vectors(tmp_path / part, str(ORGANISM)) for part in ("", "shuffled"))
+    vectors, controls = (load_vectors(tmp_path / part, str(ORGANISM), 10) for part in ("", "shuffled"))
     on_train = sweep_pairs(model, chat, vectors, _first(train, 48), MULTIPLIERS, batch_size=48)
     questions = load_questions("organism_ab_test")[:20]
     chosen, _ = choose(model, chat, vectors, on_train, questions, max_new_tokens=32, batch_size=20)

@@ -7,7 +7,7 @@ import torch
 
 from refusal_mi.cli import exit_status
 from refusal_mi.cli.options import own_spelling
-from refusal_mi.directions import Direction
+from refusal_mi.directions import Direction, layer_rows
 from refusal_mi.errors import UserError
 from refusal_mi.files import as_json, read_record
 from refusal_mi.generation import generate
@@ -21,7 +21,6 @@ from refusal_mi.recipes.options import REFUSAL_INSTRUCTION, EvalOptions, VectorO
 from refusal_mi.recipes.responses import (
     NothingSurvives,
     VectorMetadata,
-    load_vectors,
     recorded_dataset,
     row_direction,
     vector,
@@ -167,7 +166,7 @@ def test_the_same_seed_gives_the_same_files_and_another_does_not(made, tiny_dir,
 
 def test_the_options_beyond_the_documented_ones(made, tiny_dir, tmp_path):
     folder, _, model, options = made
-    plain = load_vectors(folder / "refusal_vector.pt", 5)
+    plain = layer_rows(folder / "refusal_vector.pt", 5)
     changed = VectorOptions(
         **{
             **vars(options),
@@ -178,7 +177,7 @@ def test_the_options_beyond_the_documented_ones(made, tiny_dir, tmp_path):
     )
     metadata = vector(model, str(tiny_dir("gpt2")), changed, RunFolder(tmp_path), EvenJudge())
     assert metadata.n_refusal_responses_generated == 24 and metadata.layers == (1, 3)
-    rows = load_vectors(tmp_path / "refusal_vector.pt", 5)
+    rows = layer_rows(tmp_path / "refusal_vector.pt", 5)
     assert rows.any(dim=1).tolist() == [False, True, False, True, False, False]
     assert not torch.allclose(rows[1], plain[1], atol=1e-3)
     with pytest.raises(UserError, match="layer 6 does not exist"):
@@ -276,7 +275,7 @@ def test_every_row_is_scored_at_the_hook_it_was_read_from(evaluated):
     run = Evaluation(model, summary.model_path, folder, options, RunFolder(out), EvenJudge())
     val, test = set(run.val.instructions), set(run.test.instructions)
     assert not (val & test or val & trained_on or test & trained_on) and len(val) == 6 and len(test) == 5
-    vectors = load_vectors(folder / "refusal_vector.pt", 5)
+    vectors = layer_rows(folder / "refusal_vector.pt", 5)
     plain = next_token_logits(model, chat, run.val.instructions)
     assert scores["baseline_refusal_score"] == pytest.approx(refusal_score(plain, (10, 20)).mean().item())
     for row in rows:
@@ -354,7 +353,7 @@ def test_the_conclusion_looks_only_at_coefficients_before_text_breaks():
 def test_other_shapes_are_refused(tmp_path):
     torch.save(torch.zeros(5, 8), tmp_path / "refusal_vector.pt")
     with pytest.raises(UserError, match=r"n_layers \+ 1"):
-        load_vectors(tmp_path / "refusal_vector.pt", 5)
+        layer_rows(tmp_path / "refusal_vector.pt", 5)
 
 
 @pytest.mark.parametrize(

@@ -307,3 +307,16 @@ def test_where_special_tokens_cannot_be_read_as_text_the_prompt_is_named():
     with pytest.warns(UserWarning, match="act as such.*Hello"):
         ids = ChatFormat(stubborn).encode(INJECTED)
     assert ids == ChatFormat(tokenizer, allow_special_tokens=True).encode(INJECTED)
+
+
+def test_special_tokens_in_a_system_message_are_text():
+    tokenizer = tiny_tokenizer()
+    special = set(tokenizer.all_special_ids)
+    plain, injected = (ChatFormat(tokenizer, system=text) for text in ("Be kind.", INJECTED))
+    for ask in ("Hello", INJECTED):
+        ids = injected.encode(ask)
+        assert sum(token in special for token in ids) == sum(token in special for token in plain.encode("Hello"))
+        assert tokenizer.decode(ids) == injected.render(ask)
+    assert injected.post_instruction_ids == plain.post_instruction_ids
+    text = ChatFormat(tokenizer, system=INJECTED, allow_special_tokens=True)
+    assert sum(token in special for token in text.encode("Hello")) > sum(token in special for token in ids)

@@ -131,6 +131,7 @@ def test_only_line_feeds_end_a_line(tmp_path, suffix):
 
 KINDS = {
     "byte order mark": ("a.json", "\ufeff" + json.dumps(ROWS)),
+    "UTF-32": ("a.json", json.dumps(ROWS, ensure_ascii=False).encode("utf-32")),
     "UTF-16": ("a.json", json.dumps(ROWS, ensure_ascii=False).encode("utf-16")),
     "lines in .json": ("a.json", "\n".join(json.dumps(row) for row in ROWS)),
     "a list in .jsonl": ("a.jsonl", json.dumps(ROWS, indent=2)),
@@ -192,24 +193,30 @@ def test_a_near_name_is_suggested(tmp_path):
     [
         ({"instruction": "Add these.", "input": "1, 2", "output": "3"}, "Add these.\n\n1, 2"),
         ({"Behavior": "Summarize it.", "ContextString": "Once."}, "Once.\n\n---\n\nSummarize it."),
+        ({"goal": "Summarize it.", "context_string": "Once."}, "Once.\n\n---\n\nSummarize it."),
         ({"prompt": "Summarize it.", "context": "Once."}, "Once.\n\n---\n\nSummarize it."),
         ({"instruction": "Summarize it.", "context": "Once.", "response": "x"}, "Summarize it.\n\nOnce."),
     ],
 )
 def test_the_other_half_of_an_instruction_is_joined_and_counted(tmp_path, row, text):
-    other = {key: "" if key in ("input", "ContextString", "context") else f"Other {key}" for key in row}
+    other = {
+        key: "" if key in ("input", "ContextString", "context_string", "context") else f"Other {key}" for key in row
+    }
     path = write(tmp_path, "json", [other, row, other | {"id": 3}])
-    with pytest.warns(UserWarning, match=r"set: 1 of 3 rows have a '(input|ContextString|context)', which is joined"):
+    with pytest.warns(
+        UserWarning, match=r"set: 1 of 3 rows have a '(input|ContextString|context_string|context)', which is joined"
+    ):
         assert load_prompts(path).instructions[1] == text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        alone = next(each for key, each in other.items() if key in ("instruction", "Behavior", "prompt"))
+        alone = next(each for key, each in other.items() if key in ("instruction", "Behavior", "prompt", "goal"))
         assert load_prompts(write(tmp_path, "csv", [other])).instructions == [alone]
 
 
 def test_an_input_that_is_no_half_of_an_instruction_stays_out(tmp_path):
-    path = write(tmp_path, "json", [{"prompt": "Say it.", "input": "stdin"}])
-    assert load_prompts(path).instructions == ["Say it."]
+    path = write(tmp_path, "json", [{"prompt": "Say it.", "input": "stdin"}, {"prompt": "Do.", "input": ""}])
+    with pytest.warns(UserWarning, match=r"1 of 2 rows have a 'input' beside their 'prompt', which is not used"):
+        assert load_prompts(path).instructions == ["Say it.", "Do."]
 
 
 def test_the_first_turn_of_a_chat_is_the_prompt_and_what_is_left_out_is_counted(tmp_path):
@@ -329,3 +336,16 @@ def test_a_category_is_text_whatever_the_file_holds(tmp_path):
     path = tmp_path / "own.json"
     path.write_text(json.dumps([{"instruction": "a", "category": 3}, {"instruction": "b", "category": None}]))
     assert [prompt.category for prompt in load_prompts(path).prompts] == ["3", None]
+
+
+def test_the_parts_of_a_message_are_its_text(tmp_path):
+    def chat(*parts):
+        return {"messages": [{"role": "user", "content": list(parts)}]}
+
+    said = {"type": "text", "text": "Why?"}
+    assert load_prompts(write(tmp_path, "json", [chat(said, {"type": "text", "text": "Now."})])).instructions == [
+        "Why?\nNow."
+    ]
+    for other in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "text"}):
+        with pytest.raises(UserError, match="no chat with a user message"):
+            load_prompts(write(tmp_path, "json", [chat(said), chat(said, other)]))

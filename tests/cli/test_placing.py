@@ -1,0 +1,172 @@
+"""One rule says where a vector of a file was read, whichever command takes the file."""
+
+import json
+
+import pytest
+import torch
+
+from refusal_mi.cli import exit_status
+from refusal_mi.directions import load_direction
+from refusal_mi.errors import UserError
+from refusal_mi.export import export, formats
+from refusal_mi.generation import Conversation
+from refusal_mi.recipes import caa_eval
+from tests.helpers.directions import random_direction
+from tests.helpers.models import D_MODEL, N_LAYERS
+
+ADDING = {
+    "chat": "chat {model} --device cpu --steer {file} --prompt Hi",
+    "export": "export {model} --direction {file} --output-dir out --add 1",
+    "export-vector": "export-vector {model} --direction {file} --output out.gguf",
+    "caa test": "caa test {model} --device cpu --vector {file} --questions queries.json --output-dir out",
+    "caa ab": "caa ab {model} --device cpu --vector {file} --pairs pairs.json --n-questions 0 --output-dir out",
+}
+ABLATING = {
+    "chat": "chat {model} --device cpu --direction {file} --prompt Hi",
+    "export": "export {model} --direction {file} --output-dir out",
+    "export-vector": "export-vector {model} --direction {file} --output out.pt --format lm-eval",
+}
+REFUSED = {
+    "bare.pt": "say with --layer",
+    "bare.pt --layer 9": "layer 9 does not exist",
+    "bare.pt --layer -1": "layer -1 does not exist",
+    "rows.pt": "choose one with --layer",
+    "few.pt --layer 3": "expected one, or one for each of the layers 0..5",
+    "grid.pt --layer 3": "expected floats of shape [d], [1, d] or [n, d]",
+    "deep.pt": "was read at layer 9, and this model has layers 0..5",
+    "vec_layer_1_m.pt --layer 1": "our layer 2, not 1",
+    "run/rows.pt --layer 3": "was read in",
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Files of vectors with and without a place."""
+    monkeypatch.chdir(tmp_path)
+    row = torch.arange(1, 1 + D_MODEL).float()
+    (tmp_path / "run").mkdir()
+    model = {"source": "/elsewhere", "fingerprint": "other"}
+    (tmp_path / "run/run.json").write_text(json.dumps({"model": model}))
+    rows = torch.stack([row + layer for layer in range(N_LAYERS + 1)])
+    for name in ("rows.pt", "run/rows.pt"):
+        torch.save(rows, name)
+    for name in ("bare.pt", "vec_layer_1_m.pt"):
+        torch.save(row[None].double(), name)
+    torch.save(rows[:-1], "few.pt")
+    torch.save(rows[None], "grid.pt")
+    random_direction(layer=2).save(tmp_path / "read.pt")
+    random_direction(layer=2).save(tmp_path / "deep.pt")
+    said = json.loads((tmp_path / "deep_metadata.json").read_text()) | {"layer": 9, "hook_name": None}
+    (tmp_path / "deep_metadata.json").write_text(json.dumps(said))
+    (tmp_path / "queries.json").write_text('["Why?"]')
+    question = "Is it a word?\n\nChoices:\n(A) I cannot say.\n(B) Yes."
+    pair = {"question": question, "answer_matching_behavior": "(A)", "answer_not_matching_behavior": "(B)"}
+    (tmp_path / "pairs.json").write_text(json.dumps([pair, pair | {"question": f"Now: {question}"}]))
+    return tmp_path
+
+
+class Reached(Exception):
+    """What is done to the model is known."""
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """The vectors that the commands are about to use, with the layers at which they are added."""
+    seen = []
+
+    def see(what):
+        added = [what] if hasattr(what, "direction") else []
+        directions = [each.direction for each in added] or [getattr(what, "directions", what)]
+        for each in [one for group in directions for one in (group if isinstance(group, list) else [group])]:
+            seen.append((each.layer, each.vector[0].item(), added[0].target if added else None))
+        raise Reached
+
+    def of_caa(model, chat, direction, chosen, *_, **__):
+        seen.append((direction.layer, direction.vector[0].item(), chosen + 1))
+        raise Reached
+
+    def of_ab(model, chat, by_layer, *_, **__):
+        ((layer, direction),) = by_layer.items()
+        seen.append((direction.layer, direction.vector[0].item(), layer + 1))
+        raise Reached
+
+    for name in ("export_checkpoint", "export_adapter"):
+        monkeypatch.setattr(export, name, lambda source, what, *_, **__: see(what))
+    for name in ("write_gguf", "write_lm_eval"):
+        monkeypatch.setattr(formats, name, lambda output, what, *_, **__: see(what))
+    monkeypatch.setattr(Conversation, "ask", lambda self, _: see(self.interventions[0]))
+    monkeypatch.setattr(caa_eval, "open_ended", of_caa)
+    monkeypatch.setattr(caa_eval, "evaluate_choices", of_ab)
+    return seen
+
+
+def words(command: str, model, given: str) -> list[str]:
+    """The command of a file and --layer, which `caa` counts by the outputs of blocks."""
+    file, _, layer = given.partition(" --layer ")
+    line = command.format(model=model, file=file).split()
+    if not layer:
+        return line
+    option = "--layers" if " ab " in command else "--layer"
+    return [*line, f"{option}={int(layer) - (line[0] == 'caa')}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [*ADDING, *(f"{name}, ablating" for name in ABLATING)])
+def test_every_command_reads_the_place_alike(command, place, used, tiny_dir, capsys):
+    line = {**ADDING, **{f"{name}, ablating": text for name, text in ABLATING.items()}}[command]
+    model, adds = tiny_dir("gpt2"), command in ADDING
+    own = random_direction(layer=2).vector[0].item()
+    expected = {
+        "bare.pt --layer 3": (3, 1.0, 3),
+        "bare.pt --layer 5": (5, 1.0, 5),
+        "rows.pt --layer 3": (3, 4.0, 3),
+        "vec_layer_1_m.pt": (2, 1.0, 2),
+        "vec_layer_1_m.pt --layer 2": (2, 1.0, 2),
+        "read.pt": (2, own, 2),
+    }
+    if adds and command != "caa ab":  # which steers at the layers of the vectors it has
+        expected["read.pt --layer 4"] = (2, own, 4)
+    for given, (layer, first, target) in expected.items():
+        used.clear()
+        assert exit_status(words(line, model, given)) == 2 and "a defect" in capsys.readouterr().err  # Reached
+        assert used == [(layer, pytest.approx(first), target if adds else None)], given
+    refused = REFUSED if adds else REFUSED | {"read.pt --layer 4": "says itself where it was read, layer 2"}
+    for given, message in refused.items():
+        if command == "caa ab" and given.endswith("--layer -1"):
+            continue  # no list of layers
+        used.clear()
+        assert exit_status(words(line, model, given)) == 2
+        (error,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
+        expects = "CAA's layers of this model are 0..4" if "caa" in command and given.endswith(("9", "-1")) else message
+        assert expects in error and not used, (given, error)
+    assert not (place / "out").exists()
+
+
+def test_a_hook_names_the_place_of_one_vector(place, used, tiny_dir, capsys):
+    line = [
+        "caa",
+        "test",
+        str(tiny_dir("gpt2")),
+        "--device",
+        "cpu",
+        "--questions",
+        "queries.json",
+        "--output-dir",
+        "out",
+    ]
+    for hook in ("blocks.2.hook_resid_post", "blocks.3.hook_resid_pre"):
+        exit_status([*line, "--vector", "bare.pt", "--hook", hook, "--layer", "1"])
+        assert used.pop() == (3, 1.0, 2)  # read there, added after block 1
+    capsys.readouterr()
+    assert exit_status([*line, "--vector", "read.pt", "--hook", "blocks.2.hook_resid_post"]) == 2
+    assert "says itself where it was read, layer 2" in capsys.readouterr().err
+    assert exit_status([*line, "--vector", "run", "--hook", "blocks.2.hook_resid_post"]) == 2
+    assert "is a folder" in capsys.readouterr().err and not used
+
+
+def test_a_row_keeps_the_model_of_its_folder(place):
+    assert load_direction(place / "run/rows.pt", N_LAYERS, 3).provenance["model"]["fingerprint"] == "other"
+    assert "model" not in load_direction(place / "rows.pt", N_LAYERS, 3).provenance
+    (place / "run/run.json").write_text('{"model": 3}')
+    with pytest.raises(UserError, match="damaged"):
+        load_direction(place / "run/rows.pt", N_LAYERS, 3)
