@@ -21,12 +21,11 @@ from refusal_mi.figures.save import save_figure
 from refusal_mi.figures.scores import plot_score_panels, plot_scores
 from refusal_mi.files import as_json, read_json, read_record, write_json, write_text
 from refusal_mi.report.page import combinations_of
-from refusal_mi.report.verdict import signed
 from refusal_mi.run.answers import SIDES, Side
 from refusal_mi.run.folder import RunRecord, load_scores
 from refusal_mi.run.record import DIRECTION, DOES_NOT_REFUSE, LABELS, LabelsRecord
 from refusal_mi.search.grid import select
-from refusal_mi.stats import Rate
+from refusal_mi.stats import Rate, signed
 
 PAGE, KNOWN = ROOT / "docs" / "real-models.md", ROOT / "docs" / "real-models.json"
 PICTURES = ROOT / "figures" / "real"
@@ -296,7 +295,7 @@ def _losses(found: Mapping[str, Any]) -> Iterable[str]:
     yield "| plain | " + " | ".join(f"{each['ce_loss']:.3f}" for each in base.values()) + " |"
     for label, table in found["ce_loss"].items():
         if label != "baseline":
-            deltas = [signed(table[name]["ce_loss"] - base[name]["ce_loss"]) for name in base]
+            deltas = [signed(table[name]["ce_loss"] - base[name]["ce_loss"], 3) for name in base]
             yield f"| {intervention_name(label, 'harmful')} | " + " | ".join(deltas) + " |"
     yield ""
 

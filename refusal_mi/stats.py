@@ -1,4 +1,4 @@
-"""Rates and means with their intervals."""
+"""Rates, means and their differences, with intervals and tests that match how they were measured."""
 
 import math
 import warnings
@@ -11,8 +11,8 @@ from typing import Any
 _Z = NormalDist().inv_cdf(0.975)
 
 
-def _mean(values: Any) -> float:
-    return float(values.mean())
+def _mean(values: Any) -> Any:
+    return values.mean(-1)
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,32 @@ class Paired:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% of the difference by Agresti and Min (2005).
+        """95% of the difference by Newcombe (1998, method 10): Wilson's limits of both rates, and their correlation.
 
-        Half a prompt more in each cell of those that changed keeps a width where none did. Over rates and changes of
-        all sizes it covers 95–97% on average for 8 to 100 prompts, at worst 90% (83% for 8).
+        Over rates and correlations of all sizes it covers 95–97% on average for 8 to 100 prompts, at worst 90% (89%
+        for 8).
         """
-        n, changed, gain = self.n + 2, self.only_before + self.only_after + 1, self.only_after - self.only_before
-        half = _Z * math.sqrt(changed - gain**2 / n) / n
-        return max(-1.0, gain / n - half), min(1.0, gain / n + half)
+        before, after = Rate(self.both + self.only_before, self.n), Rate(self.both + self.only_after, self.n)
+        (low_b, high_b), (low_a, high_a) = before.interval, after.interval
+        down, up = after.value - low_a, high_a - after.value
+        down_b, up_b = before.value - low_b, high_b - before.value
+        phi = self._correlation
+        low = math.sqrt(max(0.0, down**2 - 2 * phi * down * up_b + up_b**2))
+        high = math.sqrt(max(0.0, up**2 - 2 * phi * up * down_b + down_b**2))
+        return max(-1.0, self.difference - low), min(1.0, self.difference + high)
+
+    @property
+    def _correlation(self) -> float:
+        """φ of before and after, a positive one with Newcombe's continuity correction; 0 where one never varies."""
+        counts = (
+            self.both + self.only_before,
+            self.only_after + self.neither,
+            self.both + self.only_after,
+            self.only_before + self.neither,
+        )
+        excess = self.both * self.neither - self.only_before * self.only_after
+        excess = max(excess - self.n / 2, 0) if excess > 0 else excess
+        return excess / math.sqrt(math.prod(counts)) if all(counts) else 0.0
 
     def describe(self) -> dict[str, float | int]:
         """Difference, interval and exact p as JSON values."""
@@ -116,9 +134,9 @@ class Paired:
         return f"{signed(self.difference)} [{signed(low)}, {signed(high)}], p {p_text(self.p_value)}"
 
 
-def signed(value: float) -> str:
-    """A difference with its sign, two decimals; none before zero."""
-    text = f"{value:+.2f}"
+def signed(value: float, decimals: int = 2) -> str:
+    """A difference with its sign; none before zero."""
+    text = f"{value:+.{decimals}f}"
     return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
@@ -138,7 +156,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean and its 95% interval by the normal approximation: mean ± 1.96·s/√n; one value has no width.
+    """The mean and its 95% interval by Student's t: mean ± t(n − 1)·s/√n; one value has no width.
 
     Raises:
         ValueError: there are no values.
@@ -147,21 +165,26 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     if n == 0:
         raise ValueError("a mean needs at least one value")
     mean = math.fsum(values) / n
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else 0.0
-    half = _Z * math.sqrt(variance / n)
+    if n == 1:
+        return mean, mean, mean
+    from scipy.special import stdtrit
+
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    half = float(stdtrit(n - 1, 0.975)) * math.sqrt(variance / n)
     return mean, mean - half, mean + half
 
 
 def bootstrap_interval(
-    *samples: Sequence[float], statistic: Callable[..., float] = _mean, n_resamples: int = 9999, seed: int = 0
+    *samples: Sequence[float], statistic: Callable[..., Any] = _mean, n_resamples: int = 1999, seed: int = 0
 ) -> tuple[float, float, float]:
     """A statistic of per-prompt numbers and its 95% interval by the BCa bootstrap (Efron 1987), seeded.
 
-    For what is skewed or a ratio, where a symmetric one is wrong. Several samples are of the same prompts, drawn
-    together. Where all values are equal, or the statistic never changes, it has no width.
+    For ratios, whose parts vary together. Several samples are of the same prompts and are drawn together. Where all
+    values are equal, or the statistic never changes, it has no width.
 
     Args:
-        statistic: of the samples, such as `lambda a, b: a.mean() / b.mean()`; of one the mean.
+        statistic: of arrays `[..., prompt]`, along the last axis, such as
+            `lambda a, b: a.mean(-1) / b.mean(-1)`; of one sample the mean.
 
     Raises:
         ValueError: there are no values, or the samples are not of the same prompts.
@@ -176,13 +199,13 @@ def bootstrap_interval(
     value = float(statistic(*arrays))
     if n == {1} or all((each == each[0]).all() for each in arrays):
         return value, value, value
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)
         found = bootstrap(
             arrays,
-            statistic,
+            lambda *drawn, axis: statistic(*(np.moveaxis(each, axis, -1) for each in drawn)),
             paired=True,
-            vectorized=False,
+            vectorized=True,
             n_resamples=n_resamples,
             method="BCa",
             rng=np.random.default_rng(seed),

@@ -84,7 +84,7 @@ class DoseResult(AnalysisResult):
         return self.coefficients if curve.startswith("add") else self.strengths
 
     def band(self, measure: Measure, curve: str, direction: int = 0) -> list[tuple[float, float, float] | None]:
-        """(mean, low, high) at every amount: 95% Wilson intervals of rates, normal intervals of means; None if unread.
+        """(mean, low, high) at every amount: 95% intervals, Wilson's of rates and Student's of means; None if unread.
 
         Args:
             direction: 0 is the direction, 1.. are the random ones.

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..figures import style as draw
 from ..model.points import HookedModel, check_raw_basis
 from ..run.folder import RunInputs
-from ..stats import mean_interval
+from ..stats import bootstrap_interval
 from ..text.chat import ChatFormat
 from .patched_runs import PatchedRuns, Site, check_sites
 from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
@@ -81,8 +81,10 @@ class PatchingResult(AnalysisResult):
         return (self.controls[site] - self.harmless_scores[:, None, None]).mean(0) / self.gap_nats
 
     def interval(self, site: Site, layer: int, cell: int, way: Way = "into harmless") -> tuple[float, float]:
-        """95% interval of an effect over pairs (normal approximation, the gap held fixed)."""
-        _, low, high = mean_interval(self._shifts(self.patched[site], way)[:, layer, cell].tolist())
+        """95% interval of an effect, a ratio of means, over pairs (BCa bootstrap; the gap is drawn with the shift)."""
+        gaps = self.harmful_scores - self.harmless_scores
+        shifts = self._shifts(self.patched[site], way)[:, layer, cell] * self.gap_nats
+        _, low, high = bootstrap_interval(shifts.tolist(), gaps.tolist(), statistic=_ratio_of_means)
         return low, high
 
     def shares(self, site: Site, way: Way = "into harmless") -> Float[Tensor, "layer cell"]:
@@ -96,6 +98,10 @@ class PatchingResult(AnalysisResult):
         target = self.harmless_scores if inward else self.harmful_scores
         shift = scores[WAYS.index(way)] - target[:, None, None]
         return shift / (self.gap_nats if inward else -self.gap_nats)
+
+
+def _ratio_of_means(shifts: Any, gaps: Any) -> Any:
+    return shifts.mean(-1) / gaps.mean(-1)
 
 
 def patch_activations(

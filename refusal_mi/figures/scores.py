@@ -80,7 +80,7 @@ def plot_scores(
     Candidates that a search left out are faint: the mean over the prompts that they were screened on, with its 95%
     interval; a faint line joins all candidates of a position that were measured.
     Filled markers satisfy every threshold, open ones do not; layers that the thresholds leave out are shaded. The
-    chosen candidate carries the 95% interval of its mean over prompts (normal approximation) where the grid has the
+    chosen candidate carries the 95% interval of its mean over prompts (Student's t) where the grid has the
     scores of every prompt. KL is on a log scale from 1e-4 nats, so candidates that change nothing fall off its bottom.
 
     Args:
@@ -244,7 +244,7 @@ def _faint_lines(
     (name,) = _position_names([position], tokens)
     hover = (
         f"<b>position {name}, layer %{{x}}</b><br>screened: %{{y:.4g}} nats<br>95% interval %{{customdata[0]:.3g}} to "
-        "%{customdata[1]:.3g} (normal approximation, n = %{customdata[2]})<extra></extra>"
+        "%{customdata[1]:.3g} (Student's t, n = %{customdata[2]})<extra></extra>"
     )
     through = line(list(points), list(points.values()), name, style, mode="lines", hoverinfo="skip")
     through.line.width = _THIN
@@ -315,7 +315,7 @@ def _star(scores: ScoreGrid, chosen: CandidateScore, measure: Measure) -> go.Sca
     text, error = f"{_number(value)} nats", None
     if values:
         mean, low, high = mean_interval(values)
-        text += f"<br>95% interval {low:.3g} to {high:.3g} (normal approximation, n = {len(values)})"
+        text += f"<br>95% interval {low:.3g} to {high:.3g} (Student's t, n = {len(values)})"
         error = {"type": "data", "array": [high - mean], "arrayminus": [mean - low], "color": INK, "thickness": 1.6}
     return go.Scatter(
         x=[chosen.layer],

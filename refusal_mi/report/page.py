@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from ..run.answers import SIDES
 from ..run.folder import RunRecord
 from ..run.options import RunOptions, command_line
 from ..run.record import RUN, SPAN, CombinationRecord, Place, RunInfo
+from ..stats import signed
 from .answers import answer_tables
-from .verdict import bindings, judge_run, signed
+from .verdict import bindings, judge_run
 
 WIDTHS = (1080, 360)
 """What the legends are laid out for (px): a desktop window and a phone."""
@@ -170,7 +172,7 @@ def render(record: RunRecord) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"rate": _rate, "number": _number, "token": token_text, "signed": signed}
+    environment.filters |= {"rate": _rate, "number": _number, "token": token_text, "signed": partial(signed, decimals=3)}
     source = Path(__file__).parent / "page"
     figures = report_figures(record)
     scripts = [_script((source / "page.js").read_text(encoding="utf-8"))]
@@ -258,7 +260,7 @@ def _headline_facts(record: RunRecord) -> list[Fact]:
     if "ablation" in record.losses:
         for name, base_loss in list(record.losses["baseline"].items())[:1]:
             delta = record.losses["ablation"][name].ce_loss - base_loss.ce_loss
-            facts.append(Fact("CE loss, ablated", signed(delta), f"nats per token, {name}"))
+            facts.append(Fact("CE loss, ablated", signed(delta, 3), f"nats per token, {name}"))
     return facts
 
 

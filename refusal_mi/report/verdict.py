@@ -10,14 +10,14 @@ from ..run.folder import RunRecord
 from ..run.record import DOES_NOT_REFUSE
 from ..search.grid import ScoreGrid, Selection, select
 from ..search.thresholds import Reason
-from ..stats import Paired, holm
+from ..stats import Paired, holm, signed
 
 MUCH_DEGENERATE = 0.1
 """Above this fraction of degenerate answers, a refusal rate says little about answers."""
 NEARLY_ALL = 0.9
 ALPHA = 0.05
 _BRACKETS = (
-    "Brackets are 95% intervals, Wilson's for rates and Agresti and Min's for their difference on the same prompts; "
+    "Brackets are 95% intervals, Wilson's for rates and Newcombe's for their difference on the same prompts; "
     "p is McNemar's, exact."
 )
 Outcome = Literal["works", "partly", "broken", "like the control", "none", "not measured"]
@@ -194,12 +194,6 @@ def bindings(scores: ScoreGrid, selection: Selection) -> list[tuple[str, str, in
     return rules
 
 
-def signed(value: float) -> str:
-    """A change with its sign, three decimals; none before zero."""
-    text = f"{value:+.3f}"
-    return text[1:] if float(text) == 0 else text.replace("-", "−")
-
-
 def _why_none(record: RunRecord, selection: Selection) -> list[str]:
     assert record.scores is not None
     sentences = [selection.explain() + "."]
@@ -252,6 +246,6 @@ def _cost(record: RunRecord) -> list[str]:
         sentences.append(f"Ablation moves the next-token distribution on harmless prompts by {kl:.3g} nats of KL.")
     if "ablation" in record.losses:
         base, ablated = record.losses["baseline"], record.losses["ablation"]
-        deltas = [f"{signed(ablated[name].ce_loss - base[name].ce_loss)} on {name}" for name in base]
+        deltas = [f"{signed(ablated[name].ce_loss - base[name].ce_loss, 3)} on {name}" for name in base]
         sentences.append(f"It changes the CE loss by {', '.join(deltas)} (nats per token).")
     return sentences

@@ -16,7 +16,7 @@ from refusal_mi.measures import LossResult
 from refusal_mi.run.answers import Effect, SideEffects
 from refusal_mi.search.grid import select
 from refusal_mi.search.thresholds import NO_THRESHOLDS, CandidateScore, Thresholds
-from refusal_mi.stats import Rate, mean_interval
+from refusal_mi.stats import Rate
 from tests.helpers.browser import find_chromium
 from tests.helpers.runs import N_LAYERS, N_VAL, TOKENS, make_run, make_scores
 
@@ -134,17 +134,6 @@ def test_faint_stands_in_the_legend_once_and_only_where_something_is():
     assert len(shown) == len(set(shown)) == len(TOKENS) + 3
     assert not any(each.opacity for each in plot_score_panels(make_scores()).data)
     assert not any(each.opacity for each in plot_scores(screened_out(make_scores()), measure="kl").data)
-
-
-def test_the_interval_of_a_mean_covers_it_nineteen_times_in_twenty():
-    import torch
-
-    draws = torch.randn(2000, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 3
-    covered = sum(low <= 3 <= high for _, low, high in map(mean_interval, draws.tolist())) / 2000
-    assert 0.93 < covered < 0.96
-    assert mean_interval([2.0]) == (2.0, 2.0, 2.0)
-    with pytest.raises(ValueError, match="at least one"):
-        mean_interval([])
 
 
 def test_panels_hold_the_three_plots_with_one_legend():

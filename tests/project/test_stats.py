@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom, bootstrap, multinomial
+from scipy.stats import binom, bootstrap, multinomial, t
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
-from refusal_mi.stats import Paired, Rate, bootstrap_interval, holm, p_text
+from refusal_mi.stats import Paired, Rate, bootstrap_interval, holm, mean_interval, p_text
 
 
 # The ends solve (p − k/n)² = z² p (1 − p) / n, here by bisection.
@@ -83,19 +84,54 @@ def test_pairs_must_be_of_the_same_prompts():
         Paired.of([], [])
 
 
+def test_the_paired_interval_is_newcombes():
+    """The first worked example of his paper (1998), and the limits without correlation from statsmodels' Wilson's."""
+    assert paired(36, 2, 12, 0).interval == pytest.approx((0.0569, 0.3404), abs=5e-5)
+    (low_b, high_b), (low_a, high_a) = (proportion_confint(k, 20, method="wilson") for k in (5, 15))
+    independent = 0.5 - math.hypot(0.75 - low_a, high_b - 0.25), 0.5 + math.hypot(high_a - 0.75, 0.25 - low_b)
+    assert paired(4, 1, 11, 4).interval == pytest.approx(independent), "so weak a correlation counts as none"
+    assert paired(5, 0, 10, 5).interval[0] > independent[0], "the control: correlated answers say more"
+
+
 @pytest.mark.parametrize("n", [8, 16, 32, 100])
 def test_the_paired_interval_covers_on_average_and_never_badly(n):
-    """Exact coverage, summed over all tables, over a grid of what could be true."""
-    tables = [(more, less) for more in range(n + 1) for less in range(n + 1 - more)]
-    low, high = np.array([paired(0, less, more, n - more - less).interval for more, less in tables]).T
-    counts = np.array([(more, less, n - more - less) for more, less in tables])
+    """Over rates before and after of all sizes, independent or correlated; exact, or 1,500 draws each for 100."""
+    cells = [
+        (p * q + shift, p * (1 - q) - shift, (1 - p) * q - shift, (1 - p) * (1 - q) + shift)
+        for p in (0.05, 0.2, 0.5, 0.8, 0.95)
+        for q in (0.05, 0.2, 0.5, 0.8, 0.95)
+        for shift in {0.0, 0.6 * (min(p, q) - p * q)}
+    ]
+    drawn = np.random.default_rng(0)
+    whole = [(a, b, c, n - a - b - c) for a in range(n + 1) for b in range(n + 1 - a) for c in range(n + 1 - a - b)]
+    known: dict[tuple[int, ...], tuple[float, float]] = {}
     coverage = []
-    for changed in (0.05, 0.1, 0.2, 0.4, 0.6, 0.9):
-        for share in (0.5, 0.7, 0.9, 1.0):
-            p = np.array([changed * share, changed * (1 - share), 1 - changed])
-            inside = (low <= p[0] - p[1]) & (p[0] - p[1] <= high)
-            coverage.append(multinomial.pmf(counts, n, p)[inside].sum())
-    assert 0.94 <= np.mean(coverage) <= 0.98 and min(coverage) >= (0.9 if n > 8 else 0.82)
+    for p in cells:
+        counts = whole if n < 100 else [tuple(row) for row in drawn.multinomial(n, p, 1500).tolist()]
+        known |= {row: paired(*row).interval for row in set(counts) - set(known)}
+        low, high = np.array([known[row] for row in counts]).T
+        inside = (low <= p[2] - p[1]) & (p[2] - p[1] <= high)
+        coverage.append(inside.mean() if n == 100 else multinomial.pmf(np.array(counts), n, p)[inside].sum())
+    assert 0.95 <= np.mean(coverage) <= 0.97 and min(coverage) >= (0.9 if n > 8 else 0.88)
+
+
+@pytest.mark.parametrize("n", [8, 16, 40, 100])
+def test_the_interval_of_a_mean_covers_it_nineteen_times_in_twenty(n):
+    draws = np.random.default_rng(n).normal(3, 1, (4000, n)).tolist()
+    covered = np.mean([low <= 3 <= high for _, low, high in map(mean_interval, draws)])
+    assert 0.94 <= covered <= 0.96
+    shorter = [(mean - 3) / (high - mean) * t.ppf(0.975, n - 1) for mean, _, high in map(mean_interval, draws)]
+    if n == 8:
+        assert np.mean(np.abs(shorter) <= 1.96) < 0.93, "the control: ± 1.96 standard errors do not"
+    assert mean_interval([2.0]) == (2.0, 2.0, 2.0)
+    with pytest.raises(ValueError, match="at least one"):
+        mean_interval([])
+
+
+def test_the_interval_of_a_mean_is_scipys():
+    values = [1.0, 2.0, 4.0, 9.0]
+    expected = t.interval(0.95, 3, np.mean(values), np.std(values, ddof=1) / 2)
+    assert mean_interval(values)[1:] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("n", [8, 16, 32, 100])
@@ -115,7 +151,7 @@ def test_holm_is_that_of_statsmodels():
 def test_the_bootstrap_is_scipys_and_seeded():
     skewed = np.random.default_rng(3).exponential(1.0, 24)
     value, low, high = bootstrap_interval(skewed.tolist(), seed=5)
-    own = bootstrap((skewed,), np.mean, method="BCa", n_resamples=9999, rng=np.random.default_rng(5))
+    own = bootstrap((skewed,), np.mean, method="BCa", n_resamples=1999, rng=np.random.default_rng(5))
     assert (low, high) == pytest.approx(tuple(own.confidence_interval), rel=1e-9)
     assert low < value < high and bootstrap_interval(skewed.tolist(), seed=5) == (value, low, high)
     assert high - value > value - low, "skewed to the right, as the numbers are"
@@ -125,7 +161,7 @@ def test_the_bootstrap_is_scipys_and_seeded():
 def test_a_ratio_of_the_same_prompts_is_resampled_together():
     prompts = np.random.default_rng(1).exponential(1.0, 40)
     _, low, high = bootstrap_interval(
-        (0.5 * prompts).tolist(), prompts.tolist(), statistic=lambda a, b: a.mean() / b.mean(), n_resamples=999
+        (0.5 * prompts).tolist(), prompts.tolist(), statistic=lambda a, b: a.mean(-1) / b.mean(-1)
     )
     assert (low, high) == pytest.approx((0.5, 0.5)), "on every draw of prompts the ratio is one half"
     with pytest.raises(ValueError, match="as many"):
