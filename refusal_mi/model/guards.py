@@ -70,15 +70,19 @@ def no_processor() -> Iterator[None]:
 
 
 def read_config(source: str | Path, revision: str | None = None) -> Any:
-    """The HF config of a directory or hub id.
+    """The HF config of a directory, hub id or GGUF file.
 
     Raises:
         UserError: there is none, or it cannot be read without running code of its own.
     """
     from transformers import AutoConfig
 
+    file, where = Path(source), str(source) if revision is None else f"{source} at revision {revision}"
+    place: dict[str, Any] = {"gguf_file": file.name} if file.is_file() else {}
     try:
         with guarded(str(source)):
-            return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+            return AutoConfig.from_pretrained(
+                file.parent if place else source, revision=revision, trust_remote_code=False, **place
+            )
     except Exception as error:  # foreign code
-        raise UserError(f"cannot read the config of {source}: {cause(error)}") from error
+        raise UserError(f"cannot read the config of {where}: {cause(error)}") from error
