@@ -119,8 +119,8 @@ class Paired:
             self.both + self.only_after,
             self.only_before + self.neither,
         )
-        excess = self.both * self.neither - self.only_before * self.only_after
-        excess = max(excess - self.n / 2, 0) if excess > 0 else excess
+        excess = float(self.both * self.neither - self.only_before * self.only_after)
+        excess = max(excess - self.n / 2, min(excess, 0))
         return excess / math.sqrt(math.prod(counts)) if all(counts) else 0.0
 
     def describe(self) -> dict[str, float | int]:

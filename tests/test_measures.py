@@ -23,8 +23,8 @@ def test_scores_and_kl_equal_plain_hf_prompt_by_prompt(family, tiny_model, plain
     chat, direction = ChatFormat(model.tokenizer), random_direction(3)
     plain = next_token_logits(model, chat, ASKS, batch_size=3)
     ablated = next_token_logits(model, chat, ASKS, interventions=[Ablate(direction)], batch_size=2)
-    score, kl = refusal_score(plain, TOKENS), kl_nats(plain, ablated)
-    expected_score, expected_kl = [], []
+    score, kl, published = refusal_score(plain, TOKENS), kl_nats(plain, ablated), kl_nats(plain, ablated, "published")
+    expected_score, expected_kl, expected_published = [], [], []
     for ask in ASKS:
         ids = prompt_ids(model.tokenizer, ask)
         base = logits(hf, ids)[-1]
@@ -32,9 +32,12 @@ def test_scores_and_kl_equal_plain_hf_prompt_by_prompt(family, tiny_model, plain
             changed = logits(hf, ids)[-1]
         expected_score.append(score_by_hand(base, TOKENS))
         expected_kl.append(kl_by_hand(base, changed))
+        expected_published.append(kl_by_hand(base, changed, 1e-6))
     assert score.dtype == kl.dtype == torch.float64
     assert relative_error(score, torch.tensor(expected_score, dtype=torch.float64)) < tolerance(family)
     assert relative_error(kl, torch.tensor(expected_kl, dtype=torch.float64)) < 10 * tolerance(family)
+    assert relative_error(published, torch.tensor(expected_published, dtype=torch.float64)) < 10 * tolerance(family)
+    assert relative_error(kl, published) > 1e-5, "the control: they are two formulas"
     assert min(expected_kl) > 1e-3
 
 
@@ -59,11 +62,23 @@ def test_the_score_saturates_as_published():
     assert refusal_score(torch.zeros(1, 4), [0, 1]).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_kl_is_zero_on_equal_logits_and_saturates():
+@pytest.mark.parametrize(
+    ("formula", "expected"), [("exact", 1000.0), ("published", math.log(1 + 1e-6) - math.log(1e-6))]
+)
+def test_kl_is_zero_on_equal_logits_and_the_published_one_saturates(formula, expected):
     logits = torch.randn(2, 9)
-    assert kl_nats(logits, logits + 3.0).abs().max() < 1e-6
-    apart = kl_nats(torch.tensor([[1000.0, 0.0]]), torch.tensor([[0.0, 1000.0]])).item()
-    assert apart == pytest.approx(math.log(1 + 1e-6) - math.log(1e-6))
+    assert kl_nats(logits, logits + 3.0, formula).abs().max() < 1e-6
+    apart = kl_nats(torch.tensor([[1000.0, 0.0]]), torch.tensor([[0.0, 1000.0]]), formula).item()
+    assert apart == pytest.approx(expected)
+
+
+def test_over_many_tokens_the_published_kl_can_be_negative_and_the_exact_one_cannot():
+    """A tenth of p lies on 150,000 tokens rarer than epsilon, which q has all but left."""
+    p, q = (torch.full((1, 150_001), share / 150_000, dtype=torch.float64) for share in (0.1, 0.1 / 350))
+    p[0, -1], q[0, -1] = 0.9, 1 - 0.1 / 350
+    exact, published = (kl_nats(p.log(), q.log(), formula).item() for formula in ("exact", "published"))
+    assert exact == pytest.approx(torch.nn.functional.kl_div(q.log(), p, reduction="sum").item()) and exact > 0.49
+    assert published < -0.03
 
 
 def test_half_precision_logits_are_widened_first():

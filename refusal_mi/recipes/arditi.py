@@ -14,6 +14,7 @@ from ..run.record import DIRECTION, DOES_NOT_REFUSE, MEAN_DIFFS, SUMMARY, Direct
 from ..run.stages import RunFolder
 from .combinations import Multi, combine, evaluate_combination
 from .context import RunContext
+from .controls import measure_controls
 from .effects import BASELINE, interventions_on, loss_sets, loss_texts, losses, rates
 from .prompts import examples, prepare
 from .search import (
@@ -83,7 +84,8 @@ def run(
         combination = combine(directions, ranked(grid, chosen, directions), multi)
         return evaluate_combination(context, combination, summary, texts)
     direction = Direction.load(folder.path / DIRECTION)
-    summary = replace(summary, direction=DirectionRecord.of(direction))
+    controls = measure_controls(context, direction)
+    summary = replace(summary, direction=DirectionRecord.of(direction), controls=controls)
     _write(context, summary)
     if "completions" in options.steps:
         effects = {side: rates(context, side, interventions_on(side, direction, options.n_random)) for side in SIDES}

@@ -297,6 +297,7 @@ class _Validation:
         inputs = self.run.inputs(
             *files, label=label, texts=texts_sha256(self.texts), val_new_tokens=self.options.val_new_tokens
         )
+        inputs |= self.run.options.kl_input
         n_prompts = len(self.harmful) + len(self.harmless)
         about = f"{n_prompts} prompts, {len(self.harmful)} short answers, {sum(map(len, self.texts.values()))} texts"
         write = lambda: write_record(self.run.path / path, self._measure(label, interventions))  # noqa: E731
@@ -316,7 +317,7 @@ class _Validation:
             label,
             mean,
             (low, high),
-            kl_nats(self.plain, self._logits(interventions)).mean().item(),
+            kl_nats(self.plain, self._logits(interventions), run.options.kl_formula).mean().item(),
             verdicts.refusal,
             verdicts.degenerate,
             {name: self._loss(texts, interventions) for name, texts in self.texts.items()},

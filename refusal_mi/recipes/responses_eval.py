@@ -185,6 +185,7 @@ class Evaluation:
             "queries": self.val.sha256,
             "layers": self.rows(),
             "tokens": self.options.refusal_tokens,
+            "kl": "exact",
             "responses": [sha256_file(file) for file in kept if file.exists()],
         }
         about = f"scoring {len(self.rows())} layers on {len(self.val)} validation queries"

@@ -159,7 +159,7 @@ def score_directions(run: Prepared, grid: DirectionGrid, *, n_best: int = 1) -> 
         token_sets.append([token.ids for token in run.prompts.published_refusal_tokens])
     harmful, harmless = run.kept("harmful", "val"), run.kept("harmless", "val")
     pruned = run.options.thresholds.prune_layers if run.options.skip_pruned else None
-    zero_point = run.prompts.zero_point_nats
+    zero_point, formula = run.prompts.zero_point_nats, run.options.kl_formula
 
     def compute() -> None:
         sets = (harmful, harmless, token_sets)
@@ -173,10 +173,13 @@ def score_directions(run: Prepared, grid: DirectionGrid, *, n_best: int = 1) -> 
                 thresholds=rule,
                 zero_point=zero_point,
                 n_best=n_best,
+                kl_formula=formula,
                 batch_size=size,
             )
         else:
-            scored = sweep_token_sets(run.model, run.chat, grid, *sets, prune_layers=pruned, batch_size=size)
+            scored = sweep_token_sets(
+                run.model, run.chat, grid, *sets, prune_layers=pruned, kl_formula=formula, batch_size=size
+            )
         for path, scores in zip([EVALUATIONS, PUBLISHED_TOKENS], scored, strict=False):
             write_json(run.path / path, [row.describe() | run.mark for row in scores.rows])
         write_tensors(run.path / files[1], scored[0].per_prompt)
@@ -186,6 +189,7 @@ def score_directions(run: Prepared, grid: DirectionGrid, *, n_best: int = 1) -> 
 
     sizes, rule = (len(harmful), len(harmless)), run.options.thresholds
     inputs = run.inputs(MEAN_DIFFS, harmful=harmful, harmless=harmless, token_sets=token_sets, zero_point=zero_point)
+    inputs |= run.options.kl_input
     limit = layer_limit(grid.n_layers, rule.prune_layers if run.options.search == "staged" else pruned)
     places = [place for place in grid.candidates() if place[1] < limit]
     if run.options.search == "staged":

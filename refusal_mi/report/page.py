@@ -24,7 +24,7 @@ from ..run.options import RunOptions, command_line
 from ..run.record import RUN, SPAN, CombinationRecord, Place, RunInfo
 from ..stats import signed
 from .answers import answer_tables
-from .verdict import bindings, judge_run
+from .verdict import bindings, control_groups, extent, judge_run
 
 WIDTHS = (1080, 360)
 """What the legends are laid out for (px): a desktop window and a phone."""
@@ -172,7 +172,13 @@ def render(record: RunRecord) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"rate": _rate, "number": _number, "token": token_text, "signed": partial(signed, decimals=3)}
+    environment.filters |= {
+        "rate": _rate,
+        "number": _number,
+        "token": token_text,
+        "signed": partial(signed, decimals=3),
+        "extent": extent,
+    }
     source = Path(__file__).parent / "page"
     figures = report_figures(record)
     scripts = [_script((source / "page.js").read_text(encoding="utf-8"))]
@@ -194,6 +200,7 @@ def render(record: RunRecord) -> str:
         combinations=combinations_of(record),
         combos_page=combos_page(record),
         thresholds=_bindings(record),
+        controls=control_groups(record),
         survivors=_survivors(record),
         loss_rows=_loss_rows(record),
         tables=answer_tables(record),

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..run.answers import Effect, Side, SideEffects
 from ..run.folder import RunRecord
-from ..run.record import DOES_NOT_REFUSE
+from ..run.record import DOES_NOT_REFUSE, ControlRow
 from ..search.grid import ScoreGrid, Selection, select
 from ..search.thresholds import Reason
 from ..stats import Paired, holm, signed
@@ -79,7 +79,7 @@ def judge_run(record: RunRecord) -> Verdict:
     if record.combination is not None:
         return _judge_combination(record)
     harmful, harmless = side_verdict(record.side("harmful")), side_verdict(record.side("harmless"))
-    sentences = (*harmful.sentences, *harmless.sentences, *_cost(record), _BRACKETS)
+    sentences = (*harmful.sentences, *harmless.sentences, *_beside(record), *_cost(record), _BRACKETS)
     return Verdict(_HEADLINES[_overall(harmful.outcome, harmless.outcome)], sentences)
 
 
@@ -236,6 +236,45 @@ def _closest_control(side: SideEffects) -> Effect | None:
         return None
     pick = min if side.side == "harmful" else max
     return pick(side.controls, key=lambda effect: effect.refusal.value)
+
+
+def control_groups(record: RunRecord) -> list[tuple[str, list[ControlRow]]]:
+    """What was measured beside the chosen direction on validation prompts, by kind; it comes first."""
+    rows = () if record.summary is None or record.combination is not None else record.summary.controls
+    names = {
+        "chosen": "the chosen direction",
+        "random": "random",
+        "within harmful": "halves of harmful prompts",
+        "within harmless": "halves of harmless prompts",
+    }
+    grouped = [(name, [row for row in rows if row.kind == kind]) for kind, name in names.items()]
+    return [(name, members) for name, members in grouped if members]
+
+
+def extent(values: Sequence[float | None], form: str = ".3g") -> str:
+    """The least and the largest of what could be measured: "0.1% to 1.4%"."""
+    finite = sorted(value for value in values if value is not None)
+    if not finite:
+        return "–"
+    ends = [format(value, form).replace("-", "−") for value in (finite[0], finite[-1])]
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
+def _beside(record: RunRecord) -> list[str]:
+    """What the direction and its controls of one place and norm do to the scores."""
+    groups = control_groups(record)
+    if len(groups) < 2:
+        return []
+    (_, [chosen]), *others = groups
+    random = [row for name, rows in others if name == "random" for row in rows]
+    within = [row for name, rows in others if name != "random" for row in rows]
+    kinds = [(f"{len(random)} random directions", random), (f"{len(within)} from random halves of one class", within)]
+    scores = [f"{extent([row.bypass for row in rows])} with {name}" for name, rows in kinds if rows]
+    shares = [f"{extent([row.share_of_stream for row in rows], '.1%')} by {name}" for name, rows in kinds if rows]
+    return [
+        f"With it ablated the mean refusal score of the harmful validation prompts is {extent([chosen.bypass])} nats, "
+        f"{', '.join(scores)}; {chosen.share_of_stream:.1%} of the stream is removed, {', '.join(shares)}."
+    ]
 
 
 def _cost(record: RunRecord) -> list[str]:

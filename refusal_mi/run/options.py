@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from ..errors import UserError
+from ..measures import KLFormula
 from ..options import (
     AllowSpecialTokens,
     BatchSize,
@@ -79,7 +80,7 @@ class RunOptions:
         Calibration,
         Option(
             "labels: short answers, judged by text, give filter, refusal tokens and zero point; published: the "
-            "first token's score does.",
+            "first token's score does, and KL is by the published formula.",
             takes=str,
         ),
     ] = "labels"
@@ -132,6 +133,16 @@ class RunOptions:
             raise UserError(f"n_random must not be negative, not {self.n_random}")
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"the batch size must be at least 1, not {self.batch_size}")
+
+    @property
+    def kl_formula(self) -> KLFormula:
+        """The exact KL, or the published one with the published calibration."""
+        return "published" if self.calibration == "published" else "exact"
+
+    @property
+    def kl_input(self) -> dict[str, str]:
+        """What a stage that measures KL depends on more; nothing with the published formula, once the only one."""
+        return {} if self.kl_formula == "published" else {"kl": self.kl_formula}
 
     def shortened(self) -> "RunOptions":
         """The same run on small samples, marked as quick in every file."""

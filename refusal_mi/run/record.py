@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from ..directions import Direction
 from ..files import parsed, with_values
@@ -23,6 +23,7 @@ EVALUATIONS = "select_direction/direction_evaluations.json"
 SURVIVORS = "select_direction/direction_evaluations_filtered.json"
 PUBLISHED_TOKENS = "select_direction/direction_evaluations_published_tokens.json"
 SCORES, BASELINE = "select_direction/scores.pt", "select_direction/baseline.json"
+CONTROLS = "select_direction/controls.json"
 DIRECTION, DIRECTION_RECORD = "direction.pt", "direction_metadata.json"
 DOES_NOT_REFUSE = "does not refuse"
 """Status of a run whose model does not."""
@@ -212,6 +213,32 @@ class BaselineRecord:
     quick: bool = False
 
 
+ControlKind = Literal["chosen", "random", "within harmful", "within harmless"]
+"""The direction itself; isotropic; the difference of two random halves of one class."""
+
+
+@dataclass(frozen=True)
+class ControlRow:
+    """What a direction of the chosen one's place and norm does to the validation prompts."""
+
+    kind: ControlKind
+    seed: int | None
+    share_of_stream: float
+    """Of the plain stream's squared length, that lies along it."""
+    bypass: float | None
+    """Scores as of candidates, nats; None where they are not finite."""
+    induce: float | None
+    kl_nats: float | None
+
+
+@dataclass(frozen=True)
+class ControlsRecord:
+    """`select_direction/controls.json`: the chosen direction first."""
+
+    rows: tuple[ControlRow, ...]
+    quick: bool = False
+
+
 @dataclass(frozen=True)
 class DirectionRecord:
     """`direction_metadata.json`: where a direction was read, how long it is, and what it was made from."""
@@ -326,6 +353,8 @@ class RunSummary:
     """Side -> mean refusal score of the plain model on validation prompts."""
     selection: SelectionRecord | None = None
     direction: Annotated[DirectionRecord | None, parsed(lambda x: None if x is None else _direction(x))] = None
+    controls: tuple[ControlRow, ...] = ()
+    """The chosen direction and those beside it, on validation prompts."""
     completions: Annotated[Mapping[Side, SideEffects], parsed(read_sides)] = field(default_factory=dict)
     ce_loss: Annotated[Mapping[str, Mapping[str, LossResult]], parsed(_all_losses)] = field(default_factory=dict)
     """Label -> text set -> CE loss."""

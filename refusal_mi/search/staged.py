@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..directions import DirectionGrid
 from ..errors import UserError
-from ..measures import RefusalTokens
+from ..measures import KLFormula, RefusalTokens
 from ..model.points import HookedModel
 from ..progress import track
 from ..text.chat import ChatFormat
@@ -66,6 +66,7 @@ def staged_sweep(
     zero_point: float | None = None,
     n_best: int = 1,
     screening: Screening = DEFAULT_SCREENING,
+    kl_formula: KLFormula = "exact",
     batch_size: int | None = None,
 ) -> ScoreGrid:
     """Find the candidate that `select` would choose after `sweep`, or one close to it, for a fraction of the work.
@@ -85,7 +86,7 @@ def staged_sweep(
     Prompts are used in an order that begins with the whole range of the plain model's scores (`spread`).
 
     Args:
-        zero_point: as in `sweep`.
+        zero_point: as in `sweep`, and so is `kl_formula`.
         n_best: survivors to find before the search ends; one is the choice, more can be ablated together.
 
     Returns:
@@ -103,6 +104,7 @@ def staged_sweep(
         zero_point=zero_point,
         n_best=n_best,
         screening=screening,
+        kl_formula=kl_formula,
         batch_size=batch_size,
     )[0]
 
@@ -119,10 +121,11 @@ def staged_token_sets(
     zero_point: float | None = None,
     n_best: int = 1,
     screening: Screening = DEFAULT_SCREENING,
+    kl_formula: KLFormula = "exact",
     batch_size: int | None = None,
 ) -> list[ScoreGrid]:
     """`staged_sweep` with a grid for each of several token sets; the first decides what is measured."""
-    scorer = Scorer(model, chat, grid, harmful, harmless, token_sets, batch_size=batch_size)
+    scorer = Scorer(model, chat, grid, harmful, harmless, token_sets, kl_formula=kl_formula, batch_size=batch_size)
     table = ScoreTable(scorer)
     Rounds(table, thresholds, screening, zero_point, n_best).run()
     first, *others = table.grids()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..directions import DirectionGrid
 from ..errors import UserError
-from ..measures import RefusalPrefixes, RefusalTokens, kl_nats
+from ..measures import KLFormula, RefusalPrefixes, RefusalTokens, kl_nats
 from ..model.points import HookedModel, check_raw_basis
 from ..model.running import check_fits
 from ..progress import track
@@ -77,6 +77,7 @@ class Scorer:
         harmless: Sequence[str],
         token_sets: Sequence[RefusalTokens],
         *,
+        kl_formula: KLFormula = "exact",
         batch_size: int | None = None,
         share_work: bool = True,
     ) -> None:
@@ -85,6 +86,7 @@ class Scorer:
             raise UserError(
                 f"the sweep needs prompts on both sides, not {len(harmful)} harmful, {len(harmless)} harmless"
             )
+        self.kl_formula = kl_formula
         self.grid, self.token_sets = grid, [RefusalPrefixes.of(tokens) for tokens in token_sets]
         self.contexts = sorted({each for tokens in self.token_sets for each in tokens.contexts}, key=len)
         self.n_harmful, self.n_prompts = len(harmful), len(harmful) + len(harmless)
@@ -118,7 +120,7 @@ class Scorer:
                 by_context = torch.cat([first[None, scored], continued.unflatten(0, (len(starts), len(scored)))])
                 measured[:, candidate, scored] = self._scores(by_context)
             if plain is not None:
-                measured[:, candidate, compared] = kl_nats(plain, first[compared]).cpu()
+                measured[:, candidate, compared] = kl_nats(plain, first[compared], self.kl_formula).cpu()
         return measured
 
     def _scores(self, logits: Float[Tensor, "context prompt d_vocab"]) -> Float[Tensor, "token_set prompt"]:
@@ -140,6 +142,7 @@ def sweep(
     *,
     prune_layers: float | None = None,
     zero_point: float | None = None,
+    kl_formula: KLFormula = "exact",
     batch_size: int | None = None,
     share_work: bool = True,
 ) -> ScoreGrid:
@@ -156,6 +159,7 @@ def sweep(
             they have no scores then.
         zero_point: the refusal score (nats) above which this model counts as refusing (`refusal_mi.zero_point`), which
             `select` then asks half of the harmless prompts to reach under addition; None is the published rule.
+        kl_formula: of `refusal_mi.kl_nats`.
         batch_size: most rows (prompts × candidates) in a pass; None: as many as are fast, fewer if memory ends.
         share_work: False runs every prompt in full for every candidate: slow, the same scores up to rounding.
     """
@@ -167,6 +171,7 @@ def sweep(
         harmless,
         [refusal_tokens],
         prune_layers=prune_layers,
+        kl_formula=kl_formula,
         batch_size=batch_size,
         share_work=share_work,
     )
@@ -182,11 +187,22 @@ def sweep_token_sets(
     token_sets: Sequence[RefusalTokens],
     *,
     prune_layers: float | None = None,
+    kl_formula: KLFormula = "exact",
     batch_size: int | None = None,
     share_work: bool = True,
 ) -> list[ScoreGrid]:
     """`sweep` with the refusal score read from several token sets at once: one grid for each."""
-    scorer = Scorer(model, chat, grid, harmful, harmless, token_sets, batch_size=batch_size, share_work=share_work)
+    scorer = Scorer(
+        model,
+        chat,
+        grid,
+        harmful,
+        harmless,
+        token_sets,
+        kl_formula=kl_formula,
+        batch_size=batch_size,
+        share_work=share_work,
+    )
     table = ScoreTable(scorer)
     table.skip_layers(prune_layers)
     items = exact_items(table.open, scorer.n_harmful, scorer.n_prompts)

@@ -5,6 +5,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
+from scipy.stats import t
 
 from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
@@ -85,7 +86,7 @@ def test_the_star_is_the_choice_with_the_interval_of_its_prompts(index):
     best, measure = select(scores).best, list(NAMES)[index]
     star = trace(plot_scores(scores, measure=measure, chosen=best), "chosen, 95% interval")
     values = scores.per_prompt[scores.rows.index(best), index, :N_VAL].tolist()
-    half = 1.959964 * statistics.stdev(values) / math.sqrt(N_VAL)
+    half = t.ppf(0.975, N_VAL - 1) * statistics.stdev(values) / math.sqrt(N_VAL)
     assert (star.x, star.y) == ((best.layer,), (getattr(best, NAMES[measure]),))
     assert star.error_y.array[0] == pytest.approx(half, rel=1e-6)
     assert star.error_y.arrayminus[0] == pytest.approx(half, rel=1e-6)
@@ -123,7 +124,7 @@ def test_candidates_that_were_screened_out_are_faint_with_what_was_measured(inde
             row = next(i for i, each in enumerate(scores.rows) if (each.position, each.layer) == (position, x))
             values = scores.per_prompt[row, index, :4].tolist()
             assert y == pytest.approx(statistics.mean(values)) and custom[2] == 4
-            assert up == pytest.approx(1.959964 * statistics.stdev(values) / 2, rel=1e-6)
+            assert up == pytest.approx(t.ppf(0.975, 3) * statistics.stdev(values) / 2, rel=1e-6)
     assert trace(figure, "screened, n = 4").showlegend
 
 

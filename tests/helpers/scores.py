@@ -29,7 +29,7 @@ def score_by_hand(row: torch.Tensor, tokens: Sequence[int]) -> float:
     return math.log(p + 1e-8) - math.log(1 - p + 1e-8)
 
 
-def kl_by_hand(base: torch.Tensor, changed: torch.Tensor) -> float:
-    """KL(base ‖ changed) of one prompt's logits, in nats."""
+def kl_by_hand(base: torch.Tensor, changed: torch.Tensor, epsilon: float = 0.0) -> float:
+    """KL(base ‖ changed) of one prompt's logits, in nats; published with an epsilon of 1e-6."""
     p, q = (torch.exp(row.double() - torch.logsumexp(row.double(), 0)).tolist() for row in (base, changed))
-    return math.fsum(a * (math.log(a + 1e-6) - math.log(b + 1e-6)) for a, b in zip(p, q, strict=True))
+    return math.fsum(a * (math.log(a + epsilon) - math.log(b + epsilon)) for a, b in zip(p, q, strict=True))

@@ -252,7 +252,7 @@ def test_another_threshold_repeats_only_the_selection_and_what_follows(gpt2_run)
     assert {"completions_harmful_baseline", "completions_harmless_baseline", "loss_baseline"} <= log.kept
     following = ("completions", "evaluations", "loss")
     affected = {name for name in log.kept | log.done if name.startswith(following) and not name.endswith("baseline")}
-    assert len(affected) >= 6 and log.done - {"plots"} == {"selection"} | affected
+    assert len(affected) >= 6 and log.done - {"plots"} == {"selection", "controls"} | affected
     back, log = again()
     assert back["direction"] == first["direction"] and "selection" in log.done
 

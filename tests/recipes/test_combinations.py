@@ -96,7 +96,7 @@ def test_scores_of_a_combination_against_a_second_way(folder, tiny_dir, plain_mo
         return ((p + 1e-8).log() - (1 - p + 1e-8).log()).mean().item()
 
     plain, ablated = probabilities("harmless", False), probabilities("harmless", True)
-    kl = (plain * ((plain + 1e-6).log() - (ablated + 1e-6).log())).sum(-1).mean().item()
+    kl = (plain * (plain.log() - ablated.log())).sum(-1).mean().item()
     assert row["bypass"] == pytest.approx(score(probabilities("harmful", True)), abs=1e-4)
     assert row["kl_nats"] == pytest.approx(kl, abs=1e-5)
     assert found["baseline"]["bypass"] == pytest.approx(score(probabilities("harmful", False)), abs=1e-4)
@@ -219,13 +219,15 @@ def test_the_choice_is_the_lowest_bypass_within_the_limit_and_ties_go_by_ce():
 
 
 def test_the_difference_of_paired_rates():
-    """Worked by hand: n = 10, 3 discordant one way, 1 the other; (b − c)/(n + 2) ± 1.96 √(5 − 4/12)/12."""
+    """By hand: n = 10, 3 changed one way, 1 the other; Wilson's limits of 9 and 7 of 10, and φ = −3 / √(9·1·7·3)."""
     of = [True] * 3 + [False] + [True] * 6
     against = [False] * 3 + [True] + [True] * 6
     found = rate_difference(of, against)
     assert found.refusal_rate == pytest.approx(0.2)
-    assert found.low == pytest.approx(1 / 6 - 0.35284, abs=1e-4)
-    assert found.high == pytest.approx(1 / 6 + 0.35284, abs=1e-4)
+    (low_9, high_9), (low_7, high_7), phi = Rate(9, 10).interval, Rate(7, 10).interval, -3 / math.sqrt(189)
+    (a, b), (c, d) = (0.9 - low_9, high_7 - 0.7), (high_9 - 0.9, 0.7 - low_7)
+    assert found.low == pytest.approx(0.2 - math.sqrt(a * a - 2 * phi * a * b + b * b))
+    assert found.high == pytest.approx(0.2 + math.sqrt(c * c - 2 * phi * c * d + d * d))
     same = rate_difference([True] * 10, [True] * 10)
     assert same.refusal_rate == 0 and same.low == -same.high < 0
 
