@@ -17,10 +17,12 @@ from ..search.sweep import sweep
 from .context import Prepared
 
 N_RANDOM, N_HALVES = 5, 2
+N_PROMPTS = 16
+"""Validation prompts of a side that they are measured on: what tells them apart is large."""
 
 
 def measure_controls(run: Prepared, direction: Direction) -> tuple[ControlRow, ...]:
-    """Scores and share of the stream of the chosen direction and of its controls, on the validation prompts.
+    """Scores and share of the stream of the chosen direction and of its controls, on validation prompts.
 
     An isotropic random direction meets little of the stream, so that it can hardly fail. The difference between the
     means of two random halves of one class's training prompts lies where activations vary, without saying what is
@@ -30,7 +32,7 @@ def measure_controls(run: Prepared, direction: Direction) -> tuple[ControlRow, .
     Returns:
         The chosen one first; what `select_direction/controls.json` holds.
     """
-    harmful, harmless = run.kept("harmful", "val"), run.kept("harmless", "val")
+    harmful, harmless = (run.kept(side, "val")[:N_PROMPTS] for side in SIDES)
 
     def compute() -> None:
         named: list[Named] = [("chosen", None, direction), *random_directions(direction), *halves(run, direction)]

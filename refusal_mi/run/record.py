@@ -219,7 +219,7 @@ ControlKind = Literal["chosen", "random", "within harmful", "within harmless"]
 
 @dataclass(frozen=True)
 class ControlRow:
-    """What a direction of the chosen one's place and norm does to the validation prompts."""
+    """What a direction of the chosen one's place and norm does to the first validation prompts."""
 
     kind: ControlKind
     seed: int | None
@@ -233,7 +233,7 @@ class ControlRow:
 
 @dataclass(frozen=True)
 class ControlsRecord:
-    """`select_direction/controls.json`: the chosen direction first."""
+    """`select_direction/controls.json`: the chosen direction first, measured on the same prompts."""
 
     rows: tuple[ControlRow, ...]
     quick: bool = False
@@ -354,7 +354,7 @@ class RunSummary:
     selection: SelectionRecord | None = None
     direction: Annotated[DirectionRecord | None, parsed(lambda x: None if x is None else _direction(x))] = None
     controls: tuple[ControlRow, ...] = ()
-    """The chosen direction and those beside it, on validation prompts."""
+    """The chosen direction and those beside it."""
     completions: Annotated[Mapping[Side, SideEffects], parsed(read_sides)] = field(default_factory=dict)
     ce_loss: Annotated[Mapping[str, Mapping[str, LossResult]], parsed(_all_losses)] = field(default_factory=dict)
     """Label -> text set -> CE loss."""
