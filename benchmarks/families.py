@@ -23,10 +23,10 @@ from refusal_mi.errors import UserError
 from refusal_mi.export.export import export_checkpoint
 from refusal_mi.files import write_text
 from refusal_mi.interventions import all_hooks
+from refusal_mi.model.families import FAMILIES
 from refusal_mi.model.loading import ORGANISM, load_model, silence_libraries
 from refusal_mi.model.points import Hook, HookedModel, block_hook, resid_hook
 from refusal_mi.model.running import all_logits, running
-from refusal_mi.model.writers import FAMILIES
 from refusal_mi.text.batches import left_pad
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"

@@ -49,3 +49,14 @@ def told(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_voc
             "are damaged, or an intervention is too strong"
         )
     return logits
+
+
+_N_ROWS = 256
+
+
+def is_centred(rows: Float[Tensor, "row feature"], dtype: torch.dtype) -> bool:
+    """Whether the first rows all have mean 0 up to the rounding of numbers that were once of `dtype`."""
+    some = rows[:_N_ROWS].detach()
+    some = some.to(torch.promote_types(some.dtype, torch.float32))
+    some, most = some[some.any(-1)], max(1e-6, torch.finfo(dtype).eps / 2)
+    return len(some) > 0 and bool((some.mean(-1).abs() <= most * some.square().mean(-1).sqrt()).all())

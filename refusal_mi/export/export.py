@@ -15,8 +15,9 @@ from ..directions import Direction
 from ..errors import UserError
 from ..files import at_home, sha256_file, write_json, write_text
 from ..interventions import Ablate, Add, Intervention
+from ..model.families import text_config
 from ..model.provenance import display_name, versions
-from ..model.writers import build_skeleton, classify, text_config
+from ..model.writers import build_skeleton, classify
 from ..weights import EditFigures, TensorEdit, edit_, factors
 from .adapter import LoRA, write_adapters
 from .checkpoint import RECORD, Checkpoint, copy_companions, fresh_directory

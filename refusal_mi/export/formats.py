@@ -10,8 +10,9 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import write_saved, write_whole
 from ..interventions import Ablate, Add, check_width
+from ..model.families import family_of, text_config
 from ..model.points import EMBEDDING, caa_layer
-from ..model.writers import build_skeleton, family_of, text_config
+from ..model.writers import build_skeleton
 from .streaming import ModelShape, blocks_of, write_site
 
 _LLAMA_CPP_NAMES = {

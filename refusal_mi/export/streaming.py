@@ -12,9 +12,10 @@ from torch.nn.functional import pad
 
 from ..errors import UserError
 from ..interventions import Intervention, all_hooks
+from ..model.families import Family, bare_name, family_of, text_config
 from ..model.guards import read_config
 from ..model.points import HookFn, component_of, split_hook
-from ..model.writers import Family, bare_name, build_skeleton, family_of, text_config
+from ..model.writers import build_skeleton
 from ..progress import track
 from ..text.batches import TokenBatch
 from .checkpoint import Checkpoint

@@ -8,10 +8,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..precision import is_centred
 
 OF_THE_HF_MODEL = "pass the HF model that this HookedTransformer was made of: load_model(model, hf_model=...)"
 
@@ -199,26 +199,15 @@ def check_unprocessed(model: Any) -> None:
     what = None
     if str(model.cfg.normalization_type).endswith("Pre"):
         what = "its norms are folded"
-    elif _is_centred(model.W_E, model.cfg.dtype):
+    elif is_centred(model.W_E, model.cfg.dtype):
         what = "its writing weights are centred"
-    elif _is_centred(model.W_U[: _N_ROWS // 4], model.cfg.dtype):
+    elif is_centred(model.W_U[:64], model.cfg.dtype):
         what = "its unembedding is centred"
     if what is not None:
         raise UserError(
             f"this HookedTransformer was processed ({what}), so that directions in it are not the checkpoint's: load "
             "it with from_pretrained_no_processing"
         )
-
-
-_N_ROWS = 256
-
-
-def _is_centred(rows: Float[Tensor, "row feature"], dtype: torch.dtype) -> bool:
-    """Whether every row has mean 0 up to the rounding of its numbers."""
-    some = rows[:_N_ROWS].detach().double()
-    some = some[some.any(-1)]
-    most = max(1e-6, torch.finfo(dtype).eps / 2)
-    return len(some) > 0 and bool((some.mean(-1).abs() <= most * some.square().mean(-1).sqrt()).all())
 
 
 def linear_maps(block: Any) -> dict[str, Callable[[Tensor], Tensor]]:

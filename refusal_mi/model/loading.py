@@ -12,6 +12,7 @@ import torch
 from ..errors import UserError, cause
 from ..files import at_home, sha256_json
 from ..options import Quantization
+from .families import nearest_type
 from .guards import guarded, no_processor
 from .held import adopt, as_it_is, name_of
 from .points import (
@@ -26,7 +27,6 @@ from .points import (
     write_hooks,
 )
 from .sums import check_sums
-from .writers import nearest_type
 
 ORGANISM = Path(__file__).parents[1] / "organism" / "model"
 """Directory of the embedded demonstration model."""

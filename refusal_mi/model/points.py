@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..precision import is_centred
 from .hooked import has_norm_after, translated
 
 Component = Literal["embed", "attn", "mlp"]
@@ -185,18 +186,14 @@ def check_raw_basis(model: HookedModel) -> None:
     wrapper = original.get_input_embeddings()
     embedding = getattr(wrapper, "original_component", wrapper)
     with align_module_device(embedding):  # an offloaded one has its weights only here
-        rows = embedding.weight[:_N_ROWS].detach().clone()
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    most = max(1e-6, torch.finfo(model.cfg.dtype).eps / 2)
-    rows = rows[rows.any(-1)]
-    if len(rows) > 0 and bool((rows.mean(-1).abs() <= most * rows.square().mean(-1).sqrt()).all()):
+        centred = is_centred(embedding.weight, model.cfg.dtype)
+    if centred:
         raise ValueError(
             "the weights of this model are centred (compatibility mode or process_weights), which changes the residual "
             "basis; load it with refusal_mi.load_model(...) or TransformerBridge.boot_transformers(...) and raw weights"
         )
 
 
-_N_ROWS = 256
 BlockPoint = Literal[
     "hook_resid_pre",
     "hook_resid_mid",

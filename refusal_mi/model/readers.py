@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
+from .families import FAMILIES, text_config
 from .hooked import hf_weights, is_hooked_transformer, linear_maps, norm_of
 from .points import (
     Component,
@@ -23,7 +24,7 @@ from .points import (
     parameters_of,
     quantization_of,
 )
-from .writers import FAMILIES, Layout, Writer, build_skeleton, classify, text_config
+from .writers import Layout, Writer, build_skeleton, classify
 
 Norm = Callable[[Tensor], Tensor]
 _CHUNK = 4096

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..text.batches import left_pad
+from .families import nearest_type
 from .points import BlockPoint, Hook, HookedModel, block_hook, embedding_rows, model_device, model_type
 from .running import all_logits, running
-from .writers import nearest_type
 
 N_TOKENS = 12
 TOLERANCE = 2.0

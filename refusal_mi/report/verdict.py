@@ -272,8 +272,8 @@ def _beside(record: RunRecord) -> list[str]:
     scores = [f"{extent([row.bypass for row in rows])} with {name}" for name, rows in kinds if rows]
     shares = [f"{extent([row.share_of_stream for row in rows], '.1%')} by {name}" for name, rows in kinds if rows]
     return [
-        f"With it ablated the mean refusal score of the first harmful validation prompts is {extent([chosen.bypass])} nats, "
-        f"{', '.join(scores)}; {chosen.share_of_stream:.1%} of the stream is removed, {', '.join(shares)}."
+        "With it ablated the mean refusal score of the first harmful validation prompts is "
+        f"{extent([chosen.bypass])} nats, {', '.join(scores)}; {chosen.share_of_stream:.1%} of the stream is removed, {', '.join(shares)}."
     ]
 
 

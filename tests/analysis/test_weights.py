@@ -6,9 +6,9 @@ import torch
 from refusal_mi.analysis.logits import direction_logits
 from refusal_mi.analysis.weights import weight_alignment
 from refusal_mi.errors import UserError
+from refusal_mi.model.families import FAMILIES
 from refusal_mi.model.readers import ModelWeights, NormMap, named_weights, norm_before, readers
 from refusal_mi.model.running import read_out
-from refusal_mi.model.writers import FAMILIES
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.cases import HARMFUL
 from tests.helpers.directions import direction_of, random_direction

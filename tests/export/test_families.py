@@ -13,7 +13,7 @@ from refusal_mi.export.export import export_checkpoint
 from refusal_mi.export.plan import plan_export
 from refusal_mi.export.rewrite import rewrite
 from refusal_mi.interventions import Ablate
-from refusal_mi.model import writers
+from refusal_mi.model import families
 from refusal_mi.model.loading import load_model
 from refusal_mi.weights import Projection
 from tests.helpers.directions import random_direction
@@ -35,7 +35,7 @@ from tests.helpers.tiers import first_is_fast
 
 
 def test_every_family_that_is_known_is_tried_here():
-    assert set(writers.FAMILIES) == {*EXACT, *POST_NORM, *OTHERS, *INSIDE_TOWERS}
+    assert set(families.FAMILIES) == {*EXACT, *POST_NORM, *OTHERS, *INSIDE_TOWERS}
     page = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
     assert [name for name in OTHERS if not re.search(rf"\b{name}\b", page)] == []
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.families import PAGE, TYPES, page, try_type
-from refusal_mi.model.writers import FAMILIES
+from refusal_mi.model.families import FAMILIES
 from tests.helpers.tiers import first_is_fast
 
 TRIED = (

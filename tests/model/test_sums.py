@@ -5,9 +5,9 @@ import torch
 
 from refusal_mi.errors import UserError
 from refusal_mi.model import loading
+from refusal_mi.model.families import nearest_type
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.sums import allowed, check_sums, unexplained
-from refusal_mi.model.writers import nearest_type
 from tests.helpers.models import FAMILIES, N_LAYERS, save_tiny
 
 
