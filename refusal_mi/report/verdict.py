@@ -273,7 +273,8 @@ def _beside(record: RunRecord) -> list[str]:
     shares = [f"{extent([row.share_of_stream for row in rows], '.1%')} by {name}" for name, rows in kinds if rows]
     return [
         "With it ablated the mean refusal score of the first harmful validation prompts is "
-        f"{extent([chosen.bypass])} nats, {', '.join(scores)}; {chosen.share_of_stream:.1%} of the stream is removed, {', '.join(shares)}."
+        f"{extent([chosen.bypass])} nats, {', '.join(scores)}; "
+        f"{chosen.share_of_stream:.1%} of the stream is removed, {', '.join(shares)}."
     ]
 
 
