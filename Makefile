@@ -81,6 +81,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.generation --model 110m
 	$(BIN)/python -m benchmarks.losses
 	$(BIN)/python -m benchmarks.losses --model 110m
+	$(BIN)/python -m benchmarks.checks
+	$(BIN)/python -m benchmarks.checks --model 110m
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python benchmarks/export_memory.py
 	$(BIN)/python -m benchmarks.table
