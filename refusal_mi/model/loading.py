@@ -27,6 +27,7 @@ from .points import (
     write_hooks,
 )
 from .sums import check_sums
+from .wrappers import round_rotations
 
 ORGANISM = Path(__file__).parents[1] / "organism" / "model"
 """Directory of the embedded demonstration model."""
@@ -99,6 +100,7 @@ def load_model(
         model.eval()
         _place_inputs(model)
         name_mixers(model)
+        round_rotations(model)
         check_raw_basis(model)
         _check_writes(model, name)
     except UserError:

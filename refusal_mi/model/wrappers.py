@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .points import Hook
 
@@ -35,6 +35,35 @@ class Wrapper:
     wrapper: Any
     original: nn.Module
     is_hooked: bool = False
+
+
+class Rounded:
+    """A torch hook that gives rotated queries and keys the dtype of the attention's weights."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+
+    def __call__(self, point: nn.Module, args: Any, output: Tensor) -> Tensor:
+        dtype = next(weight.dtype for weight in self.attention.parameters() if weight.is_floating_point())
+        return output.to(dtype)
+
+
+def round_rotations(model: Any) -> None:
+    """Let the bridge rotate as OLMo does: in float32, and back to the dtype of queries and keys.
+
+    TransformerLens rotates as llama does, whose sines and cosines have that dtype; of OLMo's it multiplies float32
+    patterns with values of half precision, which torch refuses.
+    """
+    rotary = getattr(getattr(getattr(model, "original_model", None), "model", None), "rotary_emb", None)
+    rotary = getattr(rotary, "original_component", rotary)
+    if not type(rotary).__name__.startswith(("Olmo", "FlexOlmo")):
+        return
+    for block in model.blocks:
+        attention: Any = getattr(block, "attn", None)
+        for name in ("hook_rot_q", "hook_rot_k"):
+            point = getattr(attention, name, None)
+            if isinstance(point, nn.Module):
+                point.register_forward_hook(Rounded(attention.original_component))
 
 
 class Fire:
@@ -135,7 +164,9 @@ def _has_hooks(module: nn.Module) -> bool:
     )
     if not any(kinds):
         return False
-    hooks = [hook for kind in kinds for hook in kind.values()]
+    hooks = [hook for kind in kinds for hook in kind.values() if not isinstance(hook, Rounded)]
+    if not hooks:
+        return False
     return hasattr(module, "fwd_hooks") or not all(_module_of(hook).startswith(OWN_HOOKS) for hook in hooks)
 
 
