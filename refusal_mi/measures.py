@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from .errors import UserError
 from .interventions import Intervention, all_hooks
 from .model.points import Hook, HookedModel, explain_layer, model_device
 from .model.running import all_logits, batches, last_logits, read_out, residuals, running
+from .options import KLFormula
 from .precision import as_double, finite, told
 from .text.batches import TokenBatch
 from .text.chat import ChatFormat
@@ -36,10 +37,6 @@ def refusal_score(logits: Float[Tensor, "batch d_vocab"], refusal_tokens: Sequen
 def log_odds(p: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """ln(p + 1e-8) − ln(1 − p + 1e-8), in nats."""
     return (p + SCORE_EPSILON).log() - (1 - p + SCORE_EPSILON).log()
-
-
-KLFormula = Literal["exact", "published"]
-"""Σ p (ln p − ln q); or the one of the published code, Σ p (ln(p + 1e-6) − ln(q + 1e-6))."""
 
 
 def kl_nats(

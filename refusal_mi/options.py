@@ -11,6 +11,8 @@ from .errors import UserError
 
 Quantization = Literal["bnb-4bit", "bnb-8bit"]
 """bitsandbytes, on CUDA."""
+KLFormula = Literal["exact", "published"]
+"""Σ p (ln p − ln q); or the one of the published code, Σ p (ln(p + 1e-6) − ln(q + 1e-6))."""
 Positions = Literal["all", "prompt", "response"]
 """Where an intervention acts: everywhere; on the prompt; or from the last prompt token on (it writes the first
 answer token) and on every generated token."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from ..errors import UserError
-from ..measures import KLFormula
 from ..options import (
     AllowSpecialTokens,
     BatchSize,
     JudgeModel,
     JudgeName,
+    KLFormula,
     Option,
     Quantization,
     RefusalTokens,

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..directions import DirectionGrid
 from ..errors import UserError
-from ..measures import KLFormula, RefusalTokens
+from ..measures import RefusalTokens
 from ..model.points import HookedModel
+from ..options import KLFormula
 from ..progress import track
 from ..text.chat import ChatFormat
 from .grid import ScoreGrid

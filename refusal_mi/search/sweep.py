@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..directions import DirectionGrid
 from ..errors import UserError
-from ..measures import KLFormula, RefusalPrefixes, RefusalTokens, kl_nats
+from ..measures import RefusalPrefixes, RefusalTokens, kl_nats
 from ..model.points import HookedModel, check_raw_basis
 from ..model.running import check_fits
+from ..options import KLFormula
 from ..progress import track
 from ..text.chat import ChatFormat
 from .grid import ScoreGrid, finite_mean, median_of

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from scipy.stats import t
 
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, read_record
@@ -102,7 +103,7 @@ def test_the_interval_of_a_change_is_that_of_paired_differences(setting, tmp_pat
     ]
     changes = torch.tensor(p[1], dtype=torch.float64) - torch.tensor(p[0], dtype=torch.float64)
     point = found.at(LAST, 1.0)
-    half = 1.959964 * changes.std().item() / len(changes) ** 0.5
+    half = t.ppf(0.975, len(changes) - 1) * changes.std().item() / len(changes) ** 0.5
     assert point.delta == pytest.approx(changes.mean().item())
     assert (point.delta_low, point.delta_high) == pytest.approx((point.delta - half, point.delta + half), abs=1e-6)
     assert found.at(LAST, 0.0).delta_low == found.at(LAST, 0.0).delta_high == 0
