@@ -282,7 +282,7 @@ def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
     figure = go.Figure()
     for index, group in enumerate(shown):
         intervals = [mean_interval(by_group[group][name].tolist()) for name in names]
-        label = f"{draw.plain(group)} (n = {len(result.projections[group])})"
+        label = f"{group} (n = {len(result.projections[group])})"
         figure.add_trace(
             go.Bar(
                 y=names,
@@ -292,7 +292,7 @@ def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
                 name=label,
                 legendgroup=label,
                 marker=draw.bars(index),
-                hovertemplate=f"<b>{draw.plain(group)}</b>, %{{y}}<br>%{{x:.4f}}<extra></extra>",
+                hovertemplate=f"<b>{group}</b>, %{{y}}<br>%{{x:.4f}}<extra></extra>",
             )
         )
     figure.update_layout(bargap=0.25, bargroupgap=0.05)

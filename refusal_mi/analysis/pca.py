@@ -215,7 +215,7 @@ def plot_pca(result: PcaResult) -> go.Figure:
                 kinds = zip(result.groups, result.outcomes, strict=True)
                 rows = [prompt for prompt, kind in enumerate(kinds) if kind == (group, outcome)]
                 if rows:
-                    name = f"{draw.plain(group)}{f', {outcome}' if outcome else ''} (n = {len(rows)})"
+                    name = f"{group}{f', {outcome}' if outcome else ''} (n = {len(rows)})"
                     trace = _points(result, row, rows, name, index, is_filled=_FILLED[outcome])
                     figure.add_trace(trace, row=1, col=row + 1)
         first, second = (100 * float(value) for value in result.explained[row, :2])

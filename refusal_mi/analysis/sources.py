@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import circuitsvis
 import plotly.graph_objects as go
 import torch
 from einops import einsum, repeat
@@ -196,7 +197,10 @@ def sources_page(result: SourcesResult) -> str:
         rows = {"all shown heads": values.sum(0)}
         rows |= dict(zip(draw.head_names(result.heads), values, strict=True))
         for name, row in rows.items():
-            views.append(draw.View(f"Prompt {index + 1}, {name}", draw.colored_tokens(tokens, row, largest)))
+            view = circuitsvis.tokens.colored_tokens(
+                draw.shown_tokens(tokens), row, min_value=-largest, max_value=largest
+            )
+            views.append(draw.View(f"Prompt {index + 1}, {name}", view))
     place = f"written at position {draw.signed(result.position)}"
     scale = f"{draw.SIGNS}, up to ±{largest:.3g}"
     about = f"{result.model_name} · {len(result.tokens)} prompts · {_UNIT}, {place} · {scale}"

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import circuitsvis
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
@@ -163,13 +164,13 @@ _MAX_VIEWS = 12
 def plot_trace(result: TraceResult) -> go.Figure:
     """Mean ± SD of the projection at every token of the answer, one panel a group; the template's tokens come first."""
     groups = list(dict.fromkeys(result.groups))
-    figure = draw.panels([f"<b>{draw.plain(group)} prompts</b> (n = {result.groups.count(group)})" for group in groups])
+    figure = draw.panels([f"<b>{group} prompts</b> (n = {result.groups.count(group)})" for group in groups])
     x = [index - result.n_template + 1 for index in range(result.values.shape[-1])]
     for column, group in enumerate(groups, start=1):
         place = {"row": 1, "col": column}
-        for index, named in enumerate(result.conditions):
-            mean, sd, count = result.means(named, group)
-            condition, shown = draw.plain(named), int((count > 0).sum())
+        for index, condition in enumerate(result.conditions):
+            mean, sd, count = result.means(condition, group)
+            shown = int((count > 0).sum())
             low, high = (mean - sd)[:shown].tolist(), (mean + sd)[:shown].tolist()
             figure.add_trace(draw.band(x[:shown], low, high, condition, draw.group_style(index)), **place)
             hover = f"<b>{condition}</b>, token %{{x}}<br>%{{y:.3f}}, %{{customdata:.0f}} answers<extra></extra>"
@@ -198,7 +199,9 @@ def trace_page(result: TraceResult) -> str:
         for index, condition in enumerate(result.conditions):
             tokens = result.tokens[index][prompt]
             values = result.values[index, prompt, : len(tokens)]
-            view = draw.colored_tokens(tokens, values, largest)
+            view = circuitsvis.tokens.colored_tokens(
+                draw.shown_tokens(tokens), values, min_value=-largest, max_value=largest
+            )
             views.append(draw.View(f"{result.groups[prompt]} prompt {prompt + 1}, {condition}", view))
     about = f"{result.model_name} · {_UNIT} at layer {result.layer} · {draw.SIGNS}, up to ±{largest:.3g}"
     return draw.page("The direction through the answer", about, views)
@@ -212,9 +215,8 @@ def plot_trace_single(result: TraceResult) -> go.Figure:
         x = [place - result.n_template + 1 for place in range(len(tokens))]
         y = result.values[index, 0, : len(tokens)].tolist()
         labels = [draw.shortened(token) for token in draw.shown_tokens(tokens)]
-        name = draw.plain(condition)
-        hover = f"<b>{name}</b>, token %{{x}} '%{{customdata}}'<br>%{{y:.3f}}"
-        draw.add_line(figure, x, y, name, draw.group_style(index), hover, labels)
+        hover = f"<b>{condition}</b>, token %{{x}} '%{{customdata}}'<br>%{{y:.3f}}"
+        draw.add_line(figure, x, y, condition, draw.group_style(index), hover, labels)
     _mark_start(figure)
     figure.update_yaxes(title=_UNIT)
     about = (

@@ -432,14 +432,6 @@ def page(title: str, about: str, views: Sequence[View]) -> str:
     )
 
 
-def colored_tokens(tokens: Sequence[str], values: Any, largest: float) -> Any:
-    """Vocabulary entries on a scale up to ±largest; circuitsvis would read markup in them."""
-    import circuitsvis
-
-    texts = [html.escape(text, quote=False) for text in shown_tokens(tokens)]
-    return circuitsvis.tokens.colored_tokens(texts, values, min_value=-largest, max_value=largest)
-
-
 def shown_tokens(tokens: Sequence[str]) -> list[str]:
-    """Vocabulary entries as people read them."""
+    """Vocabulary entries as circuitsvis shows them."""
     return [token_text(token) for token in tokens]
