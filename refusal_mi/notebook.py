@@ -144,11 +144,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
     """
     if not rows:
         raise UserError("a table needs at least one row")
-    lines = [
-        [_cell(name) for name in rows[0]],
-        ["---"] * len(rows[0]),
-        *([_cell(value) for value in row.values()] for row in rows),
-    ]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     say("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
@@ -246,10 +242,6 @@ def _keep_browser() -> None:
     atexit.register(kaleido.stop_sync_server, silence_warnings=True)
 
 
-_MARKUP = {ord(character): f"\\{character}" for character in "*`~\\|$"}
-"""Of Markdown and formulas, as it stands for itself; what else could fetch something is HTML or a link."""
-
-
 def _cell(value: Any) -> str:
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    return escape(" ".join(text.split()), quote=False).translate(_MARKUP).replace("](", "]&#40;")
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
-from html import unescape
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -205,27 +204,6 @@ def test_table_escapes_what_models_write(monkeypatch: pytest.MonkeyPatch) -> Non
     assert shown[0].splitlines()[-1] == "| &lt;script&gt;a\\|b&lt;/script&gt; c | 0.500 |"
     with pytest.raises(UserError, match="at least one row"):
         table([])
-
-
-@pytest.mark.parametrize(
-    ("text", "danger"),
-    [
-        ("![x](http://elsewhere/x.png)", "<img"),
-        ("[x](data:text/html,x)", 'href="data:'),
-        ("<img src=http://elsewhere/x.png >", "<img"),
-        ("**b** `c` ~~d~~ $e$ \\\\ f", "<strong>b.*<code>c.*<del>d"),
-    ],
-)
-def test_what_models_write_is_shown_as_text_and_fetches_nothing(text, danger, monkeypatch):
-    from nbconvert.filters.markdown import markdown2html
-
-    shown: list[str] = []
-    monkeypatch.setattr("refusal_mi.notebook.say", shown.append)
-    table([{"answer": text, text: "[+0.19, +0.42]"}])
-    page = markdown2html(shown[0])
-    assert not re.search(danger, page) and "[+0.19, +0.42]" in page
-    assert unescape(re.sub("<[^>]*>", "", page)).count(text) == 2
-    assert re.search(danger, markdown2html(f"| a | b |\n| --- | --- |\n| {text} | 1 |")), "the control: unescaped"
 
 
 def test_a_change_cannot_take_the_column_of_prompts(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
