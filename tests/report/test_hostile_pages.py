@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from refusal_mi.analysis import KINDS
 from refusal_mi.analysis.result import draw_all, load_result
@@ -20,6 +21,7 @@ from refusal_mi.figures.save import save_figures
 from refusal_mi.files import write_json
 from refusal_mi.measures import ABPoint, ABSweep
 from refusal_mi.model.loading import load_model
+from refusal_mi.notebook import say, table
 from refusal_mi.report.page import write_report
 from tests.helpers.browser import find_chromium, open_browser
 from tests.helpers.cases import HARMFUL, HARMLESS, Words, analyses
@@ -48,7 +50,7 @@ pytestmark = pytest.mark.slow
 
 MODEL = FOLDER.replace(BIDI, "�")
 GROUPS = (f"{RUN_LINK}{MATH}", f"<b>b</b><br>{PICTURE}{BIDI}")
-DIRECTIONS = (f"<sup>s</sup>\"'{REMOTE}{MATH}", f"%{{x}}{LINK}")
+DIRECTIONS = (f"<sup>s</sup>\"'{LINK}{MATH}", f"%{{x}}{REMOTE}")
 CONDITIONS = (IMAGE, f"{LINK}{SCRIPT}", f"&lt;{BELL}%{{y}}")
 PROMPTS = [f"{markup} {text}" for markup, text in zip(MARKUP, [*HARMFUL, *HARMLESS], strict=False)]
 IN_GROUPS = tuple(name.replace(BIDI, "�") for name in GROUPS)
@@ -220,6 +222,52 @@ def test_control_a_report_without_escapes_runs_scripts_and_loads_pictures(browse
     elements = foreign(browser)
     assert "A SCRIPT RAN" in elements and any(each.startswith("<img") for each in elements)
     assert any(HOST in address for address in browser.requests)
+
+
+@pytest.fixture
+def notebook(monkeypatch) -> list[str]:
+    """What is shown as Markdown."""
+    displayed: list[str] = []
+    monkeypatch.setattr("IPython.display.display", lambda shown: displayed.append(shown.data))
+    return displayed
+
+
+def write_markdown(path: Path, markdown: str) -> Path:
+    """A page of Markdown as notebooks render it, HTML in it included."""
+    body = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
+    path.write_text(f'<!doctype html><meta charset="utf-8"><body>{body}</body>', "utf-8")
+    return path
+
+
+NAIVE = [
+    f"{markup} {PICTURE}\n[ref]: http://{HOST}/\n" for markup in (*MARKUP, *TOKENS, "`", "```\n", "*a* _b_ ~~c~~ |")
+]
+
+
+def test_tables_of_a_notebook_show_text_as_text(browser, notebook, tmp_path):
+    table([{IMAGE: text, "*n*": 0.5} for text in NAIVE])
+    text = check(browser, write_markdown(tmp_path / "table.html", notebook[0]), IMAGE, "*n*", "0.500")
+    assert [each for each in NAIVE if " ".join(each.split()) not in text] == []
+    assert browser.evaluate("document.querySelectorAll('td').length") == 2 * len(NAIVE)
+    assert browser.evaluate("document.querySelectorAll('em, code, del, strong').length") == 0
+
+
+def test_paragraphs_of_a_notebook_load_and_link_nothing(browser, notebook, tmp_path):
+    for text in NAIVE:
+        say(f"**bold** {text}, and in code `{text}`")
+    for number, shown in enumerate(notebook):
+        check(browser, write_markdown(tmp_path / f"{number}.html", shown), "bold")
+    say(f"`{LINK}`, `<|im_end|>`, [0.94, 1.00]")
+    assert notebook[-1].replace("\u2060", "") == f"`{LINK}`, `<|im_end|>`, [0.94, 1.00]"
+    check(browser, write_markdown(tmp_path / "code.html", notebook[-1]), LINK, "<|im_end|>, [0.94, 1.00]")
+
+
+def test_control_markdown_as_it_comes_loads_pictures_and_runs_scripts(browser, tmp_path):
+    browser.open(write_markdown(tmp_path / "naive.html", "\n\n".join(NAIVE)), width=1280)
+    found = foreign(browser)
+    assert "A SCRIPT RAN" in found and {f'<img src="http://{HOST}/m.png" alt="x">'} <= set(found)
+    assert any(each.startswith("<a ") for each in found)
+    assert f"http://{HOST}/m.png" in browser.requests
 
 
 def test_figures_of_other_commands_show_text_as_text(browser, tmp_path):
