@@ -1,4 +1,4 @@
-"""How often the intervals hold what they should: `python -m benchmarks.coverage` writes the table of docs/statistics.md."""
+"""How often intervals hold what they should: `python -m benchmarks.coverage` writes the table of docs/statistics.md."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -200,6 +200,20 @@ def read_record(path: Path, kind: Any) -> Any:
         ) from None
 
 
+def checked(kind: Any, value: Any) -> Any:
+    """A JSON value as a type says it, lists as its tuples.
+
+    Raises:
+        ValueError: it does not hold what the type says.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        raise ValueError(_first_of(error)) from None
+
+
 def parsed(parse: Callable[[Any], Any]) -> Any:
     """For an annotation: the field is read by a function of its JSON value, of a form that the type does not say."""
     from pydantic import PlainValidator
@@ -215,15 +229,7 @@ def parsed(parse: Callable[[Any], Any]) -> Any:
 
 def with_values(kind: type, values: Mapping[str, Any]) -> Any:
     """For an annotation: a dataclass that is read with these values where the file, an older one, has none."""
-    from pydantic import TypeAdapter, ValidationError
-
-    def read(value: Any) -> Any:
-        try:
-            return TypeAdapter(kind).validate_json(json.dumps({**values, **value}), strict=True)
-        except ValidationError as error:
-            raise ValueError(_first_of(error)) from None
-
-    return parsed(read)
+    return parsed(lambda value: checked(kind, {**values, **value}))
 
 
 def _first_of(error: "ValidationError") -> str:

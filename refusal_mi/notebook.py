@@ -6,13 +6,13 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from .directions import Direction, layer_rows
 from .errors import UserError
 from .interventions import Intervention
+from .markdown import literal, without_media
 from .measures import ScoredText
 from .model.points import HookedModel
 from .run.combos import CombosResult
@@ -130,21 +130,22 @@ def show_static(width: int = 1080) -> None:
 
 
 def say(text: str) -> None:
-    """Show a paragraph of Markdown with computed numbers in it."""
+    """Show a paragraph of Markdown with computed numbers in it; pictures, links and HTML in it are shown as text."""
     from IPython.display import Markdown, display
 
-    display(Markdown(text))
+    display(Markdown(without_media(text)))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Show rows of equal keys as a table; floats with three digits.
+    """Show rows of equal keys as a table; floats with three digits, texts as they are, none of it as Markdown.
 
     Raises:
         UserError: there are no rows.
     """
     if not rows:
         raise UserError("a table needs at least one row")
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    lines = [[_cell(name) for name in rows[0]], ["---"] * len(rows[0]), *cells]
     say("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
@@ -243,5 +244,4 @@ def _keep_browser() -> None:
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    return literal(f"{value:.3f}" if isinstance(value, float) else str(value))

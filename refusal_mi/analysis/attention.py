@@ -15,6 +15,7 @@ from torch import Tensor
 from ..directions import Direction
 from ..errors import UserError
 from ..figures import style as draw
+from ..figures.views import View, page, shown_tokens
 from ..model.points import HookedModel, block_hook
 from ..model.running import batches
 from ..precision import as_double
@@ -208,10 +209,11 @@ def plot_attention(result: AttentionResult) -> go.Figure:
 
 def plot_attention_heads(result: AttentionResult) -> go.Figure:
     """Mean attention of each head by region, one panel a variant."""
-    figure, rows = draw.panels(result.variants, gap=0.03), draw.head_names(result.heads)
+    rows, regions = draw.head_names(result.heads), [draw.plain(region) for region in result.regions]
+    figure = draw.panels([draw.plain(name) for name in result.variants], gap=0.03)
     for column, values in enumerate(result.mass.mean(1), start=1):
         hover = "%{y}, %{x}<br>%{z:.4f}"
-        trace = draw.heatmap(values, result.regions, rows, "attention (fraction)", hover=hover, limits=(0.0, 1.0))
+        trace = draw.heatmap(values, regions, rows, "attention (fraction)", hover=hover, limits=(0.0, 1.0))
         trace.showscale = column == len(result.variants)
         figure.add_trace(trace, row=1, col=column)
     draw.categories(figure)
@@ -227,28 +229,28 @@ def attention_page(result: AttentionResult) -> str:
     """The whole attention patterns of the heads on the first prompt, with the suffix."""
     view = circuitsvis.attention.attention_heads(
         result.example_pattern,
-        draw.shown_tokens(result.example_tokens),
+        shown_tokens(result.example_tokens),
         draw.head_names(result.heads),
         mask_upper_tri=True,
     )
     about = f"{result.model_name} · first prompt with the given suffix"
-    return draw.page("Attention patterns of the heads that write the direction", about, [draw.View("Heads", view)])
+    return page("Attention patterns of the heads that write the direction", about, [View("Heads", view)])
 
 
 def _bars(
     result: AttentionResult, variant: str, values: Float[Tensor, "prompt region"], index: int, number: str
 ) -> go.Bar:
     intervals = [mean_interval(column.tolist()) for column in values.T]
-    counts = result.n_tokens[index].mean(0).tolist()
+    counts, name = result.n_tokens[index].mean(0).tolist(), draw.plain(variant)
     return go.Bar(
-        x=list(result.regions),
+        x=[draw.plain(region) for region in result.regions],
         y=[mean for mean, _, _ in intervals],
         error_y=draw.interval_bars(intervals, 4),
-        name=variant,
-        legendgroup=variant,
+        name=name,
+        legendgroup=name,
         marker=draw.bars(index),
         customdata=counts,
-        hovertemplate=f"<b>{variant}</b>, %{{x}} (%{{customdata:.1f}} tokens)<br>{number}<extra></extra>",
+        hovertemplate=f"<b>{name}</b>, %{{x}} (%{{customdata:.1f}} tokens)<br>{number}<extra></extra>",
     )
 
 

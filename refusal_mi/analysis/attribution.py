@@ -282,7 +282,8 @@ def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
     figure = go.Figure()
     for index, group in enumerate(shown):
         intervals = [mean_interval(by_group[group][name].tolist()) for name in names]
-        label = f"{group} (n = {len(result.projections[group])})"
+        name = draw.plain(group)
+        label = f"{name} (n = {len(result.projections[group])})"
         figure.add_trace(
             go.Bar(
                 y=names,
@@ -292,7 +293,7 @@ def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
                 name=label,
                 legendgroup=label,
                 marker=draw.bars(index),
-                hovertemplate=f"<b>{group}</b>, %{{y}}<br>%{{x:.4f}}<extra></extra>",
+                hovertemplate=f"<b>{name}</b>, %{{y}}<br>%{{x:.4f}}<extra></extra>",
             )
         )
     figure.update_layout(bargap=0.25, bargroupgap=0.05)

@@ -204,9 +204,10 @@ def plot_harm(result: HarmResult) -> go.Figure:
     figure = draw.panels(titles, gap=0.1, shares_y=False, widths=[0.62, 0.38])
     for index, group in enumerate(result.groups):
         delta, scores = result.deltas[group], result.scores[group]
-        name = f"{group} (n = {len(scores)})"
+        label = draw.plain(group)
+        name = f"{label} (n = {len(scores)})"
         hover = (
-            f"<b>{group}</b>, prompt %{{customdata[0]}}<br>Δharm %{{x:.3f}}, Δrefuse %{{y:.3f}}"
+            f"<b>{label}</b>, prompt %{{customdata[0]}}<br>Δharm %{{x:.3f}}, Δrefuse %{{y:.3f}}"
             "<br>refusal score %{customdata[1]:.2f} nats<extra></extra>"
         )
         figure.add_trace(

@@ -213,9 +213,10 @@ def plot_pca(result: PcaResult) -> go.Figure:
         for index, group in enumerate(dict.fromkeys(result.groups)):
             for outcome in dict.fromkeys(result.outcomes):
                 kinds = zip(result.groups, result.outcomes, strict=True)
-                rows = [prompt for prompt, kind in enumerate(kinds) if kind == (group, outcome)]
+                rows = [prompt for prompt, each in enumerate(kinds) if each == (group, outcome)]
                 if rows:
-                    name = f"{group}{f', {outcome}' if outcome else ''} (n = {len(rows)})"
+                    kind = f"{group}, {outcome}" if outcome else group
+                    name = f"{draw.plain(kind)} (n = {len(rows)})"
                     trace = _points(result, row, rows, name, index, is_filled=_FILLED[outcome])
                     figure.add_trace(trace, row=1, col=row + 1)
         first, second = (100 * float(value) for value in result.explained[row, :2])

@@ -195,7 +195,7 @@ def _cosine(weight: Float[Tensor, " d_model"], unit: Float[Tensor, " d_model"]) 
 def plot_probes(result: ProbesResult) -> go.Figure:
     """Cross-validated AUC of both probes at every position, over the range that shuffled labels reach."""
     layers = range(result.auc.shape[2])
-    figure = draw.panels(result.methods)
+    figure = draw.panels([draw.plain(method) for method in result.methods])
     for column, method in enumerate(result.methods, start=1):
         place, row = {"row": 1, "col": column}, column - 1
         null = "shuffled labels (range over positions)"
@@ -206,7 +206,8 @@ def plot_probes(result: ProbesResult) -> go.Figure:
         figure.add_trace(trace, **place)
         for index, (name, style) in enumerate(draw.position_styles(result.positions, result.position_tokens)):
             hover = (
-                f"<b>{method}</b><br>position {name}, layer %{{x}}<br>AUC %{{y:.3f}} ± %{{customdata[0]:.3f}}"
+                f"<b>{draw.plain(method)}</b><br>position {name}, layer %{{x}}"
+                "<br>AUC %{y:.3f} ± %{customdata[0]:.3f}"
                 "<br>shuffled %{customdata[1]:.3f} to %{customdata[2]:.3f}"
             )
             columns = (result.auc_sd, result.null_low, result.null_high)
@@ -223,10 +224,10 @@ def plot_probes(result: ProbesResult) -> go.Figure:
 def plot_probe_cosines(result: ProbesResult) -> go.Figure:
     """Cosine of each probe, fitted on all prompts, with the direction."""
     layers = range(result.auc.shape[2])
-    figure = draw.panels(result.methods)
+    figure = draw.panels([draw.plain(method) for method in result.methods])
     for column, method in enumerate(result.methods, start=1):
         for index, (name, style) in enumerate(draw.position_styles(result.positions, result.position_tokens)):
-            hover = f"<b>{method}</b><br>position {name}, layer %{{x}}<br>cosine %{{y:.3f}}"
+            hover = f"<b>{draw.plain(method)}</b><br>position {name}, layer %{{x}}<br>cosine %{{y:.3f}}"
             values = draw.gaps(result.cosines[column - 1, index])
             draw.add_line(figure, layers, values, name, style, hover, row=1, col=column)
         draw.zero_line(figure, row=1, col=column)

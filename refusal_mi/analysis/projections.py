@@ -175,8 +175,8 @@ def _lines(result: ProjectionsResult, measure: Measure, unit: str, title: str) -
         place, slot = {"row": 1, "col": column}, result.positions.index(position)
         for index, group in enumerate(result.group_names):
             rows = result.rows(group)
-            name, style = f"{group} (n = {len(rows)})", draw.group_style(index)
-            hover = f"<b>{group}</b>, layer %{{x}}<br>%{{y:.4f}} ± %{{customdata:.4f}}"
+            name, style = f"{draw.plain(group)} (n = {len(rows)})", draw.group_style(index)
+            hover = f"<b>{draw.plain(group)}</b>, layer %{{x}}<br>%{{y:.4f}} ± %{{customdata:.4f}}"
             draw.add_spread(figure, values[rows, slot], name, style, hover, **place)
         mean, hover = control[:, slot].mean(0).tolist(), "random direction, layer %{x}<br>%{y:.4f}"
         draw.add_line(figure, layers, mean, "random direction, all prompts", draw.CONTROL, hover, None, **place)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_origin
 
 import plotly.graph_objects as go
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import as_json, read_json, read_tensors, sha256_json, write_json, write_tensors
+from ..files import as_json, checked, read_json, read_tensors, sha256_json, write_json, write_tensors
 from ..model.loading import ORGANISM
 from ..model.points import HookedModel, model_source
 from ..model.provenance import describe_model, versions
@@ -62,7 +62,10 @@ class AnalysisResult:
 
     @classmethod
     def _load(cls, record: Mapping[str, Any], tensors: Mapping[str, Any]) -> "AnalysisResult":
-        plain = {name: _tuples(value) for name, value in record["fields"].items()}
+        kinds = {item.name: item.type for item in fields(cls)}
+        plain = {name: _checked(kinds.get(name, Any), value) for name, value in record["fields"].items()}
+        if not all(map(_holds_tensors, tensors.values())):
+            raise ValueError("something other than tensors stands among the tensors")
         return cls(**plain, **tensors, provenance=record["provenance"])
 
     @classmethod
@@ -126,16 +129,20 @@ def load_result(path: Path) -> AnalysisResult:
     record = read_json(path)
     if not is_result_record(record):
         raise UserError(f"{path} is not an analysis result: expected a JSON object with {sorted(_RECORD_KEYS)}")
-    tensors = read_tensors(path.with_suffix(".pt"))
+    tensors, kind = read_tensors(path.with_suffix(".pt")), result_class(record["kind"])
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path.with_suffix('.pt')} does not hold the tensors of an analysis result by name")
     try:
-        return result_class(record["kind"])._load(record, tensors)
-    except TypeError as error:
-        raise UserError(f"{path} was saved by another version of this analysis: {error}") from None
+        return kind._load(record, tensors)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or was saved by another version of this analysis: {error}") from None
 
 
 def is_result_record(record: Any) -> bool:
     """Whether a JSON value is a saved analysis result."""
-    return isinstance(record, dict) and record.keys() >= _RECORD_KEYS
+    if not isinstance(record, dict) or not record.keys() >= _RECORD_KEYS:
+        return False
+    return isinstance(record["fields"], dict) and isinstance(record["provenance"], dict)
 
 
 def result_class(kind: str) -> type[AnalysisResult]:
@@ -166,18 +173,24 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _checked(kind: Any, value: Any) -> Any:
+    """The JSON value of a field of this type; of tensors JSON holds no more than an empty dict.
+
+    Raises:
+        ValueError: it does not hold what the type says.
+    """
+    is_dict = get_origin(kind) is dict and Tensor in get_args(kind)
+    if not is_dict and not hasattr(kind, "dim_str"):
+        return checked(kind, value)
+    if is_dict and value == {}:
+        return {}
+    raise ValueError("a tensor stands among the numbers and words")
+
+
 def _holds_tensors(value: Any) -> bool:
     if isinstance(value, dict):
         return bool(value) and all(isinstance(entry, Tensor) for entry in value.values())
     return isinstance(value, Tensor)
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_tuples(entry) for entry in value)
-    if isinstance(value, dict):
-        return {key: _tuples(entry) for key, entry in value.items()}
-    return value
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..directions import Direction
 from ..errors import UserError
 from ..figures import style as draw
+from ..figures.views import SIGNS, View, page, shown_tokens
 from ..model.points import BlockPoint, HookedModel, block_hook
 from ..model.readers import ModelWeights
 from ..model.running import batches
@@ -197,14 +198,12 @@ def sources_page(result: SourcesResult) -> str:
         rows = {"all shown heads": values.sum(0)}
         rows |= dict(zip(draw.head_names(result.heads), values, strict=True))
         for name, row in rows.items():
-            view = circuitsvis.tokens.colored_tokens(
-                draw.shown_tokens(tokens), row, min_value=-largest, max_value=largest
-            )
-            views.append(draw.View(f"Prompt {index + 1}, {name}", view))
+            view = circuitsvis.tokens.colored_tokens(shown_tokens(tokens), row, min_value=-largest, max_value=largest)
+            views.append(View(f"Prompt {index + 1}, {name}", view))
     place = f"written at position {draw.signed(result.position)}"
-    scale = f"{draw.SIGNS}, up to ±{largest:.3g}"
+    scale = f"{SIGNS}, up to ±{largest:.3g}"
     about = f"{result.model_name} · {len(result.tokens)} prompts · {_UNIT}, {place} · {scale}"
-    return draw.page("Where in the prompt the heads read the direction from", about, views)
+    return page("Where in the prompt the heads read the direction from", about, views)
 
 
 def _unpadded(result: SourcesResult, prompt: int) -> tuple[list[str], Float[Tensor, "head pos"]]:

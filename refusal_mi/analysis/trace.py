@@ -13,6 +13,7 @@ from torch import Tensor
 from ..directions import Direction
 from ..errors import UserError
 from ..figures import style as draw
+from ..figures.views import SIGNS, View, page, shown_tokens
 from ..generation import generate
 from ..interventions import Ablate, Add, Intervention
 from ..model.points import HookedModel, resid_hook
@@ -164,20 +165,19 @@ _MAX_VIEWS = 12
 def plot_trace(result: TraceResult) -> go.Figure:
     """Mean ± SD of the projection at every token of the answer, one panel a group; the template's tokens come first."""
     groups = list(dict.fromkeys(result.groups))
-    figure = draw.panels([f"<b>{group} prompts</b> (n = {result.groups.count(group)})" for group in groups])
+    figure = draw.panels([f"<b>{draw.plain(group)} prompts</b> (n = {result.groups.count(group)})" for group in groups])
     x = [index - result.n_template + 1 for index in range(result.values.shape[-1])]
     for column, group in enumerate(groups, start=1):
         place = {"row": 1, "col": column}
         for index, condition in enumerate(result.conditions):
+            name = draw.plain(condition)
             mean, sd, count = result.means(condition, group)
             shown = int((count > 0).sum())
             low, high = (mean - sd)[:shown].tolist(), (mean + sd)[:shown].tolist()
-            figure.add_trace(draw.band(x[:shown], low, high, condition, draw.group_style(index)), **place)
-            hover = f"<b>{condition}</b>, token %{{x}}<br>%{{y:.3f}}, %{{customdata:.0f}} answers<extra></extra>"
+            figure.add_trace(draw.band(x[:shown], low, high, name, draw.group_style(index)), **place)
+            hover = f"<b>{name}</b>, token %{{x}}<br>%{{y:.3f}}, %{{customdata:.0f}} answers<extra></extra>"
             means, counts = mean[:shown].tolist(), count[:shown].tolist()
-            trace = draw.line(
-                x[:shown], means, condition, draw.group_style(index), customdata=counts, hovertemplate=hover
-            )
+            trace = draw.line(x[:shown], means, name, draw.group_style(index), customdata=counts, hovertemplate=hover)
             trace.marker.size = 5
             figure.add_trace(trace, **place)
         _mark_start(figure, **place)
@@ -200,11 +200,11 @@ def trace_page(result: TraceResult) -> str:
             tokens = result.tokens[index][prompt]
             values = result.values[index, prompt, : len(tokens)]
             view = circuitsvis.tokens.colored_tokens(
-                draw.shown_tokens(tokens), values, min_value=-largest, max_value=largest
+                shown_tokens(tokens), values, min_value=-largest, max_value=largest
             )
-            views.append(draw.View(f"{result.groups[prompt]} prompt {prompt + 1}, {condition}", view))
-    about = f"{result.model_name} · {_UNIT} at layer {result.layer} · {draw.SIGNS}, up to ±{largest:.3g}"
-    return draw.page("The direction through the answer", about, views)
+            views.append(View(f"{result.groups[prompt]} prompt {prompt + 1}, {condition}", view))
+    about = f"{result.model_name} · {_UNIT} at layer {result.layer} · {SIGNS}, up to ±{largest:.3g}"
+    return page("The direction through the answer", about, views)
 
 
 def plot_trace_single(result: TraceResult) -> go.Figure:
@@ -214,9 +214,10 @@ def plot_trace_single(result: TraceResult) -> go.Figure:
         tokens = result.tokens[index][0]
         x = [place - result.n_template + 1 for place in range(len(tokens))]
         y = result.values[index, 0, : len(tokens)].tolist()
-        labels = [draw.shortened(token) for token in draw.shown_tokens(tokens)]
-        hover = f"<b>{condition}</b>, token %{{x}} '%{{customdata}}'<br>%{{y:.3f}}"
-        draw.add_line(figure, x, y, condition, draw.group_style(index), hover, labels)
+        labels = [draw.shortened(draw.token_text(token)) for token in tokens]
+        name = draw.plain(condition)
+        hover = f"<b>{name}</b>, token %{{x}} '%{{customdata}}'<br>%{{y:.3f}}"
+        draw.add_line(figure, x, y, name, draw.group_style(index), hover, labels)
     _mark_start(figure)
     figure.update_yaxes(title=_UNIT)
     about = (

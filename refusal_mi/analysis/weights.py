@@ -165,7 +165,7 @@ def plot_weights(result: WeightsResult) -> go.Figure:
 def _table(result: WeightsResult, side: Side, limits: tuple[float, float]) -> go.Heatmap:
     values = result.writes if side == "writes" else result.reads
     null = result.writes_null_p95 if side == "writes" else result.reads_null_p95
-    names = result.writer_names if side == "writes" else result.reader_names
+    names = [draw.plain(name) for name in (result.writer_names if side == "writes" else result.reader_names)]
     custom = torch.stack([values, null], dim=-1).tolist()
     hover = (
         "block %{y}, %{x}<br>%{z:.2f} × a random direction<br>norm %{customdata[0]:.4g}, "

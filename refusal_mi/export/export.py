@@ -15,6 +15,7 @@ from ..directions import Direction
 from ..errors import UserError
 from ..files import at_home, sha256_file, write_json, write_text
 from ..interventions import Ablate, Add, Intervention
+from ..markdown import without_media
 from ..model.families import text_config
 from ..model.provenance import display_name, versions
 from ..model.writers import build_skeleton, classify
@@ -101,7 +102,7 @@ _TITLES = {"checkpoint": "Edited weights", "adapter": "LoRA adapter"}
 
 
 def card(report: ExportReport) -> str:
-    """The text of `README.md`; the source's own card lies beside it as `README.source.md`."""
+    """The text of `README.md`, which loads nothing; the source's own card lies beside it as `README.source.md`."""
     removed = [figure.removed for figure in report.figures.values()]
     lines = [
         "---",
@@ -134,7 +135,7 @@ def card(report: ExportReport) -> str:
         "`refusal_mi.json` lists every edited tensor, the directions, versions and hashes.",
         "",
     ]
-    return "\n".join(lines)
+    return without_media("\n".join(lines))
 
 
 def _sentence(step: Step) -> str:

@@ -73,7 +73,7 @@ def plot_losses(losses: Mapping[str, Mapping[str, LossResult]], *, model: str = 
     fills = [("#33508f", ""), ("#c9d3ea", ""), ("#ffffff", "/"), ("#ffffff", "x"), ("#ffffff", "."), ("#8a8a8a", "")]
     for index, label in enumerate(label for label in losses if label != "baseline"):
         deltas = [losses[label][name].ce_loss - base[name].ce_loss for name in base]
-        names.append(intervention_name(label, "harmful"))
+        names.append(plain(intervention_name(label, "harmful")))
         color, pattern = fills[min(index, len(fills) - 1)]
         figure.add_trace(
             go.Bar(
@@ -105,7 +105,7 @@ def plot_losses(losses: Mapping[str, Mapping[str, LossResult]], *, model: str = 
 def _bars(side: SideEffects, name: str, rates: Sequence[Rate], color: str, pattern: str, *, is_first: bool) -> go.Bar:
     intervals = [rate.interval for rate in rates]
     return go.Bar(
-        y=[intervention_name(effect.label, side.side) for effect in side.effects],
+        y=[plain(intervention_name(effect.label, side.side)) for effect in side.effects],
         x=[rate.value for rate in rates],
         orientation="h",
         name=name,
@@ -182,8 +182,8 @@ def plot_combos(
     for winner in (point for point in points if point.is_winner):
         ring = {"color": "rgba(0,0,0,0)", "size": 21, "symbol": "circle", "line": {"color": ACCENT, "width": 2}}
         place = {"x": [winner.ce_loss], "y": [winner.refusal.value], "hoverinfo": "skip"}
-        figure.add_trace(go.Scatter(**place, mode="markers", name=f"winner, {winner.label}", marker=ring))
-        groups.append(f"winner, {winner.label}")
+        groups.append(f"winner, {plain(winner.label)}")
+        figure.add_trace(go.Scatter(**place, mode="markers", name=groups[-1], marker=ring))
     _label(figure, points)
     figure.update_xaxes(title=f"CE loss on {plain(text_set)} (nats per token)", tickformat=".3~f")
     figure.update_yaxes(title="fraction of validation answers that refuse", range=[-0.05, 1.07], dtick=0.25)
@@ -210,7 +210,7 @@ def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
         x=[point.ce_loss for point in points],
         y=[point.refusal.value for point in points],
         mode="markers",
-        text=[point.label for point in points],
+        text=[plain(point.label) for point in points],
         name=group,
         marker={"symbol": symbol, "size": 11, "color": fill, "line": {"color": INK, "width": 1}},
         error_y={

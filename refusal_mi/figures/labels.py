@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from .style import ACCENT, INK, MUTED, counted, finish, group_style, number, subtitle
+from .style import ACCENT, INK, MUTED, counted, finish, group_style, number, plain, subtitle
 
 _GOLDEN = 0.6180339887
 """Multiples of it, modulo 1, fill a line evenly: neighbors in score lie apart, the same in every run."""
@@ -37,7 +37,7 @@ def plot_label_scores(
     for row, (group, refused) in enumerate(rows):
         values = sorted(v for v, flag in zip(scores[group], is_refused[group], strict=True) if bool(flag) == refused)
         heights = [row + _SPREAD * (_GOLDEN * index % 1 - 0.5) for index in range(len(values))]
-        style, name = group_style(0 if refused else 1), f"{group}, {'refused' if refused else 'answered'}"
+        style, name = group_style(0 if refused else 1), f"{plain(group)}, {'refused' if refused else 'answered'}"
         labels.append(f"{name}<br>n = {len(values)}")
         figure.add_trace(
             go.Scatter(

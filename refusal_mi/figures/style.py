@@ -2,8 +2,6 @@
 
 import html
 import math
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +11,11 @@ from jaxtyping import Float
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
+
+from .text import plain as plain
+from .text import quoted as quoted
+from .text import shortened as shortened
+from .text import token_text as token_text
 
 INK, MUTED, GRID, ACCENT, SHADE = "#1a1a1a", "#6b6b6b", "#e4e4e4", "#b3261e", "rgba(120,120,120,0.14)"
 WIDTH = 1080
@@ -42,18 +45,6 @@ def series_styles(n: int) -> list[SeriesStyle]:
         SeriesStyle(color, _DASHES[index % len(_DASHES)], _SYMBOLS[index % len(_SYMBOLS)])
         for index, color in enumerate(colors)
     ]
-
-
-def plain(text: str) -> str:
-    """Text as plotly shows it literally: plotly reads HTML in labels, so `<|im_end|>` would vanish."""
-    return html.escape(text, quote=False)
-
-
-def token_text(token: str) -> str:
-    """A vocabulary entry as people read it: byte-level and sentencepiece spaces, newlines as \\n."""
-    text = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").replace("ĉ", "\t")
-    escaped = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
-    return "".join(escaped.get(c, f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" else c) for c in text)
 
 
 def finish(
@@ -239,11 +230,6 @@ def number(value: float, digits: int = 2) -> str:
     return (text[1:] if float(text) == 0 and text[0] == "-" else text).replace("-", "−")
 
 
-def quoted(token: str) -> str:
-    """A vocabulary entry in quotes."""
-    return plain(f"'{token_text(token)}'")
-
-
 def position_label(position: int, token: str) -> str:
     """−1 '\\n'."""
     return f"{signed(position)} {quoted(token)}" if token else signed(position)
@@ -253,12 +239,6 @@ def position_styles(positions: Sequence[int], tokens: Sequence[str]) -> list[tup
     """Name and style of the line of each position."""
     names = [position_label(*each) for each in zip(positions, tokens, strict=True)]
     return list(zip(names, series_styles(len(names)), strict=True))
-
-
-def shortened(text: str, width: int = 90) -> str:
-    """A prompt in a hover label."""
-    flat = " ".join(text.split())
-    return plain(flat if len(flat) <= width else flat[: width - 1] + "…")
 
 
 def line(x: Sequence[Any], y: Sequence[float | None], name: str, style: SeriesStyle, **extra: Any) -> go.Scatter:
@@ -388,50 +368,3 @@ def _tint(color: str) -> str:
 
 def _parts(color: str) -> list[int]:
     return [int(color[start : start + 2], 16) for start in (1, 3, 5)]
-
-
-_CALL = "CircuitsVis.render("
-_STYLE = f"""
-body {{ font-family: {FONT}; color: {INK}; background: white; max-width: 1080px; margin: 24px auto; padding: 0 16px; }}
-h1 {{ font-size: 20px; margin-bottom: 4px; }}
-p {{ color: {MUTED}; font-size: 13px; }}
-h2 {{ font-size: 15px; margin: 24px 0 0; overflow-wrap: anywhere; }}
-"""
-
-SIGNS = "blue positive, red negative"
-"""The colors that circuitsvis uses."""
-
-
-@dataclass(frozen=True)
-class View:
-    """One circuitsvis view under a heading."""
-
-    heading: str
-    rendered: Any
-    """What a function of circuitsvis returned."""
-
-
-def page(title: str, about: str, views: Sequence[View]) -> str:
-    """A complete page; text of prompts and tokens cannot end the script or add markup."""
-    scripts, bodies = [], []
-    library = ""
-    for view in views:
-        library, call = view.rendered.local_src.rsplit(_CALL, 1)
-        call = call.rsplit("</script>", 1)[0]
-        place = re.search(r'"(circuits-vis-[^"]+)"', call)
-        assert place is not None
-        scripts.append(_CALL + call.replace("</", "<\\/").replace("<!--", "<\\u0021--"))
-        bodies.append(f'<h2>{html.escape(view.heading)}</h2>\n<div id="{place.group(1)}"></div>')
-    library = library.split('<script crossorigin type="module">', 1)[-1]
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    body = "\n".join([f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(about)}</p>", *bodies])
-    script = "\n".join(scripts)
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n'
-        f'<script type="module">\n{library}\n{script}\n</script>\n</body></html>\n'
-    )
-
-
-def shown_tokens(tokens: Sequence[str]) -> list[str]:
-    """Vocabulary entries as circuitsvis shows them."""
-    return [token_text(token) for token in tokens]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..figures.effects import intervention_name
 from ..run.answers import SideEffects
 from ..run.folder import RunRecord
+from ..terminal import is_shown
 
 MAX_CHARACTERS = 6_000
 """Longer answers are cut, visibly."""
@@ -52,15 +53,11 @@ def answer_tables(record: RunRecord) -> list[AnswerTable]:
 
 
 def visible(text: str) -> str:
-    """Text with its control characters as their pictures, so that a broken answer looks broken."""
-    return "".join(
-        chr(0x2400 + ord(c))
-        if ord(c) < 32 and c not in "\n\t"
-        else "␡"
-        if unicodedata.category(c) == "Cc" and c not in "\n\t"
-        else c
-        for c in text
-    )
+    """Text with its control characters as their pictures, so that a broken answer looks broken.
+
+    What would reorder the text around it, or is half of a character, is replaced.
+    """
+    return text if text.isprintable() and text.isascii() else "".join(c if is_shown(c) else _picture(c) for c in text)
 
 
 def _table(record: RunRecord, side: SideEffects) -> AnswerTable:
@@ -86,6 +83,12 @@ def _table(record: RunRecord, side: SideEffects) -> AnswerTable:
             break
         rows.append(row)
     return AnswerTable(side, columns, tuple(rows), total - len(rows))
+
+
+def _picture(c: str) -> str:
+    if unicodedata.category(c) != "Cc":
+        return "�"
+    return chr(0x2400 + ord(c)) if ord(c) < 32 else "␡"
 
 
 def _shortened(text: str) -> str:

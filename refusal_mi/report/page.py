@@ -11,6 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from ..figures.effects import intervention_name, plot_losses, plot_rates
@@ -23,7 +24,7 @@ from ..run.folder import RunRecord
 from ..run.options import RunOptions, command_line
 from ..run.record import RUN, SPAN, CombinationRecord, Place, RunInfo
 from ..stats import signed
-from .answers import answer_tables
+from .answers import answer_tables, visible
 from .verdict import bindings, control_groups, extent, judge_run
 
 WIDTHS = (1080, 360)
@@ -169,6 +170,7 @@ def render(record: RunRecord) -> str:
         loader=PackageLoader("refusal_mi.report", "page"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -210,6 +212,11 @@ def render(record: RunRecord) -> str:
         options=json.dumps(as_json(record.run.options), indent=2, ensure_ascii=False),
         intervention_name=intervention_name,
     )
+
+
+def _shown(value: Any) -> Any:
+    """What every expression of the page passes before it is escaped; what the page holds of its own stays as it is."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from refusal_mi.analysis import KINDS
+from refusal_mi.analysis.patching import patch_activations
 from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.cli.analyze import redraw
 from refusal_mi.errors import UserError
 from refusal_mi.reading import template_residuals
 from refusal_mi.text.chat import ChatFormat
-from tests.helpers.cases import FAMILIES, HARMFUL, HARMLESS, analyses
+from tests.helpers.cases import FAMILIES, HARMFUL, HARMLESS, TOKENS, analyses
 from tests.helpers.tiers import first_is_fast
 
 
@@ -117,6 +118,49 @@ def test_what_is_no_result_is_refused(tmp_path):
     torch.save({}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="no such analysis"):
         load_result(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("lens", "position", "<a href='x'>-1</a>"),
+        ("lens", "refusal_tokens", ["5"]),
+        ("lens", "scores", [[1.0]]),
+        ("pca", "layers", 3),
+        ("patching", "sites", ["<b>"]),
+        ("patching", "controls", {"resid": [1.0]}),
+    ],
+)
+def test_a_field_of_another_type_is_refused(tiny_model, tmp_path, kind, name, value):
+    path = tmp_path / f"{kind}.json"
+    analyses(tiny_model("llama"))[kind]().save(path)
+    load_result(path)
+    record = json.loads(path.read_text())
+    record["fields"][name] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="damaged, or was saved by another version"):
+        load_result(path)
+
+
+def test_what_is_no_tensor_is_refused_among_the_tensors(tiny_model, tmp_path):
+    path = tmp_path / "lens.json"
+    analyses(tiny_model("llama"))["lens"]().save(path)
+    record, tensors = json.loads(path.read_text()), torch.load(path.with_suffix(".pt"), weights_only=True)
+    del record["fields"]["position"]
+    path.write_text(json.dumps(record))
+    torch.save({**tensors, "position": "<a href='x'>-1</a>"}, path.with_suffix(".pt"))
+    with pytest.raises(UserError, match="other than tensors"):
+        load_result(path)
+    torch.save([1.0], path.with_suffix(".pt"))
+    with pytest.raises(UserError, match="by name"):
+        load_result(path)
+
+
+def test_a_result_without_its_optional_tensors_loads(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    result = patch_activations(model, ChatFormat(model.tokenizer), HARMFUL[:2], HARMLESS[:2], TOKENS, layers=[0])
+    result.save(tmp_path / "patching.json")
+    assert load_result(tmp_path / "patching.json").directional == {} == result.directional
 
 
 def test_every_public_name_exists():

@@ -13,6 +13,7 @@ from refusal_mi.figures.effects import plot_losses, plot_rates
 from refusal_mi.figures.save import PLOTLY_FILE, save_figure, save_figures
 from refusal_mi.figures.scores import plot_norms, plot_score_panels, plot_scores
 from refusal_mi.figures.style import plain, series_styles, token_text
+from refusal_mi.figures.text import unparsed
 from refusal_mi.measures import LossResult
 from refusal_mi.run.answers import Effect, SideEffects
 from refusal_mi.search.grid import select
@@ -166,7 +167,10 @@ def test_tokens_are_shown_as_text():
     assert "−3 '&lt;|im_start|&gt;'" in names(figure)  # plotly would drop an unescaped tag
     assert "−4 '\\n'" in names(figure)
     assert token_text("Ġa▁b\x07") == " a b\\x07"
+    assert token_text("\u202ea") == "\\u202ea"
     assert plain("<a href='x'>&") == "&lt;a href='x'&gt;&amp;"
+    assert plain("$x$ %{y} 5%\u202e") == "&#36;x&#36; &#37;{y} 5%�"
+    assert unparsed("<b>a</b> &lt; <|end|> a & b < c") == "<\u2060b>a<\u2060/b> &\u2060lt; <|end|> a & b < c"
 
 
 def test_bars_are_the_rates_with_their_wilson_intervals():

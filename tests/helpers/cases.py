@@ -1,6 +1,7 @@
 """Prompts and results that the tests of analyses share."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from refusal_mi.analysis.token_map import map_tokens
 from refusal_mi.analysis.trace import trace_generation
 from refusal_mi.analysis.weights import weight_alignment
 from refusal_mi.directions import DirectionGrid, difference_in_means
+from refusal_mi.interventions import Ablate, Add
 from refusal_mi.reading import mean_activations
 from refusal_mi.text.chat import ChatFormat
 
@@ -49,35 +51,55 @@ def cached(model: Any, chat: ChatFormat, prompt: str) -> dict[str, torch.Tensor]
     return cache
 
 
-def analyses(model: Any, batch_size: int = 16) -> dict[str, Callable[[], AnalysisResult]]:
+@dataclass(frozen=True)
+class Words:
+    """Everything that the caller of an analysis says in words."""
+
+    harmful: Sequence[str] = HARMFUL
+    harmless: Sequence[str] = HARMLESS
+    groups: tuple[str, str] = ("harmful", "harmless")
+    directions: tuple[str, str] = ("r", "random")
+    conditions: tuple[str, str, str] = ("plain", "ablated", "added")
+    tokens: tuple[int, ...] = TOKENS
+
+
+PLAIN_WORDS = Words()
+
+
+def analyses(model: Any, batch_size: int = 16, words: Words = PLAIN_WORDS) -> dict[str, Callable[[], AnalysisResult]]:
     """Every analysis of one model, small."""
     chat = ChatFormat(model.tokenizer)
-    grid = grid_of(model, chat)
+    harmful, harmless, tokens = words.harmful, words.harmless, words.tokens
+    grid = grid_of(model, chat, harmful, harmless)
     direction = grid.direction(-1, 3)
-    sides, groups = (HARMFUL, HARMLESS), {"harmful": HARMFUL, "harmless": HARMLESS}
+    sides, groups = (harmful, harmless), dict(zip(words.groups, (harmful, harmless), strict=True))
+    named = dict(zip(words.directions, (direction, direction.random_like(0)), strict=True))
+    conditions = dict(zip(words.conditions, ((), (Ablate(direction),), (Add(direction),)), strict=True))
     size = {"batch_size": batch_size}
     return {
-        "lens": lambda: refusal_lens(model, chat, *sides, TOKENS, n_controls=3, **size),
+        "lens": lambda: refusal_lens(model, chat, *sides, tokens, n_controls=3, **size),
         "projections": lambda: project_residuals(model, chat, direction, groups, **size),
-        "token_map": lambda: map_tokens(model, chat, direction, HARMFUL[1]),
+        "token_map": lambda: map_tokens(model, chat, direction, harmful[1]),
         "geometry": lambda: direction_geometry(model, chat, *sides, n_resamples=3, **size),
-        "comparison": lambda: compare_directions({"r": direction, "random": direction.random_like(0)}),
+        "comparison": lambda: compare_directions(named),
         "probes": lambda: linear_probes(
             model, chat, *sides, direction, positions=(-2, -1), n_folds=2, n_shuffles=1, **size
         ),
         "pca": lambda: residual_pca(model, chat, direction, groups, layers=(0, 3, 5), n_shuffles=5, **size),
-        "logits": lambda: direction_logits(model, direction, TOKENS, grid=grid, n_controls=5),
+        "logits": lambda: direction_logits(model, direction, tokens, grid=grid, n_controls=5),
         "weights": lambda: weight_alignment(model, direction, n_random=5),
         "attribution": lambda: attribute_direction(model, chat, direction, groups, **size),
-        "sources": lambda: attribute_sources(model, chat, direction, HARMFUL[:2], heads=[(1, 0), (3, 2)], **size),
-        "attention": lambda: attend_by_region(model, chat, direction, HARMFUL[:3], heads=[(1, 0), (3, 2)], **size),
+        "sources": lambda: attribute_sources(model, chat, direction, harmful[:2], heads=[(1, 0), (3, 2)], **size),
+        "attention": lambda: attend_by_region(model, chat, direction, harmful[:3], heads=[(1, 0), (3, 2)], **size),
         "patching": lambda: patch_activations(
-            model, chat, HARMFUL[:2], HARMLESS[:2], TOKENS, direction=direction, layers=[0, 2], **size
+            model, chat, harmful[:2], harmless[:2], tokens, direction=direction, layers=[0, 2], **size
         ),
         "dose": lambda: dose_response(
-            model, chat, direction, *sides, TOKENS, coefficients=(0.0, 1.0), strengths=(1.0,), n_random=3,
+            model, chat, direction, *sides, tokens, coefficients=(0.0, 1.0), strengths=(1.0,), n_random=3,
             n_random_answered=1, max_new_tokens=2, **size
         ),
-        "trace": lambda: trace_generation(model, chat, direction, groups, max_new_tokens=2, **size),
-        "harm": lambda: separate_harm(model, chat, *sides, groups, TOKENS, refused=[True, False] * 6, **size),
+        "trace": lambda: trace_generation(
+            model, chat, direction, groups, conditions=conditions, max_new_tokens=2, **size
+        ),
+        "harm": lambda: separate_harm(model, chat, *sides, groups, tokens, refused=[True, False] * 6, **size),
     }  # fmt: skip
