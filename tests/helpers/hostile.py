@@ -2,6 +2,7 @@
 
 import html
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,12 @@ def seen(page: Page) -> str:
     return text.replace("\u2060", "").replace("\u200b", "").replace("\xa0", " ")
 
 
-def foreign(page: Page) -> list[str]:
-    """The elements of a page that its maker did not put there, and what ran."""
-    ran = ["A SCRIPT RAN"] if page.evaluate("typeof owned !== 'undefined'") else []
-    return [*page.evaluate(_FOREIGN), *ran]
+def foreign(page: Page, *, wait_s: float = 0.0) -> list[str]:
+    """The elements of a page that its maker did not put there, and what ran; a picture takes a while to fail."""
+    deadline = time.monotonic() + wait_s
+    while not (ran := page.evaluate("typeof owned !== 'undefined'")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [*page.evaluate(_FOREIGN), *(["A SCRIPT RAN"] if ran else [])]
 
 
 def unescaped(figure: go.Figure) -> go.Figure:
