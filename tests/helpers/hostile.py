@@ -59,7 +59,7 @@ _TEXT = """(() => {
   while (walk.nextNode()) if (isSeen(walk.currentNode)) found.push(walk.currentNode.data);
   return found.join('');
 })()"""
-_HOVER = """(async () => {
+_HOVER = """(() => {
   const seen = [], done = new Set();
   for (const plot of document.querySelectorAll('.js-plotly-plot')) for (let k = 0; k < plot.data.length; k++) {
     const full = plot._fullData[k], panel = full.xaxis + full.yaxis;
@@ -72,7 +72,6 @@ _HOVER = """(async () => {
     seen.push(drawn.textContent);
     if (drawn.querySelector('a')) seen.push('A LINK');
     Plotly.Fx.unhover(plot);
-    await new Promise(next => setTimeout(next, 55));
   }
   return seen;
 })()"""
