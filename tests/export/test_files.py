@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 from refusal_mi.errors import UserError
@@ -233,6 +234,19 @@ def test_of_a_single_file_and_shards_the_single_file_is_exported_as_it_is_loaded
     assert (plain_logits(tmp_path / "out") - hooked_logits(tmp_path / "other", [Ablate(R)])).abs().max() <= 1e-5
     assert "model.safetensors.index.json" in report.left_behind
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_the_card_loads_nothing_that_a_file_is_called(tmp_path):
+    name = "![x](http:\\\\evil.example\\p.png)<img src=x>.bin"
+    save_model("qwen2", tmp_path / "source")
+    (tmp_path / "source" / name).write_bytes(b"old weights")
+    report = export_checkpoint(tmp_path / "source", Ablate(R), tmp_path / "out", verify="none")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert name in report.left_behind and name in card.replace("\u2060", "")
+    kinds = [
+        {each.type for token in MarkdownIt().parse(text) for each in token.children or []} for text in (card, name)
+    ]
+    assert not kinds[0] & {"image", "html_inline"} and kinds[1] >= {"image", "html_inline"}
 
 
 def test_an_export_of_an_export_keeps_the_earlier_records_apart(tmp_path, monkeypatch):

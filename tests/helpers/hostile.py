@@ -2,6 +2,7 @@
 
 import html
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ _TEXT = """(() => {
   while (walk.nextNode()) if (isSeen(walk.currentNode)) found.push(walk.currentNode.data);
   return found.join('');
 })()"""
-_HOVER = """(async () => {
+_HOVER = """(() => {
   const seen = [], done = new Set();
   for (const plot of document.querySelectorAll('.js-plotly-plot')) for (let k = 0; k < plot.data.length; k++) {
     const full = plot._fullData[k], panel = full.xaxis + full.yaxis;
@@ -71,7 +72,6 @@ _HOVER = """(async () => {
     seen.push(drawn.textContent);
     if (drawn.querySelector('a')) seen.push('A LINK');
     Plotly.Fx.unhover(plot);
-    await new Promise(next => setTimeout(next, 55));
   }
   return seen;
 })()"""
@@ -98,10 +98,12 @@ def seen(page: Page) -> str:
     return text.replace("\u2060", "").replace("\u200b", "").replace("\xa0", " ")
 
 
-def foreign(page: Page) -> list[str]:
-    """The elements of a page that its maker did not put there, and what ran."""
-    ran = ["A SCRIPT RAN"] if page.evaluate("typeof owned !== 'undefined'") else []
-    return [*page.evaluate(_FOREIGN), *ran]
+def foreign(page: Page, *, wait_s: float = 0.0) -> list[str]:
+    """The elements of a page that its maker did not put there, and what ran; a picture takes a while to fail."""
+    deadline = time.monotonic() + wait_s
+    while not (ran := page.evaluate("typeof owned !== 'undefined'")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [*page.evaluate(_FOREIGN), *(["A SCRIPT RAN"] if ran else [])]
 
 
 def unescaped(figure: go.Figure) -> go.Figure:
