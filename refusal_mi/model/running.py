@@ -28,6 +28,7 @@ from .points import (
     check_raw_basis,
     embedding_rows,
     model_device,
+    model_type,
     output_hook,
     resid_hook,
 )
@@ -210,6 +211,8 @@ def prefix_logits_and_cache(
         mask: over the cached columns and `tokens`; None means that all are real.
     """
     n_past = 0 if past is None else past.get_seq_length()
+    if past is None and model_type(model) == "codegen":
+        past = _keys_like_values()
     if mask is None:
         mask = tokens.new_ones(len(tokens), n_past + tokens.shape[1])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, n_past:]
@@ -224,6 +227,17 @@ def prefix_logits_and_cache(
         **_no_attentions(model),
     )
     return logits[:, -1], cache
+
+
+def _keys_like_values() -> Any:
+    """An empty cache that keeps keys in the dtype of values, as CodeGen itself does; its bridge leaves them float32."""
+    from transformers import DynamicCache
+
+    class KeysLikeValues(DynamicCache):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+
+    return KeysLikeValues()
 
 
 def keep_rows_(cache: Any, rows: Int[Tensor, " kept"]) -> None:
