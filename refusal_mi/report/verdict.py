@@ -111,7 +111,8 @@ def side_verdict(
             if len(side.controls) > 1
             else f"a random {control_name}"
         )
-        sentences.append(f"{verb} {many} of equal {equal} gives {control.refusal}.")
+        alike = "" if side.side == "harmful" and equal == "norm" else f" of equal {equal}"  # ablation knows no norm
+        sentences.append(f"{verb} {many}{alike} gives {control.refusal}.")
     if not _is_shown(side.side, [(base, hit)]):
         sentences.append("That is within chance for the same prompts (McNemar): no effect is shown.")
         return SideVerdict("none", tuple(sentences))
