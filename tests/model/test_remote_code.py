@@ -11,6 +11,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.model.guards import guarded, no_processor, no_remote_code
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.provenance import describe_model
+from tests.helpers.exports import OTHERS, save_model
 from tests.helpers.models import FAMILIES
 
 POISON = "from pathlib import Path\nPath({marker!r}).write_text('ran')\nraise SystemExit('ran')\n"
@@ -125,15 +126,15 @@ def test_code_runs_only_where_it_is_trusted_and_that_is_recorded(poisoned, tiny_
     assert not describe_model(load_model(tiny_dir("llama"), device="cpu"), str(folder)).remote_code
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_loading_a_folder_starts_no_process_and_opens_no_connection(family, tiny_dir, monkeypatch):
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)])
+def test_loading_a_folder_starts_no_process_and_opens_no_connection(family, tiny_dir, tmp_path, monkeypatch):
     import socket
     import subprocess
 
     def refuse(*arguments, **options):
         raise AssertionError(f"{arguments[1:]}")
 
-    folder = tiny_dir(family)
+    folder = tiny_dir(family) if family in FAMILIES else save_model(family, tmp_path / family)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
     for way in ("connect", "connect_ex"):
