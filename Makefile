@@ -12,7 +12,7 @@ MISSING_MODELS = $(filter-out $(notdir $(wildcard $(REFUSAL_MI_REAL_MODELS)/*)),
 demo: $(READY)
 	$(BIN)/refusal-mi run
 
-# Everything (about 7 minutes on 2 cores).
+# Everything (8 to 11 minutes on 2 cores).
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -20,7 +20,7 @@ test: $(READY)
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real and not gpu and not hooked"
 
-# Real chat models (about 14 minutes on 2 cores), in the folder that REFUSAL_MI_REAL_MODELS names.
+# Real chat models (about 16 minutes on 2 cores), in the folder that REFUSAL_MI_REAL_MODELS names.
 test-real: $(READY)
 	$(if $(MISSING_MODELS),$(error REFUSAL_MI_REAL_MODELS="$(REFUSAL_MI_REAL_MODELS)" names no folder with $(MISSING_MODELS)))
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m real tests/real
@@ -33,7 +33,7 @@ test-hooked: $(HOOKED)/.ready
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
-# What takes too long for every change: 21,000 damaged files in all readers, 40 kills (about 25 minutes on 2 cores).
+# What takes too long for every change: 21,000 damaged files in all readers, 40 kills (10 to 25 minutes on 2 cores).
 long: $(READY)
 	REFUSAL_MI_FUZZ=1500 REFUSAL_MI_KILLS=40 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/project/test_fuzz.py tests/run/test_kills.py
 
