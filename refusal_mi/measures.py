@@ -54,7 +54,8 @@ def kl_nats(
     p = log_p.exp()
     if formula == "published":
         return (p * ((p + KL_EPSILON).log() - (log_q.exp() + KL_EPSILON).log())).sum(-1)
-    return (p * (log_p - log_q)).sum(-1).clamp(min=0)  # below zero is rounding
+    terms = torch.where(p == 0, 0.0, p * (log_p - log_q))  # also where a model masks a token in both
+    return terms.sum(-1).clamp(min=0)  # below zero is rounding
 
 
 Prefix = tuple[int, ...]

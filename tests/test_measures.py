@@ -81,6 +81,16 @@ def test_over_many_tokens_the_published_kl_can_be_negative_and_the_exact_one_can
     assert published < -0.03
 
 
+@pytest.mark.parametrize("formula", ["exact", "published"])
+def test_a_token_that_a_model_masks_counts_as_nothing_and_one_that_ablation_masks_as_infinite(formula):
+    logits = torch.tensor([[0.3, -1.0, 0.5]])
+    masked = torch.cat([logits, torch.full((1, 1), -math.inf)], dim=1)
+    assert kl_nats(masked, masked + 1.0, formula).item() == pytest.approx(0, abs=1e-9)
+    gone = kl_nats(masked, masked.roll(1, 1), formula).item()
+    assert gone == math.inf if formula == "exact" else 1 < gone < 14
+    assert kl_nats(logits * math.nan, logits, formula).isnan().all(), "broken numbers are seen"
+
+
 def test_half_precision_logits_are_widened_first():
     logits = torch.randn(3, 50).bfloat16()
     assert torch.equal(refusal_score(logits, TOKENS[:1]), refusal_score(logits.double(), TOKENS[:1]))

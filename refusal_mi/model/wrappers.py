@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .points import Hook
@@ -49,14 +50,14 @@ class Rounded:
 
 
 def round_rotations(model: Any) -> None:
-    """Let the bridge rotate as OLMo does: in float32, and back to the dtype of queries and keys.
+    """Where sines and cosines are float32 whatever the stream is, let the bridge round what it rotated.
 
-    TransformerLens rotates as llama does, whose sines and cosines have that dtype; of OLMo's it multiplies float32
-    patterns with values of half precision, which torch refuses.
+    So OLMo does. TransformerLens rotates as llama does, whose sines and cosines have the stream's dtype; else it
+    multiplies float32 patterns with values of half precision, which torch refuses.
     """
     rotary = getattr(getattr(getattr(model, "original_model", None), "model", None), "rotary_emb", None)
     rotary = getattr(rotary, "original_component", rotary)
-    if not type(rotary).__name__.startswith(("Olmo", "FlexOlmo")):
+    if rotary is None or not _is_always_float32(rotary):
         return
     for block in model.blocks:
         attention: Any = getattr(block, "attn", None)
@@ -64,6 +65,21 @@ def round_rotations(model: Any) -> None:
             point = getattr(attention, name, None)
             if isinstance(point, nn.Module):
                 point.register_forward_hook(Rounded(attention.original_component))
+
+
+def _is_always_float32(rotary: Any) -> bool:
+    """Asked with one position of a stream in half precision, and a kind of layer where there are several."""
+    device = next((buffer.device for buffer in rotary.buffers()), torch.device("cpu"))
+    if device.type == "meta":
+        return False
+    stream = torch.zeros(1, 1, 1, dtype=torch.bfloat16, device=device)
+    try:
+        with torch.no_grad():
+            position = torch.zeros(1, 1, dtype=torch.long, device=device)
+            cosines, _ = rotary(stream, position, *getattr(rotary, "layer_types", [])[:1])
+    except Exception:  # foreign code: another signature
+        return False
+    return bool(cosines.dtype == torch.float32)
 
 
 class Fire:

@@ -1,5 +1,7 @@
 """Patching: a patched run is the run with that activation, and nothing where nothing differs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,6 +47,24 @@ def test_a_cell_is_the_run_with_that_activation(tiny_model, family: str) -> None
     shift = (result.patched["resid"][0, :, 2, -1] - result.harmless_scores).mean()
     assert abs(result.effects("resid")[2, -1] - shift / result.gap_nats) < 1e-12
     assert (result.patched["resid"][0, :, 2] - result.harmless_scores[:, None]).abs().max() > 1e-3  # patches act
+
+
+def test_the_interval_is_of_the_ratio_drawn_pair_by_pair(tiny_model) -> None:
+    model = tiny_model("llama")
+    harmful, harmless = [*HARMFUL, "z", "quiz"], [*HARMLESS, "ab", "a car"]
+    result = patch_activations(model, ChatFormat(model.tokenizer), harmful, harmless, TOKENS, sites=["mlp"], layers=[0])
+    gaps = torch.tensor([1.0, 2.0, 6.0, 12.0], dtype=torch.float64)
+    plain = torch.zeros_like(gaps)
+    shares = torch.tensor([0.5, 0.5, 0.5, 0.5]), torch.tensor([0.2, 0.7, 0.4, 0.55])
+    intervals = []
+    for share in shares:
+        patched = {"mlp": torch.zeros_like(result.patched["mlp"])}
+        patched["mlp"][0] += (share * gaps)[:, None, None]
+        made = replace(result, patched=patched, harmful_scores=gaps, harmless_scores=plain)
+        intervals.append((made.effects("mlp")[0, 0].item(), *made.interval("mlp", 0, 0)))
+    assert intervals[0] == pytest.approx((0.5, 0.5, 0.5)), "half of the gap in every pair: no doubt, whatever the gaps"
+    effect, low, high = intervals[1]
+    assert 0.2 < low < effect < high < 0.7, "the control: where pairs differ there is"
 
 
 def test_layer_zero_of_shared_tokens_and_identical_prompts_change_nothing_at_all(tiny_model) -> None:

@@ -30,7 +30,7 @@ def saved(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("family", OLMO)
+@pytest.mark.parametrize("family", [*OLMO, "ernie4_5", "llama"])
 def test_the_bridge_rotates_in_float32_and_rounds_as_transformers_does(family, saved):
     model = load_model(saved(family), device="cpu", dtype="bfloat16")
     plain = AutoModelForCausalLM.from_pretrained(saved(family), dtype=torch.bfloat16, attn_implementation="eager")

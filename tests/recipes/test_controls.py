@@ -18,7 +18,7 @@ from refusal_mi.recipes.controls import N_HALVES, N_RANDOM, halves, shares_of_st
 from refusal_mi.recipes.prompts import prepare
 from refusal_mi.report.page import write_report
 from refusal_mi.report.verdict import judge_run
-from refusal_mi.run.folder import RunRecord
+from refusal_mi.run.folder import RunRecord, load_grid, load_scores
 from refusal_mi.run.options import RunOptions
 from refusal_mi.run.record import CONTROLS, ControlsRecord
 from refusal_mi.run.stages import RunFolder
@@ -104,6 +104,31 @@ def test_their_scores_are_those_of_one_plain_pass_each(ran):
         plain, changed = (next_token_logits(model, chat, harmless, interventions=some) for some in ((), ablated))
         assert (row.bypass, row.induce) == pytest.approx((bypass, induce), abs=1e-5)
         assert row.kl_nats == pytest.approx(kl_nats(plain, changed).mean().item(), abs=1e-6)
+
+
+def test_scores_by_one_formula_of_kl_are_not_taken_for_the_others(ran, tmp_path):
+    """The same folder with the published calibration and back: scores and controls are measured again, by its KL."""
+    prepared, source = ran[0], ran[0].model_record.source
+    harmless = prepared.kept("harmless", "val")
+    plain = next_token_logits(prepared.model, prepared.chat, harmless)
+    grid = load_grid(prepared.path)
+    for calibration, formula in (("labels", "exact"), ("published", "published"), ("labels", "exact")):
+        summary = run(prepared.model, source, replace(SMALL, calibration=calibration), RunFolder(tmp_path))
+        rows = [row for row in load_scores(tmp_path).rows if row.kl_nats is not None][:12]
+        directions = [grid.direction(row.position, row.layer) for row in rows]
+        directions += [Direction.load(tmp_path / "direction.pt").random_like(seed) for seed in range(N_RANDOM)]
+        found = [row.kl_nats for row in (*rows, *(row for row in summary.controls if row.kind == "random"))]
+        changed = [
+            next_token_logits(prepared.model, prepared.chat, harmless, interventions=[Ablate([each])])
+            for each in directions
+        ]
+        right, wrong = (
+            [kl_nats(plain, each, one).mean().item() for each in changed]
+            for one in (formula, "published" if formula == "exact" else "exact")
+        )
+        assert found == pytest.approx(right, abs=1e-6)
+        apart = [abs(a - b) > 5e-6 for a, b in zip(right, wrong, strict=True)]
+        assert any(apart[: len(rows)]) and any(apart[len(rows) :]), "the control: the other formula would be seen"
 
 
 def test_the_report_shows_them(ran):

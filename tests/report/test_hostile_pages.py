@@ -23,7 +23,6 @@ from refusal_mi.measures import ABPoint, ABSweep
 from refusal_mi.model.loading import load_model
 from refusal_mi.notebook import say, table
 from refusal_mi.report.page import write_report
-from tests.helpers.browser import find_chromium, open_browser
 from tests.helpers.cases import HARMFUL, HARMLESS, Words, analyses
 from tests.helpers.hostile import (
     BELL,
@@ -75,15 +74,6 @@ SHOWN = {
     "trace_tokens": (IN_GROUPS[0], *IN_CONDITIONS, *TOKENS[:2]),
 }
 """Page -> what stands on it besides the model's name."""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    executable = find_chromium()
-    if executable is None:
-        pytest.skip("no chromium on PATH")
-    with open_browser(executable, tmp_path_factory.mktemp("profile")) as page:
-        yield page
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from refusal_mi.run.folder import RunRecord
 from refusal_mi.run.options import RunOptions, command_line
 from refusal_mi.search.grid import select
 from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
-from tests.helpers.browser import find_chromium, open_browser
 from tests.helpers.runs import TOKENS, make_run, make_scores, write_span
 
 TEN_MB = 10_000_000
@@ -166,6 +165,9 @@ def test_the_same_prompts_are_paired(tmp_path):
     run = make_run(tmp_path, n_test=32, changes=changes)
     verdict = judge_run(RunRecord.load(run))
     assert verdict.headline.startswith("Ablating one direction stops refusals")
+    said = " ".join(verdict.sentences)
+    assert "Ablating a random direction gives" in said, "its norm does not matter"
+    assert "Adding a random direction of equal norm gives" in said
     assert "(−0.31 [−0.46, −0.13], p = 0.002)" in " ".join(verdict.sentences)
     change = json.loads((run / "summary.json").read_text())["completions"]["harmful"]["ablation"]["change_of_refusal"]
     assert change["only_before"] == 10 and change["only_after"] == 0 and change["p"] < 0.01
@@ -282,15 +284,6 @@ def test_a_real_run_ends_in_a_report_and_the_published_plots(tiny_dir, tmp_path)
     assert exit_status([*arguments, "--no-thresholds"]) == 0
     text = words((tmp_path / "report.html").read_text())
     assert "No threshold was in force" in text and "harmless_custom_completions" in text
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    executable = find_chromium()
-    if executable is None:
-        pytest.skip("no chromium on PATH")
-    with open_browser(executable, tmp_path_factory.mktemp("profile")) as page:
-        yield page
 
 
 @pytest.mark.slow
