@@ -64,7 +64,7 @@ def generate(
     check_raw_basis(model)
     if keep_first_logits and (sampling is not None or not use_kv_cache):
         raise UserError("first logits are kept of greedy, cached answers only")
-    rows = [chat.encode(instruction) for instruction in instructions]
+    rows = chat.encode_all(instructions)
     rooms = [_room(model, *each, max_new_tokens) for each in zip(instructions, rows, strict=True)]
     check_fits(model, rows)
     stops = stop_token_ids(model)

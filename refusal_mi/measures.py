@@ -174,7 +174,7 @@ def _next_tokens(
     batch_size: int,
 ) -> Iterator[tuple[list[int], Float[Tensor, "batch d_vocab"]]]:
     """Places of some instructions and their next-token logits, batch by batch."""
-    rows = [[*chat.encode(instruction), *after] for instruction in instructions]
+    rows = [[*row, *after] for row in chat.encode_all(instructions)]
     for indices, batch in batches(model, rows, chat.pad_id, batch_size, description="reading next tokens"):
         hooks = all_hooks(model, interventions, batch.tokens.shape[1] - len(after))
         with torch.no_grad(), running(model, hooks):

@@ -192,7 +192,7 @@ def _streams(
     batch_size: int,
 ) -> Iterator[tuple[list[int], list[Float[Tensor, "batch pos d_model"]]]]:
     """Indices, and the stream entering each of `layers` at the last positions."""
-    rows = [chat.encode(instruction) for instruction in instructions]
+    rows = chat.encode_all(instructions)
     narrow = LastPositions(model, max(layers) - 1, n_last) if max(layers) > 0 else None
     for indices, batch in batches(model, rows, chat.pad_id, batch_size, description="reading residual streams"):
         streams = residuals(model, batch, layers, n_last, hooks=hooks, narrow=narrow)

@@ -128,7 +128,7 @@ def attribute_direction(
     resid_hook(layer, model.cfg.n_layers)
     columns: dict[str, list[Tensor]] = {}
     for name, instructions in groups.items():
-        rows = [chat.encode(instruction) for instruction in instructions]
+        rows = chat.encode_all(instructions)
         if not rows or position >= 0 or -position > min(map(len, rows)):
             raise UserError(f"group {name!r} has no prompt with a position {position}; positions count from −1 down")
         parts: list[tuple[Tensor, ...]] = [()] * len(rows)

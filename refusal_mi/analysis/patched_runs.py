@@ -76,8 +76,8 @@ class PatchedRuns:
         self, sources: Sequence[str], targets: Sequence[str], description: str, *, with_direction: bool = True
     ) -> tuple[Float[Tensor, " pair"], dict[tuple[Site, bool], Tensor]]:
         """The targets' own scores, and (site, along the direction only) -> scores `[pair layer cell]`."""
-        source_rows = [self.chat.encode(text) for text in sources]
-        target_rows = [self.chat.encode(text) for text in targets]
+        source_rows = self.chat.encode_all(sources)
+        target_rows = self.chat.encode_all(targets)
         check_fits(self.model, source_rows)
         n_layers = self.model.cfg.n_layers
         wanted = [(site, False) for site in self.sites]

@@ -80,7 +80,7 @@ def attribute_sources(
     """
     if heads is None:
         heads = top_heads(model, chat, direction, instructions, n_heads, position=position, batch_size=batch_size)
-    rows = [chat.encode(instruction) for instruction in instructions]
+    rows = chat.encode_all(instructions)
     contributions, patterns = split_by_source(
         model, rows, direction.unit, heads, pad_id=chat.pad_id, position=position, batch_size=batch_size
     )

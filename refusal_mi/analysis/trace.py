@@ -104,7 +104,7 @@ def trace_generation(
             batch_size=batch_size,
             description=f"generating, {name}",
         )
-        rows = [[*chat.encode(text), *answer.token_ids] for text, answer in zip(prompts, answers, strict=True)]
+        rows = [[*row, *answer.token_ids] for row, answer in zip(chat.encode_all(prompts), answers, strict=True)]
         kept = [len(chat.positions) + len(answer.token_ids) for answer in answers]
         traces[name] = _read(model, chat, direction, rows, kept, interventions, hook_name, batch_size)
     tokens = tuple(tuple(labels for labels, _ in trace) for trace in traces.values())

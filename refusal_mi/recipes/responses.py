@@ -339,8 +339,8 @@ def _difference(
         tokens = [entry for entry, passed in zip(side.tokens, side.passed, strict=True) if passed]
         groups = [entry.instruction_index for entry in tokens]
         spans += [
-            _span(chat.encode(response.prompt), entry.token_ids, options.token_weights)
-            for response, entry in zip(side.kept, tokens, strict=True)
+            _span(prompt, entry.token_ids, options.token_weights)
+            for prompt, entry in zip(chat.encode_all([each.prompt for each in side.kept]), tokens, strict=True)
         ]
         weights += [sign / (len(set(groups)) * groups.count(group)) for group in groups]
     return combine_spans(

@@ -91,7 +91,7 @@ class Scorer:
         self.grid, self.token_sets = grid, [RefusalPrefixes.of(tokens) for tokens in token_sets]
         self.contexts = sorted({each for tokens in self.token_sets for each in tokens.contexts}, key=len)
         self.n_harmful, self.n_prompts = len(harmful), len(harmful) + len(harmless)
-        prompts = [chat.encode(instruction) for instruction in (*harmful, *harmless)]
+        prompts = chat.encode_all([*harmful, *harmless])
         rows = [[*prompt, *context] for context in self.contexts for prompt in prompts]
         check_fits(model, rows)
         self.passes: Passes = (choose_passes if share_work else PlainPasses)(model, rows, chat.pad_id, batch_size)

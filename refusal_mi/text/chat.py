@@ -12,8 +12,8 @@ from typing import Any
 from ..errors import UserError
 from ..files import sha256_json
 from .batches import TokenBatch, left_pad
+from .template import Conversation, as_parts, left_out, render_templates
 from .template import Message as Message
-from .template import as_parts, left_out, render_template
 
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 """The day that templates with a date are told it is, so that prompts do not change overnight."""
@@ -96,42 +96,57 @@ class ChatFormat:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": instruction}]
 
-    def render(self, conversation: str | Sequence[Message]) -> str:
+    def render(self, conversation: Conversation) -> str:
         """The text of an instruction, or of a whole conversation, up to where the model's answer begins.
 
         Raises:
             UserError: the template cannot express the conversation (some have no system role).
         """
-        messages = self.messages(conversation) if isinstance(conversation, str) else list(conversation)
-        return self._rendered(messages) + self.response_prefix
+        return self._rendered([self._messages(conversation)])[0] + self.response_prefix
 
-    def encode(self, conversation: str | Sequence[Message]) -> list[int]:
+    def encode(self, conversation: Conversation) -> list[int]:
         """Token ids of `render`; the template writes BOS itself, so none is added.
 
         Where a message has the text of a special token in it, that message is tokenized apart, as plain text.
         """
-        if not self._has_special(conversation):
-            return self._tokenized(self.render(conversation))
-        messages = self.messages(conversation) if isinstance(conversation, str) else list(conversation)
+        return self.encode_all([conversation])[0]
+
+    def encode_all(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+        """Token ids of each conversation, as `encode` gives them; many at once are faster than one by one."""
+        told = [self._messages(conversation) for conversation in conversations]
+        rows = [self._encoded_apart(messages) if self._has_special(messages) else None for messages in told]
+        plain = [messages for messages, row in zip(told, rows, strict=True) if row is None]
+        texts = [text + self.response_prefix for text in self._rendered(plain)]
+        tokenized = iter(self._tokenized_all(texts))
+        return [next(tokenized) if row is None else row for row in rows]
+
+    def _encoded_apart(self, messages: Sequence[Message]) -> list[int] | None:
+        """Token ids with the text of special tokens as text; None, with a warning, where that cannot be done."""
         apart, before, after = self._tokenized_apart(messages), self.pre_instruction_ids, self.post_instruction_ids
         if apart and (tuple(apart[: len(before)]), tuple(apart[-len(after) :])) == (before, after):
             return apart
         warnings.warn(
             f"special tokens in this prompt act as such, its tokenizer cannot read them as text: "
             f"{messages[-1]['content'][:80]!r}",
-            stacklevel=2,
+            stacklevel=4,
         )
-        return self._tokenized(self.render(conversation))
+        return None
 
-    def _rendered(self, messages: Sequence[Message]) -> str:
-        given = as_parts(messages) if self._takes_parts else messages
-        text = render_template(self.tokenizer, given, self._template, self._kwargs)
-        if lost := left_out(text, messages):
-            raise UserError(
-                f"the chat template leaves out or rewrites this {lost['role']} message, so that the model would not "
-                f"read it: {lost['content'][:80]!r}; use another one, or set tokenizer.chat_template"
-            )
-        return text
+    def _messages(self, conversation: Conversation) -> list[Message]:
+        return self.messages(conversation) if isinstance(conversation, str) else list(conversation)
+
+    def _rendered(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        if not conversations:
+            return []
+        given = [as_parts(messages) if self._takes_parts else messages for messages in conversations]
+        texts = render_templates(self.tokenizer, given, self._template, self._kwargs)
+        for text, messages in zip(texts, conversations, strict=True):
+            if lost := left_out(text, messages):
+                raise UserError(
+                    f"the chat template leaves out or rewrites this {lost['role']} message, so that the model would "
+                    f"not read it: {lost['content'][:80]!r}; use another one, or set tokenizer.chat_template"
+                )
+        return texts
 
     @cached_property
     def _takes_parts(self) -> bool:
@@ -140,7 +155,7 @@ class ChatFormat:
 
         def shows(messages: Sequence[Mapping[str, Any]]) -> bool | UserError:
             try:
-                return _PROBES[0] in render_template(self.tokenizer, messages, self._template, self._kwargs)
+                return _PROBES[0] in render_templates(self.tokenizer, [messages], self._template, self._kwargs)[0]
             except UserError as error:
                 return error
 
@@ -149,9 +164,8 @@ class ChatFormat:
     def _tokenized(self, text: str, **how: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, **how)["input_ids"]
 
-    def _told(self, conversation: str | Sequence[Message]) -> str:
-        parts = [conversation] if isinstance(conversation, str) else [each["content"] for each in conversation]
-        return "\n".join([self.system or "", *parts])
+    def _tokenized_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     @cached_property
     def _special(self) -> re.Pattern[str] | None:
@@ -161,31 +175,33 @@ class ChatFormat:
         longest_first = sorted(texts, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first))) if texts else None
 
-    def _has_special(self, conversation: str | Sequence[Message]) -> bool:
+    def _has_special(self, messages: Sequence[Message]) -> bool:
         """Whether a message has a special token written out that is to be text."""
         if self.allow_special_tokens or self._special is None:
             return False
-        return self._special.search(self._told(conversation)) is not None
+        told = "\n".join([self.system or "", *(message["content"] for message in messages)])
+        return self._special.search(told) is not None
 
     def _probed(self) -> list[list[int]]:
         """Token ids of prompts that share what belongs to the template, and the system message."""
         rows = []
         for probe in _PROBES:
-            apart = self._tokenized_apart(self.messages(probe)) if self._has_special(probe) else None
+            messages = self.messages(probe)
+            apart = self._tokenized_apart(messages) if self._has_special(messages) else None
             rows.append(apart or self._tokenized(self.render(probe)))
         return rows
 
     def _tokenized_apart(self, messages: Sequence[Message]) -> list[int] | None:
         """Token ids with the messages that have special tokens in them as plain text; None where that fails."""
         assert self._special is not None
-        text = self._rendered(messages)
+        (text,) = self._rendered([messages])
         marks = {f"\ue000{index}\ue001": each["content"] for index, each in enumerate(messages)}
         marks = {mark: content for mark, content in marks.items() if self._special.search(content)}
         hidden = {content: mark for mark, content in marks.items()}
         marked: list[Message] = [{**each, "content": hidden.get(each["content"], each["content"])} for each in messages]
         ids: list[int] = []
         special = set(self.tokenizer.all_special_ids)
-        for piece in re.split("(\ue000\\d+\ue001)", self._rendered(marked) + self.response_prefix):
+        for piece in re.split("(\ue000\\d+\ue001)", self._rendered([marked])[0] + self.response_prefix):
             if piece in marks:
                 content = marks[piece] if marks[piece] in text else marks[piece].strip()
                 plain = self._tokenized(content, split_special_tokens=True)
@@ -208,7 +224,7 @@ class ChatFormat:
 
     def batch(self, instructions: Sequence[str]) -> TokenBatch:
         """One left-padded batch of prompts."""
-        return left_pad([self.encode(instruction) for instruction in instructions], self.pad_id)
+        return left_pad(self.encode_all(instructions), self.pad_id)
 
     @property
     def pad_id(self) -> int:

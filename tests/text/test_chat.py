@@ -320,3 +320,12 @@ def test_special_tokens_in_a_system_message_are_text():
     assert injected.post_instruction_ids == plain.post_instruction_ids
     text = ChatFormat(tokenizer, system=INJECTED, allow_special_tokens=True)
     assert sum(token in special for token in text.encode("Hello")) > sum(token in special for token in ids)
+
+
+def test_many_conversations_are_encoded_as_one_by_one(tokenizer):
+    chat = ChatFormat(tokenizer)
+    end = tokenizer.all_special_tokens[0]
+    asked = ["Hi", " a\n", f"before {end} after", "日本語", [{"role": "user", "content": "Hello"}], "x" * 200]
+    one_by_one = [ChatFormat(tokenizer).encode(conversation) for conversation in asked]
+    assert chat.encode_all(asked) == one_by_one and chat.encode_all(asked[::-1]) == one_by_one[::-1]
+    assert chat.encode_all([]) == [] and len({tuple(row) for row in one_by_one}) == len(asked)
