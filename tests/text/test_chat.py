@@ -322,7 +322,8 @@ def test_special_tokens_in_a_system_message_are_text():
     assert sum(token in special for token in text.encode("Hello")) > sum(token in special for token in ids)
 
 
-def test_many_conversations_are_encoded_as_one_by_one(tokenizer):
+def test_many_conversations_are_encoded_as_one_by_one():
+    tokenizer = tiny_tokenizer()
     chat = ChatFormat(tokenizer)
     end = tokenizer.all_special_tokens[0]
     asked = ["Hi", " a\n", f"before {end} after", "日本語", [{"role": "user", "content": "Hello"}], "x" * 200]
