@@ -140,7 +140,7 @@ def test_the_command_line_names_one_in_the_working_directory(source, tmp_path, m
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("scaled", "named module:function, not 'scaled'"),
+        ("scaled", "no estimator is called 'scaled'"),
         ("no_such_module_here:scaled", "cannot import the estimator no_such_module_here:scaled"),
         ("mine_there:absent", "mine_there has no function 'absent'"),
         ("mine_there:number", "mine_there has no function 'number'"),
