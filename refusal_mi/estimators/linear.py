@@ -28,7 +28,7 @@ def pca_of_differences(
 
 
 def pca_of_pairs(
-    harmful: Float[Tensor, "pair d_model"], harmless: Float[Tensor, "pair d_model"], *, centred: bool = False
+    harmful: Float[Tensor, "a d_model"], harmless: Float[Tensor, "b d_model"], *, centred: bool = False
 ) -> Float[Tensor, " d_model"]:
     """First right singular vector of the differences of prompts that belong together, row by row.
 
