@@ -49,7 +49,16 @@ class ActivationSamples:
         return ActivationMeans(self.prompts.mean(0, dtype=torch.float64), self.positions, self.n_prompts)
 
     def at(self, position: int, layer: int) -> Float[Tensor, "prompt d_model"]:
-        """The rows of one place, in float64."""
+        """The rows of one place, in float64.
+
+        Raises:
+            UserError: nothing was read there.
+        """
+        if position not in self.positions or not 0 <= layer < self.n_layers:
+            raise UserError(
+                f"nothing was read at position {position}, layer {layer}: positions are {self.positions}, layers "
+                f"0..{self.n_layers - 1}"
+            )
         return self.prompts[:, self.positions.index(position), layer].double()
 
     def take(self, prompts: Sequence[int]) -> "ActivationSamples":
