@@ -1,5 +1,7 @@
 """Estimators over positions and layers, what they are given, and their names."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -117,3 +119,8 @@ def test_a_name_that_is_none_is_told_what_was_meant(name, near):
 
 def test_the_default_is_the_difference_of_means_itself():
     assert estimator_named("mean") is difference_in_means
+
+
+def test_the_page_names_them_all():
+    page = (Path(__file__).parents[2] / "docs/estimators.md").read_text("utf-8")
+    assert all(f"| `{name}`" in page for name in (*NAMES, "kmeans-1", "peel-1")) and "| `nothing`" not in page
