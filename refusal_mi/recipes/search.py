@@ -14,7 +14,7 @@ import torch
 from ..directions import ActivationMeans, DirectionGrid, Estimator, difference_in_means
 from ..errors import UserError
 from ..estimators.named import Named, estimator_named
-from ..estimators.samples import ActivationSamples, SampleEstimator, needs_prompts
+from ..estimators.samples import ActivationSamples, EveryPlace, SampleEstimator, needs_prompts
 from ..figures.save import PLOTLY_FILE, save_figures
 from ..figures.scores import Measure, plot_scores
 from ..files import write_json, write_record, write_tensors
@@ -161,6 +161,8 @@ def name_of(function: Any) -> str:
         return function.name
     if function is difference_in_means:
         return "mean"
+    if isinstance(function, EveryPlace):
+        return name_of(function.function)
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}:{named.__qualname__}"
 

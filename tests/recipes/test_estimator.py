@@ -9,6 +9,7 @@ from refusal_mi.cli import exit_status
 from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.estimators.named import estimator_named
+from refusal_mi.estimators.samples import EveryPlace
 from refusal_mi.files import read_json, read_tensors
 from refusal_mi.reading import sample_activations
 from refusal_mi.recipes.arditi import run
@@ -179,6 +180,16 @@ def test_named_estimators_and_a_function_of_single_prompts_go_through_a_run(tiny
         read_tensors(tmp_path / "median/generate_directions/means.pt")["harmful"],
         read_tensors(tmp_path / "plain/generate_directions/means.pt")["harmful"],
     )
+
+
+def test_a_function_of_the_rows_of_one_place_is_an_estimator_and_named_by_itself(tiny_model, source, tmp_path):
+    run(tiny_model("llama"), source, OPTIONS, RunFolder(tmp_path), estimator=EveryPlace(gap_of_medians, "medians"))
+    found, method = candidates(tmp_path)
+    assert method == f"{__name__}:gap_of_medians" and found[1:, 1:].norm(dim=-1).min() > 0
+
+
+def gap_of_medians(harmful, harmless):
+    return harmful.median(0).values - harmless.median(0).values
 
 
 def test_candidates_of_a_named_estimator_are_kept_and_another_name_makes_new_ones(tiny_model, source, tmp_path):
