@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from .directions import Estimator as Estimator
     from .directions import difference_in_means as difference_in_means
     from .errors import UserError as UserError
+    from .estimators.named import estimator_named as estimator_named
+    from .estimators.samples import ActivationSamples as ActivationSamples
+    from .estimators.samples import SampleEstimator as SampleEstimator
+    from .estimators.samples import sees_prompts as sees_prompts
     from .export.export import export_checkpoint as export_checkpoint
     from .export.export import orthogonalize_ as orthogonalize_
     from .figures.scores import plot_scores as plot_scores
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from .generation import generate as generate
     from .interventions import Ablate as Ablate
     from .interventions import Add as Add
+    from .interventions import Affine as Affine
+    from .interventions import Leace as Leace
     from .judges.substring import Judge as Judge
     from .judges.substring import SubstringJudge as SubstringJudge
     from .judges.substring import is_degenerate as is_degenerate
@@ -43,6 +49,7 @@ if TYPE_CHECKING:
     from .measures import refusal_scores as refusal_scores
     from .model.loading import load_model as load_model
     from .reading import mean_activations as mean_activations
+    from .reading import sample_activations as sample_activations
     from .search.grid import select as select
     from .search.sweep import sweep as sweep
     from .search.thresholds import Thresholds as Thresholds
@@ -54,14 +61,18 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Ablate": "interventions",
+    "ActivationSamples": "estimators.samples",
     "Add": "interventions",
+    "Affine": "interventions",
     "ChatFormat": "text.chat",
     "Direction": "directions",
     "DirectionGrid": "directions",
     "Estimator": "directions",
     "Judge": "judges.substring",
+    "Leace": "interventions",
     "PromptSet": "text.prompts",
     "Rate": "stats",
+    "SampleEstimator": "estimators.samples",
     "Sampling": "generation",
     "SubstringJudge": "judges.substring",
     "Thresholds": "search.thresholds",
@@ -69,6 +80,7 @@ _HOME = {
     "ce_loss": "measures",
     "difference_in_means": "directions",
     "discover_refusal_tokens": "labels",
+    "estimator_named": "estimators.named",
     "export_checkpoint": "export.export",
     "find_refusal_tokens": "labels",
     "generate": "generation",
@@ -85,6 +97,8 @@ _HOME = {
     "plot_scores": "figures.scores",
     "refusal_score": "measures",
     "refusal_scores": "measures",
+    "sample_activations": "reading",
+    "sees_prompts": "estimators.samples",
     "select": "search.grid",
     "sweep": "search.sweep",
     "zero_point": "labels",

@@ -12,8 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .directions import Direction
+from .directions import ActivationMeans, Direction
 from .errors import UserError
+from .estimators.erasure import Eraser, fit_eraser
+from .estimators.linear import Shrinkage
+from .estimators.samples import ActivationSamples
 from .model.points import Component, Hook, HookedModel, HookFn, check_raw_basis, resid_hook, write_hooks
 from .options import Positions as Positions
 
@@ -175,6 +178,113 @@ class Add:
         vector = Constant(self.direction.vector.detach().cpu().double() * self.coefficient)
         hook = hook_of(lambda x: x + vector.beside(x), self.positions, prompt_width)
         return [(resid_hook(self.target, model.cfg.n_layers), hook)]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Set the component of one layer's stream along a direction to a class mean's, or anywhere between and beyond.
+
+    x ← x − r̂ r̂ᵀx + c r̂ + α r, with c = r̂ᵀ(mean of harmless) and r the raw direction: ACE (Marshall et al. 2024). At
+    α = 0 every component is that of the harmless mean, at α = 1 of the harmful mean, for any estimator's direction
+    whose length is the class difference along it, as `EveryPlace` gives it. `Ablate(constants=[c])` holds the component
+    at c in every layer instead, and exports.
+    """
+
+    direction: Direction
+    component: float
+    """c, in units of the stream."""
+    coefficient: float = 0.0
+    """α."""
+    layer: int | None = None
+    """Whose stream; None is the layer it was read at."""
+    positions: Positions = "all"
+
+    def __post_init__(self) -> None:
+        check_finite("component", self.component)
+        check_finite("coefficient", self.coefficient)
+        if abs(self.component) + abs(self.coefficient) * self.direction.norm > LONGEST:
+            raise UserError(f"a component of {self.component:g} + {self.coefficient:g} directions is too long to set")
+
+    @classmethod
+    def between(cls, direction: Direction, harmless: ActivationMeans, coefficient: float = 0.0) -> "Affine":
+        """With c of the harmless mean at the direction's own position and layer.
+
+        Raises:
+            UserError: the means were not read there.
+        """
+        if direction.position not in harmless.positions or not 0 <= direction.layer < harmless.means.shape[1]:
+            raise UserError(
+                f"there is no mean at position {direction.position}, layer {direction.layer}: positions are "
+                f"{harmless.positions}, layers 0..{harmless.means.shape[1] - 1}"
+            )
+        mean = harmless.means[harmless.positions.index(direction.position), direction.layer]
+        return cls(direction, (direction.unit @ mean).item(), coefficient)
+
+    def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
+        """One hook, at the stream entering the layer."""
+        check_raw_basis(model)
+        check_width(len(self.direction.vector), model.cfg.d_model)
+        unit = Constant(self.direction.unit)
+        wanted = self.component + self.coefficient * self.direction.norm
+
+        def set_component(x: Tensor) -> Tensor:
+            row = unit.beside(x)
+            return x + (wanted - x @ row)[..., None] * row
+
+        target = self.direction.layer if self.layer is None else self.layer
+        hook = hook_of(set_component, self.positions, prompt_width)
+        return [(resid_hook(target, model.cfg.n_layers), hook)]
+
+
+@dataclass(frozen=True)
+class Leace:
+    """Erase what linear probes know of the class from the stream of one layer: `Eraser` as a hook.
+
+    For several layers take a list, one for each. Each is fitted on activations as they come: those of the plain model
+    are not what a later layer sees once an earlier one is erased; read them again under the earlier ones for that
+    ("concept scrubbing").
+    """
+
+    eraser: Eraser
+    layer: int
+    """`l` is the stream entering block `l`; `n_layers` the stream after the last block."""
+    positions: Positions = "all"
+
+    @classmethod
+    def fit(
+        cls,
+        harmful: ActivationSamples,
+        harmless: ActivationSamples,
+        layer: int,
+        *,
+        position: int = -1,
+        shrinkage: Shrinkage = None,
+        positions: Positions = "all",
+    ) -> "Leace":
+        """Fit at one prompt position and layer.
+
+        Args:
+            position: where the activations are taken, from the end of the prompt.
+            shrinkage: of `fit_eraser`.
+            positions: where it acts.
+
+        Raises:
+            UserError: nothing was read there, or the class means do not differ there.
+        """
+        rows = [side.at(position, layer) for side in (harmful, harmless)]
+        return cls(fit_eraser(*rows, shrinkage=shrinkage), layer, positions)
+
+    def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
+        """One hook, at the stream entering the layer."""
+        check_raw_basis(model)
+        check_width(len(self.eraser.write), model.cfg.d_model)
+        write, read, mean = (Constant(each) for each in (self.eraser.write, self.eraser.read, self.eraser.mean))
+
+        def erase(x: Tensor) -> Tensor:
+            along = (x - mean.beside(x)) @ read.beside(x)
+            return x - along[..., None] * write.beside(x)
+
+        return [(resid_hook(self.layer, model.cfg.n_layers), hook_of(erase, self.positions, prompt_width))]
 
 
 def all_hooks(

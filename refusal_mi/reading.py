@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .directions import ActivationMeans
 from .errors import UserError
+from .estimators.samples import ActivationSamples
 from .interventions import Intervention, PromptWidth, all_hooks
 from .model.points import Hook, HookedModel, missing_points
 from .model.running import LastPositions, batches, last_logits, residuals, running
@@ -41,6 +42,24 @@ def mean_activations(
         for layer, stream in enumerate(streams):
             total[:, layer] += with_float64(stream).sum(0, dtype=torch.float64).cpu()
     return ActivationMeans(total / len(instructions), chat.positions, len(instructions))
+
+
+def sample_activations(
+    model: HookedModel, chat: ChatFormat, instructions: Sequence[str], *, batch_size: int = 32
+) -> ActivationSamples:
+    """The stream of every prompt entering every block, at every post-instruction position, in float32.
+
+    Args:
+        instructions: user messages, one prompt each.
+        batch_size: prompts per forward pass; the result does not depend on it.
+
+    Raises:
+        UserError: there are no instructions, their streams would take more than 2 GiB, or they are not finite.
+        ValueError: the model's weights are not in HF coordinates.
+    """
+    layers = range(model.cfg.n_layers)
+    table = template_residuals(model, chat, instructions, layers=layers, batch_size=batch_size)
+    return ActivationSamples(table, chat.positions)
 
 
 def combine_spans(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import plotly.graph_objects as go
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
+from ..estimators.linear import is_varied, logistic_weights
 from ..figures import style as draw
 from ..model.points import HookedModel
 from ..progress import track
@@ -20,8 +21,6 @@ from ..text.chat import ChatFormat
 from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
 
 METHODS = ("difference of means", "logistic regression")
-_CONSTANT = 1e-12
-"""A feature whose spread is below this fraction of its size is the same for every prompt."""
 
 
 @dataclass(frozen=True)
@@ -165,26 +164,8 @@ def _fit(
     features: Float[Tensor, "prompt d_model"], labels: Bool[Tensor, " prompt"]
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
     """Weights of both probes, in the coordinates of the stream; zero where the features are all the same."""
-    center, spread = features.mean(0), features.std(0, correction=0)
-    alive = spread > _CONSTANT * features.abs().amax(0)
-    means = (features[labels].mean(0) - features[~labels].mean(0)) * alive
-    if not bool(alive.any()):
-        return means, torch.zeros_like(means)
-    scale = torch.where(alive, spread, torch.ones_like(spread))
-    standardized = (features - center) / scale * alive
-    return means, _logistic(standardized, labels) / scale * alive
-
-
-def _logistic(features: Float[Tensor, "prompt d_model"], labels: Bool[Tensor, " prompt"]) -> Float[Tensor, " d_model"]:
-    """L2 logistic regression; its solution lies in the span of the rows, where there are few coordinates to fit."""
-    from sklearn import config_context
-    from sklearn.linear_model import LogisticRegression
-
-    _, singular, rows = torch.linalg.svd(features, full_matrices=False)
-    basis = rows[singular > _CONSTANT * singular[0]]
-    with config_context(skip_parameter_validation=True, assume_finite=True):
-        probe: Any = LogisticRegression(max_iter=1000).fit((features @ basis.T).numpy(), labels.numpy())
-    return torch.from_numpy(probe.coef_[0]).double() @ basis
+    means = (features[labels].mean(0) - features[~labels].mean(0)) * is_varied(features)
+    return means, logistic_weights(features, labels)
 
 
 def _cosine(weight: Float[Tensor, " d_model"], unit: Float[Tensor, " d_model"]) -> Float[Tensor, ""]:

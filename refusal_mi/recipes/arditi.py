@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..directions import Direction, Estimator
+from ..directions import Direction
 from ..errors import UserError
 from ..files import write_record
 from ..model.points import HookedModel
@@ -18,6 +18,7 @@ from .controls import measure_controls
 from .effects import BASELINE, interventions_on, loss_sets, loss_texts, losses, rates
 from .prompts import examples, prepare
 from .search import (
+    AnyEstimator,
     choose_direction,
     draw_scores,
     find_directions,
@@ -36,7 +37,7 @@ def run(
     *,
     directions: Sequence[int] = (),
     multi: Multi = "span",
-    estimator: Estimator | None = None,
+    estimator: AnyEstimator | None = None,
 ) -> RunSummary:
     """Find, choose and test the refusal direction of a chat model; return what `summary.json` holds.
 
@@ -51,7 +52,8 @@ def run(
         directions: ranks of surviving candidates to ablate together instead of the best one; the summary then goes
             to the combination's folder, and the search and the baselines are the run's.
         multi: how several are ablated.
-        estimator: makes the candidates from the mean activations of both sides; None is the one that the options name.
+        estimator: makes the candidates from both sides' mean activations or, marked `sees_prompts`, every prompt's;
+            None is the one that the options name.
     """
     if directions and not {"completions", "loss"} & set(options.steps):
         raise UserError("--directions is about completions and CE loss: add completions or loss to --steps")

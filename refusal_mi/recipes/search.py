@@ -13,13 +13,15 @@ import torch
 
 from ..directions import ActivationMeans, DirectionGrid, Estimator, difference_in_means
 from ..errors import UserError
+from ..estimators.named import Named, estimator_named
+from ..estimators.samples import ActivationSamples, EveryPlace, SampleEstimator, needs_prompts
 from ..figures.save import PLOTLY_FILE, save_figures
 from ..figures.scores import Measure, plot_scores
 from ..files import write_json, write_record, write_tensors
 from ..measures import RefusalTokens
 from ..model.points import resid_hook
 from ..model.provenance import versions
-from ..reading import mean_activations
+from ..reading import mean_activations, sample_activations
 from ..run.answers import SIDES
 from ..run.folder import load_grid, load_scores
 from ..run.record import (
@@ -49,16 +51,18 @@ from ..stats import Rate
 from .context import Prepared
 
 METHOD = "difference in means, harmful - harmless"
+AnyEstimator = Estimator | SampleEstimator
+"""One that sees means, or one that is marked as seeing single prompts."""
 
 
-def find_directions(run: Prepared, estimator: Estimator | None = None) -> DirectionGrid:
-    """The candidate directions of every position and layer, from the mean activations: `generate_directions/`.
+def find_directions(run: Prepared, estimator: AnyEstimator | None = None) -> DirectionGrid:
+    """The candidate directions of every position and layer, from the activations: `generate_directions/`.
 
     Args:
         estimator: None is the one that the options name, difference of means by default.
 
     Raises:
-        UserError: the options name no function, or it gives no grid of these positions and layers.
+        UserError: the options name no estimator, or it gives no grid of these positions and layers.
     """
     if estimator is None:
         estimator = difference_in_means if run.options.estimator is None else named_estimator(run.options.estimator)
@@ -66,11 +70,14 @@ def find_directions(run: Prepared, estimator: Estimator | None = None) -> Direct
     files = [MEAN_DIFFS, MEAN_DIFFS_RECORD, MEANS]
 
     def compute() -> None:
-        def read(instructions: list[str]) -> ActivationMeans:
-            return run.batched(lambda size: mean_activations(run.model, run.chat, instructions, batch_size=size))
+        reader = sample_activations if needs_prompts(estimator) else mean_activations
 
-        means = run.timed("pass", len(harmful) + len(harmless), lambda: [read(harmful), read(harmless)])
-        grid = difference_in_means(*means) if estimator is difference_in_means else _estimated(estimator, means)
+        def read(instructions: list[str]) -> ActivationMeans | ActivationSamples:
+            return run.batched(lambda size: reader(run.model, run.chat, instructions, batch_size=size))
+
+        sides = run.timed("pass", len(harmful) + len(harmless), lambda: [read(harmful), read(harmless)])
+        means = [side.means if isinstance(side, ActivationSamples) else side for side in sides]
+        grid = difference_in_means(*means) if estimator is difference_in_means else _estimated(estimator, sides)
         write_tensors(run.path / files[0], grid.vectors)
         write_tensors(run.path / files[2], {"harmful": means[0].means, "harmless": means[1].means})
         record = GridRecord(
@@ -85,23 +92,30 @@ def find_directions(run: Prepared, estimator: Estimator | None = None) -> Direct
         )
         write_record(run.path / files[1], record)
 
-    about = f"mean residual streams of {len(harmful)} harmful and {len(harmless)} harmless prompts"
+    kind = "single" if needs_prompts(estimator) else "mean"
+    about = f"{kind} residual streams of {len(harmful)} harmful and {len(harmless)} harmless prompts"
     about += run.estimate("pass", len(harmful) + len(harmless))
     inputs = run.inputs(harmful=harmful, harmless=harmless)
-    if estimator is not difference_in_means:
+    if isinstance(estimator, Named):
+        inputs |= {"estimator": estimator.name}
+    elif estimator is not difference_in_means:
         # What a function does depends on more than can be hashed: its candidates are made anew every time.
         inputs |= {"estimator": name_of(estimator), "call": str(uuid4())}
     run.stage("directions", inputs, files, compute, about)
     return load_grid(run.path)
 
 
-def named_estimator(name: str) -> Estimator:
-    """The function that "module:function" names, from the working directory or an installed package.
+def named_estimator(name: str) -> AnyEstimator:
+    """The package's estimator of this name, or the function that "module:function" names.
+
+    Modules are looked for in the working directory and among the installed packages.
 
     Raises:
-        UserError: there is no such module or function.
+        UserError: there is no such estimator, module or function.
     """
     module, _, function = name.partition(":")
+    if ":" not in name:
+        return estimator_named(name)
     if not module or not function:
         raise UserError(f"an estimator is named module:function, not {name!r}")
     here = os.getcwd()
@@ -116,14 +130,17 @@ def named_estimator(name: str) -> Estimator:
     return function_named
 
 
-def _estimated(estimator: Estimator, means: Sequence[ActivationMeans]) -> DirectionGrid:
-    """What a user's function gives, if it is a grid of the positions and layers that it was given."""
-    harmful, harmless = means
+def _estimated(estimator: AnyEstimator, sides: Sequence[Any]) -> DirectionGrid:
+    """What an estimator gives, if it is a grid of the positions and layers that it was given."""
+    harmful, harmless = sides
     try:
         grid: Any = estimator(harmful, harmless)
     except Exception as error:  # whatever a stranger's function does
-        raise UserError(f"the estimator {name_of(estimator)} failed: {type(error).__name__}: {error}") from error
-    shape = tuple(harmful.means.shape)
+        about = f"the estimator {name_of(estimator)} failed: {type(error).__name__}: {error}"
+        if isinstance(error, AttributeError) and error.obj is harmful and not needs_prompts(estimator):
+            about += "; it was given means: to see single prompts, mark it with estimators.samples.sees_prompts"
+        raise UserError(about) from error
+    shape = tuple(harmful.prompts.shape[1:] if needs_prompts(estimator) else harmful.means.shape)
     if (
         not isinstance(grid, DirectionGrid)
         or grid.positions != harmful.positions
@@ -139,7 +156,13 @@ def _estimated(estimator: Estimator, means: Sequence[ActivationMeans]) -> Direct
 
 
 def name_of(function: Any) -> str:
-    """module:function, as an estimator is named on the command line."""
+    """How an estimator is named on the command line: module:function, or the package's own name."""
+    if isinstance(function, Named):
+        return function.name
+    if function is difference_in_means:
+        return "mean"
+    if isinstance(function, EveryPlace):
+        return name_of(function.function)
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}:{named.__qualname__}"
 

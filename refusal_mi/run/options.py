@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from ..errors import UserError
+from ..estimators.names import HELP
 from ..options import (
     AllowSpecialTokens,
     BatchSize,
@@ -72,8 +73,9 @@ class RunOptions:
     estimator: Annotated[
         str | None,
         Option(
-            "Function that makes the candidates from the mean activations of both sides; default: their difference.",
-            metavar="MODULE:FUNCTION",
+            f"Makes the candidates: {HELP}, or your own MODULE:FUNCTION of both sides' mean activations (or of "
+            "every prompt's). Default: mean, their difference.",
+            metavar="NAME",
         ),
     ] = None
     calibration: Annotated[

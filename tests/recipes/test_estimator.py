@@ -8,7 +8,10 @@ import torch
 from refusal_mi.cli import exit_status
 from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
+from refusal_mi.estimators.named import estimator_named
+from refusal_mi.estimators.samples import EveryPlace
 from refusal_mi.files import read_json, read_tensors
+from refusal_mi.reading import sample_activations
 from refusal_mi.recipes.arditi import run
 from refusal_mi.recipes.combinations import run_combos
 from refusal_mi.recipes.search import named_estimator
@@ -16,6 +19,7 @@ from refusal_mi.run.folder import RunRecord
 from refusal_mi.run.options import CombosOptions, RunOptions, command_line
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.search.thresholds import NO_THRESHOLDS
+from refusal_mi.text.chat import ChatFormat
 
 OPTIONS = RunOptions(
     n_train=6,
@@ -35,6 +39,7 @@ WORDS = [
 MODULE = """
 from dataclasses import replace
 from refusal_mi.directions import difference_in_means
+from refusal_mi.estimators.samples import sees_prompts
 
 def scaled(harmful, harmless):
     grid = difference_in_means(harmful, harmless)
@@ -53,6 +58,14 @@ def lost(harmful, harmless):
 
 def unmarked(harmful, harmless):
     return replace(difference_in_means(harmful, harmless), is_degenerate=())
+
+def unmarked_samples(harmful, harmless):
+    return harmful.prompts
+
+@sees_prompts
+def first_pair(harmful, harmless):
+    vectors = (harmful.prompts[0] - harmless.prompts[0]).double()
+    return replace(difference_in_means(harmful.means, harmless.means), vectors=vectors)
 
 def late(harmful, harmless):
     import no_such_helper_here
@@ -137,10 +150,62 @@ def test_the_command_line_names_one_in_the_working_directory(source, tmp_path, m
     assert read_json(tmp_path / "scaled/run.json")["options"]["estimator"] == "mine_here:scaled"
 
 
+def test_named_estimators_and_a_function_of_single_prompts_go_through_a_run(tiny_model, source, tmp_path, monkeypatch):
+    """What the run keeps is what the estimator gives of the prompts that the run kept; only names are kept."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine_of_prompts.py").write_text(MODULE.format(factor=2))
+    for name, estimator in (
+        ("plain", None),
+        ("median", "median"),
+        ("lda", "lda"),
+        ("own", "mine_of_prompts:first_pair"),
+    ):
+        extra = [] if estimator is None else ["--estimator", estimator]
+        assert exit_status(["run", source, *WORDS, *extra, "--output-dir", name]) == 0
+    model, record = tiny_model("llama"), RunRecord.load(tmp_path / "plain")
+    chat = ChatFormat(model.tokenizer)
+    sides = [
+        sample_activations(model, chat, record.prompts.side(side).kept("train")) for side in ("harmful", "harmless")
+    ]
+    for name in ("median", "lda"):
+        found, method = candidates(tmp_path / name)
+        torch.testing.assert_close(found, estimator_named(name)(*sides).vectors, rtol=1e-3, atol=1e-4)
+        assert method == name and not torch.allclose(found, candidates(tmp_path / "plain")[0], atol=1e-3)
+        best = read_json(tmp_path / name / "direction_metadata.json")
+        assert best["method"] == name
+    torch.testing.assert_close(
+        candidates(tmp_path / "own")[0], (sides[0].prompts[0] - sides[1].prompts[0]).double(), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        read_tensors(tmp_path / "median/generate_directions/means.pt")["harmful"],
+        read_tensors(tmp_path / "plain/generate_directions/means.pt")["harmful"],
+    )
+
+
+def test_a_function_of_the_rows_of_one_place_is_an_estimator_and_named_by_itself(tiny_model, source, tmp_path):
+    run(tiny_model("llama"), source, OPTIONS, RunFolder(tmp_path), estimator=EveryPlace(gap_of_medians, "medians"))
+    found, method = candidates(tmp_path)
+    assert method == f"{__name__}:gap_of_medians" and found[1:, 1:].norm(dim=-1).min() > 0
+
+
+def gap_of_medians(harmful, harmless):
+    return harmful.median(0).values - harmless.median(0).values
+
+
+def test_candidates_of_a_named_estimator_are_kept_and_another_name_makes_new_ones(tiny_model, source, tmp_path):
+    kept = []
+    for name in ("winsorised", "winsorised", "projected", None):
+        said = []
+        run(tiny_model("llama"), source, replace(OPTIONS, estimator=name), RunFolder(tmp_path, False, said.append))
+        kept.append(any(line.startswith("directions") and "kept" in line for line in said))
+    assert kept == [False, True, False, False]
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("scaled", "named module:function, not 'scaled'"),
+        ("mine_there:unmarked_samples", "it was given means: to see single prompts, mark it with"),
+        ("scaled", "no estimator is called 'scaled'"),
         ("no_such_module_here:scaled", "cannot import the estimator no_such_module_here:scaled"),
         ("mine_there:absent", "mine_there has no function 'absent'"),
         ("mine_there:number", "mine_there has no function 'number'"),

@@ -1,0 +1,92 @@
+"""Several directions for one place: peeled off one after the other, or one for each cluster of the harmful prompts."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import UserError
+from .linear import logistic
+from .samples import PlaceEstimator, at_one_place
+
+
+def peel(
+    harmful: Float[Tensor, "a d_model"],
+    harmless: Float[Tensor, "b d_model"],
+    n_directions: int,
+    *,
+    function: PlaceEstimator = logistic,
+) -> Float[Tensor, "direction d_model"]:
+    """Orthogonal directions: estimate one, project it out of both classes, estimate again (Ravfogel et al. 2020).
+
+    With the difference of means as `function` there is one only: without it the means are the same, and what would
+    come next is rounding error. Rows beyond the last direction are zero.
+
+    Args:
+        function: rows of both classes -> a vector, of any length and sign.
+    """
+    left = [harmful.double(), harmless.double()]
+    found = torch.zeros(n_directions, harmful.shape[1], dtype=torch.float64)
+    for index in range(n_directions):
+        vector = at_one_place(function, *left)
+        vector = vector - _onto(vector, found[:index])
+        if not bool(vector.any()):
+            break
+        found[index] = vector
+        left = [rows - _onto(rows, vector[None]) for rows in left]
+    return found
+
+
+def _onto(rows: Float[Tensor, "*row d_model"], vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "*row d_model"]:
+    """The part of rows in the span of orthogonal vectors."""
+    units = torch.nn.functional.normalize(vectors, dim=-1)
+    return rows @ units.T @ units
+
+
+def peeled(
+    harmful: Float[Tensor, "a d_model"], harmless: Float[Tensor, "b d_model"], *, number: int
+) -> Float[Tensor, " d_model"]:
+    """Direction `number`, from 1, of `peel` with logistic probes."""
+    return peel(harmful, harmless, number)[number - 1]
+
+
+def clusters(rows: Float[Tensor, "prompt d_model"], n_clusters: int, *, seed: int = 0) -> Int[Tensor, " prompt"]:
+    """The cluster of each row by k-means (ten starts), numbered from the largest to the smallest.
+
+    Raises:
+        UserError: there are fewer rows than clusters.
+    """
+    from sklearn.cluster import KMeans
+
+    if len(rows) < n_clusters:
+        raise UserError(f"{n_clusters} clusters need as many prompts, not {len(rows)}")
+    x = rows.double() - rows.double().mean(0)
+    if len(x) < x.shape[1]:  # distances live in the span of the rows, where there are fewer coordinates
+        left, singular, _ = torch.linalg.svd(x, full_matrices=False)
+        x = left * singular
+    fitted: Any = KMeans(n_clusters, n_init=10, random_state=seed).fit(x.numpy())
+    labels = torch.from_numpy(fitted.labels_).long()
+    sizes = labels.bincount(minlength=n_clusters)
+    rank = torch.empty(n_clusters, dtype=torch.long)
+    rank[sizes.argsort(descending=True, stable=True)] = torch.arange(n_clusters)
+    return rank[labels]
+
+
+def cluster_differences(
+    harmful: Float[Tensor, "a d_model"], harmless: Float[Tensor, "b d_model"], n_clusters: int, *, seed: int = 0
+) -> Float[Tensor, "cluster d_model"]:
+    """Mean of each cluster of the harmful prompts − mean of all harmless ones, the largest cluster first.
+
+    Weighted by the clusters' sizes their mean is the difference of means.
+    """
+    labels = clusters(harmful, n_clusters, seed=seed)
+    means = torch.stack([harmful.double()[labels == cluster].mean(0) for cluster in range(n_clusters)])
+    return means - harmless.double().mean(0)
+
+
+def cluster_difference(
+    harmful: Float[Tensor, "a d_model"], harmless: Float[Tensor, "b d_model"], *, number: int, n_clusters: int
+) -> Float[Tensor, " d_model"]:
+    """That of cluster `number`, from 1."""
+    return cluster_differences(harmful, harmless, n_clusters)[number - 1]
