@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
@@ -31,6 +31,10 @@ class Intervention(Protocol):
     """Anything that can say which function runs at which hook point."""
 
     def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]: ...
+
+
+Interventions = Intervention | Iterable[Intervention]
+"""One, or several in the order in which they act."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +181,25 @@ class Add:
         return [(resid_hook(self.target, model.cfg.n_layers), hook)]
 
 
-def all_hooks(
-    model: HookedModel, interventions: Sequence[Intervention], prompt_width: PromptWidth = None
-) -> list[Hook]:
+def all_hooks(model: HookedModel, interventions: Interventions, prompt_width: PromptWidth = None) -> list[Hook]:
     """The hooks of several interventions, in the order in which they act."""
-    return [hook for intervention in interventions for hook in intervention.hooks(model, prompt_width)]
+    return [hook for each in as_interventions(interventions) for hook in each.hooks(model, prompt_width)]
+
+
+def as_interventions(given: Any) -> tuple[Intervention, ...]:
+    """One intervention or several as several: the one door of everything that takes interventions.
+
+    Raises:
+        UserError: something else is given, a direction or a bare tensor among it.
+    """
+    each = (given,) if isinstance(given, Intervention) or not isinstance(given, Iterable) else tuple(given)
+    for step in each:
+        if isinstance(step, type) or not isinstance(step, Intervention):
+            raise UserError(
+                f"expected an intervention such as Ablate(direction) or Add(direction), or a list of them, not "
+                f"{step.__name__ if isinstance(step, type) else type(step).__name__}"
+            )
+    return each
 
 
 class Constant:

@@ -21,6 +21,7 @@ from ..model.points import HookedModel
 from ..run.folder import RunInputs
 from ..stats import Rate, mean_interval
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
 from ..text.prompts import load_prompts
 from .dose_reader import DoseReader
 from .result import AnalysisResult, finite_or_none, prompts_of, provenance_of
@@ -146,8 +147,8 @@ def dose_response(
     model: HookedModel,
     chat: ChatFormat,
     direction: Direction,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     refusal_tokens: RefusalTokens,
     *,
     coefficients: Sequence[float] = COEFFICIENTS,
@@ -171,9 +172,9 @@ def dose_response(
     Raises:
         UserError: a side has no prompts.
     """
-    if not harmful or not harmless:
+    prompts = {"harmful": as_prompts(harmful), "harmless": as_prompts(harmless)}
+    if not all(prompts.values()):
         raise UserError("dose_response needs prompts on both sides")
-    prompts: dict[str, list[str]] = {"harmful": list(harmful), "harmless": list(harmless)}
     judged = SubstringJudge() if judge is None else judge
     reader = DoseReader(model, chat, prompts, refusal_tokens, texts, max_new_tokens, judged, batch_size)
     directions = [direction, *(direction.random_like(seed) for seed in range(n_random))]

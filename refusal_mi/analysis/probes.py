@@ -17,6 +17,7 @@ from ..progress import track
 from ..reading import template_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
 from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
 
 METHODS = ("difference of means", "logistic regression")
@@ -64,8 +65,8 @@ class ProbesResult(AnalysisResult):
 def linear_probes(
     model: HookedModel,
     chat: ChatFormat,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     direction: Direction,
     *,
     positions: Sequence[int] | None = None,
@@ -87,6 +88,7 @@ def linear_probes(
     Raises:
         UserError: there are fewer prompts on a side than folds.
     """
+    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
     if min(len(harmful), len(harmless)) < n_folds or n_folds < 2:
         raise UserError(
             f"{n_folds} folds need as many prompts on each side, not {len(harmful)} harmful, {len(harmless)} harmless"

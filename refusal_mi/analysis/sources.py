@@ -23,6 +23,7 @@ from ..reading import captured
 from ..run.folder import RunInputs
 from ..text.batches import TokenBatch
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
 from .attribution import head_contributions, top_heads
 from .result import AnalysisResult, provenance_of
 
@@ -61,7 +62,7 @@ def attribute_sources(
     model: HookedModel,
     chat: ChatFormat,
     direction: Direction,
-    instructions: Sequence[str],
+    instructions: Prompts,
     *,
     heads: Sequence[tuple[int, int]] | None = None,
     n_heads: int = N_HEADS,
@@ -78,6 +79,7 @@ def attribute_sources(
     Raises:
         UserError: there are no prompts, or a head does not exist.
     """
+    instructions = as_prompts(instructions)
     if heads is None:
         heads = top_heads(model, chat, direction, instructions, n_heads, position=position, batch_size=batch_size)
     rows = [chat.encode(instruction) for instruction in instructions]

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ..directions import Direction
 from ..errors import UserError
 from ..files import at_home, sha256_file, write_json, write_text
-from ..interventions import Ablate, Add, Intervention
+from ..interventions import Ablate, Add, Intervention, Interventions
 from ..markdown import without_media
 from ..model.families import text_config
 from ..model.provenance import display_name, versions
 from ..model.writers import build_skeleton, classify
+from ..text.given import Prompts
 from ..weights import EditFigures, TensorEdit, edit_, factors
 from .adapter import LoRA, write_adapters
 from .checkpoint import RECORD, Checkpoint, copy_companions, fresh_directory
@@ -195,13 +196,13 @@ class Written:
 
 def export_checkpoint(
     source: str | Path | None,
-    interventions: Intervention | Sequence[Intervention],
+    interventions: Interventions,
     out: str | Path,
     *,
     keep_tied: bool = False,
     dtype: ExportDtype = "keep",
     verify: VerifyMode = "auto",
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     revision: str | None = None,
     force: bool = False,
 ) -> ExportReport:
@@ -240,7 +241,7 @@ def publish(
     *,
     dtype: ExportDtype = "keep",
     verify: VerifyMode,
-    prompts: Sequence[str] | None,
+    prompts: Prompts | None,
     force: bool,
 ) -> ExportReport:
     """Write into a directory that has no name yet, compare with the hooked model, add record and card, name it."""
@@ -324,11 +325,11 @@ def orthogonalize_(
 
 def export_adapter(
     source: str | Path | None,
-    interventions: Intervention | Sequence[Intervention],
+    interventions: Interventions,
     out: str | Path,
     *,
     verify: VerifyMode = "auto",
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     revision: str | None = None,
     force: bool = False,
 ) -> ExportReport:

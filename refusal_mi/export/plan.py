@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..interventions import Ablate, Add, Intervention, check_width
+from ..interventions import Ablate, Add, Intervention, Interventions, as_interventions, check_width
 from ..model.guards import guarded, read_config
 from ..model.loading import resolve_source
 from ..model.points import caa_layer, resid_hook, write_hook, write_hooks
@@ -26,14 +26,13 @@ Gain = Callable[[str], Float[Tensor, " d_model"]]
 Step = Ablate | Add
 
 
-def as_steps(interventions: Intervention | Sequence[Intervention]) -> tuple[Step, ...]:
+def as_steps(interventions: Interventions) -> tuple[Step, ...]:
     """The interventions, if each has a weight form.
 
     Raises:
         UserError: one acts at some positions only, or is neither `Ablate` nor `Add`.
     """
-    steps = interventions if isinstance(interventions, Sequence) else [interventions]
-    return tuple(_checked(step) for step in steps)
+    return tuple(_checked(step) for step in as_interventions(interventions))
 
 
 def _checked(step: Intervention) -> Step:
@@ -242,7 +241,7 @@ class Planned:
 
 def plan_export(
     source: str | Path | None,
-    interventions: Intervention | Sequence[Intervention],
+    interventions: Interventions,
     *,
     keep_tied: bool = False,
     with_new_biases: bool = False,

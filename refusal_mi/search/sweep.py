@@ -18,6 +18,7 @@ from ..model.running import check_fits
 from ..options import KLFormula
 from ..progress import track
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
 from .grid import ScoreGrid, finite_mean, median_of
 from .passes import Passes, PlainPasses, choose_passes
 from .thresholds import CandidateScore, layer_limit
@@ -74,8 +75,8 @@ class Scorer:
         model: HookedModel,
         chat: ChatFormat,
         grid: DirectionGrid,
-        harmful: Sequence[str],
-        harmless: Sequence[str],
+        harmful: Prompts,
+        harmless: Prompts,
         token_sets: Sequence[RefusalTokens],
         *,
         kl_formula: KLFormula = "exact",
@@ -83,6 +84,7 @@ class Scorer:
         share_work: bool = True,
     ) -> None:
         check_raw_basis(model)
+        harmful, harmless = as_prompts(harmful), as_prompts(harmless)
         if not harmful or not harmless:
             raise UserError(
                 f"the sweep needs prompts on both sides, not {len(harmful)} harmful, {len(harmless)} harmless"
@@ -137,8 +139,8 @@ def sweep(
     model: HookedModel,
     chat: ChatFormat,
     grid: DirectionGrid,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     refusal_tokens: RefusalTokens,
     *,
     prune_layers: float | None = None,
@@ -183,8 +185,8 @@ def sweep_token_sets(
     model: HookedModel,
     chat: ChatFormat,
     grid: DirectionGrid,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     token_sets: Sequence[RefusalTokens],
     *,
     prune_layers: float | None = None,

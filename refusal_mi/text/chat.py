@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import sha256_json
 from .batches import TokenBatch, left_pad
+from .given import Prompts, as_prompts
 from .template import Message as Message
 from .template import as_parts, left_out, render_template
 
@@ -206,9 +207,9 @@ class ChatFormat:
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
         return whole, shared
 
-    def batch(self, instructions: Sequence[str]) -> TokenBatch:
+    def batch(self, instructions: Prompts) -> TokenBatch:
         """One left-padded batch of prompts."""
-        return left_pad([self.encode(instruction) for instruction in instructions], self.pad_id)
+        return left_pad([self.encode(instruction) for instruction in as_prompts(instructions)], self.pad_id)
 
     @property
     def pad_id(self) -> int:
