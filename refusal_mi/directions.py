@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,9 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import UserError
-from .files import floats, read_floats, read_json, read_record, read_tensors, write_json, write_tensors
+from .files import at_home, floats, read_floats, read_json, read_record, read_tensors, write_json, write_vector
 from .model.points import block_hook, layer_of_hook, resid_hook, stream_after
+from .vectors import at_layer, is_whole, one_vector, read_vectors, unit_of
 
+FILE = "direction.pt"
+"""Of a run folder: its direction."""
 MIN_RELATIVE_NORM = 1e-6
 """A difference of means shorter than this fraction of the means themselves is rounding error, not a direction."""
 
@@ -39,10 +42,44 @@ class Direction:
     def __post_init__(self) -> None:
         if not self.vector.is_floating_point():
             raise UserError(f"a direction must be a vector of floats, not of {self.vector.dtype}")
-        if not bool(torch.isfinite(self.vector).all()):
-            raise UserError("a direction must be finite: this one holds NaN or infinity")
-        if self.norm == 0:
-            raise UserError("a direction must not be zero")
+        unit_of(self.vector)
+        if (named := layer_of_hook(self.hook_name)) != self.layer:
+            raise UserError(
+                f"layer {self.layer} is not {self.hook_name!r}, which is layer {named}: layer l is the stream entering "
+                "block l, which is the output of block l - 1"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        vector: Any,
+        layer: int | None = None,
+        *,
+        hook_name: str | None = None,
+        position: int | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> "Direction":
+        """A direction of your own: `Direction.of(tensor, layer=12)`.
+
+        Args:
+            vector: `[d_model]` or `[1, d_model]`; a tensor, an array or a list of numbers.
+            layer: `l` is the stream entering block `l`, `n_layers` the stream after the last block.
+            hook_name: the same in TransformerLens' words; either is enough.
+            position: the prompt position it was read at, counted from the end (−1 is the last).
+
+        Raises:
+            UserError: it is no vector of finite floats, zero, or its place is not said, or said in two ways.
+        """
+        row = one_vector(vector)
+        if layer is None and hook_name is None:
+            raise UserError("say at which layer the direction was read: Direction.of(vector, layer=12)")
+        if position is not None and position >= 0:
+            raise UserError(f"a position counts from the end of the prompt, -1 is the last token; not {position}")
+        place = layer_of_hook(hook_name) if layer is None and hook_name is not None else layer
+        if place is None or place < 0:
+            raise UserError(f"layers count from 0, not {layer}")
+        hook_name = block_hook(place, "hook_resid_pre") if hook_name is None else hook_name
+        return cls(row, place, hook_name, position, dict(provenance or {}))
 
     @property
     def norm(self) -> float:
@@ -52,8 +89,7 @@ class Direction:
     @property
     def unit(self) -> Float[Tensor, " d_model"]:
         """The float64 unit vector."""
-        double = self.vector.detach().cpu().double()
-        return double / double.norm()
+        return unit_of(self.vector)
 
     def random_like(self, seed: int) -> "Direction":
         """A random direction of the same norm, place and dtype: the control for every effect of this one."""
@@ -63,9 +99,13 @@ class Direction:
         return Direction(vector, self.layer, self.hook_name, self.position, {"method": "random", "seed": seed})
 
     def save(self, path: Path) -> None:
-        """Write `path` (.pt, a 1-D CPU tensor) and a JSON beside it with the place and provenance."""
+        """Write `path` (.pt, .safetensors or .npy: one vector) and a JSON beside it with the place and provenance.
+
+        Raises:
+            UserError: the name ends otherwise.
+        """
         path = Path(path)
-        write_tensors(path, self.vector)
+        write_vector(path, self.vector)
         write_json(path.with_name(f"{path.stem}_metadata.json"), self.describe())
 
     def describe(self) -> dict[str, Any]:
@@ -74,28 +114,49 @@ class Direction:
         return {**place, **self.provenance}
 
     @classmethod
-    def load(cls, path: Path) -> "Direction":
-        """Read what `save` wrote, or a published `direction.pt` with its `direction_metadata.json`.
+    def load(cls, path: str | Path, layer: int | None = None) -> "Direction":
+        """Read a run folder's direction, what `save` wrote, a published `direction.pt`, or a bare vector.
+
+        Args:
+            path: a run folder, or a `.pt`, `.safetensors`, `.npy` or `.npz` file. Of a file of vectors by layer (3,
+                "3", "layer_3", a hook point) `layer` chooses one.
+            layer: where a vector was read that has no JSON beside it.
 
         Raises:
-            UserError: a file is missing or does not hold one vector.
+            UserError: a file is missing or does not hold one vector, or its place is not known or said in two ways.
         """
-        path = Path(path)
+        path = at_home(path)
+        if path.is_dir():
+            if not (path / FILE).is_file():
+                raise UserError(f"{path} has no {FILE}: its run is not finished, or chose none")
+            path = path / FILE
+        beside = path.with_name(f"{path.stem}_metadata.json")
+        if not beside.exists():
+            held = floats(path, at_layer(path, read_tensors(path), layer))
+            if held.squeeze().ndim != 1:
+                raise UserError(f"{path} does not hold one vector of shape [d_model]")
+            if layer is None:
+                raise UserError(
+                    f"nothing beside {path} says where it was read: expected {beside.name} with its layer, as "
+                    "refusal-mi run and Direction.save write it, or Direction.load(path, layer=12)"
+                )
+            return cls.of(held.squeeze(), layer, provenance={"source": str(path)})
         vector = read_floats(path)
         if vector.squeeze().ndim != 1:
             raise UserError(f"{path} does not hold one vector of shape [d_model]")
-        beside = path.with_name(f"{path.stem}_metadata.json")
-        if not beside.exists():
-            raise UserError(
-                f"nothing beside {path} says where it was read: expected {beside.name} with its layer, as refusal-mi "
-                "run and Direction.save write it"
-            )
+        placed = cls._beside(path, vector.squeeze().clone(), beside)
+        if layer not in (None, placed.layer):
+            raise UserError(f"{path} says itself where it was read, layer {placed.layer}: leave layer {layer} out")
+        return placed
+
+    @classmethod
+    def _beside(cls, path: Path, vector: Float[Tensor, " d_model"], beside: Path) -> "Direction":
         metadata = read_json(beside)
         if not isinstance(metadata, dict) or "layer" not in metadata:
             raise UserError(f"{beside.name} beside {path} does not say which layer it was read at")
         layer, position, norm = (metadata.pop(key, None) for key in ("layer", "pos", "norm"))
         hook_name = metadata.pop("hook_name", None)
-        if not _is_whole(layer) or layer < 0 or not (position is None or _is_whole(position)):
+        if not is_whole(layer) or layer < 0 or not (position is None or is_whole(position)):
             raise UserError(f"{beside}: layer and pos must be whole numbers, not {layer!r} and {position!r}")
         if position is not None and position >= 0:
             raise UserError(f"{beside}: pos counts from the end of the prompt, -1 is the last token; found {position}")
@@ -103,15 +164,11 @@ class Direction:
             hook_name = block_hook(layer, "hook_resid_pre")
         if not isinstance(hook_name, str) or layer_of_hook(hook_name) != layer:
             raise UserError(f"{beside} contradicts itself: layer {layer} is not {hook_name!r}")
-        found = cls(vector.squeeze().clone(), layer, hook_name, position, metadata)
+        found = cls(vector, layer, hook_name, position, metadata)
         is_number = isinstance(norm, float | int) and abs(norm) < 1e30
         if norm is not None and not (is_number and math.isclose(norm, found.norm, rel_tol=0.01)):
             raise UserError(f"{beside} names the norm {norm!r}, and the vector in {path.name} has {found.norm:.4g}")
         return found
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -197,100 +254,6 @@ def cosine(a: Direction, b: Direction) -> float:
     return math.fsum((a.unit * b.unit).tolist())
 
 
-@dataclass(frozen=True)
-class LabelledVectors:
-    """The vectors of one file."""
-
-    name: str
-    rows: Float[Tensor, "row d_model"]
-    """float64."""
-
-    @property
-    def labels(self) -> list[str]:
-        """The file's name, with the row where there are several."""
-        if len(self.rows) == 1:
-            return [self.name]
-        return [f"{self.name}[{row}]" for row in range(len(self.rows))]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Cosines of every vector with every other."""
-
-    labels: tuple[str, ...]
-    cosines: Float[Tensor, "vector vector"]
-    """float64; NaN where a vector is zero."""
-    norms: Float[Tensor, " vector"]
-    """Raw lengths, in units of the residual stream."""
-
-    def describe(self) -> dict[str, Any]:
-        """JSON values, None for NaN."""
-        cosines = [[None if value != value else value for value in row] for row in self.cosines.tolist()]
-        return {"labels": list(self.labels), "cosines": cosines, "norms": self.norms.tolist()}
-
-
-def read_vectors(path: Path) -> LabelledVectors:
-    """The vectors of a `.pt` file: `[d]`, `[1, d]`, `[n, d]` or a list of vectors, in any float type.
-
-    Raises:
-        UserError: it holds something else, or numbers that are not finite.
-    """
-    held = read_tensors(path)
-    if isinstance(held, list) and held and all(isinstance(item, Tensor) for item in held):
-        if len({item.numel() for item in held}) != 1 or any(
-            item.numel() != max(item.shape, default=0) for item in held
-        ):
-            raise UserError(f"{path} holds a list of tensors of different shapes, not of vectors of one width")
-        held = torch.stack([floats(path, item).reshape(-1) for item in held])
-    held = floats(path, held)
-    if held.ndim not in (1, 2) or held.numel() == 0:
-        raise UserError(
-            f"{path} holds {held.dtype} of shape {list(held.shape)}; expected floats of shape [d], [1, d] or [n, d]"
-        )
-    rows = held.reshape(-1, held.shape[-1]).double()
-    if not bool(torch.isfinite(rows).all()):
-        raise UserError(f"{path} holds numbers that are not finite")
-    if not bool(rows.any()):
-        raise UserError(f"{path} holds zeros only, which have no direction")
-    return LabelledVectors(path.stem, rows)
-
-
-def compare(stacks: list[LabelledVectors]) -> Comparison:
-    """Cosine similarity of all vectors of all stacks, in float64.
-
-    Raises:
-        UserError: there are fewer than two vectors, or they have different widths.
-    """
-    widths = {stack.rows.shape[-1]: stack.name for stack in stacks}
-    if len(widths) > 1:
-        listed = ", ".join(f"{name} has {width}" for width, name in widths.items())
-        raise UserError(f"vectors of different widths cannot be compared: {listed}; they come from different models")
-    if sum(len(stack.rows) for stack in stacks) < 2:
-        raise UserError("a comparison needs at least two vectors")
-    rows = torch.cat([stack.rows for stack in stacks])
-    norms = rows.norm(dim=-1)
-    units = rows / norms[:, None]
-    return Comparison(tuple(label for stack in stacks for label in stack.labels), units @ units.T, norms)
-
-
-def normalize_across(stacks: list[LabelledVectors]) -> list[LabelledVectors]:
-    """Give the stacks one norm per row: v_b ← v_b · (mean over b of ‖v_b‖) / ‖v_b‖ (Rimsky et al. 2024).
-
-    Raises:
-        UserError: the stacks have different shapes, or a vector is zero.
-    """
-    shapes = {tuple(stack.rows.shape) for stack in stacks}
-    if len(stacks) < 2 or len(shapes) > 1:
-        raise UserError(f"a shared norm needs two or more files of one shape, not {sorted(shapes)}")
-    norms = torch.stack([stack.rows.norm(dim=-1) for stack in stacks])
-    if not bool(norms.all()):
-        raise UserError("a vector of length 0 cannot be given a norm")
-    shared = norms.mean(dim=0)
-    return [
-        replace(stack, rows=stack.rows * (shared / norm)[:, None]) for stack, norm in zip(stacks, norms, strict=True)
-    ]
-
-
 def load_direction(path: Path, n_layers: int, layer: int | None = None, *, moves: bool = False) -> Direction:
     """One vector of a file with its place: the one rule of every command that takes a file.
 
@@ -318,7 +281,7 @@ def load_direction(path: Path, n_layers: int, layer: int | None = None, *, moves
         if not moves and layer not in (None, found.layer):
             raise UserError(f"{path} says itself where it was read, layer {found.layer}: leave layer {layer} out")
         return found
-    rows = read_vectors(path).rows
+    rows = read_vectors(path, layer).rows
     named = _CAA_NAME.fullmatch(path.stem)
     if len(rows) > 1:
         if len(rows) != n_layers + 1:

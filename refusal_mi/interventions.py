@@ -16,6 +16,7 @@ from .directions import Direction
 from .errors import UserError
 from .model.points import Component, Hook, HookedModel, HookFn, check_raw_basis, resid_hook, write_hooks
 from .options import Positions as Positions
+from .vectors import one_vector, unit_of
 
 NEAR_DUPLICATE, NEARLY_DEPENDENT = 1e-3, 0.1
 """Relative singular values of the unit directions below which a span is refused, or warned about."""
@@ -48,7 +49,8 @@ class Ablate:
     is the published form of that.
     """
 
-    directions: Direction | Sequence[Direction]
+    directions: Direction | Tensor | Sequence[Direction | Tensor]
+    """Or bare vectors, `[d_model]` or `[n, d_model]`: ablation does not ask where they were read."""
     strength: float = 1.0
     layers: Sequence[int] | None = None
     """Blocks whose writes are changed; None is all. The embedding counts as a write of block 0."""
@@ -59,6 +61,7 @@ class Ablate:
     positions: Positions = "all"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "directions", _each(self.directions))
         check_finite("strength", self.strength)
         for constant in self.constants or ():
             check_finite("constants", constant)
@@ -71,10 +74,17 @@ class Ablate:
     @cached_property
     def units(self) -> Float[Tensor, "direction d_model"]:
         """The float64 unit vectors."""
-        directions = [self.directions] if isinstance(self.directions, Direction) else list(self.directions)
-        if not directions:
-            raise UserError("Ablate needs at least one direction")
-        return torch.stack([direction.unit for direction in directions])
+        units = [each.unit if isinstance(each, Direction) else unit_of(each) for each in self.each]
+        if len({len(unit) for unit in units}) != 1:
+            widths = ", ".join(str(len(unit)) for unit in units)
+            raise UserError(f"directions of different widths cannot be ablated together: {widths}")
+        return torch.stack(units)
+
+    @property
+    def each(self) -> tuple[Direction | Tensor, ...]:
+        """The directions, one as several."""
+        single = isinstance(self.directions, Direction | Tensor)
+        return (self.directions,) if single else tuple(self.directions)  # type: ignore[return-value, arg-type]
 
     @cached_property
     def basis(self) -> Float[Tensor, "rank d_model"]:
@@ -117,6 +127,21 @@ class Ablate:
             offset = Constant(self.offset)
             hooks.insert(1, (names[0], hook_of(lambda x: x + offset.beside(x), self.positions, prompt_width)))
         return hooks
+
+
+def _each(given: Direction | Tensor | Sequence[Direction | Tensor]) -> Direction | tuple[Direction | Tensor, ...]:
+    """One direction as it is; several, or the rows of a table of them, each checked."""
+    if isinstance(given, Direction):
+        return given
+    if isinstance(given, Tensor) and given.ndim != 2:
+        given = [given]
+    rows = tuple(each if isinstance(each, Direction) else one_vector(each) for each in given)
+    if not rows:
+        raise UserError("Ablate needs at least one direction")
+    for row in rows:
+        if isinstance(row, Tensor):
+            unit_of(row)
+    return rows
 
 
 @dataclass(frozen=True)

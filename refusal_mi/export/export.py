@@ -141,7 +141,10 @@ def card(report: ExportReport) -> str:
 
 def _sentence(step: Step) -> str:
     directions = directions_of(step)
-    places = ", ".join(f"position {direction.position}, layer {direction.layer}" for direction in directions)
+    places = ", ".join(
+        f"position {each.position}, layer {each.layer}" if isinstance(each, Direction) else "a bare vector"
+        for each in directions
+    )
     if isinstance(step, Add):
         return f"{step.coefficient} times the direction ({places}) is added to the stream entering layer {step.target}"
     blocks = "all blocks" if step.layers is None else f"blocks {', '.join(map(str, step.layers)) or 'none'}"
@@ -278,7 +281,7 @@ def publish(
 
 
 def orthogonalize_(
-    model: Any, direction: Direction | Sequence[Direction] | Intervention, *, keep_tied: bool = False
+    model: Any, direction: Direction | Tensor | Sequence[Direction | Tensor] | Intervention, *, keep_tied: bool = False
 ) -> dict[str, EditFigures]:
     """Edit the weights of a `transformers` causal language model in place, so that it does what the hooks did.
 

@@ -145,15 +145,14 @@ def _is_linear(writer: Writer) -> bool:
     return writer.name.endswith(".weight") and ".experts." not in writer.name and "shared" not in writer.name
 
 
-def directions_of(step: Step) -> Sequence[Direction]:
-    """The directions that an intervention is about."""
-    several = step.direction if isinstance(step, Add) else step.directions
-    return [several] if isinstance(several, Direction) else several
+def directions_of(step: Step) -> Sequence[Direction | Tensor]:
+    """The directions that an intervention is about; bare vectors do not say where they were read."""
+    return (step.direction,) if isinstance(step, Add) else step.each
 
 
 def describe_step(step: Step) -> dict[str, Any]:
     """An intervention as JSON values; a direction's SHA-256 is that of its float64 values."""
-    directions = [{**direction.describe(), "sha256": _digest(direction)} for direction in directions_of(step)]
+    directions = [_described(direction) for direction in directions_of(step)]
     if isinstance(step, Add):
         return {"kind": "add", "coefficient": step.coefficient, "layer": step.target, "directions": directions}
     return {
@@ -166,8 +165,15 @@ def describe_step(step: Step) -> dict[str, Any]:
     }
 
 
-def _digest(direction: Direction) -> str:
-    return hashlib.sha256(direction.vector.detach().cpu().double().numpy().tobytes()).hexdigest()
+def _described(direction: Direction | Tensor) -> dict[str, Any]:
+    if isinstance(direction, Direction):
+        return {**direction.describe(), "sha256": _digest(direction.vector)}
+    norm = direction.double().norm().item()
+    return {"pos": None, "layer": None, "hook_name": None, "norm": norm, "sha256": _digest(direction)}
+
+
+def _digest(vector: Float[Tensor, " d_model"]) -> str:
+    return hashlib.sha256(vector.detach().cpu().double().numpy().tobytes()).hexdigest()
 
 
 NORM_NOTE = (
