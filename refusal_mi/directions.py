@@ -14,16 +14,20 @@ from torch import Tensor
 from .errors import UserError
 from .files import at_home, floats, read_floats, read_json, read_record, read_tensors, write_json, write_vector
 from .model.points import block_hook, layer_of_hook, resid_hook, stream_after
+from .values import Value, frame, html_table, text_table
 from .vectors import at_layer, is_whole, one_vector, read_vectors, unit_of
 
+N_SHOWN = 5
+"""Rows of a grid that its representation shows."""
+_LONGEST = ("position", "layer", "norm")
 FILE = "direction.pt"
 """Of a run folder: its direction."""
 MIN_RELATIVE_NORM = 1e-6
 """A difference of means shorter than this fraction of the means themselves is rounding error, not a direction."""
 
 
-@dataclass(frozen=True)
-class Direction:
+@dataclass(frozen=True, eq=False, repr=False)
+class Direction(Value):
     """A direction with its raw length, and where in the model it was read.
 
     It points from harmless to harmful, from compliant to refusing: adding it makes a model refuse.
@@ -80,6 +84,13 @@ class Direction:
             raise UserError(f"layers count from 0, not {layer}")
         hook_name = block_hook(place, "hook_resid_pre") if hook_name is None else hook_name
         return cls(row, place, hook_name, position, dict(provenance or {}))
+
+    def __repr__(self) -> str:
+        place = f"layer {self.layer}" + ("" if self.position is None else f", position {self.position}")
+        return f"Direction({place}, norm {self.norm:.4g}, d_model {len(self.vector)}, {self.hook_name})"
+
+    def _repr_html_(self) -> None:
+        """One line of text says it."""
 
     @property
     def norm(self) -> float:
@@ -171,8 +182,8 @@ class Direction:
         return found
 
 
-@dataclass(frozen=True)
-class DirectionGrid:
+@dataclass(frozen=True, eq=False, repr=False)
+class DirectionGrid(Value):
     """One candidate direction per post-instruction position and layer."""
 
     vectors: Float[Tensor, "pos layer d_model"]
@@ -190,6 +201,42 @@ class DirectionGrid:
     @property
     def n_layers(self) -> int:
         return self.vectors.shape[1]
+
+    @property
+    def _title(self) -> str:
+        n, n_layers, width = self.vectors.shape
+        places = f"{n} positions {self.positions[0]}..{self.positions[-1]}" if n else "no positions"
+        return f"DirectionGrid: {places} × {n_layers} layers × d_model {width}"
+
+    def _longest(self) -> list[tuple[str, ...]]:
+        norms = {
+            place: self.vectors[row // self.n_layers, row % self.n_layers].norm().item()
+            for row, place in enumerate(self.candidates())
+        }
+        best = sorted(norms, key=lambda place: -norms[place])[:N_SHOWN]
+        return [(f"{position}", f"{layer}", f"{norms[position, layer]:.4g}") for position, layer in best]
+
+    def __repr__(self) -> str:
+        return text_table(self._title, _LONGEST, self._longest())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title, _LONGEST, self._longest())
+
+    def to_frame(self) -> Any:
+        """A pandas table with a row for each candidate: position, layer, norm, is_degenerate.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        flags = [flag for row in self.is_degenerate for flag in row]
+        norms = self.vectors.norm(dim=-1).flatten().tolist()
+        rows = zip(self.candidates(), norms, flags, strict=True)
+        return frame(
+            [
+                {"position": place[0], "layer": place[1], "norm": norm, "is_degenerate": flag}
+                for place, norm, flag in rows
+            ]
+        )
 
     def direction(self, position: int, layer: int) -> Direction:
         """The candidate at a position (−n .. −1) and layer.
@@ -221,8 +268,8 @@ class DirectionGrid:
         return cls(vectors, tuple(range(-len(vectors), 0)), tuple(map(tuple, degenerate)), {"source": str(path)})
 
 
-@dataclass(frozen=True)
-class ActivationMeans:
+@dataclass(frozen=True, eq=False, repr=False)
+class ActivationMeans(Value):
     """Mean residual stream over prompts, per post-instruction position and layer."""
 
     means: Float[Tensor, "pos layer d_model"]
@@ -309,8 +356,8 @@ def load_direction(path: Path, n_layers: int, layer: int | None = None, *, moves
 _CAA_NAME = re.compile(r"vec_layer_(\d{1,9})_.+", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class _Beside:
+@dataclass(frozen=True, eq=False, repr=False)
+class _Beside(Value):
     """Of the `run.json` of the folder that a vector lies in."""
 
     model: dict[str, Any] | None = None

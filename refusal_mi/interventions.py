@@ -16,6 +16,7 @@ from .directions import Direction
 from .errors import UserError
 from .model.points import Component, Hook, HookedModel, HookFn, check_raw_basis, resid_hook, write_hooks
 from .options import Positions as Positions
+from .values import Value
 from .vectors import one_vector, unit_of
 
 NEAR_DUPLICATE, NEARLY_DEPENDENT = 1e-3, 0.1
@@ -38,8 +39,8 @@ Interventions = Intervention | Iterable[Intervention]
 """One, or several in the order in which they act."""
 
 
-@dataclass(frozen=True)
-class Ablate:
+@dataclass(frozen=True, eq=False, repr=False)
+class Ablate(Value):
     """Remove a direction, or the span of several, from what is written into the stream.
 
     x ← x − strength · Q Qᵀ x at the token embedding, every attention output and every MLP output, Q an orthonormal
@@ -144,8 +145,8 @@ def _each(given: Direction | Tensor | Sequence[Direction | Tensor]) -> Direction
     return rows
 
 
-@dataclass(frozen=True)
-class AblateInTurn:
+@dataclass(frozen=True, eq=False, repr=False)
+class AblateInTurn(Value):
     """Project directions out one after the other, as published for several: hooks alone can do it.
 
     x ← x − d̂ d̂ᵀ x for each direction in turn, at the input of every block, every attention output and every MLP
@@ -171,8 +172,8 @@ class AblateInTurn:
         return hooks
 
 
-@dataclass(frozen=True)
-class Add:
+@dataclass(frozen=True, eq=False, repr=False)
+class Add(Value):
     """Add coefficient × the raw direction to the stream entering its own layer.
 
     x ← x + coefficient · r. Coefficient 1 is one raw difference of means, −1 subtracts it; 0 changes no bit.

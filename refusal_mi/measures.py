@@ -22,6 +22,7 @@ from .text.batches import TokenBatch
 from .text.chat import ChatFormat
 from .text.given import Prompts, as_prompts
 from .text.pairs import ABPair, LetterSpan, locate_letter
+from .values import Value
 
 SCORE_EPSILON = 1e-8
 KL_EPSILON = 1e-6
@@ -387,8 +388,8 @@ class ABPoint:
         return {**vars(self), "layer_means": explain_layer(self.layer)}
 
 
-@dataclass(frozen=True)
-class ABSweep:
+@dataclass(frozen=True, eq=False, repr=False)
+class ABSweep(Value):
     """All layers and multipliers on one set of pairs."""
 
     pairs: str

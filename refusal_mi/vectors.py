@@ -12,6 +12,7 @@ from torch import Tensor
 from .errors import UserError
 from .files import floats, read_tensors
 from .model.points import layer_of_hook
+from .values import Value
 
 
 def one_vector(given: Any) -> Float[Tensor, " d_model"]:
@@ -82,8 +83,8 @@ def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-@dataclass(frozen=True)
-class LabelledVectors:
+@dataclass(frozen=True, eq=False, repr=False)
+class LabelledVectors(Value):
     """The vectors of one file."""
 
     name: str
@@ -98,8 +99,8 @@ class LabelledVectors:
         return [f"{self.name}[{row}]" for row in range(len(self.rows))]
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Value):
     """Cosines of every vector with every other."""
 
     labels: tuple[str, ...]

@@ -34,7 +34,7 @@ post-instruction tokens."""
 DEFAULT_SUFFIX = " Answer in one short sentence, please, and be friendly."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionResult(AnalysisResult):
     """Attention of some heads from the last prompt position, summed over regions of the prompt."""
 

@@ -30,7 +30,7 @@ MAX_MISFIT = 0.05
 """Largest relative distance between a write and gain × scale × output before the block is called nonlinear here."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttributionResult(AnalysisResult):
     """Projection of every write into the stream on a unit direction, at one position, per group of prompts.
 

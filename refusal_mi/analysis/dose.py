@@ -34,7 +34,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 MAX_PROMPTS, MAX_TEXTS, RUN_TOKENS = 32, 32, 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DoseResult(AnalysisResult):
     """Responses to every amount of the direction (first) and of random directions of equal norm (the others).
 

@@ -20,7 +20,7 @@ from ..text.given import Prompts, as_prompts
 from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class GeometryResult(AnalysisResult):
     """Geometry of the difference in means at every position and layer; NaN where the two means do not differ."""
 

@@ -22,7 +22,7 @@ from ..text.given import Groups, Prompts, as_groups, as_prompts
 from .result import AnalysisResult, prompts_of, provenance_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class HarmResult(AnalysisResult):
     """Belief scores of every prompt for harm (last instruction token) and refusal (last template token)."""
 

@@ -22,7 +22,7 @@ from ..text.given import Prompts, as_prompts
 from .result import AnalysisResult, check_position, each_group, prompts_of, provenance_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LensResult(AnalysisResult):
     """Refusal scores of every prompt at every layer, for the refusal tokens and for random sets of as many tokens."""
 

@@ -27,7 +27,7 @@ MIN_GAP, MIN_EFFECT = 1e-6, 0.1
 MAX_PAIRS = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PatchingResult(AnalysisResult):
     """Refusal scores of patched prompts, pair by pair, with the scores that they lie between.
 

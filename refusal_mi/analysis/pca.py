@@ -24,7 +24,7 @@ from .result import AnalysisResult, check_position, each_group, prompts_of, prov
 _ROUNDING = 1e-12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PcaResult(AnalysisResult):
     """Coordinates of every prompt on the first components, layer by layer."""
 

@@ -25,7 +25,7 @@ _CONSTANT = 1e-12
 """A feature whose spread is below this fraction of its size is the same for every prompt."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ProbesResult(AnalysisResult):
     """Cross-validated AUC of two probes, its shuffled-label null, and their cosines to the direction."""
 

@@ -22,7 +22,7 @@ from ..text.given import Groups, as_groups
 from .result import AnalysisResult, each_group, prompts_of, provenance_of, template_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ProjectionsResult(AnalysisResult):
     """Projections and cosines of every prompt, on the direction and on a random one, at the last positions."""
 

@@ -30,7 +30,7 @@ from .result import AnalysisResult, provenance_of
 N_PROMPTS, N_HEADS = 6, 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SourcesResult(AnalysisResult):
     """What some heads write along a unit direction at one position, split by the token it was read from."""
 

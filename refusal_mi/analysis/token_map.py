@@ -22,7 +22,7 @@ from ..text.given import Prompts, as_prompt
 from .result import AnalysisResult, provenance_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenMapResult(AnalysisResult):
     """Projection and cosine of one prompt's stream, on the direction and on a random one."""
 

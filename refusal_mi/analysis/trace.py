@@ -28,7 +28,7 @@ from .result import AnalysisResult, each_group, prompts_of, provenance_of
 N_PROMPTS, RUN_TOKENS = 8, 40
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class TraceResult(AnalysisResult):
     """Projection of the stream on a unit direction at every token of answers, under several conditions."""
 

@@ -20,6 +20,7 @@ from ..model.families import text_config
 from ..model.provenance import display_name, versions
 from ..model.writers import build_skeleton, classify
 from ..text.given import Prompts
+from ..values import Value
 from ..weights import EditFigures, TensorEdit, edit_, factors
 from .adapter import LoRA, write_adapters
 from .checkpoint import RECORD, Checkpoint, copy_companions, fresh_directory
@@ -31,8 +32,8 @@ from .verify import Verification, VerifyMode, prepare_comparison
 UNVERIFIED = "UNVERIFIED"
 
 
-@dataclass(frozen=True)
-class ExportReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class ExportReport(Value):
     """What was exported, and how well it matches the hooks."""
 
     path: Path
@@ -187,8 +188,8 @@ def _undo(report: ExportReport) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Written:
+@dataclass(frozen=True, eq=False, repr=False)
+class Written(Value):
     """What a writer of files put into the new directory."""
 
     figures: Mapping[str, EditFigures]

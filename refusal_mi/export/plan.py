@@ -17,6 +17,7 @@ from ..model.guards import guarded, read_config
 from ..model.loading import resolve_source
 from ..model.points import caa_layer, resid_hook, write_hook, write_hooks
 from ..model.writers import Layout, Writer, classify
+from ..values import Value
 from ..weights import Projection, Shift, TensorEdit, writer_projection
 from .checkpoint import OTHER_WEIGHTS, Checkpoint, open_checkpoint
 from .rewrite import Head
@@ -188,8 +189,8 @@ IMAGE_NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Planned:
+@dataclass(frozen=True, eq=False, repr=False)
+class Planned(Value):
     """An export that can be made."""
 
     checkpoint: Checkpoint

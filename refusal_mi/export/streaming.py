@@ -18,6 +18,7 @@ from ..model.points import HookFn, component_of, split_hook
 from ..model.writers import build_skeleton
 from ..progress import track
 from ..text.batches import TokenBatch
+from ..values import Value
 from .checkpoint import Checkpoint
 
 _TOKEN_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -90,8 +91,8 @@ def _assign(module: nn.Module, path: str, value: nn.Parameter) -> None:
 DtypeText = Literal["float32", "bfloat16", "float16"]
 
 
-@dataclass(frozen=True)
-class Answers:
+@dataclass(frozen=True, eq=False, repr=False)
+class Answers(Value):
     """What one model makes of a batch."""
 
     logits: Float[Tensor, "compared d_vocab"]

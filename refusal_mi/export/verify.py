@@ -21,6 +21,7 @@ from ..text.batches import TokenBatch, left_pad
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from ..text.prompts import load_prompts
+from ..values import Value
 from ..weights import EditFigures
 from .adapter import load_adapter
 from .checkpoint import DTYPES, Checkpoint, open_checkpoint
@@ -223,8 +224,8 @@ def _stop_ids(directory: Path) -> tuple[int, ...]:
     return all_stops(settings.eos_token_id, _tokenizer(directory))
 
 
-@dataclass(frozen=True)
-class _GenerationSettings:
+@dataclass(frozen=True, eq=False, repr=False)
+class _GenerationSettings(Value):
     """What is needed of `generation_config.json`."""
 
     eos_token_id: int | list[int] | None = None

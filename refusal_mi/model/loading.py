@@ -12,6 +12,7 @@ import torch
 from ..errors import UserError, cause
 from ..files import at_home, sha256_json
 from ..options import Quantization
+from ..values import Value
 from .families import nearest_type
 from .guards import guarded, no_processor
 from .held import adopt, as_it_is, name_of
@@ -115,8 +116,8 @@ def load_model(
     return model
 
 
-@dataclass(frozen=True)
-class _Asked:
+@dataclass(frozen=True, eq=False, repr=False)
+class _Asked(Value):
     """How a model is to be loaded."""
 
     revision: str | None = None

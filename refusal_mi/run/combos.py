@@ -10,13 +10,14 @@ from ..files import as_json, parsed
 from ..measures import LossResult
 from ..model.provenance import ModelRecord
 from ..stats import Rate
+from ..values import Value
 from .answers import Effect, read_effect
 from .options import CombosOptions
 from .record import CombinationRecord
 
 
-@dataclass(frozen=True)
-class ValidationRow:
+@dataclass(frozen=True, eq=False, repr=False)
+class ValidationRow(Value):
     """`combos/{label}.json`: what one ablation did on validation prompts."""
 
     label: str
@@ -31,8 +32,8 @@ class ValidationRow:
     quick: bool = False
 
 
-@dataclass(frozen=True)
-class CombinationRow:
+@dataclass(frozen=True, eq=False, repr=False)
+class CombinationRow(Value):
     """A combination and what ablating it did."""
 
     combination: CombinationRecord
@@ -67,8 +68,8 @@ class Difference:
     high: float
 
 
-@dataclass(frozen=True)
-class CombosTest:
+@dataclass(frozen=True, eq=False, repr=False)
+class CombosTest(Value):
     """The winner on held-out prompts, beside the plain model, the best single direction and random spans."""
 
     set_name: str
@@ -100,8 +101,8 @@ def _combos_test(table: Any) -> CombosTest | None:
     )
 
 
-@dataclass(frozen=True)
-class CombosResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class CombosResult(Value):
     """`combos.json`: single directions and combinations on validation prompts, the winner on held-out ones."""
 
     model: ModelRecord

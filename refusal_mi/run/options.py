@@ -23,6 +23,7 @@ from ..options import (
     words,
 )
 from ..search.thresholds import PUBLISHED, Rule, Search, most
+from ..values import Value
 
 if TYPE_CHECKING:
     from ..model.provenance import ModelRecord
@@ -39,8 +40,8 @@ def read_steps(text: str) -> tuple[str, ...]:
     return tuple(step.strip() for step in text.split(","))
 
 
-@dataclass(frozen=True)
-class RunOptions:
+@dataclass(frozen=True, eq=False, repr=False)
+class RunOptions(Value):
     """Options of `refusal_mi.recipes.arditi.run`."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

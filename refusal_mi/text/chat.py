@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import sha256_json
+from ..values import Value
 from .batches import TokenBatch, left_pad
 from .given import Prompts, as_prompts
 from .template import Message as Message
@@ -43,8 +44,8 @@ _RESERVED = frozenset(
 _PROBES = ("Name a color", "Why do tides rise?", "Count to 10", "Say hello.")
 
 
-@dataclass(frozen=True)
-class ChatRecord:
+@dataclass(frozen=True, eq=False, repr=False)
+class ChatRecord(Value):
     """A chat template as it was used."""
 
     template_sha256: str
@@ -59,8 +60,8 @@ class ChatRecord:
     allow_special_tokens: bool = False
 
 
-@dataclass(frozen=True)
-class ChatFormat:
+@dataclass(frozen=True, eq=False, repr=False)
+class ChatFormat(Value):
     """How a conversation becomes the text that a chat model sees.
 
     The tokenizer's own template is used, with thinking off where it has such a switch and any date that it

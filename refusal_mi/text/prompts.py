@@ -13,6 +13,7 @@ from typing import Any, overload
 from ..errors import UserError, cause
 from ..files import at_home, read_json, sha256_json
 from ..hub import hub_or_cache
+from ..values import Value
 from .given import as_prompts
 from .tables import SUFFIXES, exists, is_file_name, read_rows
 
@@ -146,8 +147,8 @@ class PromptSet(Sequence[str]):
         return replace(self, prompts=kept)
 
 
-@dataclass(frozen=True)
-class Splits:
+@dataclass(frozen=True, eq=False, repr=False)
+class Splits(Value):
     """Disjoint prompts for finding a direction, choosing it, and reporting on it."""
 
     train: PromptSet
