@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -12,11 +12,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import UserError
-from .files import at_home, floats, read_floats, read_json, read_record, read_tensors, write_json, write_vector
+from .files import (
+    at_home,
+    floats,
+    read_floats,
+    read_json,
+    read_record,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_vector,
+)
 from .model.points import block_hook, layer_of_hook, resid_hook, stream_after
+from .precision import with_float64
 from .values import Value, frame, html_table, text_table
 from .vectors import at_layer, is_whole, one_vector, read_vectors, unit_of
 
+_RESID_PRE = re.compile(r"blocks\.(\d{1,9})\.hook_resid_pre")
 N_SHOWN = 5
 """Rows of a grid that its representation shows."""
 _LONGEST = ("position", "layer", "norm")
@@ -109,13 +121,13 @@ class Direction(Value):
         vector = (noise * (self.norm / noise.norm())).to(self.vector.dtype)
         return Direction(vector, self.layer, self.hook_name, self.position, {"method": "random", "seed": seed})
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write `path` (.pt, .safetensors or .npy: one vector) and a JSON beside it with the place and provenance.
 
         Raises:
             UserError: the name ends otherwise.
         """
-        path = Path(path)
+        path = at_home(path)
         write_vector(path, self.vector)
         write_json(path.with_name(f"{path.stem}_metadata.json"), self.describe())
 
@@ -259,10 +271,14 @@ class DirectionGrid(Value):
         """Every (position, layer), in the published order."""
         return [(position, layer) for position in self.positions for layer in range(self.n_layers)]
 
+    def save(self, path: str | Path) -> None:
+        """Write a `mean_diffs.pt`, `[n_pos, n_layers, d_model]` in float64, which `load` reads."""
+        write_tensors(at_home(path), self.vectors)
+
     @classmethod
-    def load(cls, path: Path) -> "DirectionGrid":
+    def load(cls, path: str | Path) -> "DirectionGrid":
         """Read a `mean_diffs.pt` (`[n_pos, n_layers, d_model]`), ours or a published one."""
-        vectors = read_floats(path, None, None, None).double()
+        vectors = read_floats(at_home(path), None, None, None).double()
         largest = vectors.norm(dim=-1).max()
         degenerate = (vectors.norm(dim=-1) <= MIN_RELATIVE_NORM * largest).tolist()
         return cls(vectors, tuple(range(-len(vectors), 0)), tuple(map(tuple, degenerate)), {"source": str(path)})
@@ -276,6 +292,31 @@ class ActivationMeans(Value):
     """float64, on the CPU; layer `l` is the stream entering block `l`, `l = 0..n_layers-1`."""
     positions: tuple[int, ...]
     n_prompts: int
+
+    @classmethod
+    def from_cache(cls, cache: Any, positions: Iterable[int] = (-1,)) -> "ActivationMeans":
+        """Of the cache of TransformerLens' `run_with_cache`, over its prompts, which are padded on the left if at all.
+
+        Args:
+            cache: an `ActivationCache`, or a dict, with `blocks.{l}.hook_resid_pre` of every block.
+            positions: counted from the end of the prompts; those of `chat.positions` fit `mean_activations`.
+
+        Raises:
+            UserError: a block is missing, or there is no such position.
+        """
+        names = {int(match[1]): name for name in cache if (match := _RESID_PRE.fullmatch(str(name)))}
+        if not names or sorted(names) != list(range(len(names))):
+            raise UserError(
+                "the cache needs blocks.{l}.hook_resid_pre of every block l = 0..n_layers-1, and has those of "
+                f"{', '.join(map(str, sorted(names))) or 'none'}"
+            )
+        streams = [cache[names[layer]] for layer in range(len(names))]
+        streams = [stream[None] if stream.ndim == 2 else stream for stream in streams]
+        wanted, width = tuple(positions), streams[0].shape[1]
+        if not wanted or not all(-width <= position < 0 for position in wanted):
+            raise UserError(f"positions count from the end, -{width}..-1 here, not {list(wanted)}")
+        means = [with_float64(stream[:, list(wanted)]).mean(0, dtype=torch.float64).cpu() for stream in streams]
+        return cls(torch.stack(means, dim=1), wanted, len(streams[0]))
 
 
 @runtime_checkable
@@ -301,7 +342,7 @@ def cosine(a: Direction, b: Direction) -> float:
     return math.fsum((a.unit * b.unit).tolist())
 
 
-def load_direction(path: Path, n_layers: int, layer: int | None = None, *, moves: bool = False) -> Direction:
+def load_direction(path: str | Path, n_layers: int, layer: int | None = None, *, moves: bool = False) -> Direction:
     """One vector of a file with its place: the one rule of every command that takes a file.
 
     A JSON beside the file says where the vector was read. Of a file of n_layers + 1 rows, one per layer, `layer`
@@ -316,7 +357,7 @@ def load_direction(path: Path, n_layers: int, layer: int | None = None, *, moves
     Raises:
         UserError: the place is not known, does not exist or is said in two ways, or the file holds something else.
     """
-    path = Path(path)
+    path = at_home(path)
     if layer is not None:
         resid_hook(layer, n_layers)
     if not path.is_file():

@@ -16,7 +16,7 @@ from .directions import Direction
 from .errors import UserError
 from .model.points import Component, Hook, HookedModel, HookFn, check_raw_basis, resid_hook, write_hooks
 from .options import Positions as Positions
-from .values import Value
+from .values import Value, check_named
 from .vectors import one_vector, unit_of
 
 NEAR_DUPLICATE, NEARLY_DEPENDENT = 1e-3, 0.1
@@ -63,6 +63,9 @@ class Ablate(Value):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "directions", _each(self.directions))
+        check_named("positions", self.positions, get_args(Positions))
+        for component in self.components:
+            check_named("component", component, get_args(Component))
         check_finite("strength", self.strength)
         for constant in self.constants or ():
             check_finite("constants", constant)
@@ -186,6 +189,9 @@ class Add(Value):
     positions: Positions = "all"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.direction, Direction):
+            raise UserError("Add needs to know where the vector was read: Add(Direction.of(vector, layer=12))")
+        check_named("positions", self.positions, get_args(Positions))
         check_finite("coefficient", self.coefficient)
         if abs(self.coefficient) * self.direction.norm > LONGEST:
             raise UserError(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,7 @@ from .text.batches import TokenBatch
 from .text.chat import ChatFormat
 from .text.given import Prompts, as_prompts
 from .text.pairs import ABPair, LetterSpan, locate_letter
-from .values import Value
+from .values import Value, check_named
 
 SCORE_EPSILON = 1e-8
 KL_EPSILON = 1e-6
@@ -52,6 +52,7 @@ def kl_nats(
         formula: the published one loses what lies in a long tail, and can fall below zero: over 150,000 tokens it has
             read −0.03 where the exact value is 0.49.
     """
+    check_named("formula", formula, get_args(KLFormula))
     log_p, log_q = as_double(base_logits).log_softmax(-1), as_double(changed_logits).log_softmax(-1)
     p = log_p.exp()
     if formula == "published":

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from html import escape
 from typing import Any
 
-from .errors import UserError
+from .errors import NoSuchName, UserError
 
 _LONGEST, _MOST_ITEMS = 60, 3
 
@@ -76,6 +76,19 @@ def named_near(name: str, names: Sequence[str]) -> str:
     """ "did you mean 'prompt'?" where one is near, and what there is."""
     near = get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     return f"{f'did you mean {near[0]!r}? ' if near else ''}expected one of {', '.join(names)}"
+
+
+def check_named(what: str, value: Any, names: Iterable[Any]) -> None:
+    """Refuse a name that is none of those there are, and say the near one.
+
+    Raises:
+        NoSuchName: it is none of them, a UserError.
+    """
+    known = tuple(names)
+    if value in known:
+        return
+    texts = [str(name) for name in known if name is not None]
+    raise NoSuchName(f"unknown {what} {value!r}; {named_near(str(value), texts)}")
 
 
 def frame(rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import UserError
-from .files import floats, read_tensors
+from .files import at_home, floats, read_tensors
 from .model.points import layer_of_hook
 from .values import Value
 
@@ -115,7 +115,7 @@ class Comparison(Value):
         return {"labels": list(self.labels), "cosines": cosines, "norms": self.norms.tolist()}
 
 
-def read_vectors(path: Path, layer: int | None = None) -> LabelledVectors:
+def read_vectors(path: str | Path, layer: int | None = None) -> LabelledVectors:
     """The vectors of a file: `[d]`, `[1, d]`, `[n, d]`, a list of vectors, or vectors by layer, in any float type.
 
     Args:
@@ -124,6 +124,7 @@ def read_vectors(path: Path, layer: int | None = None) -> LabelledVectors:
     Raises:
         UserError: it holds something else, or numbers that are not finite.
     """
+    path = at_home(path)
     held = read_tensors(path)
     held = at_layer(path, held, layer)
     if isinstance(held, list) and held and all(isinstance(item, Tensor) for item in held):

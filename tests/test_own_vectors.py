@@ -69,7 +69,7 @@ def test_what_is_no_direction_is_one_line(arguments, said):
 def test_what_is_saved_is_loaded_and_so_is_its_run_folder(tmp_path, suffix):
     kept = Direction.of(VECTOR, 2, position=-1, provenance={"method": "mine"})
     path = tmp_path / f"direction{suffix}"
-    kept.save(path)
+    kept.save(str(path))
     found = Direction.load(path)
     assert torch.equal(found.vector, VECTOR) and found.describe() == kept.describe()
     assert Direction.load(str(path)).layer == Direction.load(path, layer=2).layer == 2

@@ -23,6 +23,7 @@ from ..stats import Rate, mean_interval
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from ..text.prompts import load_prompts
+from ..values import check_named
 from .dose_reader import DoseReader
 from .result import AnalysisResult, finite_or_none, prompts_of, provenance_of
 
@@ -130,6 +131,8 @@ class DoseResult(AnalysisResult):
         return _spearman(self.amounts(curve), self.scores[curve][direction].mean(-1).tolist())
 
     def _table(self, measure: Measure, curve: str) -> Float[Tensor, "direction amount prompt"]:
+        check_named("measure", measure, get_args(Measure))
+        check_named("curve", curve, self.scores)
         tables = {"score": self.scores, "refused": self.refused, "degenerate": self.degenerate, "kl": self.kl}
         return tables[measure][curve]
 

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import as_json, checked, read_json, read_tensors, sha256_json, write_json, write_tensors
+from ..files import as_json, at_home, checked, read_json, read_tensors, sha256_json, write_json, write_tensors
 from ..model.loading import ORGANISM
 from ..model.points import HookedModel, model_source
 from ..model.provenance import describe_model, versions
@@ -108,9 +108,9 @@ class AnalysisResult(Value):
         groups = getattr(self, "groups", None)
         return {"group": groups[at], **label} if axis == "prompt" and groups and len(groups) == size else label
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write `path` (.json) and the tensors beside it (.pt)."""
-        path = Path(path).with_suffix(".json")
+        path = at_home(path).with_suffix(".json")
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "provenance"}
         tensors = {name: value for name, value in values.items() if _holds_tensors(value)}
         plain = {name: value for name, value in values.items() if name not in tensors}
@@ -184,13 +184,13 @@ def check_position(chat: ChatFormat, position: int) -> None:
         raise UserError(f"no position {position}: the post-instruction positions are {chat.positions}")
 
 
-def load_result(path: Path) -> AnalysisResult:
+def load_result(path: str | Path) -> AnalysisResult:
     """Read what `save` wrote: RESULT.json, or its .pt.
 
     Raises:
         UserError: the file is missing or holds no analysis result.
     """
-    path = Path(path).with_suffix(".json")
+    path = at_home(path).with_suffix(".json")
     record = read_json(path)
     if not is_result_record(record):
         raise UserError(f"{path} is not an analysis result: expected a JSON object with {sorted(_RECORD_KEYS)}")

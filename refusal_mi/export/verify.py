@@ -21,7 +21,7 @@ from ..text.batches import TokenBatch, left_pad
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from ..text.prompts import load_prompts
-from ..values import Value
+from ..values import Value, check_named
 from ..weights import EditFigures
 from .adapter import load_adapter
 from .checkpoint import DTYPES, Checkpoint, open_checkpoint
@@ -191,8 +191,7 @@ def prepare_comparison(plan: Planned, mode: str, prompts: Prompts | None, *, is_
     Raises:
         UserError: the mode does not exist or does not fit, or the original has no tokenizer.
     """
-    if mode not in get_args(VerifyMode):
-        raise UserError(f"unknown verification {mode!r}; expected {', '.join(get_args(VerifyMode))}")
+    check_named("verification", mode, get_args(VerifyMode))
     if mode == "none":
         return None
     is_streamed = mode == "streaming" or (mode == "auto" and not _fits(plan))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from ..files import parsed, read_record
+from ..files import at_home, parsed, read_record
 from ..stats import Paired, Rate
 from ..values import Value, frame, html_table, text_table
 
@@ -193,13 +193,13 @@ class Evaluation(Value):
         return {**record, "refusal_rate": self.refusal, "degenerate_rate": self.degenerate, "completions": rows, **mark}
 
     @classmethod
-    def load(cls, path: Path) -> "Evaluation":
+    def load(cls, path: str | Path) -> "Evaluation":
         """Read what `describe` says.
 
         Raises:
             UserError: the file is missing, or not of this form.
         """
-        file = read_record(path, _EvaluationFile)
+        file = read_record(at_home(path), _EvaluationFile)
         return cls(file.completions, file.quick)
 
 

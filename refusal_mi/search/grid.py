@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import at_home, read_json, write_json
 from ..values import Value, frame, html_table, text_table
 from .thresholds import PUBLISHED, CandidateScore, Reason, Thresholds
 
@@ -64,17 +64,18 @@ class ScoreGrid(Value):
         """
         return frame([asdict(row) for row in self.rows])
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write a `direction_evaluations.json` with the published keys, which `load` and `refusal-mi select` read."""
-        write_json(Path(path), [row.describe() for row in self.rows])
+        write_json(at_home(path), [row.describe() for row in self.rows])
 
     @classmethod
-    def load(cls, path: Path, n_layers: int) -> "ScoreGrid":
+    def load(cls, path: str | Path, n_layers: int) -> "ScoreGrid":
         """Read a `direction_evaluations.json`, ours or a published one (where NaN means no score).
 
         Raises:
             UserError: the file is missing or has other keys, or a layer that is not below `n_layers`.
         """
+        path = at_home(path)
         entries = read_json(path)
         try:
             rows = tuple(map(CandidateScore.read, entries))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from ..options import KLFormula
 from ..progress import track
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
+from ..values import check_named
 from .grid import ScoreGrid, finite_mean, median_of
 from .passes import Passes, PlainPasses, choose_passes
 from .thresholds import CandidateScore, layer_limit
@@ -84,6 +85,7 @@ class Scorer:
         share_work: bool = True,
     ) -> None:
         check_raw_basis(model)
+        check_named("kl_formula", kl_formula, get_args(KLFormula))
         harmful, harmless = as_prompts(harmful), as_prompts(harmless)
         if not harmful or not harmless:
             raise UserError(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import refusal_mi
-from refusal_mi.directions import ActivationMeans, Direction
+from refusal_mi.directions import ActivationMeans, Direction, DirectionGrid
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate, Add
 from refusal_mi.run.answers import Effect, SideEffects
@@ -120,8 +120,17 @@ def test_a_score_grid_shows_the_rows_that_select_would_choose():
     assert select(grid).to_frame()["layer"].tolist()[0] == best.layer
 
 
+def test_a_saved_grid_is_loaded_from_a_path_or_a_string(tmp_path, tiny_model):
+    model = tiny_model("llama")
+    grid = grid_of(model, ChatFormat(model.tokenizer))
+    grid.save(str(tmp_path / "mean_diffs.pt"))
+    found = DirectionGrid.load(str(tmp_path / "mean_diffs.pt"))
+    assert torch.equal(found.vectors, grid.vectors) and found.positions == grid.positions
+    assert found.is_degenerate == grid.is_degenerate and any(map(any, grid.is_degenerate))
+
+
 def test_saved_scores_are_loaded(tmp_path):
-    ScoreGrid(ROWS, 4).save(tmp_path / "scores.json")
+    ScoreGrid(ROWS, 4).save(str(tmp_path / "scores.json"))
     assert ScoreGrid.load(tmp_path / "scores.json", 4) == ScoreGrid(ROWS, 4)
 
 
