@@ -10,12 +10,13 @@ from ..directions import Direction, DirectionGrid
 from ..errors import UserError
 from ..files import read_record
 from ..measures import LossResult
+from ..model.points import HookedModel
 from ..search.grid import ScoreGrid, Selection
 from ..text.prompts import Prompt, PromptSet
 from ..values import Value, check_named, frame, html_table
 from .answers import SIDES, Evaluation, SideEffects
 from .combos import CombosResult
-from .folder import RunRecord, load_grid, load_ranked
+from .folder import RunInputs, RunRecord, load_grid, load_ranked
 from .record import DIRECTION, MEAN_DIFFS, MEAN_DIFFS_RECORD, SPAN
 
 COMBOS = "combos.json"
@@ -223,6 +224,10 @@ class Run:
         """What `refusal-mi combos` found; None where it was not run."""
         path = self.record.path / COMBOS
         return read_record(path, CombosResult) if path.is_file() else None
+
+    def inputs(self, model: HookedModel, *, max_prompts: int = 128, batch_size: int = 32, seed: int = 0) -> RunInputs:
+        """What every analysis' `from_run` takes: this run, with its model loaded."""
+        return RunInputs(model, self.record.path, max_prompts, batch_size, seed)
 
     def _there(self, value: Any, what: str) -> Any:
         if value is None:
