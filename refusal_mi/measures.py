@@ -22,7 +22,7 @@ from .text.batches import TokenBatch
 from .text.chat import ChatFormat
 from .text.given import Prompts, as_prompts
 from .text.pairs import ABPair, LetterSpan, locate_letter
-from .values import Value, check_named
+from .values import Value, check_named, frame
 
 SCORE_EPSILON = 1e-8
 KL_EPSILON = 1e-6
@@ -403,6 +403,14 @@ class ABSweep(Value):
     def at(self, layer: int, multiplier: float) -> ABPoint:
         """The point at a layer and multiplier."""
         return next(point for point in self.points if (point.layer, point.multiplier) == (layer, multiplier))
+
+    def to_frame(self) -> Any:
+        """A pandas table with a row for each layer (CAA's) and multiplier.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return frame([point.describe() for point in self.points])
 
     def effects(self) -> list[tuple[float, int, float]]:
         """(effect, layer, m) for every layer and m > 0 swept with both signs, largest first.

@@ -10,7 +10,7 @@ from ..files import as_json, parsed
 from ..measures import LossResult
 from ..model.provenance import ModelRecord
 from ..stats import Rate
-from ..values import Value
+from ..values import Value, frame
 from .answers import Effect, read_effect
 from .options import CombosOptions
 from .record import CombinationRecord
@@ -42,6 +42,19 @@ class CombinationRow(Value):
     def describe(self) -> dict[str, Any]:
         """Both in one table."""
         return {**as_json(self.combination), **as_json(self.measured)}
+
+
+def _row(row: CombinationRow) -> dict[str, Any]:
+    made, found = row.combination, row.measured
+    low, high = found.refusal.interval
+    rates = {"refusal": found.refusal.value, "low": low, "high": high, "degenerate": found.degenerate.value}
+    losses = {f"ce_loss ({name})": loss.ce_loss for name, loss in found.ce_loss.items()}
+    return {"label": made.label, "ranks": made.ranks, "multi": made.multi, "effective_rank": made.effective_rank} | {
+        "bypass": found.bypass,
+        "kl_nats": found.kl_nats,
+        **rates,
+        **losses,
+    }
 
 
 def _combination_rows(tables: Any) -> tuple[CombinationRow, ...]:
@@ -127,6 +140,14 @@ class CombosResult(Value):
     single_best: str | None = None
     test: Annotated[CombosTest | None, parsed(_combos_test)] = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_frame(self) -> Any:
+        """A pandas table with a row for each combination on validation prompts: ranks, scores, refusals, CE loss.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return frame([_row(each) for each in self.combinations])
 
     def describe(self) -> dict[str, Any]:
         """What was reached; with a baseline also what is empty so far."""

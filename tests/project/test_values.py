@@ -14,7 +14,12 @@ import refusal_mi
 from refusal_mi.directions import ActivationMeans, Direction, DirectionGrid
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate, Add
+from refusal_mi.measures import ABPoint, ABSweep, LossResult
+from refusal_mi.model.provenance import ModelRecord
 from refusal_mi.run.answers import Effect, SideEffects
+from refusal_mi.run.combos import CombinationRow, CombosResult, ValidationRow
+from refusal_mi.run.options import CombosOptions
+from refusal_mi.run.record import CombinationRecord
 from refusal_mi.search.grid import ScoreGrid, select
 from refusal_mi.search.thresholds import CandidateScore
 from refusal_mi.stats import Rate
@@ -184,3 +189,14 @@ def test_without_pandas_it_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UserError, match="to_frame needs pandas"):
         ScoreGrid(ROWS, 4).to_frame()
+
+
+def test_sweeps_and_combinations_are_tables():
+    points = tuple(ABPoint(13, m, 0.5 + m / 10, 0.4, 0.6, m / 10, 0.0, 0.1, 8) for m in (-1.0, 1.0))
+    table = ABSweep("pairs", 0.5, points, 8).to_frame()
+    assert table["p"].tolist() == [0.4, 0.6] and table["multiplier"].tolist() == [-1.0, 1.0]
+    made = CombinationRecord("0-1", (0, 1), "span", ("blocks.1.hook_resid_pre",) * 2, (1.0, 1.0), 2, (1.0, 1.0), ())
+    found = ValidationRow("0-1", -3.0, (-4.0, -2.0), 0.1, Rate(1, 4), Rate(0, 4), {"texts": LossResult(1.0, 2.7, 9)})
+    model = ModelRecord("source", None, None, "llama", 2, 4, 8, "float32", "cpu")
+    table = CombosResult(model, False, "done", CombosOptions(), combinations=(CombinationRow(made, found),)).to_frame()
+    assert table[["bypass", "kl_nats", "refusal", "ce_loss (texts)"]].iloc[0].tolist() == [-3.0, 0.1, 0.25, 1.0]
