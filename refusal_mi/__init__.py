@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
+    from .directions import ActivationMeans as ActivationMeans
     from .directions import Direction as Direction
     from .directions import DirectionGrid as DirectionGrid
     from .directions import Estimator as Estimator
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .interventions import Add as Add
     from .interventions import Affine as Affine
     from .interventions import Leace as Leace
+    from .interventions import all_hooks as all_hooks
     from .judges.substring import Judge as Judge
     from .judges.substring import SubstringJudge as SubstringJudge
     from .judges.substring import is_degenerate as is_degenerate
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from .model.loading import load_model as load_model
     from .reading import mean_activations as mean_activations
     from .reading import sample_activations as sample_activations
+    from .run.loaded import load_run as load_run
     from .search.grid import select as select
     from .search.sweep import sweep as sweep
     from .search.thresholds import Thresholds as Thresholds
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Ablate": "interventions",
     "ActivationSamples": "estimators.samples",
+    "ActivationMeans": "directions",
     "Add": "interventions",
     "Affine": "interventions",
     "ChatFormat": "text.chat",
@@ -77,6 +81,7 @@ _HOME = {
     "SubstringJudge": "judges.substring",
     "Thresholds": "search.thresholds",
     "UserError": "errors",
+    "all_hooks": "interventions",
     "ce_loss": "measures",
     "difference_in_means": "directions",
     "discover_refusal_tokens": "labels",
@@ -90,6 +95,7 @@ _HOME = {
     "label_prompts": "labels",
     "load_model": "model.loading",
     "load_prompts": "text.prompts",
+    "load_run": "run.loaded",
     "load_splits": "text.prompts",
     "mean_activations": "reading",
     "next_token_logits": "measures",

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,15 +12,34 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import UserError
-from .files import floats, read_floats, read_json, read_record, read_tensors, write_json, write_tensors
+from .files import (
+    at_home,
+    floats,
+    read_floats,
+    read_json,
+    read_record,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_vector,
+)
 from .model.points import block_hook, layer_of_hook, resid_hook, stream_after
+from .precision import with_float64
+from .values import Value, frame, html_table, text_table
+from .vectors import at_layer, is_whole, one_vector, read_vectors, unit_of
 
+_RESID_PRE = re.compile(r"blocks\.(\d{1,9})\.hook_resid_pre")
+N_SHOWN = 5
+"""Rows of a grid that its representation shows."""
+_LONGEST = ("position", "layer", "norm")
+FILE = "direction.pt"
+"""Of a run folder: its direction."""
 MIN_RELATIVE_NORM = 1e-6
 """A difference of means shorter than this fraction of the means themselves is rounding error, not a direction."""
 
 
-@dataclass(frozen=True)
-class Direction:
+@dataclass(frozen=True, eq=False, repr=False)
+class Direction(Value):
     """A direction with its raw length, and where in the model it was read.
 
     It points from harmless to harmful, from compliant to refusing: adding it makes a model refuse.
@@ -39,10 +58,51 @@ class Direction:
     def __post_init__(self) -> None:
         if not self.vector.is_floating_point():
             raise UserError(f"a direction must be a vector of floats, not of {self.vector.dtype}")
-        if not bool(torch.isfinite(self.vector).all()):
-            raise UserError("a direction must be finite: this one holds NaN or infinity")
-        if self.norm == 0:
-            raise UserError("a direction must not be zero")
+        unit_of(self.vector)
+        if (named := layer_of_hook(self.hook_name)) != self.layer:
+            raise UserError(
+                f"layer {self.layer} is not {self.hook_name!r}, which is layer {named}: layer l is the stream entering "
+                "block l, which is the output of block l - 1"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        vector: Any,
+        layer: int | None = None,
+        *,
+        hook_name: str | None = None,
+        position: int | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> "Direction":
+        """A direction of your own: `Direction.of(tensor, layer=12)`.
+
+        Args:
+            vector: `[d_model]` or `[1, d_model]`; a tensor, an array or a list of numbers.
+            layer: `l` is the stream entering block `l`, `n_layers` the stream after the last block.
+            hook_name: the same in TransformerLens' words; either is enough.
+            position: the prompt position it was read at, counted from the end (−1 is the last).
+
+        Raises:
+            UserError: it is no vector of finite floats, zero, or its place is not said, or said in two ways.
+        """
+        row = one_vector(vector)
+        if layer is None and hook_name is None:
+            raise UserError("say at which layer the direction was read: Direction.of(vector, layer=12)")
+        if position is not None and position >= 0:
+            raise UserError(f"a position counts from the end of the prompt, -1 is the last token; not {position}")
+        place = layer_of_hook(hook_name) if layer is None and hook_name is not None else layer
+        if place is None or place < 0:
+            raise UserError(f"layers count from 0, not {layer}")
+        hook_name = block_hook(place, "hook_resid_pre") if hook_name is None else hook_name
+        return cls(row, place, hook_name, position, dict(provenance or {}))
+
+    def __repr__(self) -> str:
+        place = f"layer {self.layer}" + ("" if self.position is None else f", position {self.position}")
+        return f"Direction({place}, norm {self.norm:.4g}, d_model {len(self.vector)}, {self.hook_name})"
+
+    def _repr_html_(self) -> None:
+        """One line of text says it."""
 
     @property
     def norm(self) -> float:
@@ -52,8 +112,7 @@ class Direction:
     @property
     def unit(self) -> Float[Tensor, " d_model"]:
         """The float64 unit vector."""
-        double = self.vector.detach().cpu().double()
-        return double / double.norm()
+        return unit_of(self.vector)
 
     def random_like(self, seed: int) -> "Direction":
         """A random direction of the same norm, place and dtype: the control for every effect of this one."""
@@ -62,10 +121,14 @@ class Direction:
         vector = (noise * (self.norm / noise.norm())).to(self.vector.dtype)
         return Direction(vector, self.layer, self.hook_name, self.position, {"method": "random", "seed": seed})
 
-    def save(self, path: Path) -> None:
-        """Write `path` (.pt, a 1-D CPU tensor) and a JSON beside it with the place and provenance."""
-        path = Path(path)
-        write_tensors(path, self.vector)
+    def save(self, path: str | Path) -> None:
+        """Write `path` (.pt, .safetensors or .npy: one vector) and a JSON beside it with the place and provenance.
+
+        Raises:
+            UserError: the name ends otherwise.
+        """
+        path = at_home(path)
+        write_vector(path, self.vector)
         write_json(path.with_name(f"{path.stem}_metadata.json"), self.describe())
 
     def describe(self) -> dict[str, Any]:
@@ -74,28 +137,49 @@ class Direction:
         return {**place, **self.provenance}
 
     @classmethod
-    def load(cls, path: Path) -> "Direction":
-        """Read what `save` wrote, or a published `direction.pt` with its `direction_metadata.json`.
+    def load(cls, path: str | Path, layer: int | None = None) -> "Direction":
+        """Read a run folder's direction, what `save` wrote, a published `direction.pt`, or a bare vector.
+
+        Args:
+            path: a run folder, or a `.pt`, `.safetensors`, `.npy` or `.npz` file. Of a file of vectors by layer (3,
+                "3", "layer_3", a hook point) `layer` chooses one.
+            layer: where a vector was read that has no JSON beside it.
 
         Raises:
-            UserError: a file is missing or does not hold one vector.
+            UserError: a file is missing or does not hold one vector, or its place is not known or said in two ways.
         """
-        path = Path(path)
+        path = at_home(path)
+        if path.is_dir():
+            if not (path / FILE).is_file():
+                raise UserError(f"{path} has no {FILE}: its run is not finished, or chose none")
+            path = path / FILE
+        beside = path.with_name(f"{path.stem}_metadata.json")
+        if not beside.exists():
+            held = floats(path, at_layer(path, read_tensors(path), layer))
+            if held.squeeze().ndim != 1:
+                raise UserError(f"{path} does not hold one vector of shape [d_model]")
+            if layer is None:
+                raise UserError(
+                    f"nothing beside {path} says where it was read: expected {beside.name} with its layer, as "
+                    "refusal-mi run and Direction.save write it, or Direction.load(path, layer=12)"
+                )
+            return cls.of(held.squeeze(), layer, provenance={"source": str(path)})
         vector = read_floats(path)
         if vector.squeeze().ndim != 1:
             raise UserError(f"{path} does not hold one vector of shape [d_model]")
-        beside = path.with_name(f"{path.stem}_metadata.json")
-        if not beside.exists():
-            raise UserError(
-                f"nothing beside {path} says where it was read: expected {beside.name} with its layer, as refusal-mi "
-                "run and Direction.save write it"
-            )
+        placed = cls._beside(path, vector.squeeze().clone(), beside)
+        if layer not in (None, placed.layer):
+            raise UserError(f"{path} says itself where it was read, layer {placed.layer}: leave layer {layer} out")
+        return placed
+
+    @classmethod
+    def _beside(cls, path: Path, vector: Float[Tensor, " d_model"], beside: Path) -> "Direction":
         metadata = read_json(beside)
         if not isinstance(metadata, dict) or "layer" not in metadata:
             raise UserError(f"{beside.name} beside {path} does not say which layer it was read at")
         layer, position, norm = (metadata.pop(key, None) for key in ("layer", "pos", "norm"))
         hook_name = metadata.pop("hook_name", None)
-        if not _is_whole(layer) or layer < 0 or not (position is None or _is_whole(position)):
+        if not is_whole(layer) or layer < 0 or not (position is None or is_whole(position)):
             raise UserError(f"{beside}: layer and pos must be whole numbers, not {layer!r} and {position!r}")
         if position is not None and position >= 0:
             raise UserError(f"{beside}: pos counts from the end of the prompt, -1 is the last token; found {position}")
@@ -103,19 +187,15 @@ class Direction:
             hook_name = block_hook(layer, "hook_resid_pre")
         if not isinstance(hook_name, str) or layer_of_hook(hook_name) != layer:
             raise UserError(f"{beside} contradicts itself: layer {layer} is not {hook_name!r}")
-        found = cls(vector.squeeze().clone(), layer, hook_name, position, metadata)
+        found = cls(vector, layer, hook_name, position, metadata)
         is_number = isinstance(norm, float | int) and abs(norm) < 1e30
         if norm is not None and not (is_number and math.isclose(norm, found.norm, rel_tol=0.01)):
             raise UserError(f"{beside} names the norm {norm!r}, and the vector in {path.name} has {found.norm:.4g}")
         return found
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class DirectionGrid:
+@dataclass(frozen=True, eq=False, repr=False)
+class DirectionGrid(Value):
     """One candidate direction per post-instruction position and layer."""
 
     vectors: Float[Tensor, "pos layer d_model"]
@@ -133,6 +213,42 @@ class DirectionGrid:
     @property
     def n_layers(self) -> int:
         return self.vectors.shape[1]
+
+    @property
+    def _title(self) -> str:
+        n, n_layers, width = self.vectors.shape
+        places = f"{n} positions {self.positions[0]}..{self.positions[-1]}" if n else "no positions"
+        return f"DirectionGrid: {places} × {n_layers} layers × d_model {width}"
+
+    def _longest(self) -> list[tuple[str, ...]]:
+        norms = {
+            place: self.vectors[row // self.n_layers, row % self.n_layers].norm().item()
+            for row, place in enumerate(self.candidates())
+        }
+        best = sorted(norms, key=lambda place: -norms[place])[:N_SHOWN]
+        return [(f"{position}", f"{layer}", f"{norms[position, layer]:.4g}") for position, layer in best]
+
+    def __repr__(self) -> str:
+        return text_table(self._title, _LONGEST, self._longest())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title, _LONGEST, self._longest())
+
+    def to_frame(self) -> Any:
+        """A pandas table with a row for each candidate: position, layer, norm, is_degenerate.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        flags = [flag for row in self.is_degenerate for flag in row]
+        norms = self.vectors.norm(dim=-1).flatten().tolist()
+        rows = zip(self.candidates(), norms, flags, strict=True)
+        return frame(
+            [
+                {"position": place[0], "layer": place[1], "norm": norm, "is_degenerate": flag}
+                for place, norm, flag in rows
+            ]
+        )
 
     def direction(self, position: int, layer: int) -> Direction:
         """The candidate at a position (−n .. −1) and layer.
@@ -155,23 +271,52 @@ class DirectionGrid:
         """Every (position, layer), in the published order."""
         return [(position, layer) for position in self.positions for layer in range(self.n_layers)]
 
+    def save(self, path: str | Path) -> None:
+        """Write a `mean_diffs.pt`, `[n_pos, n_layers, d_model]` in float64, which `load` reads."""
+        write_tensors(at_home(path), self.vectors)
+
     @classmethod
-    def load(cls, path: Path) -> "DirectionGrid":
+    def load(cls, path: str | Path) -> "DirectionGrid":
         """Read a `mean_diffs.pt` (`[n_pos, n_layers, d_model]`), ours or a published one."""
-        vectors = read_floats(path, None, None, None).double()
+        vectors = read_floats(at_home(path), None, None, None).double()
         largest = vectors.norm(dim=-1).max()
         degenerate = (vectors.norm(dim=-1) <= MIN_RELATIVE_NORM * largest).tolist()
         return cls(vectors, tuple(range(-len(vectors), 0)), tuple(map(tuple, degenerate)), {"source": str(path)})
 
 
-@dataclass(frozen=True)
-class ActivationMeans:
+@dataclass(frozen=True, eq=False, repr=False)
+class ActivationMeans(Value):
     """Mean residual stream over prompts, per post-instruction position and layer."""
 
     means: Float[Tensor, "pos layer d_model"]
     """float64, on the CPU; layer `l` is the stream entering block `l`, `l = 0..n_layers-1`."""
     positions: tuple[int, ...]
     n_prompts: int
+
+    @classmethod
+    def from_cache(cls, cache: Any, positions: Iterable[int] = (-1,)) -> "ActivationMeans":
+        """Of the cache of TransformerLens' `run_with_cache`, over its prompts, which are padded on the left if at all.
+
+        Args:
+            cache: an `ActivationCache`, or a dict, with `blocks.{l}.hook_resid_pre` of every block.
+            positions: counted from the end of the prompts; those of `chat.positions` fit `mean_activations`.
+
+        Raises:
+            UserError: a block is missing, or there is no such position.
+        """
+        names = {int(match[1]): name for name in cache if (match := _RESID_PRE.fullmatch(str(name)))}
+        if not names or sorted(names) != list(range(len(names))):
+            raise UserError(
+                "the cache needs blocks.{l}.hook_resid_pre of every block l = 0..n_layers-1, and has those of "
+                f"{', '.join(map(str, sorted(names))) or 'none'}"
+            )
+        streams = [cache[names[layer]] for layer in range(len(names))]
+        streams = [stream[None] if stream.ndim == 2 else stream for stream in streams]
+        wanted, width = tuple(positions), streams[0].shape[1]
+        if not wanted or not all(-width <= position < 0 for position in wanted):
+            raise UserError(f"positions count from the end, -{width}..-1 here, not {list(wanted)}")
+        means = [with_float64(stream[:, list(wanted)]).mean(0, dtype=torch.float64).cpu() for stream in streams]
+        return cls(torch.stack(means, dim=1), wanted, len(streams[0]))
 
 
 @runtime_checkable
@@ -197,101 +342,7 @@ def cosine(a: Direction, b: Direction) -> float:
     return math.fsum((a.unit * b.unit).tolist())
 
 
-@dataclass(frozen=True)
-class LabelledVectors:
-    """The vectors of one file."""
-
-    name: str
-    rows: Float[Tensor, "row d_model"]
-    """float64."""
-
-    @property
-    def labels(self) -> list[str]:
-        """The file's name, with the row where there are several."""
-        if len(self.rows) == 1:
-            return [self.name]
-        return [f"{self.name}[{row}]" for row in range(len(self.rows))]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Cosines of every vector with every other."""
-
-    labels: tuple[str, ...]
-    cosines: Float[Tensor, "vector vector"]
-    """float64; NaN where a vector is zero."""
-    norms: Float[Tensor, " vector"]
-    """Raw lengths, in units of the residual stream."""
-
-    def describe(self) -> dict[str, Any]:
-        """JSON values, None for NaN."""
-        cosines = [[None if value != value else value for value in row] for row in self.cosines.tolist()]
-        return {"labels": list(self.labels), "cosines": cosines, "norms": self.norms.tolist()}
-
-
-def read_vectors(path: Path) -> LabelledVectors:
-    """The vectors of a `.pt` file: `[d]`, `[1, d]`, `[n, d]` or a list of vectors, in any float type.
-
-    Raises:
-        UserError: it holds something else, or numbers that are not finite.
-    """
-    held = read_tensors(path)
-    if isinstance(held, list) and held and all(isinstance(item, Tensor) for item in held):
-        if len({item.numel() for item in held}) != 1 or any(
-            item.numel() != max(item.shape, default=0) for item in held
-        ):
-            raise UserError(f"{path} holds a list of tensors of different shapes, not of vectors of one width")
-        held = torch.stack([floats(path, item).reshape(-1) for item in held])
-    held = floats(path, held)
-    if held.ndim not in (1, 2) or held.numel() == 0:
-        raise UserError(
-            f"{path} holds {held.dtype} of shape {list(held.shape)}; expected floats of shape [d], [1, d] or [n, d]"
-        )
-    rows = held.reshape(-1, held.shape[-1]).double()
-    if not bool(torch.isfinite(rows).all()):
-        raise UserError(f"{path} holds numbers that are not finite")
-    if not bool(rows.any()):
-        raise UserError(f"{path} holds zeros only, which have no direction")
-    return LabelledVectors(path.stem, rows)
-
-
-def compare(stacks: list[LabelledVectors]) -> Comparison:
-    """Cosine similarity of all vectors of all stacks, in float64.
-
-    Raises:
-        UserError: there are fewer than two vectors, or they have different widths.
-    """
-    widths = {stack.rows.shape[-1]: stack.name for stack in stacks}
-    if len(widths) > 1:
-        listed = ", ".join(f"{name} has {width}" for width, name in widths.items())
-        raise UserError(f"vectors of different widths cannot be compared: {listed}; they come from different models")
-    if sum(len(stack.rows) for stack in stacks) < 2:
-        raise UserError("a comparison needs at least two vectors")
-    rows = torch.cat([stack.rows for stack in stacks])
-    norms = rows.norm(dim=-1)
-    units = rows / norms[:, None]
-    return Comparison(tuple(label for stack in stacks for label in stack.labels), units @ units.T, norms)
-
-
-def normalize_across(stacks: list[LabelledVectors]) -> list[LabelledVectors]:
-    """Give the stacks one norm per row: v_b ← v_b · (mean over b of ‖v_b‖) / ‖v_b‖ (Rimsky et al. 2024).
-
-    Raises:
-        UserError: the stacks have different shapes, or a vector is zero.
-    """
-    shapes = {tuple(stack.rows.shape) for stack in stacks}
-    if len(stacks) < 2 or len(shapes) > 1:
-        raise UserError(f"a shared norm needs two or more files of one shape, not {sorted(shapes)}")
-    norms = torch.stack([stack.rows.norm(dim=-1) for stack in stacks])
-    if not bool(norms.all()):
-        raise UserError("a vector of length 0 cannot be given a norm")
-    shared = norms.mean(dim=0)
-    return [
-        replace(stack, rows=stack.rows * (shared / norm)[:, None]) for stack, norm in zip(stacks, norms, strict=True)
-    ]
-
-
-def load_direction(path: Path, n_layers: int, layer: int | None = None, *, moves: bool = False) -> Direction:
+def load_direction(path: str | Path, n_layers: int, layer: int | None = None, *, moves: bool = False) -> Direction:
     """One vector of a file with its place: the one rule of every command that takes a file.
 
     A JSON beside the file says where the vector was read. Of a file of n_layers + 1 rows, one per layer, `layer`
@@ -306,7 +357,7 @@ def load_direction(path: Path, n_layers: int, layer: int | None = None, *, moves
     Raises:
         UserError: the place is not known, does not exist or is said in two ways, or the file holds something else.
     """
-    path = Path(path)
+    path = at_home(path)
     if layer is not None:
         resid_hook(layer, n_layers)
     if not path.is_file():
@@ -318,7 +369,7 @@ def load_direction(path: Path, n_layers: int, layer: int | None = None, *, moves
         if not moves and layer not in (None, found.layer):
             raise UserError(f"{path} says itself where it was read, layer {found.layer}: leave layer {layer} out")
         return found
-    rows = read_vectors(path).rows
+    rows = read_vectors(path, layer).rows
     named = _CAA_NAME.fullmatch(path.stem)
     if len(rows) > 1:
         if len(rows) != n_layers + 1:
@@ -346,8 +397,8 @@ def load_direction(path: Path, n_layers: int, layer: int | None = None, *, moves
 _CAA_NAME = re.compile(r"vec_layer_(\d{1,9})_.+", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class _Beside:
+@dataclass(frozen=True, eq=False, repr=False)
+class _Beside(Value):
     """Of the `run.json` of the folder that a vector lies in."""
 
     model: dict[str, Any] | None = None

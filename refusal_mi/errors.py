@@ -14,6 +14,12 @@ class UserError(ValueError):
         super().__init__(re.sub(r"\s*\n\s*", " ", str(message)))
 
 
+class NoSuchName(UserError, KeyError):
+    """A name that is none of those there are; also what a mapping raises."""
+
+    __str__ = UserError.__str__
+
+
 def cause(error: BaseException) -> str:
     """The first line of what an error of foreign code says, with the next after a colon; or what it is called."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

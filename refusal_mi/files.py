@@ -133,6 +133,30 @@ def write_tensors(path: Path, value: Any) -> None:
     write_saved(path, own(value))
 
 
+def write_vector(path: Path, vector: "Tensor") -> None:
+    """Write one tensor as its name ends: `.pt`, `.safetensors` or `.npy`.
+
+    Raises:
+        UserError: it ends otherwise, or the place cannot be written.
+    """
+    own = vector.detach().cpu().clone().contiguous()
+    if path.suffix == ".safetensors":
+        import safetensors.torch
+
+        data = safetensors.torch.save({"direction": own})
+        write_whole(path, lambda temporary: temporary.write_bytes(data))
+    elif path.suffix == ".npy":
+        import numpy
+
+        saved = io.BytesIO()
+        numpy.save(saved, own.float().numpy() if own.element_size() < 4 else own.numpy())
+        write_whole(path, lambda temporary: temporary.write_bytes(saved.getbuffer()))
+    elif path.suffix == ".pt":
+        write_tensors(path, own)
+    else:
+        raise UserError(f"a vector is saved as .pt, .safetensors or .npy, not as {path.name}")
+
+
 def write_saved(path: Path, value: Any) -> None:
     """`torch.save`; its archive is not named after the file, so that equal values are equal bytes."""
     import torch
@@ -239,11 +263,42 @@ def _first_of(error: "ValidationError") -> str:
 
 
 def read_tensors(path: Path) -> Any:
-    """Read a `.pt` file of plain tensors onto the CPU, wherever it was saved.
+    """Read a file of plain tensors onto the CPU, wherever it was saved: `.safetensors`, `.npy`, `.npz`, else `.pt`.
 
     Raises:
         UserError: the file does not exist, cannot be read, or holds something other than tensors.
     """
+    if (read := _OTHER_TENSORS.get(Path(path).suffix)) is not None:
+        try:
+            return read(path)
+        except FileNotFoundError:
+            raise UserError(f"no such file: {path}") from None
+        except Exception as error:  # foreign code
+            raise UserError(f"{path} is no {Path(path).suffix} file of plain tensors: {cause(error)}") from None
+    return _read_saved(path)
+
+
+def _read_safetensors(path: Path) -> Any:
+    import safetensors.torch
+
+    return safetensors.torch.load(Path(path).read_bytes())
+
+
+def _read_numpy(path: Path) -> Any:
+    import numpy
+    import torch
+
+    held = numpy.load(path, allow_pickle=False)
+    if isinstance(held, numpy.ndarray):
+        return torch.from_numpy(held)
+    with held:
+        return {name: torch.from_numpy(held[name]) for name in held.files}
+
+
+_OTHER_TENSORS = {".safetensors": _read_safetensors, ".npy": _read_numpy, ".npz": _read_numpy}
+
+
+def _read_saved(path: Path) -> Any:
     import pickle
 
     import torch
@@ -262,7 +317,7 @@ def read_tensors(path: Path) -> Any:
 
 
 def read_floats(path: Path, *sizes: int | None) -> "Tensor":
-    """Read a `.pt` file of one tensor of real numbers.
+    """Read a file of one tensor of real numbers; of a file of tensors by name that has one, that one.
 
     Args:
         sizes: of its axes, None where any will do; none at all where any shape will do.
@@ -270,7 +325,9 @@ def read_floats(path: Path, *sizes: int | None) -> "Tensor":
     Raises:
         UserError: it holds something else.
     """
-    return floats(path, read_tensors(path), *sizes)
+    held = read_tensors(path)
+    is_named = Path(path).suffix in _OTHER_TENSORS and isinstance(held, dict) and len(held) == 1
+    return floats(path, next(iter(held.values())) if is_named else held, *sizes)
 
 
 def floats(path: Path, held: Any, *sizes: int | None) -> "Tensor":

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import UserError
-from .interventions import Intervention, all_hooks
+from .interventions import Interventions, all_hooks, as_interventions
 from .model.points import HookedModel, check_raw_basis, model_device, stop_token_ids
 from .model.running import Sampling as Sampling
 from .model.running import check_fits, continued, keep_rows_, last_logits, prefix_logits_and_cache, running
@@ -19,6 +19,7 @@ from .precision import finite, told
 from .progress import track
 from .text.batches import TokenBatch, batches_by_length, left_pad
 from .text.chat import ChatFormat, Message
+from .text.given import Conversations, Prompts, as_conversations, as_prompts
 
 MOST_LIVE = 0.75
 """Answers that have ended leave a batch once at most this fraction of it goes on."""
@@ -40,9 +41,9 @@ class Generated:
 def generate(
     model: HookedModel,
     chat: ChatFormat,
-    instructions: Sequence[str | Sequence[Message]],
+    instructions: Conversations,
     *,
-    interventions: Sequence[Intervention] = (),
+    interventions: Interventions = (),
     max_new_tokens: int = 512,
     batch_size: int = 8,
     sampling: Sampling | None = None,
@@ -55,7 +56,7 @@ def generate(
     An answer that would run past the model's context ends there. Raises a UserError for a prompt that fills it.
 
     Args:
-        instructions: user messages, or whole conversations that end with one.
+        instructions: user messages (a string is one), or whole conversations that end with one.
         batch_size: prompts per batch; greedy text does not depend on it, sampled text does.
         sampling: None for greedy decoding.
         use_kv_cache: False recomputes the whole text at every token: slow, the same text.
@@ -64,6 +65,7 @@ def generate(
     check_raw_basis(model)
     if keep_first_logits and (sampling is not None or not use_kv_cache):
         raise UserError("first logits are kept of greedy, cached answers only")
+    instructions, interventions = as_conversations(instructions), as_interventions(interventions)
     rows = chat.encode_all(instructions)
     rooms = [_room(model, *each, max_new_tokens) for each in zip(instructions, rows, strict=True)]
     check_fits(model, rows)
@@ -94,7 +96,7 @@ def stream(
     chat: ChatFormat,
     conversation: str | Sequence[Message],
     *,
-    interventions: Sequence[Intervention] = (),
+    interventions: Interventions = (),
     max_new_tokens: int = 512,
     use_kv_cache: bool = True,
 ) -> Iterator[Generated]:
@@ -105,7 +107,7 @@ def stream(
     tokens other code, or another stream, may use it.
     """
     check_raw_basis(model)
-    ids = chat.encode(conversation)
+    interventions, ids = as_interventions(interventions), chat.encode(conversation)
     room = _room(model, conversation, ids, max_new_tokens)
     check_fits(model, [ids])
     stops, past, new = stop_token_ids(model), None, list[int]()
@@ -129,7 +131,7 @@ def stream(
 
 
 def discover_response_prefix(
-    model: HookedModel, chat: ChatFormat, instructions: Sequence[str], *, n_tokens: int = 12, batch_size: int = 32
+    model: HookedModel, chat: ChatFormat, instructions: Prompts, *, n_tokens: int = 12, batch_size: int = 32
 ) -> str:
     """The text of special tokens that every greedy answer begins with (an empty think block, a channel header).
 
@@ -137,7 +139,12 @@ def discover_response_prefix(
     and the white space after it: ordinary words that all answers share are the model's own.
     """
     answers = generate(
-        model, chat, instructions, max_new_tokens=n_tokens, batch_size=batch_size, description="looking for a prefix"
+        model,
+        chat,
+        as_prompts(instructions),
+        max_new_tokens=n_tokens,
+        batch_size=batch_size,
+        description="looking for a prefix",
     )
     columns = takewhile(
         lambda column: len(set(column)) == 1, zip(*(answer.token_ids for answer in answers), strict=False)
@@ -252,10 +259,13 @@ class Conversation:
 
     model: HookedModel
     chat: ChatFormat
-    interventions: Sequence[Intervention] = ()
+    interventions: Interventions = ()
     max_new_tokens: int = 512
     messages: list[Message] = field(default_factory=list)
     """User and assistant turns; the system message belongs to `chat`."""
+
+    def __post_init__(self) -> None:
+        self.interventions = as_interventions(self.interventions)
 
     def ask(self, text: str) -> Iterator[str]:
         """The answer to the next user message, in pieces as they are generated.

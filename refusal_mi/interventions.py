@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
@@ -19,6 +19,8 @@ from .estimators.linear import Shrinkage
 from .estimators.samples import ActivationSamples
 from .model.points import Component, Hook, HookedModel, HookFn, check_raw_basis, resid_hook, write_hooks
 from .options import Positions as Positions
+from .values import Value, check_named
+from .vectors import one_vector, unit_of
 
 NEAR_DUPLICATE, NEARLY_DEPENDENT = 1e-3, 0.1
 """Relative singular values of the unit directions below which a span is refused, or warned about."""
@@ -36,8 +38,12 @@ class Intervention(Protocol):
     def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]: ...
 
 
-@dataclass(frozen=True)
-class Ablate:
+Interventions = Intervention | Iterable[Intervention]
+"""One, or several in the order in which they act."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Ablate(Value):
     """Remove a direction, or the span of several, from what is written into the stream.
 
     x ← x − strength · Q Qᵀ x at the token embedding, every attention output and every MLP output, Q an orthonormal
@@ -47,7 +53,8 @@ class Ablate:
     is the published form of that.
     """
 
-    directions: Direction | Sequence[Direction]
+    directions: Direction | Tensor | Sequence[Direction | Tensor]
+    """Or bare vectors, `[d_model]` or `[n, d_model]`: ablation does not ask where they were read."""
     strength: float = 1.0
     layers: Sequence[int] | None = None
     """Blocks whose writes are changed; None is all. The embedding counts as a write of block 0."""
@@ -58,6 +65,10 @@ class Ablate:
     positions: Positions = "all"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "directions", _each(self.directions))
+        check_named("positions", self.positions, get_args(Positions))
+        for component in self.components:
+            check_named("component", component, get_args(Component))
         check_finite("strength", self.strength)
         for constant in self.constants or ():
             check_finite("constants", constant)
@@ -70,10 +81,17 @@ class Ablate:
     @cached_property
     def units(self) -> Float[Tensor, "direction d_model"]:
         """The float64 unit vectors."""
-        directions = [self.directions] if isinstance(self.directions, Direction) else list(self.directions)
-        if not directions:
-            raise UserError("Ablate needs at least one direction")
-        return torch.stack([direction.unit for direction in directions])
+        units = [each.unit if isinstance(each, Direction) else unit_of(each) for each in self.each]
+        if len({len(unit) for unit in units}) != 1:
+            widths = ", ".join(str(len(unit)) for unit in units)
+            raise UserError(f"directions of different widths cannot be ablated together: {widths}")
+        return torch.stack(units)
+
+    @property
+    def each(self) -> tuple[Direction | Tensor, ...]:
+        """The directions, one as several."""
+        single = isinstance(self.directions, Direction | Tensor)
+        return (self.directions,) if single else tuple(self.directions)  # type: ignore[return-value, arg-type]
 
     @cached_property
     def basis(self) -> Float[Tensor, "rank d_model"]:
@@ -118,8 +136,23 @@ class Ablate:
         return hooks
 
 
-@dataclass(frozen=True)
-class AblateInTurn:
+def _each(given: Direction | Tensor | Sequence[Direction | Tensor]) -> Direction | tuple[Direction | Tensor, ...]:
+    """One direction as it is; several, or the rows of a table of them, each checked."""
+    if isinstance(given, Direction):
+        return given
+    if isinstance(given, Tensor) and given.ndim != 2:
+        given = [given]
+    rows = tuple(each if isinstance(each, Direction) else one_vector(each) for each in given)
+    if not rows:
+        raise UserError("Ablate needs at least one direction")
+    for row in rows:
+        if isinstance(row, Tensor):
+            unit_of(row)
+    return rows
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AblateInTurn(Value):
     """Project directions out one after the other, as published for several: hooks alone can do it.
 
     x ← x − d̂ d̂ᵀ x for each direction in turn, at the input of every block, every attention output and every MLP
@@ -145,8 +178,8 @@ class AblateInTurn:
         return hooks
 
 
-@dataclass(frozen=True)
-class Add:
+@dataclass(frozen=True, eq=False, repr=False)
+class Add(Value):
     """Add coefficient × the raw direction to the stream entering its own layer.
 
     x ← x + coefficient · r. Coefficient 1 is one raw difference of means, −1 subtracts it; 0 changes no bit.
@@ -159,6 +192,9 @@ class Add:
     positions: Positions = "all"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.direction, Direction):
+            raise UserError("Add needs to know where the vector was read: Add(Direction.of(vector, layer=12))")
+        check_named("positions", self.positions, get_args(Positions))
         check_finite("coefficient", self.coefficient)
         if abs(self.coefficient) * self.direction.norm > LONGEST:
             raise UserError(
@@ -181,7 +217,7 @@ class Add:
 
 
 @dataclass(frozen=True)
-class Affine:
+class Affine(Value):
     """Set the component of one layer's stream along a direction to a class mean's, or anywhere between and beyond.
 
     x ← x − r̂ r̂ᵀx + c r̂ + α r, with c = r̂ᵀ(mean of harmless) and r the raw direction: ACE (Marshall et al. 2024). At
@@ -237,7 +273,7 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Leace:
+class Leace(Value):
     """Erase what linear probes know of the class from the stream of one layer: `Eraser` as a hook.
 
     For several layers take a list, one for each. Each is fitted on activations as they come: those of the plain model
@@ -287,11 +323,25 @@ class Leace:
         return [(resid_hook(self.layer, model.cfg.n_layers), hook_of(erase, self.positions, prompt_width))]
 
 
-def all_hooks(
-    model: HookedModel, interventions: Sequence[Intervention], prompt_width: PromptWidth = None
-) -> list[Hook]:
+def all_hooks(model: HookedModel, interventions: Interventions, prompt_width: PromptWidth = None) -> list[Hook]:
     """The hooks of several interventions, in the order in which they act."""
-    return [hook for intervention in interventions for hook in intervention.hooks(model, prompt_width)]
+    return [hook for each in as_interventions(interventions) for hook in each.hooks(model, prompt_width)]
+
+
+def as_interventions(given: Any) -> tuple[Intervention, ...]:
+    """One intervention or several as several: the one door of everything that takes interventions.
+
+    Raises:
+        UserError: something else is given, a direction or a bare tensor among it.
+    """
+    each = (given,) if isinstance(given, Intervention) or not isinstance(given, Iterable) else tuple(given)
+    for step in each:
+        if isinstance(step, type) or not isinstance(step, Intervention):
+            raise UserError(
+                f"expected an intervention such as Ablate(direction) or Add(direction), or a list of them, not "
+                f"{step.__name__ if isinstance(step, type) else type(step).__name__}"
+            )
+    return each
 
 
 class Constant:

@@ -20,6 +20,7 @@ from .measures import Prefix
 from .model.points import HookedModel
 from .precision import as_double
 from .text.chat import ChatFormat
+from .text.given import Prompts
 
 MAX_REFUSAL_TOKENS, MAX_PREFIX = 8, 6
 MIN_PROBABILITY_GAP = 0.02
@@ -44,7 +45,7 @@ class Label:
 def label_prompts(
     model: HookedModel,
     chat: ChatFormat,
-    instructions: Sequence[str],
+    instructions: Prompts,
     *,
     n_tokens: int = 16,
     batch_size: int = 32,

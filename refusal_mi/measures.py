@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -13,14 +13,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from .errors import UserError
-from .interventions import Intervention, all_hooks
+from .interventions import Interventions, all_hooks, as_interventions
 from .model.points import Hook, HookedModel, explain_layer, model_device
 from .model.running import all_logits, batches, last_logits, read_out, residuals, running
 from .options import KLFormula
 from .precision import as_double, finite, told
 from .text.batches import TokenBatch
 from .text.chat import ChatFormat
+from .text.given import Prompts, as_prompts
 from .text.pairs import ABPair, LetterSpan, locate_letter
+from .values import Value, check_named, frame
 
 SCORE_EPSILON = 1e-8
 KL_EPSILON = 1e-6
@@ -50,6 +52,7 @@ def kl_nats(
         formula: the published one loses what lies in a long tail, and can fall below zero: over 150,000 tokens it has
             read −0.03 where the exact value is 0.49.
     """
+    check_named("formula", formula, get_args(KLFormula))
     log_p, log_q = as_double(base_logits).log_softmax(-1), as_double(changed_logits).log_softmax(-1)
     p = log_p.exp()
     if formula == "published":
@@ -119,10 +122,10 @@ def _by_length(prefix: Prefix) -> tuple[int, Prefix]:
 def refusal_scores(
     model: HookedModel,
     chat: ChatFormat,
-    instructions: Sequence[str],
+    instructions: Prompts,
     refusal_tokens: RefusalTokens,
     *,
-    interventions: Sequence[Intervention] = (),
+    interventions: Interventions = (),
     first: Float[Tensor, "prompt d_vocab"] | None = None,
     batch_size: int = 32,
 ) -> Float[Tensor, " prompt"]:
@@ -131,6 +134,7 @@ def refusal_scores(
     Args:
         first: logits of the first token, where they have been read; only what follows it is read then.
     """
+    instructions, interventions = as_prompts(instructions), as_interventions(interventions)
     prefixes, p = RefusalPrefixes.of(refusal_tokens), list[Tensor]()
     for context in prefixes.contexts:
         ids = prefixes.after(context)
@@ -147,9 +151,9 @@ def refusal_scores(
 def next_token_logits(
     model: HookedModel,
     chat: ChatFormat,
-    instructions: Sequence[str],
+    instructions: Prompts,
     *,
-    interventions: Sequence[Intervention] = (),
+    interventions: Interventions = (),
     after: Prefix = (),
     batch_size: int = 32,
 ) -> Float[Tensor, "prompt d_vocab"]:
@@ -158,6 +162,7 @@ def next_token_logits(
     Args:
         after: token ids that every answer is made to begin with; the logits are those of the token after them.
     """
+    instructions, interventions = as_prompts(instructions), as_interventions(interventions)
     logits: list[Tensor] = [torch.empty(0)] * len(instructions)
     for indices, rows in _next_tokens(model, chat, instructions, interventions, after, batch_size):
         for index, row in zip(indices, rows.cpu(), strict=True):
@@ -169,7 +174,7 @@ def _next_tokens(
     model: HookedModel,
     chat: ChatFormat,
     instructions: Sequence[str],
-    interventions: Sequence[Intervention],
+    interventions: Interventions,
     after: Prefix,
     batch_size: int,
 ) -> Iterator[tuple[list[int], Float[Tensor, "batch d_vocab"]]]:
@@ -218,9 +223,9 @@ def answers_to_score(chat: ChatFormat, pairs: Sequence[tuple[str, str]]) -> list
     return [ScoredText(tuple(ids), first) for ids, first in encoded if first < len(ids)]
 
 
-def texts_to_score(chat: ChatFormat, texts: Sequence[str]) -> list[ScoredText]:
+def texts_to_score(chat: ChatFormat, texts: Prompts) -> list[ScoredText]:
     """Plain texts, without the chat template, of which every token after the first is predicted."""
-    rows = [chat.tokenizer(text)["input_ids"][:MAX_TEXT_TOKENS] for text in texts]
+    rows = [chat.tokenizer(text)["input_ids"][:MAX_TEXT_TOKENS] for text in as_prompts(texts, "texts")]
     return [ScoredText(tuple(row), 1) for row in rows if len(row) > 1]
 
 
@@ -229,7 +234,7 @@ def ce_loss(
     chat: ChatFormat,
     texts: Sequence[ScoredText],
     *,
-    interventions: Sequence[Intervention] = (),
+    interventions: Interventions = (),
     batch_size: int = 8,
     description: str = "CE loss",
 ) -> LossResult:
@@ -238,6 +243,7 @@ def ce_loss(
     Raises:
         UserError: no text has a token to predict, or the loss is not finite.
     """
+    interventions = as_interventions(interventions)
     texts = [text for text in texts if text.first < len(text.token_ids)]
     if not texts:
         raise UserError(f"{description} needs at least one text with a token to predict; these are all empty")
@@ -299,13 +305,14 @@ class ABQuestions:
         return sum(row.choices is not None for row in self.rows)
 
     def log_probabilities(
-        self, model: HookedModel, interventions: Sequence[Intervention] = (), *, batch_size: int = 32
+        self, model: HookedModel, interventions: Interventions = (), *, batch_size: int = 32
     ) -> Float[Tensor, "pair 2"]:
         """ln p of the matching and of the other answer, in float64.
 
         Read from the letter token after the prompt and the bracket. Where the tokenizer merges letter and bracket, or
         writes the two answers with different beginnings, ln p of the whole answer.
         """
+        interventions = as_interventions(interventions)
         table = torch.full((len(self.pairs), 2), torch.nan, dtype=torch.float64)
         groups = [row for row in self.rows if row.choices], [row for row in self.rows if not row.choices]
         for group in filter(None, groups):
@@ -382,8 +389,8 @@ class ABPoint:
         return {**vars(self), "layer_means": explain_layer(self.layer)}
 
 
-@dataclass(frozen=True)
-class ABSweep:
+@dataclass(frozen=True, eq=False, repr=False)
+class ABSweep(Value):
     """All layers and multipliers on one set of pairs."""
 
     pairs: str
@@ -396,6 +403,14 @@ class ABSweep:
     def at(self, layer: int, multiplier: float) -> ABPoint:
         """The point at a layer and multiplier."""
         return next(point for point in self.points if (point.layer, point.multiplier) == (layer, multiplier))
+
+    def to_frame(self) -> Any:
+        """A pandas table with a row for each layer (CAA's) and multiplier.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return frame([point.describe() for point in self.points])
 
     def effects(self) -> list[tuple[float, int, float]]:
         """(effect, layer, m) for every layer and m > 0 swept with both signs, largest first.

@@ -11,13 +11,14 @@ from typing import Any
 
 from .directions import Direction, layer_rows
 from .errors import UserError
-from .interventions import Intervention
+from .interventions import Interventions
 from .markdown import literal, without_media
 from .measures import ScoredText
 from .model.points import HookedModel
 from .run.combos import CombosResult
 from .run.folder import RunInputs
 from .text.chat import ChatFormat
+from .text.given import Prompts, as_prompts
 from .text.prompts import Splits, load_splits
 
 _INTERACTIVE, _STATIC = "plotly_mimetype", "svg"
@@ -152,8 +153,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
 def side_by_side(
     model: HookedModel,
     chat: ChatFormat,
-    prompts: Sequence[str],
-    changes: Mapping[str, Sequence[Intervention]],
+    prompts: Prompts,
+    changes: Mapping[str, Interventions],
     max_new_tokens: int = 24,
 ) -> None:
     """Show the answers to some prompts side by side, one column for each named change.
@@ -163,6 +164,7 @@ def side_by_side(
     """
     from .generation import generate
 
+    prompts = as_prompts(prompts)
     if _PROMPT in changes:
         raise UserError(f"a change is called {_PROMPT!r}, as the column of prompts is: give it another name")
 
@@ -212,9 +214,7 @@ def placed(direction: Direction, like: Direction) -> Direction:
     return replace(direction, vector=direction.unit.float() * like.norm, layer=like.layer, hook_name=like.hook_name)
 
 
-def answer_with_transformers(
-    source: str | Path | None, prompts: Sequence[str], *, max_new_tokens: int = 24
-) -> list[str]:
+def answer_with_transformers(source: str | Path | None, prompts: Prompts, *, max_new_tokens: int = 24) -> list[str]:
     """Greedy answers of a checkpoint as its users get them: transformers alone, no hooks."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -224,7 +224,7 @@ def answer_with_transformers(
     name = resolve_source(source)
     tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    chats = [[{"role": "user", "content": prompt}] for prompt in as_prompts(prompts)]
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
     )

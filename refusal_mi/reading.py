@@ -11,12 +11,13 @@ from torch import Tensor
 from .directions import ActivationMeans
 from .errors import UserError
 from .estimators.samples import ActivationSamples
-from .interventions import Intervention, PromptWidth, all_hooks
+from .interventions import Interventions, PromptWidth, all_hooks
 from .model.points import Hook, HookedModel, missing_points
 from .model.running import LastPositions, batches, last_logits, residuals, running
 from .precision import as_double, finite, with_float64
 from .text.batches import Span, TokenBatch
 from .text.chat import ChatFormat
+from .text.given import Prompts, as_prompts
 
 STREAMS = "the model's residual streams"
 MAX_TABLE_BYTES = 2**31
@@ -24,19 +25,19 @@ MAX_TABLE_BYTES = 2**31
 
 
 def mean_activations(
-    model: HookedModel, chat: ChatFormat, instructions: Sequence[str], *, batch_size: int = 32
+    model: HookedModel, chat: ChatFormat, instructions: Prompts, *, batch_size: int = 32
 ) -> ActivationMeans:
     """Mean over prompts of the stream entering every block, at every post-instruction position.
 
     Args:
-        instructions: user messages, one prompt each.
+        instructions: user messages, one prompt each; a string is one.
         batch_size: prompts per forward pass; the result does not depend on it.
 
     Raises:
         UserError: there are no instructions, one does not fit the model, or streams are not finite.
         ValueError: the model's weights are not in HF coordinates.
     """
-    layers = range(model.cfg.n_layers)
+    instructions, layers = as_prompts(instructions), range(model.cfg.n_layers)
     total = torch.zeros(len(chat.positions), len(layers), model.cfg.d_model, dtype=torch.float64)
     for _, streams in _streams(model, chat, instructions, layers, len(chat.positions), [], batch_size):
         for layer, stream in enumerate(streams):
@@ -105,11 +106,11 @@ def combine_spans(
 def stream_residuals(
     model: HookedModel,
     chat: ChatFormat,
-    instructions: Sequence[str],
+    instructions: Prompts,
     *,
     layers: Sequence[int] | None = None,
     n_last: int | None = None,
-    interventions: Sequence[Intervention] = (),
+    interventions: Interventions = (),
     batch_size: int = 32,
 ) -> Iterator[tuple[list[int], Float[Tensor, "batch pos layer d_model"]]]:
     """Indices into `instructions` and the stream of those prompts at their last positions, a batch at a time.
@@ -122,6 +123,7 @@ def stream_residuals(
     Raises:
         UserError: there are no prompts, one does not fit the model, or streams are not finite.
     """
+    instructions = as_prompts(instructions)
     wanted = range(model.cfg.n_layers + 1) if layers is None else layers
     n = len(chat.positions) if n_last is None else n_last
     hooks = all_hooks(model, interventions)
@@ -132,11 +134,11 @@ def stream_residuals(
 def template_residuals(
     model: HookedModel,
     chat: ChatFormat,
-    instructions: Sequence[str],
+    instructions: Prompts,
     *,
     layers: Sequence[int] | None = None,
     n_last: int | None = None,
-    interventions: Sequence[Intervention] = (),
+    interventions: Interventions = (),
     batch_size: int = 32,
 ) -> Float[Tensor, "prompt pos layer d_model"]:
     """The whole of `stream_residuals` in one float32 table on the CPU, in the order of `instructions`.
@@ -144,6 +146,7 @@ def template_residuals(
     Raises:
         UserError: there are no prompts, the table would take more than 2 GiB, or streams are not finite.
     """
+    instructions = as_prompts(instructions)
     n_layers = model.cfg.n_layers + 1 if layers is None else len(layers)
     width = len(chat.positions) if n_last is None else n_last
     shape = (len(instructions), width, n_layers, model.cfg.d_model)
@@ -172,7 +175,7 @@ def captured(
     batch: TokenBatch,
     readers: Mapping[str, Callable[[Tensor], Tensor]],
     *,
-    interventions: Sequence[Intervention] = (),
+    interventions: Interventions = (),
     prompt_width: PromptWidth = None,
 ) -> dict[str, Tensor]:
     """What each reader takes from the activation at its hook point, after the interventions, in one forward pass.

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import UserError
+from .values import Value
 
 MIN_RELATIVE_GAIN = 0.1
 """A post-norm gain below this fraction of their root mean square is not divided by: the row would blow up."""
@@ -15,8 +16,8 @@ _CHUNK = 2**22
 """Elements that are edited at a time."""
 
 
-@dataclass(frozen=True)
-class Projection:
+@dataclass(frozen=True, eq=False, repr=False)
+class Projection(Value):
     """W ← W − strength · left (right W) along the axis of W that writes."""
 
     left: Float[Tensor, "d_model rank"]
@@ -28,8 +29,8 @@ class Projection:
         return rows - self.strength * ((rows @ self.right.T) @ self.left.T)
 
 
-@dataclass(frozen=True)
-class Shift:
+@dataclass(frozen=True, eq=False, repr=False)
+class Shift(Value):
     """Add one vector to everything that the tensor writes."""
 
     vector: Float[Tensor, " d_model"]

@@ -100,12 +100,12 @@ def test_the_random_control_has_the_same_norm_and_place_and_is_seeded(grid):
 
 def test_the_unit_is_normalized_in_float64():
     vector = torch.tensor([3e-3, 4e-3], dtype=torch.bfloat16)
-    unit = Direction(vector, 0, "x").unit
+    unit = Direction(vector, 0, "blocks.0.hook_resid_pre").unit
     assert unit.dtype == torch.float64 and abs(unit.norm().item() - 1) < 1e-15
 
 
 def test_cosine_against_numbers_by_hand():
-    a, b = (Direction(torch.tensor(values), 0, "x") for values in ([3.0, 4.0], [4.0, 3.0]))
+    a, b = (Direction(torch.tensor(values), 0, "blocks.0.hook_resid_pre") for values in ([3.0, 4.0], [4.0, 3.0]))
     assert cosine(a, b) == pytest.approx(24 / 25) and cosine(a, a) == pytest.approx(1)
 
 

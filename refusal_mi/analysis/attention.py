@@ -23,6 +23,7 @@ from ..reading import captured
 from ..run.folder import RunInputs
 from ..stats import mean_interval
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
 from .attribution import top_heads
 from .result import AnalysisResult, provenance_of
 from .sources import split_by_source
@@ -33,7 +34,7 @@ post-instruction tokens."""
 DEFAULT_SUFFIX = " Answer in one short sentence, please, and be friendly."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionResult(AnalysisResult):
     """Attention of some heads from the last prompt position, summed over regions of the prompt."""
 
@@ -74,7 +75,7 @@ def attend_by_region(
     model: HookedModel,
     chat: ChatFormat,
     direction: Direction,
-    instructions: Sequence[str],
+    instructions: Prompts,
     *,
     suffix: str = DEFAULT_SUFFIX,
     heads: Sequence[tuple[int, int]] | None = None,
@@ -94,6 +95,7 @@ def attend_by_region(
     Raises:
         UserError: there are no prompts, or the suffix adds no token.
     """
+    instructions = as_prompts(instructions)
     if heads is None:
         heads = top_heads(model, chat, direction, instructions, n_heads, batch_size=batch_size)
     variants = _variants(model, chat, instructions, suffix, seed)

@@ -1,7 +1,7 @@
 """Direct feature attribution: which heads, MLPs, embeddings and biases write along a direction."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,13 +23,14 @@ from ..run.folder import RunInputs
 from ..stats import mean_interval
 from ..text.batches import TokenBatch
 from ..text.chat import ChatFormat
+from ..text.given import Groups, Prompts, as_groups
 from .result import AnalysisResult, prompts_of, provenance_of
 
 MAX_MISFIT = 0.05
 """Largest relative distance between a write and gain × scale × output before the block is called nonlinear here."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttributionResult(AnalysisResult):
     """Projection of every write into the stream on a unit direction, at one position, per group of prompts.
 
@@ -103,7 +104,7 @@ def attribute_direction(
     model: HookedModel,
     chat: ChatFormat,
     direction: Direction,
-    groups: Mapping[str, Sequence[str]],
+    groups: Groups,
     *,
     layer: int | None = None,
     position: int = -1,
@@ -123,7 +124,7 @@ def attribute_direction(
         UserError: a group is empty, there is no such layer or position, or the heads' outputs reach the stream
             through more than a norm.
     """
-    weights = ModelWeights(model)
+    weights, groups = ModelWeights(model), as_groups(groups)
     layer = model.cfg.n_layers if layer is None else layer
     resid_hook(layer, model.cfg.n_layers)
     columns: dict[str, list[Tensor]] = {}
@@ -147,7 +148,7 @@ def top_heads(
     model: HookedModel,
     chat: ChatFormat,
     direction: Direction,
-    instructions: Sequence[str],
+    instructions: Prompts,
     n: int,
     *,
     position: int = -1,

@@ -16,7 +16,7 @@ from ..run.folder import RunInputs
 from .result import AnalysisResult, provenance_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ComparisonResult(AnalysisResult):
     """Cosines and lengths of named directions."""
 

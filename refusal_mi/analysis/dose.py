@@ -21,7 +21,9 @@ from ..model.points import HookedModel
 from ..run.folder import RunInputs
 from ..stats import Rate, mean_interval
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
 from ..text.prompts import load_prompts
+from ..values import check_named
 from .dose_reader import DoseReader
 from .result import AnalysisResult, finite_or_none, prompts_of, provenance_of
 
@@ -33,7 +35,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 MAX_PROMPTS, MAX_TEXTS, RUN_TOKENS = 32, 32, 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DoseResult(AnalysisResult):
     """Responses to every amount of the direction (first) and of random directions of equal norm (the others).
 
@@ -129,6 +131,8 @@ class DoseResult(AnalysisResult):
         return _spearman(self.amounts(curve), self.scores[curve][direction].mean(-1).tolist())
 
     def _table(self, measure: Measure, curve: str) -> Float[Tensor, "direction amount prompt"]:
+        check_named("measure", measure, get_args(Measure))
+        check_named("curve", curve, self.scores)
         tables = {"score": self.scores, "refused": self.refused, "degenerate": self.degenerate, "kl": self.kl}
         return tables[measure][curve]
 
@@ -146,8 +150,8 @@ def dose_response(
     model: HookedModel,
     chat: ChatFormat,
     direction: Direction,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     refusal_tokens: RefusalTokens,
     *,
     coefficients: Sequence[float] = COEFFICIENTS,
@@ -171,9 +175,9 @@ def dose_response(
     Raises:
         UserError: a side has no prompts.
     """
-    if not harmful or not harmless:
+    prompts = {"harmful": as_prompts(harmful), "harmless": as_prompts(harmless)}
+    if not all(prompts.values()):
         raise UserError("dose_response needs prompts on both sides")
-    prompts: dict[str, list[str]] = {"harmful": list(harmful), "harmless": list(harmless)}
     judged = SubstringJudge() if judge is None else judge
     reader = DoseReader(model, chat, prompts, refusal_tokens, texts, max_new_tokens, judged, batch_size)
     directions = [direction, *(direction.random_like(seed) for seed in range(n_random))]

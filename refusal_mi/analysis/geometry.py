@@ -1,6 +1,6 @@
 """How the candidate directions lie to each other, how long they are, and how sure: bootstrap and shuffled labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,10 +16,11 @@ from ..model.points import HookedModel
 from ..reading import template_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
 from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class GeometryResult(AnalysisResult):
     """Geometry of the difference in means at every position and layer; NaN where the two means do not differ."""
 
@@ -62,8 +63,8 @@ class GeometryResult(AnalysisResult):
 def direction_geometry(
     model: HookedModel,
     chat: ChatFormat,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     *,
     n_resamples: int = 50,
     seed: int = 0,
@@ -82,6 +83,7 @@ def direction_geometry(
     Raises:
         UserError: fewer than 2 prompts on a side.
     """
+    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
     if min(len(harmful), len(harmless)) < 2 or n_resamples < 2:
         raise UserError("direction geometry needs at least 2 prompts on each side and 2 resamples")
     residuals = template_residuals(

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..figures import style as draw
-from ..interventions import Ablate, Intervention
+from ..interventions import Ablate, Interventions, as_interventions
 from ..measures import RefusalTokens, refusal_scores
 from ..model.points import HookedModel
 from ..reading import template_residuals
 from ..run.answers import SIDES
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
+from ..text.given import Groups, Prompts, as_groups, as_prompts
 from .result import AnalysisResult, prompts_of, provenance_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class HarmResult(AnalysisResult):
     """Belief scores of every prompt for harm (last instruction token) and refusal (last template token)."""
 
@@ -68,13 +69,13 @@ class HarmResult(AnalysisResult):
 def separate_harm(
     model: HookedModel,
     chat: ChatFormat,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
-    groups: Mapping[str, Sequence[str]],
+    harmful: Prompts,
+    harmless: Prompts,
+    groups: Groups,
     refusal_tokens: RefusalTokens,
     *,
     refused: Sequence[bool] | None = None,
-    interventions: Mapping[str, Sequence[Intervention]] | None = None,
+    interventions: Mapping[str, Interventions] | None = None,
     batch_size: int = 32,
 ) -> HarmResult:
     """Δ = mean over layers of cos(h, mean of A) − cos(h, mean of B), for harm and for refusal.
@@ -92,6 +93,7 @@ def separate_harm(
     Raises:
         UserError: a set is empty, or the model refuses all training prompts, or none.
     """
+    harmful, harmless, groups = as_prompts(harmful), as_prompts(harmless), as_groups(groups)
     training = [*harmful, *harmless]
     if refused is None:
         refused = (_scores(model, chat, training, refusal_tokens, (), batch_size) > 0).tolist()
@@ -106,7 +108,7 @@ def separate_harm(
     refuse_means = _two_means(last, flags)
     deltas, scores = {}, {}
     for name, instructions in groups.items():
-        hooks = (interventions or {}).get(name, ())
+        hooks = as_interventions((interventions or {}).get(name, ()))
         streams = _streams(model, chat, instructions, hooks, batch_size)
         both = [_delta(x, means) for x, means in zip(streams, (harm_means, refuse_means), strict=True)]
         deltas[name] = torch.stack(both, dim=1)
@@ -155,7 +157,7 @@ def _scores(
     chat: ChatFormat,
     instructions: Sequence[str],
     refusal_tokens: RefusalTokens,
-    interventions: Sequence[Intervention],
+    interventions: Interventions,
     batch_size: int,
 ) -> Float[Tensor, " prompt"]:
     return refusal_scores(model, chat, instructions, refusal_tokens, interventions=interventions, batch_size=batch_size)
@@ -165,7 +167,7 @@ def _streams(
     model: HookedModel,
     chat: ChatFormat,
     instructions: Sequence[str],
-    interventions: Sequence[Intervention],
+    interventions: Interventions,
     batch_size: int,
 ) -> tuple[Float[Tensor, "prompt layer d_model"], Float[Tensor, "prompt layer d_model"]]:
     """The stream at the last instruction token and at the last template token, float64."""

@@ -18,10 +18,11 @@ from ..precision import as_double
 from ..reading import stream_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
 from .result import AnalysisResult, check_position, each_group, prompts_of, provenance_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LensResult(AnalysisResult):
     """Refusal scores of every prompt at every layer, for the refusal tokens and for random sets of as many tokens."""
 
@@ -59,8 +60,8 @@ class LensResult(AnalysisResult):
 def refusal_lens(
     model: HookedModel,
     chat: ChatFormat,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     refusal_tokens: Sequence[int],
     *,
     position: int = -1,
@@ -85,6 +86,7 @@ def refusal_lens(
     if not refusal_tokens:
         raise UserError("the lens needs at least one refusal token")
     token_sets = [list(refusal_tokens), *_random_sets(model.cfg.d_vocab, refusal_tokens, n_controls, seed)]
+    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
     prompts = [*harmful, *harmless]
     scores = torch.empty(len(token_sets), len(prompts), model.cfg.n_layers + 1, dtype=torch.float64)
     sides = {"harmful": harmful, "harmless": harmless}

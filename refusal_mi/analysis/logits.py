@@ -20,7 +20,7 @@ from .result import AnalysisResult, provenance_of
 _CHUNK = 8192
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LogitsResult(AnalysisResult):
     """Direct effect of a direction on the logits, in standard deviations over the vocabulary."""
 

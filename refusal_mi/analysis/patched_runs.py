@@ -24,6 +24,7 @@ from ..model.running import batches, check_fits, last_logits, n_block_outputs, r
 from ..reading import captured
 from ..text.batches import TokenBatch, left_pad
 from ..text.chat import ChatFormat
+from ..values import check_named
 
 Site = Literal["resid", "attn", "mlp", "heads", "resid_mid"]
 """The stream entering a block, what attention or the MLP writes, single heads, the stream between the two."""
@@ -42,9 +43,8 @@ def check_sites(model: HookedModel, sites: Sequence[Site]) -> None:
     Raises:
         UserError: a site is unknown, or the model's blocks run attention and MLP side by side.
     """
-    unknown = [site for site in sites if site not in _POINTS]
-    if unknown or not sites:
-        raise UserError(f"unknown site {''.join(unknown[:1])!r}; expected some of {', '.join(_POINTS)}")
+    for site in sites or ("",):
+        check_named("site", site, _POINTS)
     if "resid_mid" in sites and missing_points(model, [block_hook(0, _POINTS["resid_mid"])]):
         raise UserError(
             "this model runs attention and MLP side by side, so there is no stream between them (hook_resid_mid): "

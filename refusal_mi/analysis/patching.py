@@ -17,6 +17,7 @@ from ..model.points import HookedModel, check_raw_basis
 from ..run.folder import RunInputs
 from ..stats import bootstrap_interval
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
 from .patched_runs import PatchedRuns, Site, check_sites
 from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
 
@@ -26,7 +27,7 @@ MIN_GAP, MIN_EFFECT = 1e-6, 0.1
 MAX_PAIRS = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PatchingResult(AnalysisResult):
     """Refusal scores of patched prompts, pair by pair, with the scores that they lie between.
 
@@ -107,8 +108,8 @@ def _ratio_of_means(shifts: Any, gaps: Any) -> Any:
 def patch_activations(
     model: HookedModel,
     chat: ChatFormat,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     refusal_tokens: Sequence[int],
     *,
     sites: Sequence[Site] = ("resid", "attn", "mlp", "heads"),
@@ -130,6 +131,7 @@ def patch_activations(
     """
     check_raw_basis(model)
     check_sites(model, sites)
+    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
     layers = range(model.cfg.n_layers) if layers is None else layers
     if len(harmful) != len(harmless) or len(harmful) < 2:
         raise UserError(

@@ -18,12 +18,13 @@ from ..model.points import HookedModel
 from ..reading import template_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
+from ..text.given import Groups, as_groups
 from .result import AnalysisResult, check_position, each_group, prompts_of, provenance_of
 
 _ROUNDING = 1e-12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PcaResult(AnalysisResult):
     """Coordinates of every prompt on the first components, layer by layer."""
 
@@ -61,7 +62,7 @@ def residual_pca(
     model: HookedModel,
     chat: ChatFormat,
     direction: Direction,
-    groups: Mapping[str, Sequence[str]],
+    groups: Groups,
     *,
     layers: Sequence[int] | None = None,
     position: int = -1,
@@ -85,6 +86,7 @@ def residual_pca(
     Raises:
         UserError: there are fewer prompts than components, or an outcome is missing.
     """
+    groups = as_groups(groups)
     prompts = [text for texts in groups.values() for text in texts]
     check_position(chat, position)
     if len(prompts) <= n_components:

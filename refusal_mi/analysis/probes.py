@@ -18,12 +18,13 @@ from ..progress import track
 from ..reading import template_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
 from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
 
 METHODS = ("difference of means", "logistic regression")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ProbesResult(AnalysisResult):
     """Cross-validated AUC of two probes, its shuffled-label null, and their cosines to the direction."""
 
@@ -63,8 +64,8 @@ class ProbesResult(AnalysisResult):
 def linear_probes(
     model: HookedModel,
     chat: ChatFormat,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     direction: Direction,
     *,
     positions: Sequence[int] | None = None,
@@ -86,6 +87,7 @@ def linear_probes(
     Raises:
         UserError: there are fewer prompts on a side than folds.
     """
+    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
     if min(len(harmful), len(harmless)) < n_folds or n_folds < 2:
         raise UserError(
             f"{n_folds} folds need as many prompts on each side, not {len(harmful)} harmful, {len(harmless)} harmless"

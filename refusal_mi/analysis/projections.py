@@ -1,6 +1,6 @@
 """How far prompts lie along a direction: projection and cosine of the stream at every layer and position."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,16 +12,17 @@ from torch import Tensor
 from ..directions import Direction
 from ..errors import UserError
 from ..figures import style as draw
-from ..interventions import Intervention
+from ..interventions import Interventions, as_interventions
 from ..model.points import HookedModel
 from ..precision import as_double
 from ..reading import stream_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
+from ..text.given import Groups, as_groups
 from .result import AnalysisResult, each_group, prompts_of, provenance_of, template_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ProjectionsResult(AnalysisResult):
     """Projections and cosines of every prompt, on the direction and on a random one, at the last positions."""
 
@@ -70,9 +71,9 @@ def project_residuals(
     model: HookedModel,
     chat: ChatFormat,
     direction: Direction,
-    groups: Mapping[str, Sequence[str]],
+    groups: Groups,
     *,
-    interventions: Sequence[Intervention] = (),
+    interventions: Interventions = (),
     seed: int = 0,
     batch_size: int = 32,
 ) -> ProjectionsResult:
@@ -88,6 +89,7 @@ def project_residuals(
     Raises:
         UserError: there is no group, or an empty one.
     """
+    groups, interventions = as_groups(groups), as_interventions(interventions)
     if not groups:
         raise UserError("projections need at least one group of prompts")
     prompts = [text for texts in groups.values() for text in texts]

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin
 
@@ -12,19 +13,20 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import as_json, checked, read_json, read_tensors, sha256_json, write_json, write_tensors
+from ..files import as_json, at_home, checked, read_json, read_tensors, sha256_json, write_json, write_tensors
 from ..model.loading import ORGANISM
 from ..model.points import HookedModel, model_source
 from ..model.provenance import describe_model, versions
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
+from ..values import Value, frame, html_table, named_near, short
 
 FORMAT = 1
 _RECORD_KEYS = {"kind", "format", "fields", "provenance"}
 
 
-@dataclass(frozen=True)
-class AnalysisResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class AnalysisResult(Value):
     """Base of all results: tensors are saved to `.pt`, everything else to the JSON beside it.
 
     A subclass is a frozen dataclass whose fields are tensors, dicts of tensors, or JSON values with tuples for
@@ -43,9 +45,72 @@ class AnalysisResult:
         """The model's short name, for titles; empty where no model took part."""
         return str(self.provenance.get("model", {}).get("name", ""))
 
-    def save(self, path: Path) -> None:
+    def __repr__(self) -> str:
+        shown = [f"{name} {text}" for name, text, _ in self._rows() if "[" in text][:3]
+        about = f" of {self.model_name}" if self.model_name else ""
+        return f"{type(self).__name__}{about}: {'; '.join(shown)}"
+
+    def _repr_html_(self) -> str:
+        title = f"{type(self).__name__} of {self.model_name}" if self.model_name else type(self).__name__
+        return html_table(title, ("field", "value", "unit"), self._rows())
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """Name, value in short and unit of every field but the provenance."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "provenance"}
+        axes = self._axes({name: value for name, value in values.items() if _holds_tensors(value)})
+        return [
+            (name, f"[{' '.join(axes[name].split())}] {short(value)}" if axes.get(name) else short(value), unit)
+            for name, value in values.items()
+            for unit in [self.units.get(name, "")]
+        ]
+
+    def to_frame(self, field: str | None = None) -> Any:
+        """A pandas table of one tensor, a row for each of its numbers; its first by default.
+
+        Columns are its axes, by name where the result names them, and the group of a prompt; "of" where the field has
+        several tensors by name; its numbers, and those of the fields that have the same axes.
+
+        Raises:
+            UserError: there is no such tensor, or pandas is not installed.
+        """
+        tables = {item.name: value for item in fields(self) if _holds_tensors(value := getattr(self, item.name))}
+        name = next(iter(tables), None) if field is None else field
+        if name is None or name not in tables:
+            raise UserError(f"{type(self).__name__} has no tensor {name!r}; {named_near(str(name), list(tables))}")
+        axes = self._axes(tables)
+        if isinstance(tables[name], dict):
+            parts = [(key, {name: value}) for key, value in tables[name].items()]
+            return frame([row for key, part in parts for row in self._long(part, [], {"of": key})])
+        beside = {
+            other: value
+            for other, value in tables.items()
+            if other == name or (axes[other] == axes[name] and getattr(value, "shape", None) == tables[name].shape)
+        }
+        return frame(self._long(beside, axes[name].split(), {}))
+
+    def _long(self, columns: Mapping[str, Tensor], axes: Sequence[str], constant: Mapping[str, Any]) -> list[Any]:
+        """A row for each place in tensors of one shape."""
+        shape = next(iter(columns.values())).shape
+        flat = {name: value.flatten().tolist() for name, value in columns.items()}
+        rows = []
+        for index, place in enumerate(product(*map(range, shape))):
+            row = dict(constant)
+            for axis, at in enumerate(place):
+                row |= self._label(axes[axis] if axis < len(axes) else f"axis {axis}", shape[axis], at)
+            rows.append(row | {name: values[index] for name, values in flat.items()})
+        return rows
+
+    def _label(self, axis: str, size: int, at: int) -> dict[str, Any]:
+        """What stands at a place of an axis: a prompt with its group, a position, a layer of those that were read."""
+        labels = getattr(self, {"pos": "positions"}.get(axis, f"{axis}s"), None)
+        is_named = isinstance(labels, tuple) and len(labels) == size
+        label = {axis: labels[at] if is_named and labels is not None else at}
+        groups = getattr(self, "groups", None)
+        return {"group": groups[at], **label} if axis == "prompt" and groups and len(groups) == size else label
+
+    def save(self, path: str | Path) -> None:
         """Write `path` (.json) and the tensors beside it (.pt)."""
-        path = Path(path).with_suffix(".json")
+        path = at_home(path).with_suffix(".json")
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "provenance"}
         tensors = {name: value for name, value in values.items() if _holds_tensors(value)}
         plain = {name: value for name, value in values.items() if name not in tensors}
@@ -119,13 +184,13 @@ def check_position(chat: ChatFormat, position: int) -> None:
         raise UserError(f"no position {position}: the post-instruction positions are {chat.positions}")
 
 
-def load_result(path: Path) -> AnalysisResult:
+def load_result(path: str | Path) -> AnalysisResult:
     """Read what `save` wrote: RESULT.json, or its .pt.
 
     Raises:
         UserError: the file is missing or holds no analysis result.
     """
-    path = Path(path).with_suffix(".json")
+    path = at_home(path).with_suffix(".json")
     record = read_json(path)
     if not is_result_record(record):
         raise UserError(f"{path} is not an analysis result: expected a JSON object with {sorted(_RECORD_KEYS)}")
@@ -193,8 +258,8 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-@dataclass(frozen=True)
-class Drawn:
+@dataclass(frozen=True, eq=False, repr=False)
+class Drawn(Value):
     """The figures of a result."""
 
     figures: dict[str, go.Figure | str]

@@ -23,13 +23,14 @@ from ..reading import captured
 from ..run.folder import RunInputs
 from ..text.batches import TokenBatch
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
 from .attribution import head_contributions, top_heads
 from .result import AnalysisResult, provenance_of
 
 N_PROMPTS, N_HEADS = 6, 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SourcesResult(AnalysisResult):
     """What some heads write along a unit direction at one position, split by the token it was read from."""
 
@@ -61,7 +62,7 @@ def attribute_sources(
     model: HookedModel,
     chat: ChatFormat,
     direction: Direction,
-    instructions: Sequence[str],
+    instructions: Prompts,
     *,
     heads: Sequence[tuple[int, int]] | None = None,
     n_heads: int = N_HEADS,
@@ -78,6 +79,7 @@ def attribute_sources(
     Raises:
         UserError: there are no prompts, or a head does not exist.
     """
+    instructions = as_prompts(instructions)
     if heads is None:
         heads = top_heads(model, chat, direction, instructions, n_heads, position=position, batch_size=batch_size)
     rows = chat.encode_all(instructions)

@@ -18,10 +18,11 @@ from ..precision import as_double
 from ..reading import stream_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompt
 from .result import AnalysisResult, provenance_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenMapResult(AnalysisResult):
     """Projection and cosine of one prompt's stream, on the direction and on a random one."""
 
@@ -48,9 +49,10 @@ class TokenMapResult(AnalysisResult):
 
 
 def map_tokens(
-    model: HookedModel, chat: ChatFormat, direction: Direction, prompt: str, *, seed: int = 0
+    model: HookedModel, chat: ChatFormat, direction: Direction, prompt: Prompts, *, seed: int = 0
 ) -> TokenMapResult:
     """⟨x, r̂⟩ and its cosine at every token of one templated prompt and every layer."""
+    prompt = as_prompt(prompt)
     ids = chat.encode(prompt)
     ((_, streams),) = stream_residuals(model, chat, [prompt], n_last=len(ids))
     x = as_double(streams[0]).cpu()

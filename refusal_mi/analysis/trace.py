@@ -15,19 +15,20 @@ from ..errors import UserError
 from ..figures import style as draw
 from ..figures.views import SIGNS, View, page, shown_tokens
 from ..generation import generate
-from ..interventions import Ablate, Add, Intervention
+from ..interventions import Ablate, Add, Interventions, as_interventions
 from ..model.points import HookedModel, resid_hook
 from ..model.running import batches
 from ..precision import as_double
 from ..reading import captured
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
+from ..text.given import Groups, as_groups
 from .result import AnalysisResult, each_group, prompts_of, provenance_of
 
 N_PROMPTS, RUN_TOKENS = 8, 40
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class TraceResult(AnalysisResult):
     """Projection of the stream on a unit direction at every token of answers, under several conditions."""
 
@@ -67,9 +68,9 @@ def trace_generation(
     model: HookedModel,
     chat: ChatFormat,
     direction: Direction,
-    groups: Mapping[str, Sequence[str]],
+    groups: Groups,
     *,
-    conditions: Mapping[str, Sequence[Intervention]] | None = None,
+    conditions: Mapping[str, Interventions] | None = None,
     layer: int | None = None,
     max_new_tokens: int = 40,
     batch_size: int = 8,
@@ -86,6 +87,7 @@ def trace_generation(
     Raises:
         UserError: a group has no prompts, or there is no such layer.
     """
+    groups = as_groups(groups)
     if not groups or not all(groups.values()):
         raise UserError("trace_generation needs at least one prompt in every group")
     if conditions is None:
@@ -94,7 +96,8 @@ def trace_generation(
     hook_name = resid_hook(layer, model.cfg.n_layers)
     prompts = [text for texts in groups.values() for text in texts]
     traces = {}
-    for name, interventions in conditions.items():
+    for name, change in conditions.items():
+        interventions = as_interventions(change)
         answers = generate(
             model,
             chat,
@@ -139,7 +142,7 @@ def _read(
     direction: Direction,
     rows: Sequence[Sequence[int]],
     kept: Sequence[int],
-    interventions: Sequence[Intervention],
+    interventions: Interventions,
     hook_name: str,
     batch_size: int,
 ) -> list[tuple[tuple[str, ...], Tensor]]:

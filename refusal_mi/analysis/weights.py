@@ -20,7 +20,7 @@ from .result import AnalysisResult, provenance_of
 Side = Literal["writes", "reads"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class WeightsResult(AnalysisResult):
     """How strongly each writer and reader is aligned with a direction."""
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from ..analysis.result import AnalysisResult
-    from ..directions import Comparison, LabelledVectors
     from ..run.folder import RunInputs, RunRecord
+    from ..vectors import Comparison, LabelledVectors
 
 FOLDER = "analysis"
 
@@ -214,9 +214,9 @@ def compare(
     as_json: AsJson = False,
 ) -> int:
     """Show the cosine similarity of every two vectors."""
-    from ..directions import compare, read_vectors
-    from ..directions import normalize_across as shared_norm
     from ..files import check_not_input, write_tensors
+    from ..vectors import compare, read_vectors
+    from ..vectors import normalize_across as shared_norm
     from .tables import print_json
 
     if normalize_across and output_dir is None:

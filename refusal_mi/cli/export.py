@@ -199,8 +199,8 @@ def _provenances(what: "Ablate | Add") -> list[Mapping[str, Any]]:
     from ..directions import Direction
     from ..interventions import Add
 
-    directions = what.direction if isinstance(what, Add) else what.directions
-    return [each.provenance for each in ([directions] if isinstance(directions, Direction) else directions)]
+    directions = (what.direction,) if isinstance(what, Add) else what.each
+    return [each.provenance for each in directions if isinstance(each, Direction)]
 
 
 def _numbers(text: str) -> list[float]:

@@ -15,6 +15,7 @@ import typer
 from ..errors import UserError
 from ..options import BATCH_SIZE, AllowSpecialTokens, JudgeModel, Option, Quantization, System, TemplateKwargs, said
 from ..search.thresholds import PUBLISHED, Rule
+from ..values import Value
 
 if TYPE_CHECKING:
     from ..judges.substring import Judge
@@ -273,8 +274,8 @@ def parse_memory(text: str | None) -> dict[str | int, str | int] | None:
     return sizes
 
 
-@dataclass(frozen=True)
-class TemplateOptions:
+@dataclass(frozen=True, eq=False, repr=False)
+class TemplateOptions(Value):
     """What the chat template is given beside the conversation."""
 
     system: System = None

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import write_json
+from ..values import Value
 from .plan import NORM_NOTE, Planned
 
 CONFIG, WEIGHTS, SECOND = "adapter_config.json", "adapter_model.safetensors", "embedding"
 
 
-@dataclass(frozen=True)
-class LoRA:
+@dataclass(frozen=True, eq=False, repr=False)
+class LoRA(Value):
     """One adapted parameter: its change is left @ right, or a vector for a bias."""
 
     left: Float[Tensor, "*experts out rank"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import UserError, cause
 from ..files import at_home, clear_leftovers, read_json, read_record, temporary_beside
+from ..values import Value
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -52,8 +53,8 @@ class StoredTensor:
         return self.dtype in FLOATS
 
 
-@dataclass(frozen=True)
-class ShardIndex:
+@dataclass(frozen=True, eq=False, repr=False)
+class ShardIndex(Value):
     """`model.safetensors.index.json`."""
 
     weight_map: dict[str, str]
@@ -61,8 +62,8 @@ class ShardIndex:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, eq=False, repr=False)
+class Checkpoint(Value):
     """The files of a model directory."""
 
     directory: Path

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from ..directions import Direction
 from ..errors import UserError
 from ..files import at_home, sha256_file, write_json, write_text
-from ..interventions import Ablate, Add, Intervention
+from ..interventions import Ablate, Add, Intervention, Interventions
 from ..markdown import without_media
 from ..model.families import text_config
 from ..model.provenance import display_name, versions
 from ..model.writers import build_skeleton, classify
+from ..text.given import Prompts
+from ..values import Value
 from ..weights import EditFigures, TensorEdit, edit_, factors
 from .adapter import LoRA, write_adapters
 from .checkpoint import RECORD, Checkpoint, copy_companions, fresh_directory
@@ -30,8 +32,8 @@ from .verify import Verification, VerifyMode, prepare_comparison
 UNVERIFIED = "UNVERIFIED"
 
 
-@dataclass(frozen=True)
-class ExportReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class ExportReport(Value):
     """What was exported, and how well it matches the hooks."""
 
     path: Path
@@ -140,7 +142,10 @@ def card(report: ExportReport) -> str:
 
 def _sentence(step: Step) -> str:
     directions = directions_of(step)
-    places = ", ".join(f"position {direction.position}, layer {direction.layer}" for direction in directions)
+    places = ", ".join(
+        f"position {each.position}, layer {each.layer}" if isinstance(each, Direction) else "a bare vector"
+        for each in directions
+    )
     if isinstance(step, Add):
         return f"{step.coefficient} times the direction ({places}) is added to the stream entering layer {step.target}"
     blocks = "all blocks" if step.layers is None else f"blocks {', '.join(map(str, step.layers)) or 'none'}"
@@ -183,8 +188,8 @@ def _undo(report: ExportReport) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Written:
+@dataclass(frozen=True, eq=False, repr=False)
+class Written(Value):
     """What a writer of files put into the new directory."""
 
     figures: Mapping[str, EditFigures]
@@ -195,13 +200,13 @@ class Written:
 
 def export_checkpoint(
     source: str | Path | None,
-    interventions: Intervention | Sequence[Intervention],
+    interventions: Interventions,
     out: str | Path,
     *,
     keep_tied: bool = False,
     dtype: ExportDtype = "keep",
     verify: VerifyMode = "auto",
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     revision: str | None = None,
     force: bool = False,
 ) -> ExportReport:
@@ -240,7 +245,7 @@ def publish(
     *,
     dtype: ExportDtype = "keep",
     verify: VerifyMode,
-    prompts: Sequence[str] | None,
+    prompts: Prompts | None,
     force: bool,
 ) -> ExportReport:
     """Write into a directory that has no name yet, compare with the hooked model, add record and card, name it."""
@@ -277,7 +282,7 @@ def publish(
 
 
 def orthogonalize_(
-    model: Any, direction: Direction | Sequence[Direction] | Intervention, *, keep_tied: bool = False
+    model: Any, direction: Direction | Tensor | Sequence[Direction | Tensor] | Intervention, *, keep_tied: bool = False
 ) -> dict[str, EditFigures]:
     """Edit the weights of a `transformers` causal language model in place, so that it does what the hooks did.
 
@@ -324,11 +329,11 @@ def orthogonalize_(
 
 def export_adapter(
     source: str | Path | None,
-    interventions: Intervention | Sequence[Intervention],
+    interventions: Interventions,
     out: str | Path,
     *,
     verify: VerifyMode = "auto",
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     revision: str | None = None,
     force: bool = False,
 ) -> ExportReport:

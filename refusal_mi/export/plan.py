@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..interventions import Ablate, Add, Intervention, check_width
+from ..interventions import Ablate, Add, Intervention, Interventions, as_interventions, check_width
 from ..model.guards import guarded, read_config
 from ..model.loading import resolve_source
 from ..model.points import caa_layer, resid_hook, write_hook, write_hooks
 from ..model.writers import Layout, Writer, classify
+from ..values import Value
 from ..weights import Projection, Shift, TensorEdit, writer_projection
 from .checkpoint import OTHER_WEIGHTS, Checkpoint, open_checkpoint
 from .rewrite import Head
@@ -26,14 +27,13 @@ Gain = Callable[[str], Float[Tensor, " d_model"]]
 Step = Ablate | Add
 
 
-def as_steps(interventions: Intervention | Sequence[Intervention]) -> tuple[Step, ...]:
+def as_steps(interventions: Interventions) -> tuple[Step, ...]:
     """The interventions, if each has a weight form.
 
     Raises:
         UserError: one acts at some positions only, or is neither `Ablate` nor `Add`.
     """
-    steps = interventions if isinstance(interventions, Sequence) else [interventions]
-    return tuple(_checked(step) for step in steps)
+    return tuple(_checked(step) for step in as_interventions(interventions))
 
 
 def _checked(step: Intervention) -> Step:
@@ -146,15 +146,14 @@ def _is_linear(writer: Writer) -> bool:
     return writer.name.endswith(".weight") and ".experts." not in writer.name and "shared" not in writer.name
 
 
-def directions_of(step: Step) -> Sequence[Direction]:
-    """The directions that an intervention is about."""
-    several = step.direction if isinstance(step, Add) else step.directions
-    return [several] if isinstance(several, Direction) else several
+def directions_of(step: Step) -> Sequence[Direction | Tensor]:
+    """The directions that an intervention is about; bare vectors do not say where they were read."""
+    return (step.direction,) if isinstance(step, Add) else step.each
 
 
 def describe_step(step: Step) -> dict[str, Any]:
     """An intervention as JSON values; a direction's SHA-256 is that of its float64 values."""
-    directions = [{**direction.describe(), "sha256": _digest(direction)} for direction in directions_of(step)]
+    directions = [_described(direction) for direction in directions_of(step)]
     if isinstance(step, Add):
         return {"kind": "add", "coefficient": step.coefficient, "layer": step.target, "directions": directions}
     return {
@@ -167,8 +166,15 @@ def describe_step(step: Step) -> dict[str, Any]:
     }
 
 
-def _digest(direction: Direction) -> str:
-    return hashlib.sha256(direction.vector.detach().cpu().double().numpy().tobytes()).hexdigest()
+def _described(direction: Direction | Tensor) -> dict[str, Any]:
+    if isinstance(direction, Direction):
+        return {**direction.describe(), "sha256": _digest(direction.vector)}
+    norm = direction.double().norm().item()
+    return {"pos": None, "layer": None, "hook_name": None, "norm": norm, "sha256": _digest(direction)}
+
+
+def _digest(vector: Float[Tensor, " d_model"]) -> str:
+    return hashlib.sha256(vector.detach().cpu().double().numpy().tobytes()).hexdigest()
 
 
 NORM_NOTE = (
@@ -183,8 +189,8 @@ IMAGE_NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Planned:
+@dataclass(frozen=True, eq=False, repr=False)
+class Planned(Value):
     """An export that can be made."""
 
     checkpoint: Checkpoint
@@ -242,7 +248,7 @@ class Planned:
 
 def plan_export(
     source: str | Path | None,
-    interventions: Intervention | Sequence[Intervention],
+    interventions: Interventions,
     *,
     keep_tied: bool = False,
     with_new_biases: bool = False,

@@ -12,6 +12,7 @@ from typing import IO, Any, Literal
 import torch
 
 from ..files import sha256_file, write_json, write_text
+from ..values import Value
 from ..weights import EditFigures, TensorEdit, edit_
 from .checkpoint import DTYPES, FLOATS, INDEX, Checkpoint, StoredTensor, write_header
 
@@ -36,8 +37,8 @@ class ShardHashes:
     export: str | None
 
 
-@dataclass(frozen=True)
-class Rewritten:
+@dataclass(frozen=True, eq=False, repr=False)
+class Rewritten(Value):
     """What was written."""
 
     figures: Mapping[str, EditFigures]

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..errors import UserError
-from ..interventions import Intervention, all_hooks
+from ..interventions import Interventions, all_hooks
 from ..model.families import Family, bare_name, family_of, text_config
 from ..model.guards import read_config
 from ..model.points import HookFn, component_of, split_hook
 from ..model.writers import build_skeleton
 from ..progress import track
 from ..text.batches import TokenBatch
+from ..values import Value
 from .checkpoint import Checkpoint
 
 _TOKEN_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -90,8 +91,8 @@ def _assign(module: nn.Module, path: str, value: nn.Parameter) -> None:
 DtypeText = Literal["float32", "bfloat16", "float16"]
 
 
-@dataclass(frozen=True)
-class Answers:
+@dataclass(frozen=True, eq=False, repr=False)
+class Answers(Value):
     """What one model makes of a batch."""
 
     logits: Float[Tensor, "compared d_vocab"]
@@ -142,7 +143,7 @@ def same_tokens(one: Int[Tensor, "batch new"], other: Int[Tensor, "batch other"]
     return equal / total if total else 1.0
 
 
-def streamed_model(checkpoint: Checkpoint, interventions: Sequence[Intervention], dtype: torch.dtype) -> Any:
+def streamed_model(checkpoint: Checkpoint, interventions: Interventions, dtype: torch.dtype) -> Any:
     """The HF model of a checkpoint, under interventions, with parameters only while they are needed.
 
     Every block is read from its shard when the forward pass reaches it and dropped when it has run. The hook
@@ -174,9 +175,7 @@ class ModelShape:
         self.cfg: Any = _Shape(n_layers, d_model)
 
 
-def _attach_hooks(
-    model: Any, blocks: Mapping[str, nn.Module], config: Any, interventions: Sequence[Intervention]
-) -> None:
+def _attach_hooks(model: Any, blocks: Mapping[str, nn.Module], config: Any, interventions: Interventions) -> None:
     family, inside = family_of(config), list(blocks.values())
     text = text_config(config)
     shape = ModelShape(text.num_hidden_layers, text.hidden_size)
@@ -244,7 +243,7 @@ def _units(model: Any, blocks: Mapping[str, nn.Module]) -> Iterator[tuple[str, n
 
 def stream_answers(
     checkpoint: Checkpoint,
-    interventions: Sequence[Intervention],
+    interventions: Interventions,
     batch: TokenBatch,
     dtype: DtypeText,
     n_last: int,

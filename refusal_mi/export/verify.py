@@ -19,7 +19,9 @@ from ..model.running import all_logits, continued, running
 from ..model.writers import auto_class
 from ..text.batches import TokenBatch, left_pad
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
 from ..text.prompts import load_prompts
+from ..values import Value, check_named
 from ..weights import EditFigures
 from .adapter import load_adapter
 from .checkpoint import DTYPES, Checkpoint, open_checkpoint
@@ -183,16 +185,13 @@ class Comparison:
         return Runs(hooked, plain, answers(target, (), _WIDE), stored, answers(source, steps, dtype))
 
 
-def prepare_comparison(
-    plan: Planned, mode: str, prompts: Sequence[str] | None, *, is_adapter: bool
-) -> Comparison | None:
+def prepare_comparison(plan: Planned, mode: str, prompts: Prompts | None, *, is_adapter: bool) -> Comparison | None:
     """What will be compared, decided before anything is written; None if nothing will be.
 
     Raises:
         UserError: the mode does not exist or does not fit, or the original has no tokenizer.
     """
-    if mode not in get_args(VerifyMode):
-        raise UserError(f"unknown verification {mode!r}; expected {', '.join(get_args(VerifyMode))}")
+    check_named("verification", mode, get_args(VerifyMode))
     if mode == "none":
         return None
     is_streamed = mode == "streaming" or (mode == "auto" and not _fits(plan))
@@ -205,12 +204,12 @@ def prepare_comparison(
     return Comparison(plan, "streaming" if is_streamed else "full", batch, _stop_ids(plan.checkpoint.directory))
 
 
-def _batch(plan: Planned, prompts: Sequence[str] | None) -> TokenBatch:
+def _batch(plan: Planned, prompts: Prompts | None) -> TokenBatch:
     if prompts is None:
         is_organism = plan.source == str(ORGANISM)
         names = ("organism_harmful_val", "organism_harmless_val") if is_organism else ("harmful", "harmless")
         prompts = [text for name in names for text in load_prompts(name).sample(N_PROMPTS, 0).instructions]
-    tokenizer = _tokenizer(plan.checkpoint.directory)
+    prompts, tokenizer = as_prompts(prompts), _tokenizer(plan.checkpoint.directory)
     if tokenizer.chat_template:
         return ChatFormat(tokenizer).batch(prompts)
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
@@ -224,8 +223,8 @@ def _stop_ids(directory: Path) -> tuple[int, ...]:
     return all_stops(settings.eos_token_id, _tokenizer(directory))
 
 
-@dataclass(frozen=True)
-class _GenerationSettings:
+@dataclass(frozen=True, eq=False, repr=False)
+class _GenerationSettings(Value):
     """What is needed of `generation_config.json`."""
 
     eos_token_id: int | list[int] | None = None

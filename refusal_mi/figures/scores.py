@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 from ..search.grid import ScoreGrid
 from ..search.thresholds import NO_THRESHOLDS, CandidateScore, Thresholds
 from ..stats import mean_interval
+from ..values import check_named
 from .style import (
     ACCENT,
     INK,
@@ -88,6 +89,7 @@ def plot_scores(
         tokens: text of the post-instruction tokens, the last one at position −1.
         model: named under the title.
     """
+    check_named("measure", measure, get_args(Measure))
     figure = go.Figure()
     names = _draw(figure, scores, measure, chosen, thresholds, tokens, place={}, is_first=True)
     _label_axes(figure, scores, measure, thresholds, {})

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..values import Value
 
 Role = Literal["embed", "attn", "mlp", "head", "reader", "norm", "other"]
 """What a tensor does: write (embed, attn, mlp), unembed, read the stream, scale it, or none of these."""
 _LINEAR = r"\.(weight|bias)"
 
 
-@dataclass(frozen=True)
-class Naming:
+@dataclass(frozen=True, eq=False, repr=False)
+class Naming(Value):
     """How a line of architectures names its tensors: patterns of the whole name, without the model's prefix."""
 
     blocks: str
@@ -45,8 +46,8 @@ _OF_IMAGES = re.compile(r"(?:vision_tower|vision_model|visual|multi_modal_projec
 """What makes embeddings of images: no text passes through it."""
 
 
-@dataclass(frozen=True)
-class Family:
+@dataclass(frozen=True, eq=False, repr=False)
+class Family(Value):
     """What must be known of an architecture beyond its tensors' names."""
 
     naming: Naming

@@ -12,6 +12,7 @@ import torch
 from ..errors import UserError, cause
 from ..files import at_home, sha256_json
 from ..options import Quantization
+from ..values import Value, check_named
 from .families import nearest_type
 from .guards import guarded, no_processor
 from .held import adopt, as_it_is, name_of
@@ -115,8 +116,8 @@ def load_model(
     return model
 
 
-@dataclass(frozen=True)
-class _Asked:
+@dataclass(frozen=True, eq=False, repr=False)
+class _Asked(Value):
     """How a model is to be loaded."""
 
     revision: str | None = None
@@ -133,8 +134,7 @@ class _Asked:
             ("dtype", self.dtype, get_args(DtypeName)),
             ("quantization", self.quantization, (None, *get_args(Quantization))),
         ):
-            if value not in known:
-                raise UserError(f"unknown {what} {value!r}; expected one of {', '.join(filter(None, known))}")
+            check_named(what, value, known)
         if self.revision is not None and Path(name).exists():
             kind = "directory" if Path(name).is_dir() else "file"
             raise UserError(f"{name} is a {kind} and has no revisions; leave --revision out, or name a hub id")
@@ -274,9 +274,8 @@ def _pick_device(device: DeviceName) -> torch.device:
     if device == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    check_named("device", device, get_args(DeviceName))
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device not in available:
-        raise UserError(f"unknown device {device!r}; expected auto, cuda, mps or cpu")
     if not available[device]:
         raise UserError(f"device {device!r} is not available here; use --device auto")
     return torch.device(device)

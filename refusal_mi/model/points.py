@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..precision import is_centred
+from ..values import check_named
 from .hooked import has_norm_after, translated
 
 Component = Literal["embed", "attn", "mlp"]
@@ -269,9 +270,8 @@ def write_hooks(
     outside = [block for block in blocks if not 0 <= block < n_layers]
     if outside:
         raise UserError(f"no block {outside[0]}: this model has blocks 0..{n_layers - 1}")
-    unknown = set(components) - set(get_args(Component))
-    if unknown:
-        raise UserError(f"unknown component {sorted(unknown)[0]!r}; expected some of {', '.join(get_args(Component))}")
+    for component in components:
+        check_named("component", component, get_args(Component))
     names = [EMBEDDING] if "embed" in components and 0 in blocks else []
     return names + [write_hook(part, block) for block in blocks for part in _WRITES if part in components]
 

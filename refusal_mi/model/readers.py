@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
+from ..values import Value
 from .families import FAMILIES, text_config
 from .hooked import hf_weights, is_hooked_transformer, linear_maps, norm_of
 from .points import (
@@ -146,8 +147,8 @@ class ModelWeights:
         return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis])
 
 
-@dataclass(frozen=True)
-class NormMap:
+@dataclass(frozen=True, eq=False, repr=False)
+class NormMap(Value):
     """The linear part of a norm: x → gain ⊙ (x − mean x), or without the mean, its division by a length apart."""
 
     gain: Float[Tensor, " d_model"]

@@ -23,14 +23,15 @@ from ..model.provenance import describe_model
 from ..reading import combine_spans
 from ..text.chat import ChatFormat
 from ..text.pairs import PairSet, locate_letter, with_flipped_half
+from ..values import Value
 
 SHUFFLED = "shuffled"
 """Folder of the control vectors, inside the folder of the vectors."""
 MIN_CONTROL_PAIRS = 8
 
 
-@dataclass(frozen=True)
-class SteeringVectors:
+@dataclass(frozen=True, eq=False, repr=False)
+class SteeringVectors(Value):
     """CAA vectors of every layer, and their control."""
 
     vectors: Float[Tensor, "layer d_model"]

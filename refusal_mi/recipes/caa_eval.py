@@ -23,6 +23,7 @@ from ..run.stages import RunFolder
 from ..stats import Rate, mean_interval
 from ..text.chat import ChatFormat
 from ..text.pairs import PairSet
+from ..values import Value
 from .caa import vector_for
 
 AB_RESULTS = "ab_results.json"
@@ -86,8 +87,8 @@ class Choice(Changes, Candidate):
     """What the control vectors do there, by kind."""
 
 
-@dataclass(frozen=True)
-class ControlChanges:
+@dataclass(frozen=True, eq=False, repr=False)
+class ControlChanges(Value):
     """How far the control vectors move the choice."""
 
     largest_change: dict[str, float]
@@ -352,8 +353,8 @@ class Steered:
     first_question: SteeredAnswer
 
 
-@dataclass(frozen=True)
-class OpenAnswers:
+@dataclass(frozen=True, eq=False, repr=False)
+class OpenAnswers(Value):
     """What `test_summary.json` holds."""
 
     layer: int

@@ -16,13 +16,14 @@ from ..run.answers import Completion, Evaluation, JudgedAnswer, Side, SideEffect
 from ..run.options import RunOptions
 from ..run.record import DIRECTION, Losses
 from ..text.prompts import PromptSet, load_prompts
+from ..values import Value
 from .context import Prepared
 
 OWN_ANSWERS = "completions/harmless_baseline_completions.json"
 
 
-@dataclass(frozen=True)
-class Labelled:
+@dataclass(frozen=True, eq=False, repr=False)
+class Labelled(Value):
     """An intervention under the label that its files carry, and what identifies it in records."""
 
     label: str

@@ -21,6 +21,7 @@ from ..options import (
 )
 from ..run.options import RunOptions
 from ..search.thresholds import most
+from ..values import Value
 
 EMBEDDED_NEW_TOKENS = 64
 """The embedded model's answers are short."""
@@ -91,8 +92,8 @@ def read_instructions(texts: "list[str]") -> tuple[str, ...]:
     return tuple(text if text[-1:].isspace() else f"{text}\n" for text in texts)
 
 
-@dataclass(frozen=True)
-class VectorOptions:
+@dataclass(frozen=True, eq=False, repr=False)
+class VectorOptions(Value):
     """Options of `vector`, with the published defaults."""
 
     dataset: Dataset = "alpaca"
@@ -153,8 +154,8 @@ def read_layer(text: str) -> LayerChoice:
     return int(text)
 
 
-@dataclass(frozen=True)
-class EvalOptions:
+@dataclass(frozen=True, eq=False, repr=False)
+class EvalOptions(Value):
     """Options of `evaluate_vector`, with the published defaults."""
 
     dataset: Dataset = "alpaca"

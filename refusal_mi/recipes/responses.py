@@ -22,6 +22,7 @@ from ..run.stages import RunFolder
 from ..text.batches import Span
 from ..text.chat import ChatFormat, ChatRecord
 from ..text.prompts import PromptSet, load_prompts
+from ..values import Value
 from .options import VectorOptions
 
 MIN_KEPT = 0.5
@@ -109,8 +110,8 @@ class VectorMetadata:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Side:
+@dataclass(frozen=True, eq=False, repr=False)
+class _Side(Value):
     """All responses of one side, and which of them pass the filter."""
 
     name: str

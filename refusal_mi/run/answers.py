@@ -5,16 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from ..files import parsed, read_record
+from ..files import at_home, parsed, read_record
 from ..stats import Paired, Rate
+from ..values import Value, frame, html_table, text_table
 
 Side = Literal["harmful", "harmless"]
 SIDES: tuple[Side, Side] = get_args(Side)
 CHANGE = "change_of_refusal"
+_RATES, _INTERVALS = ("", "refusal", "degenerate"), "rates 0–1 with 95% Wilson intervals"
 
 
-@dataclass(frozen=True)
-class Effect:
+@dataclass(frozen=True, eq=False, repr=False)
+class Effect(Value):
     """What one intervention did to the answers to one set of prompts."""
 
     label: str
@@ -31,8 +33,8 @@ class Effect:
         return {"refusal": self.refusal, "degenerate": self.degenerate, **self.unsafe}
 
 
-@dataclass(frozen=True)
-class SideEffects:
+@dataclass(frozen=True, eq=False, repr=False)
+class SideEffects(Value):
     """The answers to one set of held-out prompts under every intervention."""
 
     side: Side
@@ -48,6 +50,30 @@ class SideEffects:
     def title(self) -> str:
         """harmful prompts (advbench); the set is left out where it is called like its side."""
         return f"{self.side} prompts" + ("" if self.set_name == self.side else f" ({self.set_name})")
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [(effect.label, f"{effect.refusal}", f"{effect.degenerate}") for effect in self.effects]
+
+    def __repr__(self) -> str:
+        return text_table(f"{self.title}, n = {self.n}", _RATES, self._cells(), _INTERVALS)
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{self.title}, n = {self.n}", _RATES, self._cells(), _INTERVALS)
+
+    def to_frame(self) -> Any:
+        """A pandas table with a row for each intervention and rate: side, label, rate (name), value, low, high, n.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return frame(
+            [
+                {"side": self.side, "label": effect.label, "rate": name, "value": rate.value}
+                | {"low": rate.interval[0], "high": rate.interval[1], "n": rate.n}
+                for effect in self.effects
+                for name, rate in effect.describe().items()
+            ]
+        )
 
     def find(self, label: str) -> Effect | None:
         """The effect of this label, if it was measured."""
@@ -79,8 +105,8 @@ class Completion:
     response: str
 
 
-@dataclass(frozen=True)
-class JudgedAnswer:
+@dataclass(frozen=True, eq=False, repr=False)
+class JudgedAnswer(Value):
     """One completion and what the judges said of it."""
 
     prompt: str
@@ -96,8 +122,8 @@ class JudgedAnswer:
         return not next(iter(self.complied.values()))
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation(Value):
     """Judged completions: `completions/{set}_{label}_evaluations.json`, in the published schema."""
 
     answers: tuple[JudgedAnswer, ...]
@@ -128,6 +154,21 @@ class Evaluation:
         flags = tuple(answer.is_refused for answer in self.answers)
         return Effect(label, self.refusal, self.degenerate, unsafe, flags)
 
+    def to_frame(self) -> Any:
+        """A pandas table with a row for each answer: category, prompt, response, is_refused, is_degenerate, judges.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return frame(
+            [
+                {"category": each.category, "prompt": each.prompt, "response": each.response}
+                | {"is_refused": each.is_refused, "is_degenerate": each.is_degenerate}
+                | {f"complied ({judge})": flag for judge, flag in each.complied.items()}
+                for each in self.answers
+            ]
+        )
+
     def describe(self) -> dict[str, Any]:
         """The published keys, and our own rates."""
         record: dict[str, Any] = {}
@@ -152,13 +193,13 @@ class Evaluation:
         return {**record, "refusal_rate": self.refusal, "degenerate_rate": self.degenerate, "completions": rows, **mark}
 
     @classmethod
-    def load(cls, path: Path) -> "Evaluation":
+    def load(cls, path: str | Path) -> "Evaluation":
         """Read what `describe` says.
 
         Raises:
             UserError: the file is missing, or not of this form.
         """
-        file = read_record(path, _EvaluationFile)
+        file = read_record(at_home(path), _EvaluationFile)
         return cls(file.completions, file.quick)
 
 

@@ -10,13 +10,14 @@ from ..files import as_json, parsed
 from ..measures import LossResult
 from ..model.provenance import ModelRecord
 from ..stats import Rate
+from ..values import Value, frame
 from .answers import Effect, read_effect
 from .options import CombosOptions
 from .record import CombinationRecord
 
 
-@dataclass(frozen=True)
-class ValidationRow:
+@dataclass(frozen=True, eq=False, repr=False)
+class ValidationRow(Value):
     """`combos/{label}.json`: what one ablation did on validation prompts."""
 
     label: str
@@ -31,8 +32,8 @@ class ValidationRow:
     quick: bool = False
 
 
-@dataclass(frozen=True)
-class CombinationRow:
+@dataclass(frozen=True, eq=False, repr=False)
+class CombinationRow(Value):
     """A combination and what ablating it did."""
 
     combination: CombinationRecord
@@ -41,6 +42,19 @@ class CombinationRow:
     def describe(self) -> dict[str, Any]:
         """Both in one table."""
         return {**as_json(self.combination), **as_json(self.measured)}
+
+
+def _row(row: CombinationRow) -> dict[str, Any]:
+    made, found = row.combination, row.measured
+    low, high = found.refusal.interval
+    rates = {"refusal": found.refusal.value, "low": low, "high": high, "degenerate": found.degenerate.value}
+    losses = {f"ce_loss ({name})": loss.ce_loss for name, loss in found.ce_loss.items()}
+    return {"label": made.label, "ranks": made.ranks, "multi": made.multi, "effective_rank": made.effective_rank} | {
+        "bypass": found.bypass,
+        "kl_nats": found.kl_nats,
+        **rates,
+        **losses,
+    }
 
 
 def _combination_rows(tables: Any) -> tuple[CombinationRow, ...]:
@@ -67,8 +81,8 @@ class Difference:
     high: float
 
 
-@dataclass(frozen=True)
-class CombosTest:
+@dataclass(frozen=True, eq=False, repr=False)
+class CombosTest(Value):
     """The winner on held-out prompts, beside the plain model, the best single direction and random spans."""
 
     set_name: str
@@ -100,8 +114,8 @@ def _combos_test(table: Any) -> CombosTest | None:
     )
 
 
-@dataclass(frozen=True)
-class CombosResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class CombosResult(Value):
     """`combos.json`: single directions and combinations on validation prompts, the winner on held-out ones."""
 
     model: ModelRecord
@@ -126,6 +140,14 @@ class CombosResult:
     single_best: str | None = None
     test: Annotated[CombosTest | None, parsed(_combos_test)] = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_frame(self) -> Any:
+        """A pandas table with a row for each combination on validation prompts: ranks, scores, refusals, CE loss.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return frame([_row(each) for each in self.combinations])
 
     def describe(self) -> dict[str, Any]:
         """What was reached; with a baseline also what is empty so far."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..directions import Direction, DirectionGrid, load_direction
 from ..errors import UserError
-from ..files import as_json, floats, read_floats, read_record, read_tensors
+from ..files import as_json, at_home, floats, read_floats, read_record, read_tensors
 from ..interventions import check_width
 from ..measures import LossResult
 from ..model.loading import model_alias
@@ -134,13 +134,13 @@ class RunRecord:
     """Of a combination: the name of its folder."""
 
     @classmethod
-    def load(cls, path: Path) -> "RunRecord":
+    def load(cls, path: str | Path) -> "RunRecord":
         """Read a run folder.
 
         Raises:
             UserError: there is no `run.json`, so it is not one.
         """
-        path = Path(path)
+        path = at_home(path)
         is_combination = (path / SPAN).is_file() and (path.parent / RUN).is_file()
         root = path.parent if is_combination else path
         if not (root / RUN).is_file():
@@ -294,6 +294,9 @@ class RunInputs:
     """A side, at most."""
     batch_size: int = 32
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", at_home(self.path))
 
     @cached_property
     def record(self) -> PromptsRecord:

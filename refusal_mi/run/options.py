@@ -24,6 +24,7 @@ from ..options import (
     words,
 )
 from ..search.thresholds import PUBLISHED, Rule, Search, most
+from ..values import Value, check_named
 
 if TYPE_CHECKING:
     from ..model.provenance import ModelRecord
@@ -40,8 +41,8 @@ def read_steps(text: str) -> tuple[str, ...]:
     return tuple(step.strip() for step in text.split(","))
 
 
-@dataclass(frozen=True)
-class RunOptions:
+@dataclass(frozen=True, eq=False, repr=False)
+class RunOptions(Value):
     """Options of `refusal_mi.recipes.arditi.run`."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -117,14 +118,10 @@ class RunOptions:
     quick: Annotated[bool, Option("Small samples, marked as such in every file.", flags="--quick")] = False
 
     def __post_init__(self) -> None:
-        if self.calibration not in get_args(Calibration):
-            known = ", ".join(get_args(Calibration))
-            raise UserError(f"unknown calibration {self.calibration!r}; expected one of {known}")
-        if self.search not in get_args(Search):
-            raise UserError(f"unknown search {self.search!r}; expected one of {', '.join(get_args(Search))}")
-        unknown = [step for step in self.steps if step not in STEPS]
-        if unknown or not self.steps:
-            raise UserError(f"unknown step {unknown[0] if unknown else ''!r}; the steps are {', '.join(STEPS)}")
+        check_named("calibration", self.calibration, get_args(Calibration))
+        check_named("search", self.search, get_args(Search))
+        for step in self.steps or ("",):
+            check_named("step", step, STEPS)
         for name in ("n_train", "n_val", "n_test", "max_new_tokens", "n_ce", "label_tokens", "n_best"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")

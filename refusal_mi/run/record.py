@@ -12,6 +12,7 @@ from ..search.grid import Selection
 from ..search.thresholds import CandidateScore, Thresholds
 from ..stats import Rate
 from ..text.chat import ChatRecord
+from ..values import Value
 from .answers import Completion, Side, SideEffects, read_sides
 from .options import RunOptions
 
@@ -61,8 +62,8 @@ class LabelRow:
     is_refused: bool
 
 
-@dataclass(frozen=True)
-class LabelsRecord:
+@dataclass(frozen=True, eq=False, repr=False)
+class LabelsRecord(Value):
     """`labels.json`: every prompt that was labelled so far, in that order."""
 
     key: str
@@ -94,8 +95,8 @@ class PromptRow:
         return {"instruction": self.instruction, "category": self.category, "output": self.output, **measured}
 
 
-@dataclass(frozen=True)
-class SplitRows:
+@dataclass(frozen=True, eq=False, repr=False)
+class SplitRows(Value):
     """The prompts of one side."""
 
     train: tuple[PromptRow, ...]
@@ -107,8 +108,8 @@ class SplitRows:
         return [row.instruction for row in getattr(self, part) if row.kept is not False]
 
 
-@dataclass(frozen=True)
-class PromptsRecord:
+@dataclass(frozen=True, eq=False, repr=False)
+class PromptsRecord(Value):
     """`prompts.json`: refusal tokens, response prefix, every prompt with its score and whether it was kept."""
 
     quick: bool
@@ -148,8 +149,8 @@ class PromptsRecord:
         return self.harmful if side == "harmful" else self.harmless
 
 
-@dataclass(frozen=True)
-class RunInfo:
+@dataclass(frozen=True, eq=False, repr=False)
+class RunInfo(Value):
     """`run.json`: everything that identifies a run."""
 
     model: ModelRecord
@@ -181,8 +182,8 @@ Losses = Annotated[Mapping[str, LossResult], parsed(_losses)]
 """Text set -> CE loss: `loss_evals/{label}_loss_eval.json`."""
 
 
-@dataclass(frozen=True)
-class GridRecord:
+@dataclass(frozen=True, eq=False, repr=False)
+class GridRecord(Value):
     """`generate_directions/mean_diffs.json`."""
 
     method: str
@@ -231,16 +232,16 @@ class ControlRow:
     kl_nats: float | None
 
 
-@dataclass(frozen=True)
-class ControlsRecord:
+@dataclass(frozen=True, eq=False, repr=False)
+class ControlsRecord(Value):
     """`select_direction/controls.json`: the chosen direction first, measured on the same prompts."""
 
     rows: tuple[ControlRow, ...]
     quick: bool = False
 
 
-@dataclass(frozen=True)
-class DirectionRecord:
+@dataclass(frozen=True, eq=False, repr=False)
+class DirectionRecord(Value):
     """`direction_metadata.json`: where a direction was read, how long it is, and what it was made from."""
 
     pos: int | None
@@ -311,8 +312,8 @@ class PromptCounts:
     test: int
 
 
-@dataclass(frozen=True)
-class SelectionRecord:
+@dataclass(frozen=True, eq=False, repr=False)
+class SelectionRecord(Value):
     """What the thresholds left of the candidates."""
 
     n_candidates: int
@@ -328,8 +329,8 @@ class SelectionRecord:
         return cls(n + len(chosen.rejected), n, chosen.explain(), chosen.thresholds, best)
 
 
-@dataclass(frozen=True)
-class RunSummary:
+@dataclass(frozen=True, eq=False, repr=False)
+class RunSummary(Value):
     """`summary.json`: the results of a run, or of a combination of directions; what was not reached is empty."""
 
     model: ModelRecord

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import clear_leftovers, read_record, sha256_file, sha256_json, write_json
 from ..model.provenance import ModelRecord
+from ..values import Value
 
 try:
     import fcntl
@@ -22,8 +23,8 @@ _HELD: set[Path] = set()
 """Locks of this process, which may have several objects for one folder."""
 
 
-@dataclass(frozen=True)
-class StageRecord:
+@dataclass(frozen=True, eq=False, repr=False)
+class StageRecord(Value):
     """`.stages/{name}.json`: a finished stage."""
 
     key: str

@@ -2,19 +2,22 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_json
+from ..files import at_home, read_json, write_json
+from ..values import Value, frame, html_table, text_table
 from .thresholds import PUBLISHED, CandidateScore, Reason, Thresholds
 
 
-@dataclass(frozen=True)
-class ScoreGrid:
+@dataclass(frozen=True, eq=False, repr=False)
+class ScoreGrid(Value):
     """The scores of all candidates, with the unhooked model's for comparison."""
 
     rows: tuple[CandidateScore, ...]
@@ -32,13 +35,47 @@ class ScoreGrid:
     def positions(self) -> tuple[int, ...]:
         return tuple(sorted({row.position for row in self.rows}))
 
+    @property
+    def _title(self) -> str:
+        plain = [f"{side} {value:.2f}" for side, value in zip(SIDES, self.baselines, strict=True) if value is not None]
+        about = f"; plain model: {', '.join(plain)}" if plain else ""
+        return (
+            f"ScoreGrid: {len(self.positions)} positions × {self.n_layers} layers, {len(self.rows)} candidates{about}"
+        )
+
+    @property
+    def baselines(self) -> tuple[float | None, float | None]:
+        """Mean refusal scores of the plain model on harmful and harmless prompts, nats."""
+        return self.baseline_harmful, self.baseline_harmless
+
+    def __repr__(self) -> str:
+        chosen = select(self)
+        return text_table(self._title, _COLUMNS, _cells(chosen.survivors), chosen.explain())
+
+    def _repr_html_(self) -> str:
+        chosen = select(self)
+        return html_table(self._title, _COLUMNS, _cells(chosen.survivors), chosen.explain())
+
+    def to_frame(self) -> Any:
+        """A pandas table with a row for each candidate: its place and scores (nats), and why it was left out.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return frame([asdict(row) for row in self.rows])
+
+    def save(self, path: str | Path) -> None:
+        """Write a `direction_evaluations.json` with the published keys, which `load` and `refusal-mi select` read."""
+        write_json(at_home(path), [row.describe() for row in self.rows])
+
     @classmethod
-    def load(cls, path: Path, n_layers: int) -> "ScoreGrid":
+    def load(cls, path: str | Path, n_layers: int) -> "ScoreGrid":
         """Read a `direction_evaluations.json`, ours or a published one (where NaN means no score).
 
         Raises:
             UserError: the file is missing or has other keys, or a layer that is not below `n_layers`.
         """
+        path = at_home(path)
         entries = read_json(path)
         try:
             rows = tuple(map(CandidateScore.read, entries))
@@ -51,6 +88,20 @@ class ScoreGrid:
         if deepest >= n_layers:
             raise UserError(f"{path} scores layer {deepest}, which a model of {n_layers} layers does not have")
         return cls(rows, n_layers)
+
+
+SIDES = ("harmful", "harmless")
+N_SHOWN = 5
+"""Rows of a grid that its representation shows."""
+_COLUMNS = ("position", "layer", "bypass", "induce", "KL")
+
+
+def _cells(rows: Sequence[CandidateScore]) -> list[tuple[str, ...]]:
+    number = lambda value: "" if value is None else f"{value:.3f}"  # noqa: E731
+    return [
+        (f"{row.position}", f"{row.layer}", number(row.bypass), number(row.induce), number(row.kl_nats))
+        for row in rows[:N_SHOWN]
+    ]
 
 
 def finite_mean(values: Float[Tensor, " prompt"]) -> float | None:
@@ -73,14 +124,29 @@ _WORDS: dict[Reason, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Selection:
+@dataclass(frozen=True, eq=False, repr=False)
+class Selection(Value):
     """The survivors, best first, and the reasons of the others."""
 
     survivors: tuple[CandidateScore, ...]
     """By bypass score, lowest first; rank k is row k."""
     rejected: tuple[tuple[CandidateScore, tuple[Reason, ...]], ...]
     thresholds: Thresholds
+
+    def __repr__(self) -> str:
+        return text_table(f"Selection: {self.explain()}", _COLUMNS, _cells(self.survivors))
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Selection: {self.explain()}", _COLUMNS, _cells(self.survivors))
+
+    def to_frame(self) -> Any:
+        """A pandas table with a row for each survivor, best first, then each other with the rules that it breaks.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        kept = [{**asdict(row), "broken": ""} for row in self.survivors]
+        return frame([*kept, *({**asdict(row), "broken": ", ".join(why)} for row, why in self.rejected)])
 
     @property
     def best(self) -> CandidateScore:

@@ -34,6 +34,7 @@ from ..model.running import (
     running_from,
 )
 from ..text.batches import batches_by_cost, batches_by_length, left_pad
+from ..values import Value
 
 Rows = Sequence[Sequence[int]]
 Logits = Float[Tensor, "direction prompt d_vocab"]
@@ -43,8 +44,8 @@ PASS_TOKENS = {"cpu": 3072, "cuda": 16384}
 """Tokens in a pass beyond which it no longer gets faster per token (see docs/scaling.md); fewer where memory ends."""
 
 
-@dataclass(frozen=True)
-class AblateEach:
+@dataclass(frozen=True, eq=False, repr=False)
+class AblateEach(Value):
     """`Ablate` with a direction of its own for every group of rows: a batch holds all prompts once per direction."""
 
     units: Float[Tensor, "direction d_model"]
@@ -61,8 +62,8 @@ class AblateEach:
         return [(name, hook_of(project_out, "all", prompt_width)) for name in write_hooks(model.cfg.n_layers)]
 
 
-@dataclass(frozen=True)
-class AddEach:
+@dataclass(frozen=True, eq=False, repr=False)
+class AddEach(Value):
     """`Add` at one layer with a vector of its own for every group of rows, optionally on a stream given beforehand."""
 
     vectors: Float[Tensor, "direction d_model"]

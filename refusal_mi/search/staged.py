@@ -21,6 +21,7 @@ from ..model.points import HookedModel
 from ..options import KLFormula
 from ..progress import track
 from ..text.chat import ChatFormat
+from ..text.given import Prompts
 from .grid import ScoreGrid
 from .sweep import Kind, Place, Scorer, ScoreTable, WorkItem, cut
 from .thresholds import Thresholds
@@ -59,8 +60,8 @@ def staged_sweep(
     model: HookedModel,
     chat: ChatFormat,
     grid: DirectionGrid,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     refusal_tokens: RefusalTokens,
     *,
     thresholds: Thresholds = PUBLISHED,
@@ -114,8 +115,8 @@ def staged_token_sets(
     model: HookedModel,
     chat: ChatFormat,
     grid: DirectionGrid,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     token_sets: Sequence[RefusalTokens],
     *,
     thresholds: Thresholds = PUBLISHED,

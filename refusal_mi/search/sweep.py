@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,8 @@ from ..model.running import check_fits
 from ..options import KLFormula
 from ..progress import track
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
+from ..values import check_named
 from .grid import ScoreGrid, finite_mean, median_of
 from .passes import Passes, PlainPasses, choose_passes
 from .thresholds import CandidateScore, layer_limit
@@ -74,8 +76,8 @@ class Scorer:
         model: HookedModel,
         chat: ChatFormat,
         grid: DirectionGrid,
-        harmful: Sequence[str],
-        harmless: Sequence[str],
+        harmful: Prompts,
+        harmless: Prompts,
         token_sets: Sequence[RefusalTokens],
         *,
         kl_formula: KLFormula = "exact",
@@ -83,6 +85,8 @@ class Scorer:
         share_work: bool = True,
     ) -> None:
         check_raw_basis(model)
+        check_named("kl_formula", kl_formula, get_args(KLFormula))
+        harmful, harmless = as_prompts(harmful), as_prompts(harmless)
         if not harmful or not harmless:
             raise UserError(
                 f"the sweep needs prompts on both sides, not {len(harmful)} harmful, {len(harmless)} harmless"
@@ -137,8 +141,8 @@ def sweep(
     model: HookedModel,
     chat: ChatFormat,
     grid: DirectionGrid,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     refusal_tokens: RefusalTokens,
     *,
     prune_layers: float | None = None,
@@ -183,8 +187,8 @@ def sweep_token_sets(
     model: HookedModel,
     chat: ChatFormat,
     grid: DirectionGrid,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     token_sets: Sequence[RefusalTokens],
     *,
     prune_layers: float | None = None,

@@ -9,10 +9,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import UserError
+from ..values import Value
 
 
-@dataclass(frozen=True)
-class TokenBatch:
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenBatch(Value):
     """Left-padded token ids with their mask; the last column is the last token of every row."""
 
     tokens: Int[Tensor, "batch pos"]

@@ -11,7 +11,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import sha256_json
+from ..values import Value
 from .batches import TokenBatch, left_pad
+from .given import Conversations, Prompts, as_conversations
 from .template import Conversation, as_parts, left_out, render_templates
 from .template import Message as Message
 
@@ -42,8 +44,8 @@ _RESERVED = frozenset(
 _PROBES = ("Name a color", "Why do tides rise?", "Count to 10", "Say hello.")
 
 
-@dataclass(frozen=True)
-class ChatRecord:
+@dataclass(frozen=True, eq=False, repr=False)
+class ChatRecord(Value):
     """A chat template as it was used."""
 
     template_sha256: str
@@ -58,8 +60,8 @@ class ChatRecord:
     allow_special_tokens: bool = False
 
 
-@dataclass(frozen=True)
-class ChatFormat:
+@dataclass(frozen=True, eq=False, repr=False)
+class ChatFormat(Value):
     """How a conversation becomes the text that a chat model sees.
 
     The tokenizer's own template is used, with thinking off where it has such a switch and any date that it
@@ -111,9 +113,9 @@ class ChatFormat:
         """
         return self.encode_all([conversation])[0]
 
-    def encode_all(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+    def encode_all(self, conversations: Conversations) -> list[list[int]]:
         """Token ids of each conversation, as `encode` gives them; many at once are faster than one by one."""
-        told = [self._messages(conversation) for conversation in conversations]
+        told = [self._messages(conversation) for conversation in as_conversations(conversations)]
         rows = [self._encoded_apart(messages) if self._has_special(messages) else None for messages in told]
         plain = [messages for messages, row in zip(told, rows, strict=True) if row is None]
         texts = [text + self.response_prefix for text in self._rendered(plain)]
@@ -222,7 +224,7 @@ class ChatFormat:
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
         return whole, shared
 
-    def batch(self, instructions: Sequence[str]) -> TokenBatch:
+    def batch(self, instructions: Prompts) -> TokenBatch:
         """One left-padded batch of prompts."""
         return left_pad(self.encode_all(instructions), self.pad_id)
 

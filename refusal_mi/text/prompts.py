@@ -3,16 +3,18 @@
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from ..errors import UserError, cause
 from ..files import at_home, read_json, sha256_json
 from ..hub import hub_or_cache
+from ..values import Value
+from .given import as_prompts
 from .tables import SUFFIXES, exists, is_file_name, read_rows
 
 DATA = Path(__file__).parents[1] / "data"
@@ -73,14 +75,47 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class PromptSet:
-    """Named, ordered, distinct prompts."""
+class PromptSet(Sequence[str]):
+    """Named, ordered, distinct prompts; a sequence of their texts, of which a slice is a set again."""
 
     name: str
     prompts: tuple[Prompt, ...]
 
+    @classmethod
+    def from_list(cls, prompts: Iterable[Any], name: str = "prompts") -> "PromptSet":
+        """A set of texts or `Prompt`s: a list, or a column of pandas, polars or datasets; repeated ones count once.
+
+        Raises:
+            UserError: there are none, or something else stands among them.
+        """
+        held = list(prompts) if isinstance(prompts, list | tuple) else []
+        with_more = held and all(isinstance(each, Prompt) for each in held)
+        found = held if with_more else [Prompt(text) for text in as_prompts(prompts)]
+        if not found:
+            raise UserError(f"{name} has 0 prompts")
+        by_instruction: dict[str, Prompt] = {}
+        for each in found:
+            by_instruction.setdefault(each.instruction, each)
+        return cls(name, tuple(by_instruction.values()))
+
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.instructions)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "PromptSet": ...
+    def __getitem__(self, index: int | slice) -> "str | PromptSet":
+        if isinstance(index, slice):
+            return replace(self, prompts=self.prompts[index])
+        return self.prompts[index].instruction
+
+    def __repr__(self) -> str:
+        first = f", the first {self.prompts[0].instruction[:60]!r}" if self.prompts else ""
+        return f"PromptSet({self.name!r}, {len(self)} prompts{first})"
 
     @property
     def instructions(self) -> list[str]:
@@ -112,8 +147,8 @@ class PromptSet:
         return replace(self, prompts=kept)
 
 
-@dataclass(frozen=True)
-class Splits:
+@dataclass(frozen=True, eq=False, repr=False)
+class Splits(Value):
     """Disjoint prompts for finding a direction, choosing it, and reporting on it."""
 
     train: PromptSet

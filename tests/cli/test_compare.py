@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from refusal_mi.cli import exit_status
-from refusal_mi.directions import LabelledVectors, compare, load_direction, normalize_across, read_vectors
+from refusal_mi.directions import load_direction
 from refusal_mi.errors import UserError
 from refusal_mi.model.points import layer_of_hook
+from refusal_mi.vectors import LabelledVectors, compare, normalize_across, read_vectors
 
 ROOT_HALF = 2**-0.5
 
@@ -46,7 +47,8 @@ def test_a_list_of_directions_is_a_stack(tmp_path):
         (torch.zeros(0), r"shape \[0\]"),
         (torch.tensor(1.0), r"shape \[\]"),
         (torch.tensor([1.0, float("nan")]), "not finite"),
-        ({"a": torch.zeros(3)}, "dict"),
+        ({"a": {}}, "dict"),
+        ({"a": torch.ones(3), "b": torch.ones(3)}, "choose one with the layer"),
         ([torch.zeros(3), torch.zeros(4)], "different shapes"),
     ],
 )

@@ -77,7 +77,7 @@ def used(monkeypatch):
     def see(what):
         added = [what] if hasattr(what, "direction") else []
         directions = [each.direction for each in added] or [getattr(what, "directions", what)]
-        for each in [one for group in directions for one in (group if isinstance(group, list) else [group])]:
+        for each in [one for group in directions for one in (group if isinstance(group, tuple) else [group])]:
             seen.append((each.layer, each.vector[0].item(), added[0].target if added else None))
         raise Reached
 

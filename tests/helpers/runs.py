@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from refusal_mi.files import write_json, write_record, write_tensors
+from refusal_mi.files import read_json, write_json, write_record, write_tensors
 from refusal_mi.judges.substring import SubstringJudge
 from refusal_mi.measures import LossResult
 from refusal_mi.model.points import HookedModel
@@ -114,6 +114,20 @@ def make_run(
         summary = replace(summary, ce_loss=_write_losses(folder))
     if summarized:
         write_record(folder / "summary.json", summary)
+    return folder
+
+
+def finished_run(folder: Path) -> Path:
+    """`make_run` with the tensors of its candidates, of norms as its record says, and of its direction."""
+    make_run(folder)
+    norms = torch.tensor(read_json(folder / "generate_directions/mean_diffs.json")["norms"], dtype=torch.float64)
+    vectors = norms[..., None] * torch.eye(8, dtype=torch.float64)[norms.argsort().argsort() % 8]
+    write_tensors(folder / "generate_directions/mean_diffs.pt", vectors)
+    place = read_json(folder / "direction_metadata.json")
+    vector = vectors[place["pos"], place["layer"]].float()
+    write_json(folder / "direction_metadata.json", {**place, "norm": vector.norm().item()})
+    write_tensors(folder / "direction.pt", vector)
+    write_json(folder / "select_direction/direction_evaluations_filtered.json", [])
     return folder
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from refusal_mi.analysis.result import load_result
-from refusal_mi.directions import Direction, load_direction, read_vectors
+from refusal_mi.directions import Direction, load_direction
 from refusal_mi.errors import UserError
 from refusal_mi.export.checkpoint import open_checkpoint
 from refusal_mi.recipes.caa import load_vectors
@@ -25,6 +25,7 @@ from refusal_mi.run.folder import RunRecord, load_evaluations, load_grid, load_s
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.text.pairs import load_pairs
 from refusal_mi.text.prompts import load_prompts
+from refusal_mi.vectors import read_vectors
 from tests.helpers.directions import direction_of
 from tests.helpers.runs import make_run
 
