@@ -362,15 +362,20 @@ def load_direction(path: str | Path, n_layers: int, layer: int | None = None, *,
         resid_hook(layer, n_layers)
     if not path.is_file():
         raise UserError(f"no such file: {path}")
+    named = _CAA_NAME.fullmatch(path.stem)
     if path.with_name(f"{path.stem}_metadata.json").exists():
         found = Direction.load(path)
+        if named is not None and found.layer != (said := stream_after(int(named[1]))):
+            raise UserError(
+                f"{path} is named as CAA names the output of block {named[1]}, our layer {said}, and the JSON beside "
+                f"it says layer {found.layer}: rename it, or correct the JSON"
+            )
         if found.layer > n_layers:
             raise UserError(f"{path} was read at layer {found.layer}, and this model has layers 0..{n_layers}")
         if not moves and layer not in (None, found.layer):
             raise UserError(f"{path} says itself where it was read, layer {found.layer}: leave layer {layer} out")
         return found
     rows = read_vectors(path, layer).rows
-    named = _CAA_NAME.fullmatch(path.stem)
     if len(rows) > 1:
         if len(rows) != n_layers + 1:
             raise UserError(
@@ -384,11 +389,14 @@ def load_direction(path: str | Path, n_layers: int, layer: int | None = None, *,
         said = stream_after(int(named[1]))
         if layer not in (None, said):
             raise UserError(
-                f"{path} is named as CAA names the output of block {named[1]}, our layer {said}, not {layer}"
+                f"{path} is named as CAA names the output of block {named[1]}, our layer {said}, not {layer} "
+                f"(the output of block {layer - 1})"
             )
         layer = said
     elif layer is None:
         raise UserError(f"nothing beside {path} says where the vector was read: say with --layer at which layer")
+    if not rows[0].any():
+        raise UserError(f"{path} holds only zeros for layer {layer}: there is no direction")
     place, record = resid_hook(layer, n_layers), path.with_name("run.json")
     made = {"model": read_record(record, _Beside).model} if record.exists() else {}
     return Direction(rows[0].float(), layer, place, None, {"source": str(path), **made})

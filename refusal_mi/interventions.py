@@ -216,7 +216,7 @@ class Add(Value):
         return [(resid_hook(self.target, model.cfg.n_layers), hook)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Affine(Value):
     """Set the component of one layer's stream along a direction to a class mean's, or anywhere between and beyond.
 
@@ -272,7 +272,7 @@ class Affine(Value):
         return [(resid_hook(target, model.cfg.n_layers), hook)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Leace(Value):
     """Erase what linear probes know of the class from the stream of one layer: `Eraser` as a hook.
 

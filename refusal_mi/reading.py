@@ -46,7 +46,7 @@ def mean_activations(
 
 
 def sample_activations(
-    model: HookedModel, chat: ChatFormat, instructions: Sequence[str], *, batch_size: int = 32
+    model: HookedModel, chat: ChatFormat, instructions: Prompts, *, batch_size: int = 32
 ) -> ActivationSamples:
     """The stream of every prompt entering every block, at every post-instruction position, in float32.
 

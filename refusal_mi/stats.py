@@ -98,8 +98,8 @@ class Paired:
     def interval(self) -> tuple[float, float]:
         """95% of the difference by Newcombe (1998, method 10): Wilson's limits of both rates, and their correlation.
 
-        Over rates and correlations of all sizes it covers 95–97% on average for 8 to 100 prompts, at worst 90% (89%
-        for 8).
+        Over rates and correlations of all sizes it covers 95–97% on average for 8 to 100 prompts; for rates of 0.05 to
+        0.95 at worst 90% (89% for 8), for rates nearer to 0 and 1 down to 84% at any n, as Wilson's own.
         """
         before, after = Rate(self.both + self.only_before, self.n), Rate(self.both + self.only_after, self.n)
         (low_b, high_b), (low_a, high_a) = before.interval, after.interval
@@ -120,7 +120,8 @@ class Paired:
             self.only_before + self.neither,
         )
         excess = float(self.both * self.neither - self.only_before * self.only_after)
-        excess = max(excess - self.n / 2, min(excess, 0))
+        if excess > 0:
+            excess = max(0.0, excess - self.n / 2)
         return excess / math.sqrt(math.prod(counts)) if all(counts) else 0.0
 
     def describe(self) -> dict[str, float | int]:
@@ -180,7 +181,8 @@ def bootstrap_interval(
     """A statistic of per-prompt numbers and its 95% interval by the BCa bootstrap (Efron 1987), seeded.
 
     For ratios, whose parts vary together. Several samples are of the same prompts and are drawn together. Where all
-    values are equal, or the statistic never changes, it has no width.
+    values are equal, or the statistic never changes, it has no width; where drawn samples leave it without bounds (a
+    divisor that can be 0), its limits are NaN.
 
     Args:
         statistic: of arrays `[..., prompt]`, along the last axis, such as
@@ -201,7 +203,7 @@ def bootstrap_interval(
         return value, value, value
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)
-        found = bootstrap(
+        resampled = bootstrap(
             arrays,
             lambda *drawn, axis: statistic(*(np.moveaxis(each, axis, -1) for each in drawn)),
             paired=True,
@@ -209,6 +211,8 @@ def bootstrap_interval(
             n_resamples=n_resamples,
             method="BCa",
             rng=np.random.default_rng(seed),
-        ).confidence_interval
-    low, high = float(found.low), float(found.high)
-    return (value, low, high) if math.isfinite(low + high) else (value, value, value)
+        )
+    if np.abs(resampled.bootstrap_distribution - value).max() <= 1e-12 * abs(value):
+        return value, value, value
+    low, high = (float(limit) for limit in resampled.confidence_interval)
+    return (value, low, high) if math.isfinite(low + high) else (value, math.nan, math.nan)

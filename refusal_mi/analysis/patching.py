@@ -1,5 +1,6 @@
 """Activation patching between harmful and harmless prompts, whole and along a direction only."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -294,7 +295,7 @@ def _map(
 def _intervals(result: PatchingResult, site: Site, way: Way) -> list[list[str]]:
     n_layers, n_cells = result.effects(site, way).shape
     rows = [[result.interval(site, layer, cell, way) for layer in range(n_layers)] for cell in range(n_cells)]
-    return [[f"[{low:.3f}, {high:.3f}]" for low, high in row] for row in rows]
+    return [["[unbounded]" if math.isnan(low) else f"[{low:.3f}, {high:.3f}]" for low, high in row] for row in rows]
 
 
 def _way_text(way: Way) -> str:

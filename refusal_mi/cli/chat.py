@@ -121,9 +121,21 @@ def _save(session: Session, argument: str) -> str:
     if not argument:
         raise UserError("/save takes the name of a file")
     path = at_home(argument)
+    if path.is_file() and not _is_saved_conversation(path):
+        raise UserError(f"{path} is there and is no saved conversation: choose another name")
     conversations = [{"label": label} | each.describe() for label, each in session.conversations.items()]
     write_json(path, {"model": session.name, "conversations": conversations})
     return f"saved {path}"
+
+
+def _is_saved_conversation(path: Path) -> bool:
+    from ..files import read_json
+
+    try:
+        held = read_json(path)
+    except UserError:
+        return False
+    return isinstance(held, dict) and set(held) == {"model", "conversations"}
 
 
 def _help(session: Session, argument: str) -> str:

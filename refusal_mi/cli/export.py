@@ -125,7 +125,9 @@ def export_vector(
     addition = 1.0 if format == "gguf" and add is None else add
     what = _intervention(source, revision, direction, directions, 1.0, layer, layers, components, None, addition)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
-    check_not_input(output, [_place(source, direction)])
+    place = _place(source, direction)
+    beside = [place.with_name(name) for name in (f"{place.stem}_metadata.json", "run.json")]
+    check_not_input(output, [place, *beside, Path(source)])
     config = read_config(source, revision)
     if format == "gguf":
         assert isinstance(what, Add)

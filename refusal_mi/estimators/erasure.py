@@ -7,11 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
+from ..values import Value
 from .linear import Shrinkage, solve_covariance
 
 
-@dataclass(frozen=True)
-class Eraser:
+@dataclass(frozen=True, eq=False, repr=False)
+class Eraser(Value):
     """x ← x − write · readᵀ(x − mean), with readᵀwrite = 1."""
 
     write: Float[Tensor, " d_model"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..directions import MIN_RELATIVE_NORM, ActivationMeans, DirectionGrid
 from ..errors import UserError
 from ..progress import track
+from ..values import Value
 
 Rows = Float[Tensor, "prompt d_model"]
 """The activations of one class at one position and layer, float64."""
@@ -19,8 +20,8 @@ PlaceEstimator = Callable[[Tensor, Tensor], Tensor]
 """Rows of harmful and of harmless prompts -> a vector, of any length and sign."""
 
 
-@dataclass(frozen=True)
-class ActivationSamples:
+@dataclass(frozen=True, eq=False, repr=False)
+class ActivationSamples(Value):
     """The residual stream of every prompt of one class, per post-instruction position and layer."""
 
     prompts: Float[Tensor, "prompt pos layer d_model"]

@@ -39,14 +39,17 @@ class Wrapper:
 
 
 class Rounded:
-    """A torch hook that gives rotated queries and keys the dtype of the attention's weights."""
+    """A torch hook that gives rotated queries and keys the dtype of the attention's weights.
+
+    Weights that are held as integers say nothing of it: what was rotated stays as it is then.
+    """
 
     def __init__(self, attention: nn.Module) -> None:
         self.attention = attention
 
     def __call__(self, point: nn.Module, args: Any, output: Tensor) -> Tensor:
-        dtype = next(weight.dtype for weight in self.attention.parameters() if weight.is_floating_point())
-        return output.to(dtype)
+        weights = (weight.dtype for weight in self.attention.parameters() if weight.is_floating_point())
+        return output.to(next(weights, output.dtype))
 
 
 def round_rotations(model: Any) -> None:
@@ -63,8 +66,12 @@ def round_rotations(model: Any) -> None:
         attention: Any = getattr(block, "attn", None)
         for name in ("hook_rot_q", "hook_rot_k"):
             point = getattr(attention, name, None)
-            if isinstance(point, nn.Module):
+            if isinstance(point, nn.Module) and not _is_rounded(point):
                 point.register_forward_hook(Rounded(attention.original_component))
+
+
+def _is_rounded(point: nn.Module) -> bool:
+    return any(isinstance(hook, Rounded) for hook in point._forward_hooks.values())
 
 
 def _is_always_float32(rotary: Any) -> bool:

@@ -15,6 +15,7 @@ from ..model.points import HookedModel, stream_after
 from ..progress import track
 from ..reading import template_residuals
 from ..text.chat import ChatFormat
+from ..text.given import Prompts, as_prompts
 from .thresholds import PUBLISHED, layer_limit
 
 CosmicReason = Literal["no score", "layer", "kl", "late at the last position"]
@@ -154,8 +155,8 @@ def cosmic_scores(
     model: HookedModel,
     chat: ChatFormat,
     grid: DirectionGrid,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     layers: Sequence[int],
     *,
     kl: Mapping[tuple[int, int], float | None] | None = None,
@@ -174,6 +175,7 @@ def cosmic_scores(
         )
         return table[:, 0]
 
+    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
     plain = read(harmful), read(harmless)
     scores = []
     for row, position in enumerate(track(grid.positions, "scoring candidates (COSMIC)")):

@@ -208,6 +208,12 @@ def test_commands(tiny_model, monkeypatch, capsys, tmp_path):
     assert state.changed.interventions == () and state.label == "plain"
     with pytest.raises(UserError, match="cannot write"):
         state.obey(f"/save {tmp_path}")
+    state.obey(f"/save {saved}")
+    held = tmp_path / "config.json"
+    held.write_text('{"model": "x"}')
+    with pytest.raises(UserError, match="is no saved conversation"):
+        state.obey(f"/save {held}")
+    assert held.read_text() == '{"model": "x"}'
     state.steered_by = None
     with pytest.raises(UserError, match="--steer"):
         state.obey("/coefficient 1")

@@ -1,6 +1,7 @@
 """One rule says where a vector of a file was read, whichever command takes the file."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -36,6 +37,8 @@ REFUSED = {
     "deep.pt": "was read at layer 9, and this model has layers 0..5",
     "vec_layer_1_m.pt --layer 1": "our layer 2, not 1",
     "run/rows.pt --layer 3": "was read in",
+    "gap.pt --layer 3": "holds only zeros for layer",
+    "vec_layer_3_m.pt": "our layer 4, and the JSON beside it says layer 2",
 }
 
 
@@ -54,6 +57,8 @@ def place(tmp_path, monkeypatch):
         torch.save(row[None].double(), name)
     torch.save(rows[:-1], "few.pt")
     torch.save(rows[None], "grid.pt")
+    torch.save(rows * (torch.arange(N_LAYERS + 1) < 3)[:, None], "gap.pt")
+    random_direction(layer=2).save(tmp_path / "vec_layer_3_m.pt")
     random_direction(layer=2).save(tmp_path / "read.pt")
     random_direction(layer=2).save(tmp_path / "deep.pt")
     said = json.loads((tmp_path / "deep_metadata.json").read_text()) | {"layer": 9, "hook_name": None}
@@ -170,3 +175,13 @@ def test_a_row_keeps_the_model_of_its_folder(place):
     (place / "run/run.json").write_text('{"model": 3}')
     with pytest.raises(UserError, match="damaged"):
         load_direction(place / "run/rows.pt", N_LAYERS, 3)
+
+
+def test_a_file_of_the_model_is_not_written_over(place, tiny_dir, capsys):
+    shutil.copytree(tiny_dir("gpt2"), place / "m")
+    before = (place / "m/config.json").read_bytes()
+    line = "export-vector m --direction read.pt --output {} --format lm-eval"
+    assert exit_status(line.format("m/config.json").split()) == 2
+    assert "m/config.json would be written over" in capsys.readouterr().err
+    assert (place / "m/config.json").read_bytes() == before
+    assert exit_status(line.format("m/new.pt").split()) == 0, "the control: a new file beside them is"

@@ -48,6 +48,35 @@ def test_the_bridge_rotates_in_float32_and_rounds_as_transformers_does(family, s
     assert (ablated - found).abs().max() > 0.05, "the control: ablation shows"
 
 
+class Whole(torch.nn.Module):
+    """A linear map whose weights are held as whole numbers, as in 8 bits."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale, self.bias = linear.weight.abs().max().item() / 127, None
+        numbers = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(numbers, requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+def test_attention_without_a_floating_point_weight_runs(saved):
+    model = load_model(saved("olmo"), device="cpu")
+    batch = left_pad(ROWS[:1], 0)
+    with torch.no_grad(), running(model, keep_wrappers=True):
+        before = all_logits(model, batch)
+    for layer in model.original_model.model.layers:
+        attention = layer.self_attn.original_component
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            wrapper = getattr(attention, name)
+            wrapper.set_original_component(Whole(wrapper.original_component))
+        assert not any(weight.is_floating_point() for weight in attention.parameters())
+    with torch.no_grad(), running(model, keep_wrappers=True):
+        after = all_logits(model, batch)
+    assert 0 < (after - before).abs().max() < 0.1, "rounded weights, and little else"
+
+
 def test_a_cache_of_codegen_keeps_the_dtype_of_the_weights(saved):
     model = load_model(saved("codegen"), device="cpu", dtype="bfloat16")
     plain = AutoModelForCausalLM.from_pretrained(saved("codegen"), dtype=torch.bfloat16, attn_implementation="eager")

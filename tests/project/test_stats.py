@@ -115,6 +115,18 @@ def test_the_paired_interval_covers_on_average_and_never_badly(n):
     assert 0.95 <= np.mean(coverage) <= 0.97 and min(coverage) >= (0.9 if n > 8 else 0.88)
 
 
+def test_the_paired_interval_near_0_and_1_covers_what_it_says():
+    """Always refused before, refused with probability e after: Wilson's own weakness, at worst 84%."""
+    for n in (8, 20, 100):
+        rates = np.linspace(0.0005, 0.05, 500)
+        covered = np.zeros_like(rates)
+        for kept in range(n + 1):
+            low, high = paired(kept, n - kept, 0, 0).interval
+            inside = (low <= rates - 1) & (rates - 1 <= high)
+            covered += np.where(inside, binom.pmf(kept, n, rates), 0)
+        assert 0.83 < covered.min() < 0.86, "rates of 0.05 to 0.95 do not show it"
+
+
 @pytest.mark.parametrize("n", [8, 16, 40, 100])
 def test_the_interval_of_a_mean_covers_it_nineteen_times_in_twenty(n):
     draws = np.random.default_rng(n).normal(3, 1, (4000, n)).tolist()
@@ -148,6 +160,10 @@ def test_holm_is_that_of_statsmodels():
     assert holm([]) == []
 
 
+def _ratio(a, b):
+    return a.mean(-1) / b.mean(-1)
+
+
 def test_the_bootstrap_is_scipys_and_seeded():
     skewed = np.random.default_rng(3).exponential(1.0, 24)
     value, low, high = bootstrap_interval(skewed.tolist(), seed=5)
@@ -155,14 +171,14 @@ def test_the_bootstrap_is_scipys_and_seeded():
     assert (low, high) == pytest.approx(tuple(own.confidence_interval), rel=1e-9)
     assert low < value < high and bootstrap_interval(skewed.tolist(), seed=5) == (value, low, high)
     assert high - value > value - low, "skewed to the right, as the numbers are"
+    _, low, high = bootstrap_interval([1.0, 2.0, 3.0, 1.0], [5.0, -5.0, 0.5, 0.5], statistic=_ratio)
+    assert math.isnan(low) and math.isnan(high), "a divisor that can be 0 leaves no limits, and no certainty"
     assert bootstrap_interval([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0) == bootstrap_interval([2.0])
 
 
 def test_a_ratio_of_the_same_prompts_is_resampled_together():
     prompts = np.random.default_rng(1).exponential(1.0, 40)
-    _, low, high = bootstrap_interval(
-        (0.5 * prompts).tolist(), prompts.tolist(), statistic=lambda a, b: a.mean(-1) / b.mean(-1)
-    )
+    _, low, high = bootstrap_interval((0.5 * prompts).tolist(), prompts.tolist(), statistic=_ratio)
     assert (low, high) == pytest.approx((0.5, 0.5)), "on every draw of prompts the ratio is one half"
     with pytest.raises(ValueError, match="as many"):
         bootstrap_interval([1.0, 2.0], [1.0])
