@@ -58,7 +58,12 @@ def at_layer(path: Path, held: Any, layer: int | None) -> Any:
     if not isinstance(held, dict):
         return held
     if len(held) == 1:
-        return next(iter(held.values()))
+        ((name, only),) = held.items()
+        if layer is not None and _layer_of_name(name) not in (None, layer):
+            raise UserError(
+                f"{path} holds one tensor, of layer {_layer_of_name(name)} by its name {name!r}, not {layer}"
+            )
+        return only if isinstance(only, Tensor) else held
     names = ", ".join(map(str, list(held)[:6])) + (", ..." if len(held) > 6 else "")
     if layer is None:
         raise UserError(f"{path} holds {len(held)} tensors ({names}): choose one with the layer (--layer)")

@@ -185,3 +185,13 @@ def test_an_export_records_bare_vectors_as_such():
     bare, placed = (describe_step(as_steps(Ablate(each))[0])["directions"][0] for each in (VECTOR, direction))
     assert bare == {"pos": None, "layer": None, "hook_name": None, "norm": 5.0, "sha256": placed["sha256"]}
     assert placed["layer"] == 2 and describe_step(Add(direction))["directions"] == [placed]
+
+
+def test_the_only_tensor_of_a_file_is_not_moved_from_the_layer_that_it_is_named_after(tmp_path):
+    path = tmp_path / "one.pt"
+    torch.save({"blocks.3.hook_resid_pre": VECTOR}, path)
+    assert load_direction(path, 5, 3).layer == 3
+    with pytest.raises(UserError, match="of layer 3 by its name 'blocks.3.hook_resid_pre', not 2"):
+        load_direction(path, 5, 2)
+    torch.save({"vector": VECTOR}, path)
+    assert load_direction(path, 5, 2).layer == 2, "the control: a name that says no layer"

@@ -91,8 +91,8 @@ def needs_prompts(estimator: object) -> bool:
     return getattr(estimator, "sees_prompts", False) is True
 
 
-@dataclass(frozen=True)
-class EveryPlace:
+@dataclass(frozen=True, eq=False, repr=False)
+class EveryPlace(Value):
     """A `SampleEstimator` from a function of the rows of one position and layer.
 
     The vector v that the function gives becomes (v̂ · δ) v̂, with v̂ = v/‖v‖ and δ the difference of the class means:
