@@ -191,7 +191,7 @@ def test_the_only_tensor_of_a_file_is_not_moved_from_the_layer_that_it_is_named_
     path = tmp_path / "one.pt"
     torch.save({"blocks.3.hook_resid_pre": VECTOR}, path)
     assert load_direction(path, 5, 3).layer == 3
-    with pytest.raises(UserError, match="of layer 3 by its name 'blocks.3.hook_resid_pre', not 2"):
+    with pytest.raises(UserError, match=r"of layer 3 by its name 'blocks\.3\.hook_resid_pre', not 2"):
         load_direction(path, 5, 2)
     torch.save({"vector": VECTOR}, path)
     assert load_direction(path, 5, 2).layer == 2, "the control: a name that says no layer"
