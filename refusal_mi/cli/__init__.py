@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UserError, cause
 from ..terminal import printable, say
-from . import analyze, chat, export, run, steering
+from . import analyze, chat, export, localize, run, steering
 from .options import own_spelling
 
 INTERRUPTED = 130
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "combos": run.combos,
     "chat": chat.chat,
     "select": run.select_saved,
+    "localize": localize.localize,
     "analyze": analyze.analyze,
     "plot": analyze.plot,
     "vector": steering.make,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..export.export import ExportReport
     from ..measures import LossResult
     from ..recipes.caa_eval import ABResults, Changes, OpenAnswers, TextRates
+    from ..recipes.localize import LeastIntervention
     from ..recipes.responses_eval import EvalSummary
     from ..run.answers import Effect
     from ..run.record import CombinationRecord, DirectionRecord, RunSummary
@@ -273,3 +274,31 @@ def _two_rates(rates: "TextRates") -> tuple[str, str]:
 
 def _cell(text: str) -> Text:
     return Text("".join(character if character.isprintable() else " " for character in text))
+
+
+def print_least(found: "LeastIntervention", source: str, folder: Path) -> None:
+    """What the least intervention does on held-out prompts, and how it is exported."""
+    from ..stats import p_text, signed
+
+    table = Table("held-out prompts", "refused (score)", "refused (text)", "degenerate", "KL (nats) [95%]")
+    for row in found.held_out:
+        mean, low, high = row.kl_nats
+        texts = ["" if rate is None else str(rate) for rate in (row.refused_by_text, row.degenerate)]
+        table.add_row(row.label, str(row.refused_by_score), *texts, f"{mean:.4g} [{low:.4g}, {high:.4g}]")
+    Console().print(table)
+    change, (ratio, low_ratio, high_ratio) = found.text_change, found.kl_ratio
+    if ratio is not None:
+        limits = "" if low_ratio is None or high_ratio is None else f" [{low_ratio:.3g}, {high_ratio:.3g}]"
+        print_lines(f"KL of the least removal / of the whole ablation: {ratio:.3g}{limits}")
+    print_lines(
+        f"refused answers, least − whole: {signed(change['difference'])} "
+        f"[{signed(change['low'])}, {signed(change['high'])}], p {p_text(change['p'])}, n = {change['n']}"
+    )
+    least = found.least
+    print_lines(
+        f"least: blocks {least.first}:{least.last}, {', '.join(least.components)}, strength {least.strength:.3g}, "
+        f"direction of layer {least.direction_layer} ({found.n_tried} removals tried)",
+        f"refusal-mi export {source} --direction {folder / 'direction.pt'} --layers {least.first}:{least.last} "
+        f"--components {','.join(least.components)} --strength {least.strength:g} --output-dir NEW",
+        f"{folder}",
+    )

@@ -146,6 +146,11 @@ def last_logits(model: HookedModel, batch: TokenBatch) -> Float[Tensor, "batch d
     return bridge(model)(batch.tokens, logits_to_keep=1, use_cache=False, **_inputs(model, batch))[:, -1]
 
 
+def tail_logits(model: HookedModel, batch: TokenBatch, n: int) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits at the last `n` positions, computing no others."""
+    return bridge(model)(batch.tokens, logits_to_keep=n, use_cache=False, **_inputs(model, batch))[:, -n:]
+
+
 def all_logits(model: HookedModel, batch: TokenBatch) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits at every position."""
     return bridge(model)(batch.tokens, use_cache=False, **_inputs(model, batch))

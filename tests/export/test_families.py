@@ -1,6 +1,7 @@
 """Exported weights do what the hooks did, family by family, reloaded from disk."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,19 @@ def test_every_family_that_is_known_is_tried_here():
     assert [name for name in OTHERS if not re.search(rf"\b{name}\b", page)] == []
 
 
+def by_rounding(source, copy):
+    """How far plain float32 logits move where every weight is another float32 number within half a unit of its last
+    digit: families of fused experts have no float64 to be compared in, and some amplify this (recurrent mixers: 6e-5,
+    llama: 3e-6)."""
+    shutil.copytree(source, copy)
+    generator = torch.Generator().manual_seed(0)
+    for file in copy.glob("*.safetensors"):
+        held = load_file(file)
+        noise = {name: 1 + 1.2e-7 * (torch.rand(each.shape, generator=generator) - 0.5) for name, each in held.items()}
+        save_file({name: (each * noise[name]).to(each.dtype) for name, each in held.items()}, file, {"format": "pt"})
+    return (plain_logits(copy) - plain_logits(source)).abs().max()
+
+
 @pytest.mark.parametrize("family", first_is_fast((*EXACT, *(each for each in OTHERS if each not in OTHER_POST_NORM))))
 def test_the_exported_weights_give_the_hooked_logits(family, tmp_path):
     ablation = Ablate(random_direction(1, scale=1.0))
@@ -52,7 +66,8 @@ def test_the_exported_weights_give_the_hooked_logits(family, tmp_path):
         effect = (plain_logits(source, dtype) - hooked).abs().max()
         difference = (plain_logits(tmp_path / f"{dtype}-out", dtype) - hooked).abs().max()
         assert effect > 0.05
-        assert difference <= limit * max(1, effect)
+        rounding = by_rounding(source, tmp_path / "rounded") if family in FUSED_EXPERTS else 0
+        assert difference <= max(limit * max(1, effect), 5 * rounding)
 
 
 @pytest.mark.parametrize("family", first_is_fast(("llama", "gpt2", "gpt_oss")))
