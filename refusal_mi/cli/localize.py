@@ -28,7 +28,7 @@ def localize(
     output_dir: Annotated[Path | None, typer.Option(help="Where results go; default RUN/localize.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Find where, and how little, the direction of a run has to be removed.
+    """Find where, and how little, a direction must be removed.
 
     Bands of blocks, components, strengths and source directions are searched by refusal score and KL, without
     generating; the best are judged by their answers, and the one that is taken is measured on held-out prompts.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import plotly.graph_objects as go
 import torch
@@ -15,6 +15,7 @@ _LEAST_KL = 1e-6
 """Where the logarithmic axis of KL ends."""
 
 
+@runtime_checkable
 class Point(Protocol):
     """A removal in the figure."""
 
@@ -65,7 +66,7 @@ def plot_front(
     measured: Sequence[Point], front: Sequence[Point], whole: Point, least: Point, *, model: str = "", n: int = 0
 ) -> go.Figure:
     """Expected share of refusals against KL, on validation prompts: every removal, the front, the whole ablation."""
-    figure, ink, accent = go.Figure(), draw.INK, draw.ACCENT
+    figure, ink = go.Figure(), draw.INK
     named = (
         ("measured", measured, {"mode": "markers", "marker": {"size": 6, "color": "#c9d3ea"}}),
         ("none beats it in both", front, {"mode": "lines+markers", "line": {"color": "#33508f", "shape": "hv"}}),

@@ -181,10 +181,8 @@ def localize_removal(
     return Localized(reference, tuple(sorted(rest, key=order)), zero_point, n_tried)
 
 
-def map_writes(
-    scorer: RemovalScorer, direction: Direction
-) -> tuple[Float[Tensor, "block_and_embed component"], Float[Tensor, "block_and_embed component"]]:
-    """Mean refusal score and KL when one write alone loses the direction: `[write]`, in the order of `write_hooks`."""
+def map_writes(scorer: RemovalScorer, direction: Direction) -> tuple[Float[Tensor, " write"], Float[Tensor, " write"]]:
+    """Mean refusal score and KL when one write alone loses the direction, in the order of `write_hooks`."""
     names = write_hooks(scorer.model.cfg.n_layers)
     weights, directions = [{name: 1.0} for name in names], [direction] * len(names)
     n = (min(2 * FIRST_PROMPTS, scorer.n_harmful), min(2 * FIRST_PROMPTS, scorer.n_harmless))
