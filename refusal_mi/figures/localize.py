@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from . import style as draw
 
-_PARTS = (("hook_resid_pre", "embedding"), ("hook_attn_out", "attention"), ("hook_mlp_out", "MLP"))
+_PARTS = (("hook_resid_pre", "embed"), ("hook_attn_out", "attention"), ("hook_mlp_out", "MLP"))
 _LEAST_KL = 1e-6
 """Where the logarithmic axis of KL ends."""
 
@@ -44,7 +44,7 @@ def plot_writes(writes: Mapping[str, tuple[float, float]], plain: float, *, mode
     titles = ["<b>refusal score of harmful prompts</b>, change", "<b>KL of harmless prompts</b>"]
     figure = make_subplots(2, 1, subplot_titles=titles, shared_xaxes=True, vertical_spacing=0.2)
     rows = [name for _, name in _PARTS]
-    for index, (values, digits) in enumerate(zip(tables, (2, 3), strict=True)):
+    for index, (values, digits) in enumerate(zip(tables, (2, 4), strict=True)):
         trace = draw.heatmap(
             values,
             layers,
@@ -56,6 +56,7 @@ def plot_writes(writes: Mapping[str, tuple[float, float]], plain: float, *, mode
         )
         figure.add_trace(trace, row=index + 1, col=1)
     figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(dtick=max(1, len(layers) // 12))
     figure.update_xaxes(title="block", row=2, col=1)
     figure.update_annotations(font_size=13)
     about = draw.subtitle(model, "each cell: the direction removed from this write alone")
@@ -88,7 +89,7 @@ def plot_front(
                 **look,
             )
         )
-    figure.update_xaxes(title="KL of harmless prompts (nats)", type="log", exponentformat="power")
+    figure.update_xaxes(title="KL of harmless prompts (nats)", type="log", dtick="D2", exponentformat="e")
     figure.update_yaxes(title="harmful prompts refused, expected share", range=[-0.04, 1.04])
     about = draw.subtitle(model, f"{n} validation prompts a side")
     names = [name for name, _, _ in named]

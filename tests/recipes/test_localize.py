@@ -35,9 +35,7 @@ def test_it_costs_a_fraction_and_stops_as_many_refusals(localized):
     assert found.text_change["low"] <= 0 and least.refused_by_text.value < 0.15 and least.degenerate.value <= 0.05
     assert least.kl_nats[0] <= 0.002 and found.kl_ratio[2] < 0.5
     for seed in range(2):
-        assert found.row(f"random {seed}").refused_by_score.value > 0.9, (
-            "the control: the same writes"
-        )
+        assert found.row(f"random {seed}").refused_by_score.value > 0.9, "the control: the same writes"
     assert whole.kl_nats[0] > 0.004, "and the cost that is saved is there"
     assert found.least.n_refused_text <= found.whole.n_refused_text
     assert len(found.measured) > 20 and found.n_tried > len(found.measured)
