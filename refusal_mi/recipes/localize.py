@@ -22,7 +22,8 @@ from ..run.folder import RunInputs
 from ..run.record import RUN, RunInfo
 from ..search.grid import select
 from ..search.localize import Localized, Measured, localize_removal, map_writes
-from ..search.removals import Removal, RemovalScorer, Weights, complement
+from ..search.passes import Weights
+from ..search.removals import Removal, RemovalScorer, complement
 from ..stats import Paired, Rate, bootstrap_interval, mean_interval
 from ..values import Value, frame
 

@@ -21,7 +21,7 @@ FIRST_PROMPTS, KEPT = 8, 3
 """Prompts a side of the first round, doubled in each; one in `KEPT` goes on to the next."""
 FEWEST = 12
 """Removals that are measured on all prompts before their neighbours are tried."""
-N_PARENTS, MOST_CHILDREN = 6, 36
+N_PARENTS, MOST_CHILDREN = 6, 32
 SMOOTHING = 1.06
 """Silverman's: the kernel's width in standard deviations of the scores, for one score."""
 STRENGTHS = (0.25, 1.5)
@@ -173,6 +173,10 @@ def localize_removal(
                     children.setdefault(_key(child, n_layers), child)
         some = list(children.values())[:MOST_CHILDREN]
         n_tried += len(some)
+        if n_all > 2 * FIRST_PROMPTS and len(some) > FEWEST:
+            about = f"generation {generation}: {len(some)} neighbours on {2 * FIRST_PROMPTS} prompts a side"
+            first, *measured = _measure(scorer, [whole, *some], 2 * FIRST_PROMPTS, about)
+            some = [each.removal for each in sorted(measured, key=_order(first, zero_point))[:FEWEST]]
         for each in _measure(scorer, some, n_all, f"generation {generation}: {len(some)} neighbours") if some else ():
             known[_key(each.removal, n_layers)] = each
         if sorted(known.values(), key=order)[0] is best[0]:

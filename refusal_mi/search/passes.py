@@ -8,7 +8,7 @@ does none of this and is what the other is tested against.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..interventions import Ablate, Add, Constant, PromptWidth, all_hooks, hook_of
+from ..interventions import Ablate, Add, Constant, Intervention, PromptWidth, all_hooks, hook_of
 from ..model.points import Hook, HookedModel, model_device, parameters_of, resid_hook, write_hooks
 from ..model.running import (
     LastPositions,
@@ -39,6 +39,8 @@ from ..values import Value
 Rows = Sequence[Sequence[int]]
 Logits = Float[Tensor, "direction prompt d_vocab"]
 Layers = list[tuple[Tensor, Tensor]]
+Weights = Mapping[str, float]
+"""Hook point of a write -> the fraction of the component along the direction that is removed there; others keep it."""
 Result = TypeVar("Result")
 PASS_TOKENS = {"cpu": 3072, "cuda": 16384}
 """Tokens in a pass beyond which it no longer gets faster per token (see docs/scaling.md); fewer where memory ends."""
@@ -60,6 +62,36 @@ class AblateEach(Value):
             return torch.baddbmm(grouped, grouped @ columns, columns.mT, alpha=-1).reshape(x.shape)
 
         return [(name, hook_of(project_out, "all", prompt_width)) for name in write_hooks(model.cfg.n_layers)]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AblateWritesEach(Value):
+    """`Ablate` with a direction and strengths of its own for every group of rows, which come group by group."""
+
+    units: Float[Tensor, "group d_model"]
+    weights: tuple[Weights, ...]
+
+    @classmethod
+    def of(cls, directions: Sequence[Direction], weights: Sequence[Weights]) -> "AblateWritesEach":
+        """From one direction for each group."""
+        return cls(torch.stack([direction.unit for direction in directions]), tuple(weights))
+
+    def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
+        """One hook per write that any group changes."""
+        names = [name for name in write_hooks(model.cfg.n_layers) if any(each.get(name) for each in self.weights)]
+        return [self._hook(name, prompt_width) for name in names]
+
+    def _hook(self, name: str, prompt_width: PromptWidth) -> Hook:
+        units = Constant(self.units)
+        amounts = Constant(torch.tensor([each.get(name, 0.0) for each in self.weights], dtype=torch.float64))
+
+        def project_out(x: Tensor) -> Tensor:
+            columns = units.beside(x)[:, :, None]
+            grouped = x.reshape(len(self.units), -1, x.shape[-1])
+            removed = amounts.beside(x)[:, None, None] * (grouped @ columns)
+            return torch.baddbmm(grouped, removed, columns.mT, alpha=-1).reshape(x.shape)
+
+        return name, hook_of(project_out, "all", prompt_width)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,6 +125,10 @@ class Passes(Protocol):
 
     def added(self, directions: Sequence[Direction], prompts: Sequence[int]) -> Logits: ...
 
+    def removed(
+        self, directions: Sequence[Direction], weights: Sequence[Weights], prompts: Sequence[int]
+    ) -> Logits: ...
+
 
 class PlainPasses:
     """One full forward pass per direction and batch."""
@@ -110,7 +146,11 @@ class PlainPasses:
     def added(self, directions: Sequence[Direction], prompts: Sequence[int]) -> Logits:
         return torch.stack([self._logits([Add(direction)], prompts) for direction in directions])
 
-    def _logits(self, interventions: Sequence[Ablate | Add], prompts: Sequence[int]) -> Float[Tensor, "prompt d_vocab"]:
+    def removed(self, directions: Sequence[Direction], weights: Sequence[Weights], prompts: Sequence[int]) -> Logits:
+        each = zip(directions, weights, strict=True)
+        return torch.stack([self._logits([AblateWritesEach.of([one], [some])], prompts) for one, some in each])
+
+    def _logits(self, interventions: Sequence[Intervention], prompts: Sequence[int]) -> Float[Tensor, "prompt d_vocab"]:
         logits: list[Tensor] = [torch.empty(0)] * len(prompts)
         rows = [self.rows[prompt] for prompt in prompts]
         with torch.no_grad(), running(self.model, all_hooks(self.model, interventions), keep_wrappers=True):
@@ -168,7 +208,13 @@ class SharedPasses:
 
     def ablated(self, directions: Sequence[Direction], prompts: Sequence[int]) -> Logits:
         units = torch.stack([direction.unit for direction in directions])
-        return self._backing_off(lambda: self._run_ablated(units, prompts))
+        return self._backing_off(lambda: self._run_changed(len(units), lambda some: AblateEach(units[some]), prompts))
+
+    def removed(self, directions: Sequence[Direction], weights: Sequence[Weights], prompts: Sequence[int]) -> Logits:
+        def change(some: slice) -> AblateWritesEach:
+            return AblateWritesEach.of(directions[some], weights[some])
+
+        return self._backing_off(lambda: self._run_changed(len(weights), change, prompts))
 
     def added(self, directions: Sequence[Direction], prompts: Sequence[int]) -> Logits:
         """All directions must be of one layer."""
@@ -178,15 +224,16 @@ class SharedPasses:
             self._backing_off(lambda: self._run_plain([each for each in prompts if each not in self._streams], True))
         return self._backing_off(lambda: self._run_added(vectors, layer, prompts))
 
-    def _run_ablated(self, units: Float[Tensor, "direction d_model"], prompts: Sequence[int]) -> Logits:
-        n_common, logits = self._shared_columns(prompts), [[torch.empty(0)] * len(prompts) for _ in units]
+    def _run_changed(self, n: int, change: Callable[[slice], Intervention], prompts: Sequence[int]) -> Logits:
+        """Every prompt from its first token on, once per direction; `change` is what some of the directions do."""
+        n_common, logits = self._shared_columns(prompts), [[torch.empty(0)] * len(prompts) for _ in range(n)]
         with torch.no_grad():
-            with running(self.model, AblateEach(units).hooks(self.model)):
-                layers = self._run_common(len(units), n_common)
-            for chunk, places in self._split(len(units), prompts, n_common):
+            with running(self.model, change(slice(0, n)).hooks(self.model)):
+                layers = self._run_common(n, n_common)
+            for chunk, places in self._split(n, prompts, n_common):
                 batch = [self.rows[prompts[place]][n_common:] for place in places]
-                with running(self.model, AblateEach(units[chunk]).hooks(self.model)):
-                    rows = self._run_rows(batch, _some(layers, chunk), len(units[chunk]), n_common)
+                with running(self.model, change(chunk).hooks(self.model)):
+                    rows = self._run_rows(batch, _some(layers, chunk), len(range(n)[chunk]), n_common)
                 _keep(logits[chunk], places, rows)
         return torch.stack([torch.stack(rows) for rows in logits])
 

@@ -1,6 +1,6 @@
 """Removals of a direction from some writes only: described, turned into `Ablate`, and scored many to a pass."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,19 +10,17 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..errors import UserError
-from ..interventions import Ablate, Constant, PromptWidth, check_width, hook_of
+from ..interventions import Ablate
 from ..measures import RefusalPrefixes, RefusalTokens, kl_nats
-from ..model.points import Component, Hook, HookedModel, check_raw_basis, model_device, write_hooks
+from ..model.points import Component, HookedModel, check_raw_basis, model_device, write_hooks
 from ..model.running import check_fits, running, tail_logits
 from ..precision import as_double
 from ..text.batches import TokenBatch, batches_by_length, left_pad
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from ..values import Value
-from .passes import PASS_TOKENS
+from .passes import PASS_TOKENS, AblateWritesEach, Passes, Weights, choose_passes
 
-Weights = Mapping[str, float]
-"""Hook point of a write -> the fraction of the component along the direction that is removed there; others keep it."""
 Shape = Literal["flat", "peak"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 MOST_LOGITS = 2**26
@@ -94,31 +92,6 @@ def complement(removal: Removal, n_layers: int) -> dict[str, float]:
     return {name: 1.0 for name in write_hooks(n_layers) if name not in touched}
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class AblateWritesEach(Value):
-    """`Ablate` with a direction and strengths of its own for every group of rows, which come group by group."""
-
-    units: Float[Tensor, "group d_model"]
-    weights: tuple[Weights, ...]
-
-    def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
-        """One hook per write that any group changes."""
-        names = [name for name in write_hooks(model.cfg.n_layers) if any(each.get(name) for each in self.weights)]
-        return [self._hook(name, prompt_width) for name in names]
-
-    def _hook(self, name: str, prompt_width: PromptWidth) -> Hook:
-        units = Constant(self.units)
-        amounts = Constant(torch.tensor([each.get(name, 0.0) for each in self.weights], dtype=torch.float64))
-
-        def project_out(x: Tensor) -> Tensor:
-            columns = units.beside(x)[:, :, None]
-            grouped = x.reshape(len(self.units), -1, x.shape[-1])
-            removed = amounts.beside(x)[:, None, None] * (grouped @ columns)
-            return torch.baddbmm(grouped, removed, columns.mT, alpha=-1).reshape(x.shape)
-
-        return name, hook_of(project_out, "all", prompt_width)
-
-
 class RemovalScorer:
     """Refusal scores of harmful prompts and KL of harmless ones under removals, without generating.
 
@@ -153,61 +126,72 @@ class RemovalScorer:
         self.model, self.pad_id, self.batch_size = model, chat.pad_id, batch_size
         self.tokens, self.n_harmful, self.n_harmless = RefusalPrefixes.of(tokens), len(harmful), len(harmless)
         encoded = chat.encode_all([*harmful, *harmless])
-        self._asked = encoded[: len(harmful)]
-        given = [list(answer)[: n_kl - 1] for answer in answers] or [[]] * len(harmless)
-        self._answered = [[*row, *answer] for row, answer in zip(encoded[len(harmful) :], given, strict=True)]
-        self._n_kl = [1 + len(answer) for answer in given]
-        check_fits(model, [[*row, *context] for context in self.tokens.contexts for row in self._asked])
-        check_fits(model, self._answered)
+        asked, harmless_rows = encoded[: len(harmful)], encoded[len(harmful) :]
+        rows = [*([*row, *context] for context in self.tokens.contexts for row in asked), *harmless_rows]
+        check_fits(model, rows)
+        self.passes: Passes = choose_passes(model, rows, chat.pad_id, batch_size)
+        self._first_harmless = len(rows) - len(harmless)
+        self._answered = None if n_kl == 1 else _Answered.of(harmless_rows, answers, n_kl)
+        if self._answered is not None:
+            check_fits(model, self._answered.rows)
         self._plain: dict[int, Tensor] = {}
 
     def score(
         self, directions: Sequence[Direction], weights: Sequence[Weights], harmful: Sequence[int]
     ) -> Float[Tensor, "removal prompt"]:
         """Refusal score (nats, float64) of these prompts under every removal."""
-        by_context = []
-        for context in self.tokens.contexts:
-            ids = self.tokens.after(context)
-            table = torch.empty(len(weights), len(harmful), len(ids), dtype=torch.float64)
-            rows = [[*self._asked[prompt], *context] for prompt in harmful]
-            for some, places, logits in self._passes(directions, weights, rows, 1):
-                p = as_double(logits[:, :, 0]).softmax(-1)[..., ids].cpu()
-                table[some, places] = p
-            by_context.append(table)
-        return torch.stack([self.tokens.score_of([table[row] for table in by_context]) for row in range(len(weights))])
+        p: list[list[Tensor]] = [[] for _ in weights]
+        for index, context in enumerate(self.tokens.contexts):
+            places = [index * self.n_harmful + prompt for prompt in harmful]
+            for of_removal, logits in zip(p, self.passes.removed(directions, weights, places), strict=True):
+                of_removal.append(as_double(logits).softmax(-1)[:, self.tokens.after(context)].cpu())
+        return torch.stack([self.tokens.score_of(of_removal) for of_removal in p])
 
     def kl(
         self, directions: Sequence[Direction], weights: Sequence[Weights], harmless: Sequence[int]
     ) -> Float[Tensor, "removal prompt"]:
         """KL (nats per token, float64) of these prompts under every removal."""
-        self._read_plain(harmless)
+        if self._answered is not None:
+            return self._kl_of_answers(self._answered, directions, weights, harmless)
+        places = [self._first_harmless + prompt for prompt in harmless]
+        plain, changed = self.passes.plain(places), self.passes.removed(directions, weights, places)
+        return torch.stack([kl_nats(plain, logits).cpu() for logits in changed])
+
+    def _kl_of_answers(
+        self,
+        answered: "_Answered",
+        directions: Sequence[Direction],
+        weights: Sequence[Weights],
+        harmless: Sequence[int],
+    ) -> Float[Tensor, "removal prompt"]:
+        self._read_plain(answered, harmless)
         table = torch.empty(len(weights), len(harmless), dtype=torch.float64)
-        rows, n_most = [self._answered[prompt] for prompt in harmless], max(self._n_kl[prompt] for prompt in harmless)
-        for some, places, logits in self._passes(directions, weights, rows, n_most):
-            for column, place in enumerate(places):
-                prompt = harmless[place]
-                changed = logits[:, column, -self._n_kl[prompt] :]
+        for some, places, logits in self._passes(answered, directions, weights, harmless):
+            for column, prompt in enumerate(harmless[place] for place in places):
+                changed = logits[:, column, -answered.n_read[prompt] :]
                 plain = self._plain[prompt].to(changed).expand_as(changed)
                 kl = kl_nats(plain.flatten(0, 1), changed.flatten(0, 1)).reshape(len(changed), -1)
-                table[some, place] = kl.mean(-1).cpu()
+                table[some, places[column]] = kl.mean(-1).cpu()
         return table
 
-    def _read_plain(self, harmless: Sequence[int]) -> None:
+    def _read_plain(self, answered: "_Answered", harmless: Sequence[int]) -> None:
         new = [prompt for prompt in harmless if prompt not in self._plain]
-        if not new:
-            return
-        n_most = max(self._n_kl[prompt] for prompt in new)
-        for _, places, logits in self._passes([], [], [self._answered[prompt] for prompt in new], n_most):
-            for column, place in enumerate(places):
-                self._plain[new[place]] = logits[0, column, -self._n_kl[new[place]] :].cpu()
+        for _, places, logits in self._passes(answered, [], [], new) if new else ():
+            for column, prompt in enumerate(new[place] for place in places):
+                self._plain[prompt] = logits[0, column, -answered.n_read[prompt] :].cpu()
         if sum(each.numel() for each in self._plain.values()) > MOST_PLAIN:
             raise UserError("the plain model's logits take more than 2 GiB: use fewer --kl-tokens or fewer prompts")
 
     def _passes(
-        self, directions: Sequence[Direction], weights: Sequence[Weights], rows: Sequence[Sequence[int]], n_tail: int
+        self,
+        answered: "_Answered",
+        directions: Sequence[Direction],
+        weights: Sequence[Weights],
+        harmless: Sequence[int],
     ) -> Iterator[tuple[slice, list[int], Float[Tensor, "removal prompt pos d_vocab"]]]:
-        """Logits of the last positions of some rows under some removals; none at all is the plain model."""
-        width, device = max(map(len, rows)), model_device(self.model)
+        """Logits of the answers' positions under some removals, of some prompts; no removals is the plain model."""
+        rows, device = [answered.rows[prompt] for prompt in harmless], model_device(self.model)
+        width, n_tail = max(map(len, rows)), max(answered.n_read[prompt] for prompt in harmless)
         most = self.batch_size or min(
             PASS_TOKENS.get(device.type, PASS_TOKENS["cpu"]) // width, MOST_LOGITS // (n_tail * self.model.cfg.d_vocab)
         )
@@ -221,12 +205,24 @@ class RemovalScorer:
     def _logits(
         self, directions: Sequence[Direction], weights: Sequence[Weights], batch: TokenBatch, n_tail: int
     ) -> Float[Tensor, "removal prompt pos d_vocab"]:
-        n_copies, hooks = max(1, len(weights)), list[Hook]()
-        if weights:
-            units = torch.stack([direction.unit for direction in directions])
-            check_width(units.shape[-1], self.model.cfg.d_model)
-            hooks = AblateWritesEach(units, tuple(weights)).hooks(self.model)
+        n_copies = max(1, len(weights))
+        hooks = AblateWritesEach.of(directions, weights).hooks(self.model) if weights else []
         repeated = TokenBatch(batch.tokens.repeat(n_copies, 1), batch.mask.repeat(n_copies, 1))
         with torch.no_grad(), running(self.model, hooks):
             logits = tail_logits(self.model, repeated, n_tail)
         return logits.unflatten(0, (n_copies, len(batch.tokens)))
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """Prompts with the beginning of the plain model's answer, and how many of the last positions are read."""
+
+    rows: list[list[int]]
+    n_read: list[int]
+
+    @classmethod
+    def of(cls, asked: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], n: int) -> "_Answered":
+        given = [list(answer)[: n - 1] for answer in answers]
+        return cls(
+            [[*row, *answer] for row, answer in zip(asked, given, strict=True)], [1 + len(each) for each in given]
+        )

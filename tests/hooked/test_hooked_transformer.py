@@ -112,7 +112,9 @@ def test_directions_scores_and_choice_are_the_same(runs, family):
     scale = values[0].nan_to_num().abs().amax(0).clamp(min=1)
     assert torch.equal(values[0].isnan(), values[1].isnan())
     off = ((values[0] - values[1]).nan_to_num().abs() / scale).amax(0)
-    assert (off <= 1e-6).all(), off
+    # The KL, quadratic in what an ablation changes, doubles the float32 rounding of directions and logits; on some
+    # processors 1.06e-6 of it was measured.
+    assert (off <= torch.tensor([1e-6, 1e-6, 3e-6])).all(), off
     assert (ours.direction.layer, ours.direction.position) == (theirs.direction.layer, theirs.direction.position)
     assert len({tuple(row) for row in values[0].nan_to_num().tolist()}) > 5
 
