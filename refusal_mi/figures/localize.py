@@ -32,7 +32,7 @@ def plot_writes(writes: Mapping[str, tuple[float, float]], plain: float, *, mode
 
     Args:
         writes: hook point -> mean refusal score and KL (nats).
-        plain: mean refusal score of the plain model (nats).
+        plain: mean refusal score of the plain model on the same prompts (nats).
     """
     blocks = [int(name.split(".")[1]) for name in writes if name.startswith("blocks.")]
     layers = [str(block) for block in range(max(blocks) + 1)]
@@ -44,7 +44,7 @@ def plot_writes(writes: Mapping[str, tuple[float, float]], plain: float, *, mode
     titles = ["<b>refusal score of harmful prompts</b>, change", "<b>KL of harmless prompts</b>"]
     figure = make_subplots(2, 1, subplot_titles=titles, shared_xaxes=True, vertical_spacing=0.2)
     rows = [name for _, name in _PARTS]
-    for index, (values, digits) in enumerate(zip(tables, (2, 4), strict=True)):
+    for index, (values, digits) in enumerate(zip(tables, (2, 3), strict=True)):
         trace = draw.heatmap(
             values,
             layers,
@@ -89,7 +89,7 @@ def plot_front(
                 **look,
             )
         )
-    figure.update_xaxes(title="KL of harmless prompts (nats)", type="log", dtick="D2", exponentformat="e")
+    figure.update_xaxes(title="KL of harmless prompts (nats)", type="log", exponentformat="e")
     figure.update_yaxes(title="harmful prompts refused, expected share", range=[-0.04, 1.04])
     about = draw.subtitle(model, f"{n} validation prompts a side")
     names = [name for name, _, _ in named]

@@ -91,6 +91,7 @@ class LeastIntervention(Value):
     n_tried: int
     n_validation: int
     plain_score_nats: float
+    """Of the plain model on the prompts of `writes`."""
     whole: RemovalRow
     """All writes."""
     least: RemovalRow
@@ -156,8 +157,7 @@ def localize(
     scorer = _scorer(run, "val", kl_tokens, batch_size)
     sources = source_directions(run, n_directions)
     found = localize_removal(scorer, sources, zero)
-    mapped = zip(write_hooks(n_layers), *(each.tolist() for each in map_writes(scorer, run.direction)), strict=True)
-    plain = scorer.score([run.direction], [{}], range(scorer.n_harmful)).mean().item()
+    plain, *mapped = map_writes(scorer, run.direction)
     texts = _texts(run, run.prompts("harmful", "val"), max_new_tokens)
     least, counts = _verified(found, texts)
     rows = _held_out(run, found, least, kl_tokens, n_random, max_new_tokens, batch_size)
@@ -175,7 +175,7 @@ def localize(
         _row(least, zero, counts),
         tuple(_row(each, zero, counts) for each in found.measured),
         tuple(_row(each, zero, counts) for each in found.front),
-        tuple(WriteRow(*each) for each in mapped),
+        tuple(WriteRow(*each) for each in zip(write_hooks(n_layers), *(row.tolist() for row in mapped), strict=True)),
         tuple(_held_out_row(*each, zero) for each in rows),
         Paired.of(by_text["whole"].refused, by_text["least"].refused).describe(),
         _finite(bootstrap_interval(kl["least"], kl["whole"], statistic=_ratio_of_means)),

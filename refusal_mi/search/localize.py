@@ -185,15 +185,24 @@ def localize_removal(
     return Localized(reference, tuple(sorted(rest, key=order)), zero_point, n_tried)
 
 
-def map_writes(scorer: RemovalScorer, direction: Direction) -> tuple[Float[Tensor, " write"], Float[Tensor, " write"]]:
-    """Mean refusal score and KL when one write alone loses the direction, in the order of `write_hooks`."""
-    names = write_hooks(scorer.model.cfg.n_layers)
-    weights, directions = [{name: 1.0} for name in names], [direction] * len(names)
+def map_writes(
+    scorer: RemovalScorer, direction: Direction
+) -> tuple[float, Float[Tensor, " write"], Float[Tensor, " write"]]:
+    """The plain model's mean refusal score; the score and KL when one write alone loses the direction.
+
+    All of the same prompts, in the order of `write_hooks`.
+    """
+    weights = [{}, *({name: 1.0} for name in write_hooks(scorer.model.cfg.n_layers))]
     n = (min(2 * FIRST_PROMPTS, scorer.n_harmful), min(2 * FIRST_PROMPTS, scorer.n_harmless))
-    return (
-        scorer.score(directions, weights, range(n[0])).mean(-1),
-        scorer.kl(directions, weights, range(n[1])).mean(-1),
-    )
+    rows: list[tuple[float, float]] = []
+    for start in track(range(0, len(weights), 8), "one write at a time"):
+        some = weights[start : start + 8]
+        directions = [direction] * len(some)
+        scores, kl = scorer.score(directions, some, range(n[0])), scorer.kl(directions, some, range(n[1]))
+        rows += zip(scores.mean(-1).tolist(), kl.mean(-1).tolist(), strict=True)
+    (plain, _), *others = rows
+    table = torch.tensor(others, dtype=torch.float64)
+    return plain, table[:, 0], table[:, 1]
 
 
 def _measure(scorer: RemovalScorer, removals: Sequence[Removal], n_prompts: int, about: str) -> list[Measured]:

@@ -11,7 +11,15 @@ from refusal_mi.interventions import Ablate
 from refusal_mi.measures import kl_nats, next_token_logits, refusal_scores
 from refusal_mi.model.points import write_hooks
 from refusal_mi.model.running import all_logits, running
-from refusal_mi.search.localize import Localized, Measured, first_removals, localize_removal, map_writes, neighbours
+from refusal_mi.search.localize import (
+    FIRST_PROMPTS,
+    Localized,
+    Measured,
+    first_removals,
+    localize_removal,
+    map_writes,
+    neighbours,
+)
 from refusal_mi.search.removals import COMPONENTS, Removal, RemovalScorer, complement
 from refusal_mi.text.batches import left_pad
 from refusal_mi.text.chat import ChatFormat
@@ -145,7 +153,12 @@ def test_nothing_on_the_front_is_beaten():
 def test_one_write_at_a_time(tiny_model):
     model = tiny_model("llama")
     chat = ChatFormat(model.tokenizer)
-    scores, kl = map_writes(RemovalScorer(model, chat, HARMFUL, HARMLESS, [5]), DIRECTION)
+    asked = [*HARMFUL * 6, ASKS[3]]  # more than are read
+    plain, scores, kl = map_writes(RemovalScorer(model, chat, asked, HARMLESS, [5]), DIRECTION)
+    read = refusal_scores(model, chat, asked[: 2 * FIRST_PROMPTS], [5]).double()
+    assert plain == pytest.approx(read.mean().item(), abs=1e-5), "of the same prompts as the others"
+    last = refusal_scores(model, chat, asked, [5]).double().mean().item()
+    assert abs(last - plain) > 1e-4, "the control: more prompts have another mean"
     name = write_hooks(N_LAYERS)[3]
     (hook,) = [hook for hook in Ablate(DIRECTION).hooks(model) if hook[0] == name]
     with torch.no_grad(), running(model, [hook]):
