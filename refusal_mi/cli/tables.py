@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ..run.record import CombinationRecord, DirectionRecord, RunSummary
     from ..search.grid import Selection
 
+ROUNDING_NATS = 1e-9
+"""A KL below this is what float32 leaves of none."""
+
 
 class Console(rich.console.Console):
     """A console on which texts are only text: no markup in them, and nothing that steers a terminal."""
@@ -284,7 +287,8 @@ def print_least(found: "LeastIntervention", source: str, folder: Path) -> None:
     for row in found.held_out:
         mean, low, high = row.kl_nats
         texts = ["" if rate is None else str(rate) for rate in (row.refused_by_text, row.degenerate)]
-        table.add_row(row.label, str(row.refused_by_score), *texts, f"{mean:.4g} [{low:.4g}, {high:.4g}]")
+        kl = f"{mean:.4g} [{low:.4g}, {high:.4g}]" if mean > ROUNDING_NATS else "0"
+        table.add_row(row.label, str(row.refused_by_score), *texts, kl)
     Console().print(table)
     change, (ratio, low_ratio, high_ratio) = found.text_change, found.kl_ratio
     if ratio is not None:
