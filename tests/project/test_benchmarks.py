@@ -97,8 +97,8 @@ def test_a_comparison_holds_the_ratio_of_the_times_and_refuses_other_results(mon
 
 
 def test_peak_memory_is_what_the_work_held():
-    # In a process of its own: memory that other tests give back meanwhile would hide it. Written, so that
-    # the pages are there, and held long enough to be seen.
+    # In a process of its own: memory that tests before it held, and give back meanwhile, would hide it.
+    # Written to, so that the pages are there, and held long enough to be seen.
     script = """
 import torch
 from benchmarks.common import measured
