@@ -79,7 +79,7 @@ def _kl(reference: Float[Tensor, "compared d_vocab"], other: Float[Tensor, "comp
 
 VerifyMode = Literal["auto", "full", "streaming", "none"]
 N_PROMPTS, N_LAST, N_NEW = 4, 16, 32
-"""Prompts of each bundled set, positions of each prompt, and new tokens that are compared."""
+"""Prompts of each bundled set, last positions of each prompt (behind a post-norm all of them), and new tokens."""
 _WIDE: DtypeText = "float32"
 
 
@@ -91,6 +91,11 @@ class Comparison:
     mode: Literal["full", "streaming"]
     batch: TokenBatch
     stops: Sequence[int]
+
+    @property
+    def n_last(self) -> int:
+        """Compared positions at the end of each prompt; all of them behind a post-norm."""
+        return self.batch.tokens.shape[1] if self.plan.is_behind_a_norm else N_LAST
 
     def measure(self, directory: Path, adapter: Path | None, *, figures: Mapping[str, EditFigures]) -> Verification:
         """Run both, compare them and apply the limits.
@@ -143,9 +148,9 @@ class Comparison:
         """The original under hooks, and without them (logits only)."""
         batch, model = self.batch, load_model(self.plan.checkpoint.directory, device="cpu", dtype=dtype)
         with torch.no_grad():
-            plain = compared(all_logits(model, batch), batch, N_LAST)
+            plain = compared(all_logits(model, batch), batch, self.n_last)
             with running(model, all_hooks(model, self.plan.steps, batch.tokens.shape[1])):
-                hooked = compared(all_logits(model, batch), batch, N_LAST)
+                hooked = compared(all_logits(model, batch), batch, self.n_last)
                 new_ids = continued(model, batch, n_new, self.stops) if n_new else no_ids(batch)
         return Answers(hooked, new_ids), Answers(plain, no_ids(batch))
 
@@ -169,11 +174,11 @@ class Comparison:
                 max_new_tokens=N_NEW, eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0
             )
             ids = model.generate(input_ids=batch.tokens, attention_mask=batch.mask)
-        return Answers(compared(logits, batch, N_LAST), ids[:, batch.tokens.shape[1] :])
+        return Answers(compared(logits, batch, self.n_last), ids[:, batch.tokens.shape[1] :])
 
     def _streamed(self, directory: Path, dtype: DtypeText) -> Runs:
         def answers(checkpoint: Checkpoint, steps: Sequence[Step], kind: DtypeText, **options: Any) -> Answers:
-            return stream_answers(checkpoint, steps, self.batch, kind, N_LAST, self.stops, **options)
+            return stream_answers(checkpoint, steps, self.batch, kind, self.n_last, self.stops, **options)
 
         source, target, steps = self.plan.checkpoint, open_checkpoint(directory), self.plan.steps
         hooked = answers(source, steps, _WIDE, n_new=N_NEW)

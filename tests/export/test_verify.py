@@ -16,8 +16,10 @@ from refusal_mi.export.rewrite import rewrite
 from refusal_mi.export.streaming import same_tokens, stream_answers
 from refusal_mi.interventions import Ablate
 from refusal_mi.text.batches import left_pad
+from refusal_mi.text.chat import ChatFormat
 from tests.helpers.directions import random_direction
 from tests.helpers.exports import save_model
+from tests.helpers.models import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +108,17 @@ def test_an_edit_that_no_norm_follows_is_held_to_the_exact_limit(tmp_path):
     assert report.verification.rule == "float32"
     assert report.verification.passed
     assert not any("norm follows" in note for note in report.notes)
+
+
+def test_behind_a_post_norm_every_position_is_compared(tmp_path, tiny_dir, monkeypatch):
+    monkeypatch.setattr(compare, "N_NEW", 1)
+    n_tokens = len(ChatFormat(tiny_tokenizer()).encode(PROMPTS[0]))
+    assert n_tokens > 2 * compare.N_LAST
+    for family, n in (("gemma2", n_tokens), ("qwen2", compare.N_LAST)):
+        for mode in ("full", "streaming"):
+            out = tmp_path / family / mode
+            report = export_checkpoint(tiny_dir(family), Ablate(R), out, verify=mode, prompts=PROMPTS[:1])
+            assert report.verification.n_positions == n
 
 
 def test_auto_streams_what_does_not_fit_in_memory(tmp_path, tiny_dir, monkeypatch):
