@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UserError, cause
 from ..terminal import printable, say
-from . import analyze, chat, export, localize, run, steering
+from . import analyze, chat, export, localize, methods, run, steering
 from .options import own_spelling
 
 INTERRUPTED = 130
@@ -37,6 +37,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "chat": chat.chat,
     "select": run.select_saved,
     "localize": localize.localize,
+    "compare-methods": methods.compare_methods,
     "analyze": analyze.analyze,
     "plot": analyze.plot,
     "vector": steering.make,

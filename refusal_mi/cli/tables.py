@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..measures import LossResult
     from ..recipes.caa_eval import ABResults, Changes, OpenAnswers, TextRates
     from ..recipes.localize import LeastIntervention
+    from ..recipes.methods import MethodsResult
     from ..recipes.responses_eval import EvalSummary
     from ..run.answers import Effect
     from ..run.record import CombinationRecord, DirectionRecord, RunSummary
@@ -277,6 +278,45 @@ def _two_rates(rates: "TextRates") -> tuple[str, str]:
 
 def _cell(text: str) -> Text:
     return Text("".join(character if character.isprintable() else " " for character in text))
+
+
+def print_methods(found: "MethodsResult", folder: Path) -> None:
+    """What every method costs at equal refusal, and the controls."""
+    from ..stats import signed
+
+    headers = ("method", "layer", "refused at 1", "KL at 1", "strength", "KL there", "ratio [95%]", "refused", "Δ CE")
+    table = Table(*headers)
+    for row in found.rows:
+        whole, matched = row.at(1.0), row.matched
+        ratio, low, high = matched.ratio
+        limits = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+        there = ["not reached", "", ""]
+        if matched.strength is not None and matched.kl_nats is not None:
+            there = [f"{matched.strength:.2f}", f"{matched.kl_nats:.4f}", f"{ratio:.2f}{limits}" if ratio else ""]
+        table.add_row(
+            row.label,
+            str(row.layer),
+            f"{whole.refused.value:.2f}",
+            f"{whole.kl_nats[0]:.4f}",
+            *there,
+            str(row.refused_by_text),
+            signed(row.ce_change, 3),
+        )
+    Console().print(table)
+    for name in dict.fromkeys(each.label for each in found.controls):
+        of_kind = [each for each in found.controls if each.label == name]
+        shares = [each.refused_by_score for each in of_kind]
+        kl = [each.kl_nats for each in of_kind]
+        print_lines(
+            f"{name}, {min(each.k for each in of_kind)} to {max(each.k for each in of_kind)} directions: refused by "
+            f"score {min(shares):.3f} to {max(shares):.3f}, KL {min(kl):.4f} to {max(kl):.4f}"
+        )
+    print_lines(
+        f"plain: refused {found.plain_refused_by_text}; costs are matched where {found.target:.3f} of "
+        f"{found.n_held_out} held-out prompts are refused",
+        *(f"{label}: left out, {reason}" for label, reason in found.skipped.items()),
+        f"{folder}",
+    )
 
 
 def print_least(found: "LeastIntervention", source: str, folder: Path) -> None:

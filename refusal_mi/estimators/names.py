@@ -10,6 +10,8 @@ NUMBERED = ("kmeans", "peel")
 N_CLUSTERS = 4
 MOST = {"kmeans": N_CLUSTERS, "peel": 16}
 """How many there are of each."""
+POOLS = ("ranks", *NUMBERED)
+"""Methods of several directions that are removed together; "ranks" are the best survivors of the search."""
 HELP = f"{', '.join(NAMES)}, kmeans-1 to kmeans-{N_CLUSTERS}, peel-1 to peel-{MOST['peel']}"
 
 
@@ -30,3 +32,33 @@ def parse_name(name: str) -> tuple[str, int]:
     raise UserError(
         f"no estimator is called {name!r}{meant}: choose {HELP}, or name a function of your own as module:function"
     )
+
+
+def parse_methods(text: str, most: int) -> tuple[tuple[str, int], ...]:
+    """Methods and how many directions of each are removed together: "mean,peel:3" is mean 1 and peel 3.
+
+    A pool without a number is taken at every one from 1 to `most`; dim is another name of mean.
+
+    Raises:
+        UserError: there is no such method, or no such number of directions.
+    """
+    found: list[tuple[str, int]] = []
+    for each in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = each.partition(":")
+        name = "mean" if name == "dim" else name
+        if name in POOLS:
+            limit = MOST.get(name, 16)
+            if number and not (number.isdecimal() and number.isascii() and 1 <= int(number) <= limit):
+                raise UserError(f"--methods {each}: {name} has 1 to {limit} directions, such as {name}:2")
+            counts = [int(number)] if number else range(1, min(most, limit) + 1)
+            found += [(name, count) for count in counts]
+        elif number and not number.isdecimal():
+            found.append((each, 1))  # module:function
+        else:
+            if number not in ("", "1"):
+                raise UserError(f"--methods {each}: {name} has one direction; several have {', '.join(POOLS)}")
+            parse_name(name)
+            found.append((name, 1))
+    if not found:
+        raise UserError("--methods names no method, such as mean,peel,kmeans:2")
+    return tuple(dict.fromkeys(found))

@@ -154,11 +154,11 @@ def localize(
     if kl_tokens < 1:
         raise UserError(f"--kl-tokens must be at least 1, not {kl_tokens}")
     n_layers, zero = run.model.cfg.n_layers, run.record.zero_point_nats or 0.0
-    scorer = _scorer(run, "val", kl_tokens, batch_size)
+    scorer = removal_scorer(run, "val", kl_tokens, batch_size)
     sources = source_directions(run, n_directions)
     found = localize_removal(scorer, sources, zero)
     plain, *mapped = map_writes(scorer, run.direction)
-    texts = _texts(run, run.prompts("harmful", "val"), max_new_tokens)
+    texts = judged_answers(run, run.prompts("harmful", "val"), max_new_tokens)
     least, counts = _verified(found, texts)
     rows = _held_out(run, found, least, kl_tokens, n_random, max_new_tokens, batch_size)
     by_text = {label: texts for label, _, _, texts in rows if texts is not None}
@@ -213,7 +213,8 @@ def _between(chosen: Direction, grid: Any, layer: int) -> Direction | None:
     return replace(chosen, vector=vector, provenance={**chosen.provenance, **made})
 
 
-def _scorer(run: RunInputs, part: str, kl_tokens: int, batch_size: int | None) -> RemovalScorer:
+def removal_scorer(run: RunInputs, part: str, kl_tokens: int, batch_size: int | None) -> RemovalScorer:
+    """A scorer of a part of a run's prompts: "train", "val" or "test"."""
     harmful, harmless = run.prompts("harmful", part), run.prompts("harmless", part)
     answers: list[tuple[int, ...]] = []
     if kl_tokens > 1:
@@ -232,15 +233,18 @@ def _scorer(run: RunInputs, part: str, kl_tokens: int, batch_size: int | None) -
 
 
 @dataclass(frozen=True)
-class _Judged:
+class Judged:
+    """Answers, judged one by one."""
+
     refused: tuple[bool, ...]
     degenerate: tuple[bool, ...]
 
 
-def _texts(run: RunInputs, prompts: Sequence[str], max_new_tokens: int) -> Callable[[Sequence[Ablate]], _Judged]:
+def judged_answers(run: RunInputs, prompts: Sequence[str], max_new_tokens: int) -> Callable[[Sequence[Ablate]], Judged]:
+    """A function that reads the answers to these prompts under interventions."""
     judge = SubstringJudge()
 
-    def judged(interventions: Sequence[Ablate]) -> _Judged:
+    def judged(interventions: Sequence[Ablate]) -> Judged:
         answers = generate(
             run.model,
             run.chat,
@@ -252,12 +256,12 @@ def _texts(run: RunInputs, prompts: Sequence[str], max_new_tokens: int) -> Calla
         )
         texts = [each.text for each in answers]
         complied = judge.complied(prompts, texts)
-        return _Judged(tuple(not each for each in complied), tuple(map(is_degenerate, texts)))
+        return Judged(tuple(not each for each in complied), tuple(map(is_degenerate, texts)))
 
     return judged
 
 
-def _verified(found: Localized, texts: Callable[[Sequence[Ablate]], _Judged]) -> tuple[Measured, dict[int, int]]:
+def _verified(found: Localized, texts: Callable[[Sequence[Ablate]], Judged]) -> tuple[Measured, dict[int, int]]:
     """The first of the best flat removals whose answers refuse no more often than the whole ablation's."""
     counts = {id(found.whole): sum(texts(found.whole.removal.interventions).refused)}
     for each in [one for one in found.measured if one.removal.shape == "flat"][:N_VERIFIED]:
@@ -285,7 +289,7 @@ def _row(each: Measured, zero_point: float, counts: dict[int, int]) -> RemovalRo
     )
 
 
-_Rows = list[tuple[str, Float[Tensor, " harmful"], Float[Tensor, " harmless"], _Judged | None]]
+_Rows = list[tuple[str, Float[Tensor, " harmful"], Float[Tensor, " harmless"], Judged | None]]
 
 
 def _held_out(
@@ -299,8 +303,8 @@ def _held_out(
 ) -> _Rows:
     """Scores, KL and, of all but the later random ones, judged answers; the only use of the held-out prompts."""
     n_layers, removal = run.model.cfg.n_layers, least.removal
-    scorer = _scorer(run, "test", kl_tokens, batch_size)
-    texts = _texts(run, run.prompts("harmful"), max_new_tokens)
+    scorer = removal_scorer(run, "test", kl_tokens, batch_size)
+    texts = judged_answers(run, run.prompts("harmful"), max_new_tokens)
     everything = found.whole.removal
     named: list[tuple[str, Direction, Weights, Sequence[Ablate] | None]] = [
         ("plain", everything.direction, {}, ()),
@@ -331,7 +335,7 @@ def _complement_steps(removal: Removal, n_layers: int) -> list[Ablate]:
 
 
 def _held_out_row(
-    label: str, scores: Float[Tensor, " harmful"], kl: Float[Tensor, " harmless"], texts: _Judged | None, zero: float
+    label: str, scores: Float[Tensor, " harmful"], kl: Float[Tensor, " harmless"], texts: Judged | None, zero: float
 ) -> HeldOut:
     return HeldOut(
         label,

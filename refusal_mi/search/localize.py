@@ -28,6 +28,17 @@ STRENGTHS = (0.25, 1.5)
 """The least and the most of a component that is removed."""
 
 
+def expected_refused(scores: Float[Tensor, "*rest prompt"], zero_point: float) -> Float[Tensor, "*rest"]:
+    """The share of prompts to be expected above the zero point, of the scores' density (a Gaussian kernel).
+
+    A count would call many scores just below the zero point the same as many far below, and a search, which takes the
+    best of hundreds, would find those that are there by chance.
+    """
+    width = SMOOTHING * scores.std(-1, correction=0, keepdim=True) * scores.shape[-1] ** -0.2
+    smooth = torch.special.ndtr((scores - zero_point) / width)
+    return torch.where(width > 0, smooth, (scores > zero_point).to(scores.dtype)).mean(-1)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Measured(Value):
     """A removal with the refusal scores of harmful prompts and the KL of harmless ones under it."""
@@ -43,15 +54,8 @@ class Measured(Value):
         return int((self.scores > zero_point).sum())
 
     def refused(self, zero_point: float) -> float:
-        """The share of prompts to be expected above the zero point, of the scores' density (a Gaussian kernel).
-
-        A count would call many scores just below the zero point the same as many far below, and the search, which
-        takes the best of hundreds, would find those that are there by chance.
-        """
-        width = SMOOTHING * self.scores.std(correction=0).item() * len(self.scores) ** -0.2
-        if width == 0:
-            return self.n_refused(zero_point) / len(self.scores)
-        return torch.special.ndtr((self.scores - zero_point) / width).mean().item()
+        """The share of prompts to be expected above the zero point."""
+        return expected_refused(self.scores, zero_point).item()
 
     @property
     def mean_kl(self) -> float:

@@ -39,6 +39,8 @@ from ..values import Value
 Rows = Sequence[Sequence[int]]
 Logits = Float[Tensor, "direction prompt d_vocab"]
 Layers = list[tuple[Tensor, Tensor]]
+Basis = Float[Tensor, "_ d_model"]
+"""Orthonormal rows."""
 Weights = Mapping[str, float]
 """Hook point of a write -> the fraction of the component along the direction that is removed there; others keep it."""
 Result = TypeVar("Result")
@@ -66,15 +68,19 @@ class AblateEach(Value):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AblateWritesEach(Value):
-    """`Ablate` with a direction and strengths of its own for every group of rows, which come group by group."""
+    """`Ablate` with a subspace and strengths of its own for every group of rows, which come group by group."""
 
-    units: Float[Tensor, "group d_model"]
+    bases: Float[Tensor, "group rank d_model"]
+    """Orthonormal rows; those beyond a group's own rank are zero."""
     weights: tuple[Weights, ...]
 
     @classmethod
-    def of(cls, directions: Sequence[Direction], weights: Sequence[Weights]) -> "AblateWritesEach":
-        """From one direction for each group."""
-        return cls(torch.stack([direction.unit for direction in directions]), tuple(weights))
+    def of(cls, removed: Sequence[Direction | Basis], weights: Sequence[Weights]) -> "AblateWritesEach":
+        """From one direction, or one basis, for each group."""
+        bases = [each.unit[None] if isinstance(each, Direction) else each.double() for each in removed]
+        rank = max(map(len, bases))
+        padded = [torch.nn.functional.pad(basis, (0, 0, 0, rank - len(basis))) for basis in bases]
+        return cls(torch.stack(padded), tuple(weights))
 
     def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
         """One hook per write that any group changes."""
@@ -82,14 +88,14 @@ class AblateWritesEach(Value):
         return [self._hook(name, prompt_width) for name in names]
 
     def _hook(self, name: str, prompt_width: PromptWidth) -> Hook:
-        units = Constant(self.units)
+        bases = Constant(self.bases)
         amounts = Constant(torch.tensor([each.get(name, 0.0) for each in self.weights], dtype=torch.float64))
 
         def project_out(x: Tensor) -> Tensor:
-            columns = units.beside(x)[:, :, None]
-            grouped = x.reshape(len(self.units), -1, x.shape[-1])
-            removed = amounts.beside(x)[:, None, None] * (grouped @ columns)
-            return torch.baddbmm(grouped, removed, columns.mT, alpha=-1).reshape(x.shape)
+            rows = bases.beside(x)
+            grouped = x.reshape(len(self.bases), -1, x.shape[-1])
+            removed = amounts.beside(x)[:, None, None] * (grouped @ rows.mT)
+            return torch.baddbmm(grouped, removed, rows, alpha=-1).reshape(x.shape)
 
         return name, hook_of(project_out, "all", prompt_width)
 
@@ -126,7 +132,7 @@ class Passes(Protocol):
     def added(self, directions: Sequence[Direction], prompts: Sequence[int]) -> Logits: ...
 
     def removed(
-        self, directions: Sequence[Direction], weights: Sequence[Weights], prompts: Sequence[int]
+        self, removed: Sequence[Direction | Basis], weights: Sequence[Weights], prompts: Sequence[int]
     ) -> Logits: ...
 
 
@@ -146,8 +152,10 @@ class PlainPasses:
     def added(self, directions: Sequence[Direction], prompts: Sequence[int]) -> Logits:
         return torch.stack([self._logits([Add(direction)], prompts) for direction in directions])
 
-    def removed(self, directions: Sequence[Direction], weights: Sequence[Weights], prompts: Sequence[int]) -> Logits:
-        each = zip(directions, weights, strict=True)
+    def removed(
+        self, removed: Sequence[Direction | Basis], weights: Sequence[Weights], prompts: Sequence[int]
+    ) -> Logits:
+        each = zip(removed, weights, strict=True)
         return torch.stack([self._logits([AblateWritesEach.of([one], [some])], prompts) for one, some in each])
 
     def _logits(self, interventions: Sequence[Intervention], prompts: Sequence[int]) -> Float[Tensor, "prompt d_vocab"]:
@@ -210,9 +218,11 @@ class SharedPasses:
         units = torch.stack([direction.unit for direction in directions])
         return self._backing_off(lambda: self._run_changed(len(units), lambda some: AblateEach(units[some]), prompts))
 
-    def removed(self, directions: Sequence[Direction], weights: Sequence[Weights], prompts: Sequence[int]) -> Logits:
+    def removed(
+        self, removed: Sequence[Direction | Basis], weights: Sequence[Weights], prompts: Sequence[int]
+    ) -> Logits:
         def change(some: slice) -> AblateWritesEach:
-            return AblateWritesEach.of(directions[some], weights[some])
+            return AblateWritesEach.of(removed[some], weights[some])
 
         return self._backing_off(lambda: self._run_changed(len(weights), change, prompts))
 

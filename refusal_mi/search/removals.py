@@ -19,7 +19,7 @@ from ..text.batches import TokenBatch, batches_by_length, left_pad
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from ..values import Value
-from .passes import PASS_TOKENS, AblateWritesEach, Passes, Weights, choose_passes
+from .passes import PASS_TOKENS, AblateWritesEach, Basis, Passes, Weights, choose_passes
 
 Shape = Literal["flat", "peak"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
@@ -137,36 +137,36 @@ class RemovalScorer:
         self._plain: dict[int, Tensor] = {}
 
     def score(
-        self, directions: Sequence[Direction], weights: Sequence[Weights], harmful: Sequence[int]
+        self, removed: Sequence[Direction | Basis], weights: Sequence[Weights], harmful: Sequence[int]
     ) -> Float[Tensor, "removal prompt"]:
-        """Refusal score (nats, float64) of these prompts under every removal."""
+        """Refusal score (nats, float64) of these prompts under every removal: of a direction, or of a basis' span."""
         p: list[list[Tensor]] = [[] for _ in weights]
         for index, context in enumerate(self.tokens.contexts):
             places = [index * self.n_harmful + prompt for prompt in harmful]
-            for of_removal, logits in zip(p, self.passes.removed(directions, weights, places), strict=True):
+            for of_removal, logits in zip(p, self.passes.removed(removed, weights, places), strict=True):
                 of_removal.append(as_double(logits).softmax(-1)[:, self.tokens.after(context)].cpu())
         return torch.stack([self.tokens.score_of(of_removal) for of_removal in p])
 
     def kl(
-        self, directions: Sequence[Direction], weights: Sequence[Weights], harmless: Sequence[int]
+        self, removed: Sequence[Direction | Basis], weights: Sequence[Weights], harmless: Sequence[int]
     ) -> Float[Tensor, "removal prompt"]:
         """KL (nats per token, float64) of these prompts under every removal."""
         if self._answered is not None:
-            return self._kl_of_answers(self._answered, directions, weights, harmless)
+            return self._kl_of_answers(self._answered, removed, weights, harmless)
         places = [self._first_harmless + prompt for prompt in harmless]
-        plain, changed = self.passes.plain(places), self.passes.removed(directions, weights, places)
+        plain, changed = self.passes.plain(places), self.passes.removed(removed, weights, places)
         return torch.stack([kl_nats(plain, logits).cpu() for logits in changed])
 
     def _kl_of_answers(
         self,
         answered: "_Answered",
-        directions: Sequence[Direction],
+        removed: Sequence[Direction | Basis],
         weights: Sequence[Weights],
         harmless: Sequence[int],
     ) -> Float[Tensor, "removal prompt"]:
         self._read_plain(answered, harmless)
         table = torch.empty(len(weights), len(harmless), dtype=torch.float64)
-        for some, places, logits in self._passes(answered, directions, weights, harmless):
+        for some, places, logits in self._passes(answered, removed, weights, harmless):
             for column, prompt in enumerate(harmless[place] for place in places):
                 changed = logits[:, column, -answered.n_read[prompt] :]
                 plain = self._plain[prompt].to(changed).expand_as(changed)
@@ -185,7 +185,7 @@ class RemovalScorer:
     def _passes(
         self,
         answered: "_Answered",
-        directions: Sequence[Direction],
+        removed: Sequence[Direction | Basis],
         weights: Sequence[Weights],
         harmless: Sequence[int],
     ) -> Iterator[tuple[slice, list[int], Float[Tensor, "removal prompt pos d_vocab"]]]:
@@ -200,13 +200,13 @@ class RemovalScorer:
             n_at_once = max(1, most // len(places))
             for start in range(0, max(1, len(weights)), n_at_once):
                 some = slice(start, min(start + n_at_once, max(1, len(weights))))
-                yield some, places, self._logits(directions[some], weights[some], batch, n_tail)
+                yield some, places, self._logits(removed[some], weights[some], batch, n_tail)
 
     def _logits(
-        self, directions: Sequence[Direction], weights: Sequence[Weights], batch: TokenBatch, n_tail: int
+        self, removed: Sequence[Direction | Basis], weights: Sequence[Weights], batch: TokenBatch, n_tail: int
     ) -> Float[Tensor, "removal prompt pos d_vocab"]:
         n_copies = max(1, len(weights))
-        hooks = AblateWritesEach.of(directions, weights).hooks(self.model) if weights else []
+        hooks = AblateWritesEach.of(removed, weights).hooks(self.model) if weights else []
         repeated = TokenBatch(batch.tokens.repeat(n_copies, 1), batch.mask.repeat(n_copies, 1))
         with torch.no_grad(), running(self.model, hooks):
             logits = tail_logits(self.model, repeated, n_tail)

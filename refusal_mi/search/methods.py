@@ -1,0 +1,109 @@
+"""Subspaces of different methods at equal refusal: what each costs where it leaves as many refusals as another."""
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import UserError
+from ..stats import bootstrap_interval
+from ..values import Value
+from .passes import Basis
+
+STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+"""Fractions of the component in the subspace that are removed; the plain model is 0."""
+TOLERATED = 0.05
+"""Of the plain model's refusals, where a whole removal leaves fewer: a few prompts would decide otherwise."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Curve(Value):
+    """What harmful and harmless prompts do at rising strengths; the plain model first."""
+
+    strengths: tuple[float, ...]
+    refused: Float[Tensor, "strength *rest harmful"]
+    """1 where the answer refuses."""
+    kl: Float[Tensor, "strength *rest harmless"]
+    """Nats per token, float64."""
+
+    def __post_init__(self) -> None:
+        n = len(self.strengths)
+        if self.strengths[:1] != (0.0,) or list(self.strengths) != sorted(self.strengths):
+            raise UserError(f"strengths rise from 0, the plain model, not {self.strengths}")
+        if len(self.refused) != n or len(self.kl) != n:
+            raise UserError(f"{n} strengths need as many rows, not {len(self.refused)} and {len(self.kl)}")
+
+    def share(self, strength: float) -> Float[Tensor, "*rest"]:
+        """Refused answers at one strength."""
+        return self.refused[self.strengths.index(strength)].mean(-1)
+
+    @property
+    def target(self) -> Float[Tensor, "*rest"]:
+        """The share of refusals that counts as stopped: what strength 1 leaves, or `TOLERATED` of the plain ones."""
+        return torch.maximum(self.share(1.0), TOLERATED * self.share(0.0))
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Where a method leaves as few refusals as the reference, and what that costs."""
+
+    strength: float | None
+    """The least; None where no strength is enough."""
+    kl_nats: float | None
+    ratio: tuple[float | None, float | None, float | None]
+    """KL over that of the reference, with its 95% interval (BCa over prompts); no limits where they are unbounded."""
+
+
+def match(method: Curve, reference: Curve) -> Matched:
+    """The least strength at which a method leaves as few refusals as the reference does at strength 1.
+
+    Between two strengths the share of refusals is taken to be linear, and the square root of each prompt's KL. The
+    reference's cost is that at its own least strength. The interval draws prompts, of both sides and for both methods
+    the same, and does everything else again.
+    """
+    strength, kl = _crossing(method, reference.target)
+    if not strength.isfinite():
+        return Matched(None, None, (None, None, None))
+    n = min(method.refused.shape[1], method.kl.shape[1])
+    tables = (method.refused, method.kl, reference.refused, reference.kl)
+    samples = [row[:n].tolist() for table in tables for row in table]
+    ends = [0, *accumulate(map(len, tables))]
+
+    def ratio(*drawn: Any) -> Any:
+        tables = [torch.stack([torch.as_tensor(row) for row in drawn[a:b]]) for a, b in pairwise(ends)]
+        own, other = Curve(method.strengths, *tables[:2]), Curve(reference.strengths, *tables[2:])
+        return (_crossing(own, other.target)[1] / _crossing(other, other.target)[1]).numpy()
+
+    value, low, high = (each if each == each else None for each in bootstrap_interval(*samples, statistic=ratio))
+    return Matched(strength.item(), kl.item(), (value, low, high))
+
+
+def overlap(one: Basis, other: Basis) -> float:
+    """‖Q₁Q₂ᵀ‖² / min(k₁, k₂): 1 where one span holds the other, 0 where they are orthogonal.
+
+    Mean squared cosine of the principal angles; of random spans max(k₁, k₂) / d_model is expected.
+    """
+    return ((one.double() @ other.double().T).square().sum() / min(len(one), len(other))).item()
+
+
+def _crossing(method: Curve, target: Float[Tensor, "*rest"]) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
+    """The strength at which the share of refusals first falls to the target, and the KL there; NaN where it never does.
+
+    Tables may have axes between strengths and prompts.
+    """
+    shares, roots = method.refused.mean(-1), method.kl.clamp(min=0).sqrt()
+    reached = shares <= target
+    end = reached.int().argmax(0)[None]
+    start = (end - 1).clamp(min=0)
+    high, low = (shares.gather(0, each)[0] for each in (start, end))
+    part = torch.where(high > low, (high - target) / (high - low), torch.zeros_like(high))
+    strengths = torch.tensor(method.strengths, dtype=torch.float64)
+    low_strength, high_strength = (strengths[each[0]] for each in (start, end))
+    strength = torch.lerp(low_strength, high_strength, part)
+    low_root, high_root = (roots.gather(0, each[..., None].expand(1, *roots.shape[1:]))[0] for each in (start, end))
+    kl = torch.lerp(low_root, high_root, part[..., None]).square().mean(-1)
+    never = torch.full_like(strength, torch.nan)
+    return torch.where(reached.any(0), strength, never), torch.where(reached.any(0), kl, never)

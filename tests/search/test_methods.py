@@ -1,0 +1,99 @@
+"""Costs at equal refusal: known curves cross at known places, drawn prompts give known intervals."""
+
+import numpy as np
+import pytest
+import torch
+
+from refusal_mi.errors import UserError
+from refusal_mi.interventions import Ablate
+from refusal_mi.measures import kl_nats, next_token_logits, refusal_scores
+from refusal_mi.model.points import write_hooks
+from refusal_mi.search.methods import STRENGTHS, TOLERATED, Curve, match, overlap
+from refusal_mi.search.removals import RemovalScorer
+from refusal_mi.text.chat import ChatFormat
+from tests.helpers.models import D_MODEL, N_LAYERS
+from tests.helpers.naive import ASKS
+
+AT = (0.0, *STRENGTHS)
+N = 60
+
+
+def planted(falls_at, cost, n=N, spread=0.0, seed=0):
+    """Prompts are refused up to strengths around `falls_at`; KL is cost · strength², times a prompt's own factor."""
+    rng = np.random.default_rng(seed)
+    ends = falls_at + spread * rng.standard_normal(n)
+    refused = torch.tensor([[float(strength < end) for end in ends] for strength in AT], dtype=torch.float64)
+    factors = torch.from_numpy(rng.lognormal(0, 0.5, n))
+    return Curve(AT, refused, cost * torch.tensor(AT, dtype=torch.float64)[:, None] ** 2 * factors)
+
+
+def test_a_known_curve_crosses_where_it_should():
+    reference = planted(0.5, 0.01)
+    found = match(reference, reference)
+    # all refused at .4, none at .6: the share falls to TOLERATED at .4 + .2 (1 - TOLERATED); √KL is linear in strength
+    expected = 0.4 + 0.2 * (1 - TOLERATED)
+    assert found.strength == pytest.approx(expected) and found.ratio == (1.0, 1.0, 1.0)
+    factors = reference.kl[-1] / (0.01 * AT[-1] ** 2)
+    assert found.kl_nats == pytest.approx((0.01 * expected**2 * factors).mean().item())
+
+
+def test_twice_the_cost_at_equal_strength_is_a_ratio_of_two_and_so_is_a_later_fall():
+    reference = planted(0.5, 0.01)
+    dear = Curve(AT, reference.refused, 2 * reference.kl)
+    assert match(dear, reference).ratio == pytest.approx((2, 2, 2))
+    late = match(Curve(AT, planted(0.9, 0.01).refused, reference.kl), reference)
+    at = 0.8 + 0.2 * (1 - TOLERATED), 0.4 + 0.2 * (1 - TOLERATED)
+    assert late.strength == pytest.approx(at[0]) and late.ratio[0] == pytest.approx((at[0] / at[1]) ** 2)
+    assert match(planted(9.0, 0.01), reference).strength is None, "what never stops refusals has no cost"
+    assert match(planted(9.0, 0.01), reference).ratio == (None, None, None)
+
+
+def test_the_reference_that_leaves_some_is_matched_there():
+    half = planted(0.5, 0.01)
+    half.refused[:, : N // 2] = 1.0  # it never stops these
+    assert half.target.item() == 0.5
+    assert match(planted(0.5, 0.01), half).strength == pytest.approx(0.5)
+
+
+def test_intervals_of_the_ratio_hold_the_truth():
+    """Two methods of the same cost and strengths, drawn anew: 95% of the intervals hold 1, and fewer hold 1.5."""
+    draws = [match(planted(0.5, 0.01, 40, 0.1, s), planted(0.5, 0.01, 40, 0.1, 1000 + s)).ratio for s in range(60)]
+    held = [sum(low <= truth <= high for _, low, high in draws) / len(draws) for truth in (1.0, 1.5)]
+    assert held[0] >= 0.85 and held[1] < held[0] - 0.2
+
+
+def test_overlap_of_spans():
+    basis = torch.linalg.qr(
+        torch.randn(D_MODEL, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ).Q.T
+    assert overlap(basis[:2], basis[:4]) == pytest.approx(1) and overlap(basis[:2], basis[2:6]) == pytest.approx(0)
+    turned = torch.stack([basis[0], basis[1] * 0.6 + basis[2] * 0.8])
+    assert overlap(turned, basis[:2]) == pytest.approx((1 + 0.36) / 2)
+
+
+def test_a_span_is_removed_as_its_ablation_removes_it(tiny_model):
+    model = tiny_model("llama")
+    chat, tokens, names = ChatFormat(model.tokenizer), [5, 9], write_hooks(N_LAYERS)
+    drawn = torch.Generator().manual_seed(0)
+    bases = [torch.linalg.qr(torch.randn(D_MODEL, k, generator=drawn, dtype=torch.float64)).Q.T for k in (3, 1, 2)]
+    scorer = RemovalScorer(model, chat, ASKS, ASKS, tokens)
+    strengths = (1.0, 0.4, 0.7)
+    weights = [dict.fromkeys(names, strength) for strength in strengths]
+    scores, kl = (read(bases, weights, range(len(ASKS))) for read in (scorer.score, scorer.kl))
+    plain = next_token_logits(model, chat, ASKS)
+    for basis, strength, score, cost in zip(bases, strengths, scores, kl, strict=True):
+        ablation = Ablate(basis, strength)
+        expected = refusal_scores(model, chat, ASKS, tokens, interventions=ablation)
+        assert torch.allclose(score, expected.double(), atol=1e-4)
+        changed = next_token_logits(model, chat, ASKS, interventions=ablation)
+        assert torch.allclose(cost, kl_nats(plain, changed), atol=1e-5)
+    one = scorer.kl([bases[0][:1]], weights[:1], range(len(ASKS)))[0]
+    assert (one - kl[0]).abs().max() > 1e-4, "the control: its first direction alone is another removal"
+
+
+def test_a_curve_that_is_none_is_refused():
+    good = planted(0.5, 0.01)
+    with pytest.raises(UserError, match="rise from 0"):
+        Curve(AT[1:], good.refused[1:], good.kl[1:])
+    with pytest.raises(UserError, match="need as many rows"):
+        Curve(AT, good.refused[1:], good.kl[1:])
