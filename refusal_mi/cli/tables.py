@@ -289,7 +289,7 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
     for row in found.rows:
         whole, matched = row.at(1.0), row.matched
         ratio, low, high = matched.ratio
-        limits = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+        limits = " [unbounded]" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
         there = ["not reached", "", ""]
         if matched.strength is not None and matched.kl_nats is not None:
             there = [f"{matched.strength:.2f}", f"{matched.kl_nats:.4f}", f"{ratio:.2f}{limits}" if ratio else ""]

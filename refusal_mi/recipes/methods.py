@@ -198,7 +198,8 @@ def compare_methods(
         methods: names and how many directions, as `estimators.names.parse_methods` reads them.
         folder: where stages are kept, so that what was killed goes on; `RUN/methods` by default.
         kl_tokens: over how many tokens of the plain model's answers the KL goes.
-        n_places: how many layers of the search's survivors are tried, each at its best position.
+        n_places: how many layers are tried: those of the search's survivors, each at its best position, then those
+            next to the run's own.
 
     Raises:
         UserError: the run chose no direction, or a method does not exist.
@@ -302,12 +303,14 @@ class _Comparison:
 
     @cached_property
     def places(self) -> list[tuple[int, int]]:
-        """Position and layer of the best survivors, one for each layer, the run's own first."""
-        run, best = self.run, {}
-        assert run.direction.position is not None
-        best[run.direction.layer] = run.direction.position
+        """Position and layer of the best survivors, one for each layer, the run's own first; then its neighbours."""
+        run, layer, position = self.run, self.run.direction.layer, self.run.direction.position
+        assert position is not None
+        best = {layer: position}
         for row in select(run.scores, run.options.thresholds).survivors:
             best.setdefault(row.layer, row.position)
+        for near in sorted(range(run.grid.n_layers), key=lambda each: abs(each - layer)):
+            best.setdefault(near, position)
         return [(position, layer) for layer, position in best.items()][: self.n_places]
 
     @cached_property
@@ -446,7 +449,7 @@ class _Comparison:
         if name == "ranks":
             n_there = len(select(self.run.scores, self.run.options.thresholds).survivors)
             if k > n_there:
-                raise _Nothing(f"the search has {n_there} survivors")
+                raise _Nothing(f"the search has {n_there} survivor(s)")
             directions = load_ranked(self.run.path, range(k))
             first = directions[0]
             return [((first.position, first.layer), _basis(torch.stack([each.unit for each in directions])))]

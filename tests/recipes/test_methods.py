@@ -1,0 +1,119 @@
+"""Methods compared in a run of the embedded model: what is removed, what it costs, what is kept when it is killed."""
+
+import pytest
+import torch
+
+from refusal_mi.cli import exit_status
+from refusal_mi.errors import UserError
+from refusal_mi.estimators.names import parse_methods
+from refusal_mi.files import read_json, read_tensors
+from refusal_mi.generation import generate
+from refusal_mi.interventions import Ablate
+from refusal_mi.judges.substring import SubstringJudge
+from refusal_mi.measures import kl_nats, next_token_logits
+from refusal_mi.model.loading import ORGANISM, load_model
+from refusal_mi.recipes.methods import MethodsResult
+from refusal_mi.run.folder import RunInputs, load_ranked
+
+N = 24
+MINE = "tests.recipes.test_methods:backwards"
+LINE = [f"--methods=mean,ranks:1,ranks:2,peel:2,{MINE}", f"--n-prompts={N}", "--max-new-tokens=8", "--n-random=2"]
+LINE += ["--n-places=2"]
+on_the_embedded = pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")
+
+
+def backwards(harmful, harmless):
+    """A user's own: the difference of means the other way round, which spans the same line."""
+    from refusal_mi.directions import difference_in_means
+
+    return difference_in_means(harmless, harmful)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A run folder and what was compared in it."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    assert exit_status(["run", "--steps=directions,selection", "--search=staged", f"--output-dir={path}"]) == 0
+    assert exit_status(["compare-methods", f"--run={path}", *LINE]) == 0
+    return path, MethodsResult.load(path / "methods")
+
+
+@pytest.mark.slow
+@on_the_embedded
+def test_all_stop_refusals_and_the_controls_do_not(compared):
+    _, found = compared
+    assert [row.label for row in found.rows] == ["mean:1", "ranks:1", "peel:2", f"{MINE}:1"]
+    assert found.skipped == {"ranks:2": "the search has 1 survivor(s)"}
+    assert found.plain_refused_by_text.value > 0.9 and found.n_held_out == N
+    for row in found.rows:
+        assert row.at(0.0).refused.value > 0.9 and row.at(0.0).kl_nats[0] < 1e-9
+        assert row.at(1.0).refused.value <= 0.1 and 0 < row.matched.strength <= 1.2
+        kl = [each.kl_nats[0] for each in row.curve]
+        assert kl == sorted(kl) and kl[1] < row.matched.kl_nats < kl[-1]
+    assert {each.k for each in found.controls} == {1, 2} and len(found.controls) == 2 * (2 + 2)
+    assert all(each.refused_by_score > 0.7 for each in found.controls if each.label == "random")
+    assert min(each.kl_nats for each in found.controls) > 1e-5, "they do change the model"
+
+
+@pytest.mark.slow
+@on_the_embedded
+def test_the_numbers_are_those_of_the_ablations(compared):
+    path, found = compared
+    run = RunInputs(load_model(device="cpu"), path, N)
+    assert found.row("mean:1").matched.ratio == (1.0, 1.0, 1.0)
+    assert found.rows[3].matched.ratio == pytest.approx((1, 1, 1), abs=1e-3), "the same line costs the same"
+    span = Ablate(load_ranked(path, (0,)), 0.8)
+    harmful, harmless = run.prompts("harmful"), run.prompts("harmless")
+    plain, changed = (next_token_logits(run.model, run.chat, harmless, interventions=each) for each in ((), span))
+    at = next(each for each in found.row("ranks:1").curve if each.strength == 0.8)
+    assert at.kl_nats[0] == pytest.approx(kl_nats(plain, changed).mean().item(), rel=1e-3)
+    answers = generate(run.model, run.chat, harmful, interventions=span, max_new_tokens=run.options.label_tokens)
+    complied = SubstringJudge().complied(harmful, [each.text for each in answers])
+    assert at.refused.count == sum(not each for each in complied)
+    basis = read_tensors(path / "methods/peel-2/basis.pt")
+    assert torch.allclose(basis @ basis.T, torch.eye(2, dtype=basis.dtype), atol=1e-6)
+    table = torch.tensor(found.overlaps)
+    assert torch.allclose(table.diag(), torch.ones(4, dtype=table.dtype), atol=1e-6) and torch.allclose(table, table.T)
+    assert table[0, 3] > 1 - 1e-6 and table[0, 2] < 0.99
+    assert len(found.to_frame()) == 4 * 7
+
+
+@pytest.mark.slow
+@on_the_embedded
+def test_what_was_killed_goes_on_to_the_same_numbers(compared, capsys):
+    path, _ = compared
+    folder = path / "methods"
+    before = read_json(folder / "methods.json")
+    for name in ("methods.json", "peel-2/answers.json", "ranks-1/held_out.json"):
+        (folder / name).unlink()
+    assert exit_status(["compare-methods", f"--run={path}", *LINE]) == 0
+    again, said = read_json(folder / "methods.json"), capsys.readouterr()
+    assert again == before
+    lines = (said.err + said.out).splitlines()
+    kept = [line.partition(":")[0] for line in lines if "done before" in line]
+    assert "mean-1-held-out" in kept and "peel-2-answers" not in kept and "ranks-1-held-out" not in kept
+    for name in ("cost", "ratios"):
+        assert "Plotly.newPlot" in (folder / f"{name}.html").read_text(encoding="utf-8")
+
+
+def test_methods_are_read_as_they_are_written():
+    assert parse_methods("dim, peel", 2) == (("mean", 1), ("peel", 1), ("peel", 2))
+    assert parse_methods("kmeans:3,ranks:2,mine.py:fit", 4) == (("kmeans", 3), ("ranks", 2), ("mine.py:fit", 1))
+    assert len(parse_methods("kmeans", 9)) == 4, "there are four clusters"
+    for text, what in (
+        ("", "names no method"),
+        ("peel:0", "1 to 16"),
+        ("mean:2", "has one direction"),
+        ("meen", "did you mean mean"),
+        ("kmeans:5", "1 to 4"),
+    ):
+        with pytest.raises(UserError, match=what):
+            parse_methods(text, 4)
+
+
+@pytest.mark.slow
+@on_the_embedded
+@pytest.mark.parametrize("option", ["--methods=nothing", "--n-prompts=1", "--kl-tokens=0", "--n-places=0"])
+def test_options_that_make_no_sense_are_one_line(compared, option, capsys):
+    assert exit_status(["compare-methods", f"--run={compared[0]}", option]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
