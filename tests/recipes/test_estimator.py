@@ -10,12 +10,18 @@ from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.estimators.named import estimator_named
 from refusal_mi.estimators.samples import EveryPlace
+from refusal_mi.export.export import export_checkpoint
+from refusal_mi.figures.scores import plot_scores
 from refusal_mi.files import read_json, read_tensors
+from refusal_mi.interventions import Ablate
+from refusal_mi.measures import next_token_logits
+from refusal_mi.model.loading import load_model
 from refusal_mi.reading import sample_activations
 from refusal_mi.recipes.arditi import run
 from refusal_mi.recipes.combinations import run_combos
 from refusal_mi.recipes.search import named_estimator
 from refusal_mi.run.folder import RunRecord
+from refusal_mi.run.loaded import load_run
 from refusal_mi.run.options import CombosOptions, RunOptions, command_line
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.search.thresholds import NO_THRESHOLDS
@@ -247,3 +253,35 @@ def test_a_vector_of_zeros_is_no_candidate(tiny_model, source, tmp_path):
     scores = {(row["position"], row["layer"]): row["refusal_score"] for row in rows}
     first = min(position for position, _ in scores)
     assert scores[first, 2] is None and scores[first, 3] is not None
+
+
+CELL = """
+from refusal_mi import difference_in_means
+from refusal_mi.estimators.samples import sees_prompts
+
+@sees_prompts
+def of_the_first_half(harmful, harmless):
+    return difference_in_means(harmful.take(range(3)).means, harmless.means)
+"""
+
+
+def test_an_estimator_of_a_cell_goes_through_search_figures_and_export(tiny_model, tiny_dir, source, tmp_path):
+    """As in a notebook: a function that no module has."""
+    cell = {"__name__": "__main__"}
+    exec(CELL, cell)
+    folder, out = tmp_path / "run", tmp_path / "out"
+    run(tiny_model("llama"), source, OPTIONS, RunFolder(folder), estimator=cell["of_the_first_half"])
+    found = load_run(folder)
+    assert found.record.run.options.estimator == "__main__:of_the_first_half"
+    figure = plot_scores(found.scores, chosen=found.selection.survivors[0])
+    drawn = [value for trace in figure.data for value in trace.y if value is not None]
+    best = min(row.bypass for row in found.scores.rows if row.bypass is not None)
+    assert any(value == pytest.approx(best) for value in drawn)
+    report = export_checkpoint(tiny_dir("llama"), Ablate(found.direction), out)
+    assert report.verification.passed
+    hooked, chat = tiny_model("llama"), ChatFormat(tiny_model("llama").tokenizer)
+    expected = next_token_logits(hooked, chat, ["a", "b c"], interventions=Ablate(found.direction))
+    exported = next_token_logits(load_model(out, device="cpu"), chat, ["a", "b c"])
+    assert torch.allclose(exported, expected, atol=1e-4)
+    run(tiny_model("llama"), source, OPTIONS, RunFolder(tmp_path / "plain"))
+    assert abs(load_run(tmp_path / "plain").grid.vectors - found.grid.vectors).max() > 1e-3, "the control: another one"
