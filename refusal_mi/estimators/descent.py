@@ -83,9 +83,7 @@ def orthonormal(
     return torch.stack(found[n_given:])
 
 
-def tangent(
-    gradient: Float[Tensor, "n d_model"], rows: Float[Tensor, "n d_model"]
-) -> Float[Tensor, "n d_model"]:
+def tangent(gradient: Float[Tensor, "n d_model"], rows: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
     """The part of a gradient along which orthonormal rows stay so: G − ½(GBᵀ + BGᵀ)B; for one row g − (g·v)v."""
     overlap = gradient @ rows.T
     return gradient - (overlap + overlap.T) / 2 @ rows

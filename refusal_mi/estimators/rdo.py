@@ -1,8 +1,8 @@
 """Refusal directions by gradient descent through the model: RDO (Wollschläger et al. 2025, "The Geometry of Refusal").
 
-A direction is fitted to what it is to do. Three losses, over texts that the model wrote itself (`recipes.rdo.own_texts`):
-ablated, it should answer harmful prompts; added, it should refuse harmless ones; ablated, it should leave harmless answers
-as they are. Each is a differentiable function of a vector of any length, and of use alone.
+A direction is fitted to what it is to do, on texts that the model wrote itself (`recipes.rdo.own_texts`): where it is
+ablated, harmful prompts are answered; where it is added, harmless ones are refused; where it is ablated, harmless answers
+stay what they are. Each of the three losses is a differentiable function of a vector of any length, and of use alone.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -92,7 +92,7 @@ class Fit(Value):
     terms: tuple[str, ...]
     """What the columns of `losses` are; the first is the whole, the others unweighted."""
     losses: Float[Tensor, "step term"]
-    """Nats, before each step, of the texts that were read at it."""
+    """Nats, before each step, of the texts that were read at it; of a cone the sum of both means."""
     best_step: int
     stopped_early: bool
 
@@ -155,13 +155,13 @@ def rdo_terms(
 
 def ablation_loss(model: HookedModel, texts: Sequence[Span], pad_id: int) -> Loss:
     """Cross-entropy per token of the answers, where the direction is ablated; the mean over texts of their means."""
-    batch, n_answer = _batch(model, texts, pad_id)
+    batch, n_answer = padded(model, texts, pad_id)
     return lambda vector: _cross_entropy(_logits(model, batch, n_answer, ablation_hooks(model, vector)), batch)
 
 
 def addition_loss(model: HookedModel, texts: Sequence[Span], pad_id: int, layer: int, norm: float) -> Loss:
     """The same where `norm` times the unit direction is added to the stream entering block `layer`."""
-    batch, n_answer = _batch(model, texts, pad_id)
+    batch, n_answer = padded(model, texts, pad_id)
     return lambda vector: _cross_entropy(
         _logits(model, batch, n_answer, addition_hooks(model, vector, layer, norm)), batch
     )
@@ -175,7 +175,7 @@ def retention_loss(model: HookedModel, texts: Sequence[Span], pad_id: int, form:
             the mean over texts.
     """
     check_named("retention_form", form, get_args(RetentionForm))
-    batch, n_answer = _batch(model, texts, pad_id)
+    batch, n_answer = padded(model, texts, pad_id)
     with torch.no_grad():
         plain = [as_double(rows).log_softmax(-1) for rows in _logits(model, batch, n_answer, [])]
 
@@ -221,8 +221,8 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _batch(model: HookedModel, texts: Sequence[Span], pad_id: int) -> tuple[TokenBatch, list[int]]:
-    """The texts on the model's device, and how many tokens of each are its answer."""
+def padded(model: HookedModel, texts: Sequence[Span], pad_id: int) -> tuple[TokenBatch, list[int]]:
+    """The texts on the model's device, and how many tokens of each its span has."""
     rows = [span.token_ids[: span.end] for span in texts]
     check_fits(model, rows)
     return left_pad(rows, pad_id).to(model_device(model)), [span.end - span.first for span in texts]
@@ -261,8 +261,12 @@ def fit_terms(
     spread: Spread = as_they_are,
     orthogonal_to: Sequence[Direction] = (),
     checkpoint: str | Path | None = None,
+    key: Any = None,
 ) -> Fit:
     """Orthonormal rows of lowest weighted sum of terms, each the mean over the directions that `spread` gives.
+
+    Args:
+        key: JSON values of what the terms depend on beside their texts and weights, for checkpoints.
 
     Raises:
         UserError: a term has no texts, or the checkpoint is of another fit.
@@ -283,7 +287,7 @@ def fit_terms(
         options,
         orthogonal_to=fixed,
         checkpoint=None if checkpoint is None else at_home(checkpoint),
-        key=_key(model, terms, start, rows, fixed, options, method),
+        key=_key(model, terms, start, rows, fixed, options, [method, key]),
         description=f"fitting {method}",
     )
     return _fit(found, terms, start, options, method)
@@ -335,15 +339,17 @@ def _key(
     rows: Tensor,
     fixed: Tensor | None,
     options: RDOOptions,
-    method: str,
+    about: Any,
 ) -> str:
     """What a fit is of, but for its number of steps."""
     settings = {each.name: getattr(options, each.name) for each in fields(options) if each.name != "n_steps"}
     texts = {
         term.name: [term.weight, [[*span.token_ids, span.first, span.end] for span in term.texts]] for term in terms
     }
-    vectors = [tensor.double().flatten().tolist() for tensor in (start.vector, rows, *([] if fixed is None else [fixed]))]
-    return sha256_json([method, model_source(model), start.layer, settings, texts, vectors])
+    vectors = [
+        tensor.double().flatten().tolist() for tensor in (start.vector, rows, *([] if fixed is None else [fixed]))
+    ]
+    return sha256_json([about, model_source(model), start.layer, settings, texts, vectors])
 
 
 def _fit(found: Descent, terms: Sequence[Term], start: Direction, options: RDOOptions, method: str) -> Fit:
@@ -359,7 +365,9 @@ def _fit(found: Descent, terms: Sequence[Term], start: Direction, options: RDOOp
     }
     dtype = torch.promote_types(start.vector.dtype, torch.float32)
     directions = tuple(
-        replace(start, vector=(row * start.norm).to(dtype), provenance=provenance | {"row": index, "of": len(found.rows)})
+        replace(
+            start, vector=(row * start.norm).to(dtype), provenance=provenance | {"row": index, "of": len(found.rows)}
+        )
         for index, row in enumerate(found.rows)
     )
     names = ("loss", *(term.name for term in terms))
