@@ -1,8 +1,8 @@
 """Refusal directions by gradient descent through the model: RDO (Wollschläger et al. 2025, "The Geometry of Refusal").
 
-A direction is fitted to what it is to do, on texts that the model wrote itself (`recipes.rdo.own_texts`): where it is
-ablated, harmful prompts are answered; where it is added, harmless ones are refused; where it is ablated, harmless answers
-stay what they are. Each of the three losses is a differentiable function of a vector of any length, and of use alone.
+A direction is fitted to what it is to do, on texts that the model wrote itself (`recipes.rdo.own_texts`): where it
+is ablated, harmful prompts are answered; where it is added, harmless ones are refused; where it is ablated, harmless
+answers stay what they are. Each of the three losses is a differentiable function of a vector of any length.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The texts that refusal directions are fitted to by gradients: a model's own answers, under a direction that it has."""
+"""The texts that directions are fitted to by gradients: a model's own answers, under a direction that it has."""
 
 from collections.abc import Sequence
 
