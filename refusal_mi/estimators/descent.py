@@ -194,12 +194,13 @@ class _State:
                 f"{path} is a checkpoint of another model, other texts, options or another start: name another file, "
                 "or remove it"
             )
-        shapes = {held[name].shape for name in ("rows", "best", *_MOMENTS)}
         counters, losses = held["counters"].flatten().tolist(), held["losses"]
-        if shapes != {self.rows.shape} or len(counters) != len(_COUNTERS) or losses.ndim != 2:
-            raise UserError(f"{path} is a damaged checkpoint: remove it")
-        self.counters = dict(zip(_COUNTERS, map(int, counters), strict=True))
-        if len(losses) != self.counters["step"] or not 0 <= self.counters["best_step"] < len(losses):
+        like = [held[name] for name in ("rows", "best", *_MOMENTS)]
+        fits = all(each.shape == self.rows.shape and each.dtype == self.rows.dtype for each in like)
+        fits = fits and all(bool(torch.isfinite(each).all()) for each in (*like, losses))
+        self.counters = dict(zip(_COUNTERS, map(int, counters), strict=False))
+        fits = fits and len(counters) == len(_COUNTERS) and losses.ndim == 2 and min(counters) >= 0
+        if not fits or not self.counters["best_step"] < len(losses) == self.counters["step"]:
             raise UserError(f"{path} is a damaged checkpoint: remove it")
         if len(losses) > options.n_steps:
             raise UserError(f"{path} is {len(losses)} steps far, and n_steps is {options.n_steps}")

@@ -279,7 +279,7 @@ def fit_terms(
     fixed = torch.stack([each.unit for each in orthogonal_to]) if orthogonal_to else None
 
     def evaluate(rows: Tensor, step: int) -> tuple[Sequence[float], Tensor]:
-        return _evaluated(terms, options, spread, rows, step)
+        return loss_and_gradient(terms, options, spread, rows, step)
 
     found = descend(
         evaluate,
@@ -293,7 +293,7 @@ def fit_terms(
     return _fit(found, terms, start, options, method)
 
 
-def _evaluated(
+def loss_and_gradient(
     terms: Sequence[Term], options: RDOOptions, spread: Spread, rows: Tensor, step: int
 ) -> tuple[list[float], Tensor]:
     """The loss, its terms, and the gradient in the rows; one graph of one pass is held at a time."""
