@@ -228,16 +228,14 @@ def padded(model: HookedModel, texts: Sequence[Span], pad_id: int) -> tuple[Toke
     return left_pad(rows, pad_id).to(model_device(model)), [span.end - span.first for span in texts]
 
 
-def _logits(
-    model: HookedModel, batch: TokenBatch, n_answer: Sequence[int], hooks: Sequence[Hook]
-) -> list[Float[Tensor, "pos d_vocab"]]:
-    """Of every text, the logits at the last token of the prompt and at every token of the answer."""
+def _logits(model: HookedModel, batch: TokenBatch, n_answer: Sequence[int], hooks: Sequence[Hook]) -> list[Tensor]:
+    """Of every text, the logits at the last token of the prompt and at every token of the answer, `[pos d_vocab]`."""
     with running(model, hooks):
         logits = tail_logits(model, batch, max(n_answer) + 1)
     return [row[-n - 1 :] for row, n in zip(logits, n_answer, strict=True)]
 
 
-def _cross_entropy(logits: Sequence[Float[Tensor, "pos d_vocab"]], batch: TokenBatch) -> Float[Tensor, ""]:
+def _cross_entropy(logits: Sequence[Tensor], batch: TokenBatch) -> Float[Tensor, ""]:
     losses = [
         torch.nn.functional.cross_entropy(_wide(rows[:-1]), ids[len(ids) - len(rows) + 1 :])
         for rows, ids in zip(logits, batch.tokens, strict=True)
