@@ -42,7 +42,7 @@ class Cone(Value):
         """The unit directions, float64."""
         return torch.stack([each.unit for each in self.directions])
 
-    def mix(self, weights: Sequence[float]) -> Direction:
+    def mix(self, weights: Sequence[float | int]) -> Direction:
         """The direction of these weights, as long as the first one.
 
         Raises:

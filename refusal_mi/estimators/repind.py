@@ -78,14 +78,13 @@ def independence_loss(model: HookedModel, texts: Sequence[Span], pad_id: int, ot
     over these layers and tokens. Of a direction with itself it is 2·mean cos²(x, v).
     """
     batch, n_read = padded(model, texts, pad_id)
-    layers = layers_read(model.cfg.n_layers)
     units = [other.unit for other in others]
     with torch.no_grad():
-        plain = _streams(model, batch, layers, [])
-        under = [_streams(model, batch, layers, ablation_hooks(model, unit)) for unit in units]
+        plain = _streams(model, batch, n_read, [])
+        under = [_streams(model, batch, n_read, ablation_hooks(model, unit)) for unit in units]
 
     def loss(vector: Tensor) -> Tensor:
-        ablated = _streams(model, batch, layers, ablation_hooks(model, vector))
+        ablated = _streams(model, batch, n_read, ablation_hooks(model, vector))
         total = torch.zeros((), dtype=torch.float64)
         for unit, without in zip(units, under, strict=True):
             changes = (_cosines(ablated, unit) - _cosines(plain, unit)).square()
@@ -117,7 +116,7 @@ def dependence(
     if not directions:
         raise UserError("dependence needs at least one direction")
     spans = prompt_spans(chat, chat.encode_all(as_prompts(prompts)), tokens)
-    layers, units = layers_read(model.cfg.n_layers), [each.unit for each in directions]
+    units = [each.unit for each in directions]
     table, rows = (
         torch.zeros(len(units), len(units), dtype=torch.float64),
         [span.token_ids[: span.end] for span in spans],
@@ -125,9 +124,9 @@ def dependence(
     for indices, batch in batches(model, rows, chat.pad_id, batch_size, description="reading dependence"):
         n_read = [spans[index].end - spans[index].first for index in indices]
         with torch.no_grad():
-            plain = _streams(model, batch, layers, [])
+            plain = _streams(model, batch, n_read, [])
             for row, unit in enumerate(units):
-                ablated = _streams(model, batch, layers, ablation_hooks(model, unit))
+                ablated = _streams(model, batch, n_read, ablation_hooks(model, unit))
                 for column, other in enumerate(units):
                     changes = (_cosines(ablated, other) - _cosines(plain, other)).abs()
                     table[row, column] += _mean_at(changes, n_read).double().cpu() * len(indices) / len(rows)
@@ -154,30 +153,34 @@ def layers_read(n_layers: int) -> range:
 
 
 def _streams(
-    model: HookedModel, batch: TokenBatch, layers: Sequence[int], hooks: Sequence[Hook]
-) -> list[Float[Tensor, "batch pos d_model"]]:
-    """What enters each of the blocks, with its gradient."""
+    model: HookedModel, batch: TokenBatch, n_read: Sequence[int], hooks: Sequence[Hook]
+) -> Float[Tensor, "layer token d_model"]:
+    """What enters the blocks at the last tokens of every text, one text after the other, with its gradient.
+
+    At no others: of a stream that is zero, as under padding, a cosine has no gradient.
+    """
     kept: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
         def read(x: Tensor, hook: Any) -> None:
-            kept[layer] = x
+            kept[layer] = torch.cat([row[-n:] for row, n in zip(x, n_read, strict=True)])
 
         return read
 
-    with running(model, [*hooks, *((resid_hook(layer, model.cfg.n_layers), keep(layer)) for layer in layers)]):
+    n_layers = model.cfg.n_layers
+    with running(model, [*hooks, *((resid_hook(layer, n_layers), keep(layer)) for layer in layers_read(n_layers))]):
         last_logits(model, batch)
-    return [kept[layer] for layer in layers]
+    streams = torch.stack(list(kept.values()))
+    return streams.to(torch.promote_types(streams.dtype, torch.float32))
 
 
 def _cosines(
-    streams: Sequence[Float[Tensor, "batch pos d_model"]], vector: Float[Tensor, " d_model"]
-) -> Float[Tensor, "layer batch pos"]:
-    wide = torch.stack([stream.to(torch.promote_types(stream.dtype, torch.float32)) for stream in streams])
-    unit = (vector / vector.norm()).to(wide.dtype).to(wide.device)
-    return (wide @ unit) / wide.norm(dim=-1)
+    streams: Float[Tensor, "layer token d_model"], vector: Float[Tensor, " d_model"]
+) -> Float[Tensor, "layer token"]:
+    unit = (vector / vector.norm()).to(streams.dtype).to(streams.device)
+    return (streams @ unit) / streams.norm(dim=-1)
 
 
-def _mean_at(values: Float[Tensor, "layer batch pos"], n_read: Sequence[int]) -> Float[Tensor, ""]:
-    """Mean over texts of the mean over layers and a text's last tokens."""
-    return torch.stack([values[:, row, -n:].mean() for row, n in enumerate(n_read)]).mean()
+def _mean_at(values: Float[Tensor, "layer token"], n_read: Sequence[int]) -> Float[Tensor, ""]:
+    """Mean over texts of the mean over layers and a text's tokens."""
+    return torch.stack([each.mean() for each in values.split(list(n_read), dim=1)]).mean()

@@ -102,6 +102,21 @@ def test_tokens_and_layers_are_those_that_are_said(tiny_model):
         dependence(model, chat, [], ASKS)
 
 
+def test_padding_that_is_embedded_as_nothing_gives_no_nan(own_model):
+    chat = ChatFormat(own_model.tokenizer)
+    with torch.no_grad():
+        own_model.original_model.get_input_embeddings().weight[chat.pad_id] = 0.0
+    spans = prompt_spans(chat, chat.encode_all(ASKS), "instruction")
+    assert len({len(span.token_ids) for span in spans}) > 1
+
+    def slope(some):
+        vector = V.unit.clone().requires_grad_()
+        return torch.autograd.grad(independence_loss(own_model, some, chat.pad_id, [U])(vector), vector)[0]
+
+    alone = sum(slope([span]) for span in spans) / len(spans)
+    torch.testing.assert_close(slope(spans), alone, rtol=1e-3, atol=1e-3 * alone.abs().max().item())
+
+
 def test_a_fit_that_asks_for_it_depends_less(tiny_model, tmp_path):
     model = tiny_model("llama")
     chat, texts = ChatFormat(model.tokenizer), made_up_texts(model.tokenizer)
