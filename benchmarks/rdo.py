@@ -3,10 +3,12 @@
 On the embedded model: fitted to 64 training prompts a side, measured on 100 held-out ones. About 10 minutes.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,15 +37,15 @@ Interval = tuple[float, float, float]
 class HeldOut:
     """Held-out prompts, and what a direction does to them."""
 
-    def __init__(self, model, chat: ChatFormat, direction: Direction) -> None:
+    def __init__(self, model: Any, chat: ChatFormat, direction: Direction) -> None:
         self.model, self.chat = model, chat
         self.harmful, self.harmless = (
             load_prompts(f"organism_{side}_test").instructions[:N_HELD_OUT] for side in ("harmful", "harmless")
         )
         self.plain = next_token_logits(model, chat, self.harmless)
         self.answers = own_texts(model, chat, direction, self.harmful[:1], self.harmless).retained
-        self.means = [values.tolist() for values in self.kl(direction)]
-        self.chosen = direction
+        self.first = self.kl(direction)[0].tolist()
+        self.chosen, self.n_degenerate = direction, 0
 
     def kl(self, direction: Direction) -> tuple[torch.Tensor, torch.Tensor]:
         """Of harmless prompts with the direction ablated: at the first token, and the mean over the plain answer."""
@@ -61,25 +63,21 @@ class HeldOut:
     def row(self, name: str, direction: Direction, seconds: float | None = None) -> str:
         """A line of the table."""
         ablated, added = self.texts("harmful", Ablate(direction)), self.texts("harmless", Add(direction))
-        kl = [values.tolist() for values in self.kl(direction)]
-        ratios = [
-            bootstrap_interval(ours, theirs, statistic=lambda a, b: a.mean(-1) / b.mean(-1))
-            for ours, theirs in zip(kl, self.means, strict=True)
-        ]
-        is_chosen = direction is self.chosen
+        first, answer = (values.tolist() for values in self.kl(direction))
+        ratio = bootstrap_interval(first, self.first, statistic=lambda a, b: a.mean(-1) / b.mean(-1))
+        self.n_degenerate += sum(map(is_degenerate, [*ablated, *added]))
         cells = [
             name,
             str(Rate.of(list(map(is_refusal, ablated)))),
-            str(sum(map(is_degenerate, ablated))),
             str(Rate.of(list(map(is_refusal, added)))),
-            _number(mean_interval(kl[0]), 4),
-            "1" if is_chosen else _number(ratios[0], 2),
-            _number(mean_interval(kl[1]), 5),
-            "1" if is_chosen else _number(ratios[1], 2),
+            _number(mean_interval(first), 4),
+            "1" if direction is self.chosen else _number(ratio, 2),
+            _number(mean_interval(answer), 5),
             f"{(direction.unit @ self.chosen.unit).item():.2f}",
             "–" if seconds is None else f"{seconds:.0f}",
         ]
-        return _line(cells)
+        print(line := _line(cells), end="", file=sys.stderr, flush=True)
+        return line
 
 
 def _number(interval: Interval, digits: int) -> str:
@@ -107,8 +105,8 @@ def main() -> None:
     texts, held_out = own_texts(model, chat, start, *(side[:N_FITTED] for side in train)), HeldOut(model, chat, start)
     coded = RDOOptions(retention_form="code")
 
-    heads = ["ablated or added", "harmful refused, ablated", "degenerate", "harmless refused, added"]
-    heads += ["KL, first token", "of mean's", "KL, 30 tokens", "of mean's", "cosine", "seconds"]
+    heads = ["direction", "harmful refused, ablated", "harmless refused, added"]
+    heads += ["KL, first token", "of the first row's", "KL, 30 tokens", "cosine", "seconds"]
     lines = [_line(heads), f"{'|---' * len(heads)}|\n", held_out.row("`mean`, as chosen", start)]
     for seed in range(N_RANDOM):
         lines.append(held_out.row(f"random direction {seed}", start.random_like(seed)))
@@ -121,7 +119,7 @@ def main() -> None:
         found, seconds = _timed(fit)
         lines.append(held_out.row(f"{name} ({len(found.losses)} steps)", found.direction, seconds))
 
-    few = replace(coded, n_steps=40, texts_per_step=8)
+    few = replace(coded, n_steps=30, texts_per_step=8)
     pair, seconds = _timed(lambda: fit_cone(model, chat, start, texts, few, n_directions=2, n_samples=2))
     lines += [
         held_out.row(f"cone of two, direction {index}", each, seconds) for index, each in enumerate(pair.directions)
@@ -137,6 +135,7 @@ def main() -> None:
     )
     lines.append(held_out.row("RepInd of `mean`, from a random start", alone.direction, seconds))
     table = dependence(model, chat, [start, alone.direction, start.random_like(1)], held_out.harmful)
+    lines.append(f"\nDegenerate answers in all of it: {held_out.n_degenerate}.\n")
     write_text(PAGE, replace_table(PAGE.read_text(encoding="utf-8"), "rdo", "".join(lines)))
     names = ["`mean`", "RepInd", "random"]
     rows = [_line(["ablated ↓, read →", *names]), f"{'|---' * 4}|\n"]
