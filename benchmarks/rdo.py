@@ -76,7 +76,7 @@ class HeldOut:
             f"{(direction.unit @ self.chosen.unit).item():.2f}",
             "–" if seconds is None else f"{seconds:.0f}",
         ]
-        print(line := _line(cells), end="", file=sys.stderr, flush=True)
+        sys.stderr.write(line := _line(cells))
         return line
 
 

@@ -240,7 +240,7 @@ def _cross_entropy(logits: Sequence[Tensor], batch: TokenBatch) -> Float[Tensor,
         torch.nn.functional.cross_entropy(_wide(rows[:-1]), ids[len(ids) - len(rows) + 1 :])
         for rows, ids in zip(logits, batch.tokens, strict=True)
     ]
-    return torch.stack(losses).mean().double().cpu()
+    return torch.stack(losses).mean().cpu().double()
 
 
 def as_they_are(rows: Tensor, step: int) -> tuple[Tensor, Tensor]:

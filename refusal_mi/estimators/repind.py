@@ -89,7 +89,7 @@ def independence_loss(model: HookedModel, texts: Sequence[Span], pad_id: int, ot
         for unit, without in zip(units, under, strict=True):
             changes = (_cosines(ablated, unit) - _cosines(plain, unit)).square()
             changes = changes + (_cosines(without, vector) - _cosines(plain, vector)).square()
-            total = total + _mean_at(changes, n_read).double().cpu()
+            total = total + _mean_at(changes, n_read).cpu().double()
         return total
 
     return loss
@@ -129,7 +129,7 @@ def dependence(
                 ablated = _streams(model, batch, n_read, ablation_hooks(model, unit))
                 for column, other in enumerate(units):
                     changes = (_cosines(ablated, other) - _cosines(plain, other)).abs()
-                    table[row, column] += _mean_at(changes, n_read).double().cpu() * len(indices) / len(rows)
+                    table[row, column] += _mean_at(changes, n_read).cpu().double() * len(indices) / len(rows)
     return table
 
 
