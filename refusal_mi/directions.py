@@ -210,6 +210,28 @@ class DirectionGrid(Value):
         if self.vectors.shape[0] != len(self.positions) or not bool(torch.isfinite(self.vectors).all()):
             raise UserError(f"a grid needs finite vectors for {len(self.positions)} positions")
 
+    @classmethod
+    def of(cls, direction: Direction, positions: Iterable[int], n_layers: int) -> "DirectionGrid":
+        """One candidate at its own place, or at the last position if it has none: what makes a search of one.
+
+        Args:
+            positions: those of `chat.positions`.
+            n_layers: of the model.
+
+        Raises:
+            UserError: there is no such place among them.
+        """
+        places = tuple(positions)
+        position = -1 if direction.position is None else direction.position
+        if position not in places or not direction.layer < n_layers:
+            raise UserError(
+                f"a grid of positions {list(places)} and layers 0..{n_layers - 1} has no place for a direction of "
+                f"position {position}, layer {direction.layer}"
+            )
+        vectors = torch.zeros(len(places), n_layers, len(direction.vector), dtype=torch.float64)
+        vectors[places.index(position), direction.layer] = direction.vector.detach().cpu().double()
+        return cls(vectors, places, tuple(map(tuple, (~vectors.any(-1)).tolist())), dict(direction.provenance))
+
     @property
     def n_layers(self) -> int:
         return self.vectors.shape[1]

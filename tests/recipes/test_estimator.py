@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refusal_mi.cli import exit_status
-from refusal_mi.directions import difference_in_means
+from refusal_mi.directions import Direction, DirectionGrid, difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.estimators.named import estimator_named
 from refusal_mi.estimators.samples import EveryPlace
@@ -26,6 +26,7 @@ from refusal_mi.run.options import CombosOptions, RunOptions, command_line
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.search.thresholds import NO_THRESHOLDS
 from refusal_mi.text.chat import ChatFormat
+from tests.helpers.directions import random_direction
 
 OPTIONS = RunOptions(
     n_train=6,
@@ -285,3 +286,15 @@ def test_an_estimator_of_a_cell_goes_through_search_figures_and_export(tiny_mode
     assert torch.allclose(exported, expected, atol=1e-4)
     run(tiny_model("llama"), source, OPTIONS, RunFolder(tmp_path / "plain"))
     assert abs(load_run(tmp_path / "plain").grid.vectors - found.grid.vectors).max() > 1e-3, "the control: another one"
+def test_one_direction_of_any_origin_goes_through_a_run(tiny_model, source, tmp_path):
+    mine = random_direction(4, layer=1)
+
+    def found_elsewhere(harmful, harmless):
+        return DirectionGrid.of(mine, harmful.positions, harmful.means.shape[1])
+
+    run(tiny_model("llama"), source, OPTIONS, RunFolder(tmp_path), estimator=found_elsewhere)
+    chosen = Direction.load(tmp_path)
+    assert torch.equal(chosen.vector, mine.vector) and (chosen.layer, chosen.position) == (1, -1)
+    rows = read_json(tmp_path / "select_direction/direction_evaluations.json")
+    scored = [(row["position"], row["layer"]) for row in rows if row["refusal_score"] is not None]
+    assert scored == [(-1, 1)] and len(rows) > 1
