@@ -10,8 +10,10 @@ NUMBERED = ("kmeans", "peel")
 N_CLUSTERS = 4
 MOST = {"kmeans": N_CLUSTERS, "peel": 16}
 """How many there are of each."""
-POOLS = ("ranks", *NUMBERED)
+POOLS = ("ranks", *NUMBERED, "cone")
 """Methods of several directions that are removed together; "ranks" are the best survivors of the search."""
+FITTED = ("rdo", "cone")
+"""Methods that take the model itself."""
 HELP = f"{', '.join(NAMES)}, kmeans-1 to kmeans-{N_CLUSTERS}, peel-1 to peel-{MOST['peel']}"
 
 
@@ -57,7 +59,8 @@ def parse_methods(text: str, most: int) -> tuple[tuple[str, int], ...]:
         else:
             if number not in ("", "1"):
                 raise UserError(f"--methods {each}: {name} has one direction; several have {', '.join(POOLS)}")
-            parse_name(name)
+            if name not in FITTED:
+                parse_name(name)
             found.append((name, 1))
     if not found:
         raise UserError("--methods names no method, such as mean,peel,kmeans:2")

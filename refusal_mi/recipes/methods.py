@@ -13,7 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
-from ..estimators.names import NAMES, NUMBERED
+from ..estimators.cones import fit_cone
+from ..estimators.names import FITTED, NAMES, NUMBERED, POOLS
+from ..estimators.rdo import RDOTexts, fit_rdo
 from ..estimators.samples import ActivationSamples, needs_prompts
 from ..files import read_record, read_tensors, sha256_json, write_json, write_record, write_tensors
 from ..interventions import Ablate
@@ -34,11 +36,14 @@ from ..stats import Paired, Rate, mean_interval
 from ..text.prompts import load_prompts
 from ..values import Value, frame
 from .localize import KL_TOKENS, NEW_TOKENS, judged_answers, removal_scorer
+from .rdo import own_texts
 from .search import AnyEstimator, named_estimator
 
 FILE, REFERENCE, N_PLACES, N_RANDOM = "methods.json", "mean", 4, 5
 N_TEXTS = 64
 """Plain texts that CE is measured on."""
+N_FITTED = 64
+"""Training prompts a side that RDO and cones are fitted to."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -324,12 +329,19 @@ class _Comparison:
             for side in SIDES
         }
 
+    @cached_property
+    def own_texts(self) -> RDOTexts:
+        """What directions are fitted to by gradients."""
+        run = self.run
+        sides = [run.prompts(side, "train")[:N_FITTED] for side in SIDES]
+        return own_texts(run.model, run.chat, run.direction, *sides)
+
     def chosen(self, name: str, k: int) -> _Chosen:
         """The best place of a method on validation prompts."""
         label = f"{name}:{k}"
         where = f"{_folder(label)}/chosen.json", f"{_folder(label)}/basis.pt"
         inputs = self.inputs | {"label": label, "places": self.places}
-        if name not in NAMES and name != "ranks" and name.partition("-")[0] not in NUMBERED:
+        if name not in (*NAMES, *POOLS, *FITTED) and name.partition("-")[0] not in NUMBERED:
             inputs |= {"call": str(uuid4())}  # a function of the user's own, which may have changed
 
         def compute() -> None:
@@ -453,6 +465,9 @@ class _Comparison:
             directions = load_ranked(self.run.path, range(k))
             first = directions[0]
             return [((first.position, first.layer), _basis(torch.stack([each.unit for each in directions])))]
+        if name in FITTED:
+            direction = self.run.direction
+            return [((direction.position, direction.layer), _basis(self._fitted(name, k)))]
         names = [f"{name}-{index + 1}" for index in range(k)] if name in NUMBERED else [name]
         estimators = [named_estimator(each) for each in names]
         found: list[tuple[tuple[int | None, int], Basis]] = []
@@ -463,6 +478,19 @@ class _Comparison:
         if not found:
             raise _Nothing("it gives fewer directions at every place")
         return found
+
+    def _fitted(self, name: str, k: int) -> Float[Tensor, "k d_model"]:
+        """Directions found by gradients from the run's own; what was killed goes on from its last step."""
+        run, checkpoint = self.run, self.folder.path / _folder(f"{name}:{k}") / "checkpoint.pt"
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        held = (run.model, run.chat, run.direction, self.own_texts)
+        fit = (
+            fit_rdo(*held, checkpoint=checkpoint)
+            if name == "rdo"
+            else fit_cone(*held, n_directions=k, checkpoint=checkpoint)
+        )
+        checkpoint.unlink(missing_ok=True)
+        return torch.stack([each.unit for each in fit.directions])
 
     def _vector(self, estimator: AnyEstimator, position: int, layer: int) -> Float[Tensor, " d_model"]:
         """An estimator's direction at one place, which it is given as the only one."""

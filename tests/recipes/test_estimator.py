@@ -286,6 +286,8 @@ def test_an_estimator_of_a_cell_goes_through_search_figures_and_export(tiny_mode
     assert torch.allclose(exported, expected, atol=1e-4)
     run(tiny_model("llama"), source, OPTIONS, RunFolder(tmp_path / "plain"))
     assert abs(load_run(tmp_path / "plain").grid.vectors - found.grid.vectors).max() > 1e-3, "the control: another one"
+
+
 def test_one_direction_of_any_origin_goes_through_a_run(tiny_model, source, tmp_path):
     mine = random_direction(4, layer=1)
 

@@ -100,10 +100,12 @@ def test_methods_are_read_as_they_are_written():
     assert parse_methods("dim, peel", 2) == (("mean", 1), ("peel", 1), ("peel", 2))
     assert parse_methods("kmeans:3,ranks:2,mine.py:fit", 4) == (("kmeans", 3), ("ranks", 2), ("mine.py:fit", 1))
     assert len(parse_methods("kmeans", 9)) == 4, "there are four clusters"
+    assert parse_methods("rdo,cone:2", 4) == (("rdo", 1), ("cone", 2))
     for text, what in (
         ("", "names no method"),
         ("peel:0", "1 to 16"),
         ("mean:2", "has one direction"),
+        ("rdo:2", "has one direction"),
         ("meen", "did you mean mean"),
         ("kmeans:5", "1 to 4"),
     ):
