@@ -277,7 +277,8 @@ def fit_terms(
     fixed = torch.stack([each.unit for each in orthogonal_to]) if orthogonal_to else None
 
     def evaluate(rows: Tensor, step: int) -> tuple[Sequence[float], Tensor]:
-        return loss_and_gradient(terms, options, spread, rows, step)
+        with torch.enable_grad():  # a notebook may have turned it off
+            return loss_and_gradient(terms, options, spread, rows, step)
 
     found = descend(
         evaluate,
