@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -101,6 +102,14 @@ class TestNotebook:
         lines = "".join(first["source"]).splitlines()
         assert first["cell_type"] == "markdown" and lines[0].startswith(f"# {path.name[:2]} · ")
         assert sum(line.startswith("You will ") for line in lines) == 3
+
+    def test_says_how_to_run_it_in_colab(self, path: Path) -> None:
+        urls = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text("utf-8"))["project"].get("urls", {})
+        repository = urls.get("Repository", "").removeprefix("https://github.com/")
+        file = f"/github/{repository}/blob/main/notebooks/{path.name}" if repository else ""
+        assert f"[Open in Colab](https://colab.research.google.com{file})" in "".join(read(path)[0]["source"])
+        first = "".join(code(path)[0]["source"]).splitlines()[0]
+        assert first.startswith("# %pip install -q ") and "refusal_mi" in first  # no line that installs runs by itself
 
     def test_one_line_changes_the_model(self, path: Path) -> None:
         lines = [line for cell in code(path) for line in "".join(cell["source"]).splitlines()]
