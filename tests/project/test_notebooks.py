@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.model.points import resid_hook
-from refusal_mi.notebook import placed, side_by_side, splits, table
+from refusal_mi.notebook import placed, show_static, side_by_side, splits, table
 from refusal_mi.text.chat import ChatFormat
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
@@ -204,6 +205,23 @@ def test_placed_keeps_only_where_a_direction_points() -> None:
     moved = placed(one, like)
     assert (moved.layer, moved.hook_name) == (3, like.hook_name)
     torch.testing.assert_close(moved.vector, torch.tensor([1.2, 0.0, 1.6]))
+
+
+def test_colab_keeps_the_way_in_which_it_shows_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    import plotly.io as pio
+
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    before = pio.renderers.default
+    try:
+        pio.renderers.default = "colab"
+        show_static()
+        assert pio.renderers.default == "colab"
+        pio.renderers.default = "browser"
+        with pytest.warns(UserWarning, match="figures are interactive only"):
+            show_static()
+        assert pio.renderers.default == "plotly_mimetype"
+    finally:
+        pio.renderers.default = before
 
 
 def test_table_escapes_what_models_write(monkeypatch: pytest.MonkeyPatch) -> None:
