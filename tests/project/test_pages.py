@@ -1,10 +1,12 @@
 """The pages of the site: every link leads somewhere, every block of Python runs, every analysis has its five lines."""
 
+import importlib.util
 import inspect
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +26,17 @@ from tests.helpers.pages import PAGES, ROOT, blocks, broken_links, run_blocks
 DOCS = ROOT / "docs"
 OF_OTHER_TESTS = {ROOT / "README.md", DOCS / "python.md"}
 RUN_HERE = {DOCS / f"{name}.md" for name in ("concepts", "analyses", "estimators", "export", "loading")}
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pictures = load()
 
 
 def shown(page: Path) -> str:
@@ -77,13 +90,23 @@ def test_every_analysis_says_question_method_formula_source_call_and_figure() ->
     parts = re.split(r"^### (\w+)$", (DOCS / "analyses.md").read_text("utf-8"), flags=re.MULTILINE)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     assert set(sections) == set(KINDS)
+    of_notebooks = pictures.pictures(DOCS / "analyses.md")
+    shown_in_site = pictures.with_pictures((DOCS / "analyses.md").read_text("utf-8"))
+    assert re.findall(r"\(pictures/(\w+)\.svg\)", shown_in_site) == [*of_notebooks]
+    assert all(svg.startswith("<svg") for svg in of_notebooks.values())
+    assert len(set(of_notebooks.values())) == len(of_notebooks)
     for kind, text in sections.items():
         assert re.findall(r"^\*\*(\w+)\.\*\*", text, re.MULTILINE)[:5] == [
             "Question", "Method", "Formula", "Source", "Call"
         ]  # fmt: skip
         assert f"[`{KINDS[kind][0]}(" in text and f"refusal_mi.analysis.{kind}.{KINDS[kind][0]})" in text
         has_picture = (ROOT / "figures" / f"{kind}.png").exists()
-        assert f"(../figures/{kind}.png)" in text if has_picture else "**Figure.**" in text
+        assert f"(../figures/{kind}.png)" in text if has_picture else kind in of_notebooks
+
+
+def test_a_notebook_without_the_figure_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no cell of 01-.* calls refusal_lens"):
+        pictures.first_figure(ROOT / "notebooks/01-find-a-refusal-direction.ipynb", "refusal_lens")
 
 
 def test_every_page_with_python_is_run_by_a_test() -> None:
