@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 HOOKED := .venv-hooked
 READY := $(VENV)/.ready
 REAL_MODELS := qwen2.5-coder-0.5b-instruct smollm2-135m-instruct
+# What the site is made of, each where it lies in the repository, so that one link is right in both.
+SITE := docs figures notebooks README.md ARCHITECTURE.md CONTRIBUTING.md CHANGELOG.md refusal_mi/data refusal_mi/organism/model
 MISSING_MODELS = $(filter-out $(notdir $(wildcard $(REFUSAL_MI_REAL_MODELS)/*)),$(REAL_MODELS))
 
-.PHONY: demo test test-fast test-real test-hooked test-gpu long check notebooks figures bench bench-long bench-gpu clean
+.PHONY: demo test test-fast test-real test-hooked test-gpu long check notebooks figures docs bench bench-long bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/refusal-mi run
@@ -44,6 +46,12 @@ notebooks: $(READY)
 # Draws every picture in figures/ again, with its numbers; interactive pages go to build/figures/html.
 figures: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/python figures/make.py
+
+# The site, in site/ (about a minute); a link that leads nowhere fails. `mkdocs serve` then shows changes as they are made.
+docs: $(READY)
+	rm -rf build/site && mkdir -p build/site/refusal_mi/organism
+	$(foreach each,$(SITE),ln -s $(CURDIR)/$(each) build/site/$(each);)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -106,4 +114,4 @@ bench-long: $(READY)
 	$(BIN)/python -m benchmarks.table
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

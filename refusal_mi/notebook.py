@@ -21,7 +21,7 @@ from .text.chat import ChatFormat
 from .text.given import Prompts, as_prompts
 from .text.prompts import Splits, load_splits
 
-_INTERACTIVE, _STATIC = "plotly_mimetype", "svg"
+_INTERACTIVE, _STATIC, _COLAB = "plotly_mimetype", "svg", "colab"
 _PROMPT = "prompt"
 """Name of the column of prompts."""
 
@@ -117,6 +117,8 @@ def show_static(width: int = 1080) -> None:
 
     # From libraries that would rather draw their bars with ipywidgets.
     warnings.filterwarnings("ignore", message="IProgress not found")
+    if pio.renderers.default == _COLAB:  # plotly's own choice there, which shows neither of the other two
+        return
     pio.renderers[_STATIC].width = width
     try:
         go.Figure().to_image(format=_STATIC)  # says what is missing; a server without a browser would wait

@@ -9,6 +9,8 @@ import copy
 import importlib.util
 import json
 import re
+import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +21,7 @@ import pytest
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.model.points import resid_hook
-from refusal_mi.notebook import placed, side_by_side, splits, table
+from refusal_mi.notebook import placed, show_static, side_by_side, splits, table
 from refusal_mi.text.chat import ChatFormat
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
@@ -101,6 +103,14 @@ class TestNotebook:
         lines = "".join(first["source"]).splitlines()
         assert first["cell_type"] == "markdown" and lines[0].startswith(f"# {path.name[:2]} · ")
         assert sum(line.startswith("You will ") for line in lines) == 3
+
+    def test_says_how_to_run_it_in_colab(self, path: Path) -> None:
+        urls = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text("utf-8"))["project"].get("urls", {})
+        repository = urls.get("Repository", "").removeprefix("https://github.com/")
+        file = f"/github/{repository}/blob/main/notebooks/{path.name}" if repository else ""
+        assert f"[Open in Colab](https://colab.research.google.com{file})" in "".join(read(path)[0]["source"])
+        first = "".join(code(path)[0]["source"]).splitlines()[0]
+        assert first.startswith("# %pip install -q ") and "refusal_mi" in first  # no line that installs runs by itself
 
     def test_one_line_changes_the_model(self, path: Path) -> None:
         lines = [line for cell in code(path) for line in "".join(cell["source"]).splitlines()]
@@ -195,6 +205,23 @@ def test_placed_keeps_only_where_a_direction_points() -> None:
     moved = placed(one, like)
     assert (moved.layer, moved.hook_name) == (3, like.hook_name)
     torch.testing.assert_close(moved.vector, torch.tensor([1.2, 0.0, 1.6]))
+
+
+def test_colab_keeps_the_way_in_which_it_shows_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    import plotly.io as pio
+
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    before = pio.renderers.default
+    try:
+        pio.renderers.default = "colab"
+        show_static()
+        assert pio.renderers.default == "colab"
+        pio.renderers.default = "browser"
+        with pytest.warns(UserWarning, match="figures are interactive only"):
+            show_static()
+        assert pio.renderers.default == "plotly_mimetype"
+    finally:
+        pio.renderers.default = before
 
 
 def test_table_escapes_what_models_write(monkeypatch: pytest.MonkeyPatch) -> None:

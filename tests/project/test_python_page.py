@@ -1,8 +1,5 @@
 """The blocks of docs/python.md run in their order, and do what the text says."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,22 +7,19 @@ from refusal_mi.analysis.lens import refusal_lens
 from refusal_mi.interventions import Ablate
 from refusal_mi.measures import next_token_logits
 from refusal_mi.reading import mean_activations
+from refusal_mi.run.loaded import load_run
+from tests.helpers.pages import ROOT, blocks, run_blocks
 from tests.helpers.runs import finished_run
 
-PAGE = Path(__file__).parents[2] / "docs/python.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-
-
-def run_blocks(blocks, names):
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), names)
-    return names
+PAGE = ROOT / "docs/python.md"
 
 
 @pytest.mark.slow
 def test_the_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = run_blocks(BLOCKS[:-1], {})
+    for name in ("x", "y"):
+        finished_run(tmp_path / "runs" / name)
+    names = run_blocks(PAGE, {})
     model, chat, direction = (names[each] for each in ("model", "chat", "direction"))
     ask = ["Wreck a factory."]
     ours = next_token_logits(model, chat, ask, interventions=Ablate(direction))[0]
@@ -38,11 +32,16 @@ def test_the_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
     lens = names["lens"]
     assert isinstance(lens, type(refusal_lens(model, chat, "a", "b", (1,), n_controls=1))) and float(lens.gap[-1]) > 1
     assert (tmp_path / "mine.safetensors").exists()
+    means = names["means"]
+    assert means["plain"].abs().max() > 50 and means["exported"].abs().max() < 1  # stream units, by layer
+    regions = names["looked"].to_frame().query("variant == 'plain'").groupby("region")["mass"].sum()
+    assert regions["suffix"] == 0 and regions.sum() == pytest.approx(8 * 4, abs=1e-3)  # prompts x heads
+    assert set(names["scores"].reset_index("run")["run"]) == {"x", "y"}
 
 
 @pytest.mark.slow
 def test_the_means_of_a_cache_are_those_of_mean_activations():
-    names = run_blocks(BLOCKS[:1], {})
+    names = run_blocks(PAGE, {}, slice(1))
     model, chat, means = names["model"], names["chat"], names["ActivationMeans"]
     asks = ["Describe a kite.", "Wreck the whole factory.", "Hi"]
     batch = chat.batch(asks)
@@ -53,8 +52,9 @@ def test_the_means_of_a_cache_are_those_of_mean_activations():
     assert not torch.allclose(found.means, mean_activations(model, chat, asks[:2]).means, atol=1e-3, rtol=1e-3)
 
 
-def test_the_last_block_reads_a_run(tmp_path, monkeypatch):
+def test_the_block_of_a_finished_run_reads_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = finished_run(tmp_path / "runs/x")
-    names = run_blocks(["from refusal_mi import *", BLOCKS[-1]], {})
+    place = next(index for index, block in enumerate(blocks(PAGE)) if block.startswith("run = load_run"))
+    names = run_blocks(PAGE, {"load_run": load_run}, slice(place, place + 1))
     assert names["run"].path == folder.relative_to(tmp_path) and len(names["run"].rates.to_frame()) > 0

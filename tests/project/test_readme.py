@@ -17,10 +17,3 @@ def test_the_python_block_prints_the_text_block():
     with contextlib.redirect_stdout(printed):
         exec(compile(code, str(README), "exec"), {})
     assert printed.getvalue() == shown
-
-
-def test_every_file_that_the_readme_links_is_there():
-    links = re.findall(r"\]\((?!https?://|#)([^)]+)\)", README.read_text())
-    assert links
-    missing = [link for link in links if not (README.parent / link).exists()]
-    assert missing == []
