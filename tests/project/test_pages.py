@@ -5,6 +5,7 @@ import inspect
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import refusal_mi
 from refusal_mi.analysis import KINDS
+from refusal_mi.estimators import rdo
 from refusal_mi.interventions import Ablate
 from refusal_mi.measures import next_token_logits
 from refusal_mi.model.loading import ORGANISM, load_model
@@ -150,7 +152,9 @@ def test_an_estimator_of_ones_own_makes_the_grid_of_a_run(
     whole = options.default_options
     few = {"n_train": 16, "n_val": 8, "steps": ("directions",)}
     monkeypatch.setattr(options, "default_options", lambda source: replace(whole(source), **few))
+    monkeypatch.setattr(rdo, "RDOOptions", partial(rdo.RDOOptions, n_steps=2))
     names = run_page("estimators")
+    assert names["rdo"](given["grid"], given["grid"]).n_layers == given["grid"].n_layers
     of_run, by_itself, plain = load_run("runs/mine").grid, names["grid"], given["grid"]
     assert of_run.vectors.shape == by_itself.vectors.shape == plain.vectors.shape
     assert "medians" in str(of_run.provenance) and not torch.allclose(by_itself.vectors, plain.vectors)
