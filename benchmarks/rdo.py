@@ -1,6 +1,6 @@
 """Directions found by descent beside the difference of means: `python -m benchmarks.rdo` writes docs/estimators.md.
 
-On the embedded model: fitted to 64 training prompts a side, measured on 100 held-out ones. About 10 minutes.
+On the embedded model: fitted to 64 training prompts a side, measured on 100 held-out ones. About 12 minutes.
 """
 
 import sys
