@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..estimators.cones import fit_cone
 from ..estimators.names import FITTED, NAMES, NUMBERED, POOLS
-from ..estimators.rdo import RDOTexts, fit_rdo
+from ..estimators.rdo import RDOOptions, RDOTexts, fit_rdo
 from ..estimators.samples import ActivationSamples, needs_prompts
 from ..files import read_record, read_tensors, sha256_json, write_json, write_record, write_tensors
 from ..interventions import Ablate
@@ -483,7 +483,7 @@ class _Comparison:
         """Directions found by gradients from the run's own; what was killed goes on from its last step."""
         run, checkpoint = self.run, self.folder.path / _folder(f"{name}:{k}") / "checkpoint.pt"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        held = (run.model, run.chat, run.direction, self.own_texts)
+        held = (run.model, run.chat, run.direction, self.own_texts, RDOOptions(retention_form="code"))
         fit = (
             fit_rdo(*held, checkpoint=checkpoint)
             if name == "rdo"
