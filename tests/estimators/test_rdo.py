@@ -32,9 +32,8 @@ from refusal_mi.search.sweep import sweep
 from refusal_mi.text.batches import Span
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.prompts import load_prompts
-from tests.helpers import naive
 from tests.helpers.directions import random_direction
-from tests.helpers.naive import ASKS, CHATS, dtype_of
+from tests.helpers.naive import ASKS, CHATS, ablating, dtype_of, logits
 from tests.helpers.rdo import made_up_texts
 
 START = random_direction(1)
@@ -88,9 +87,9 @@ def test_both_forms_of_the_retention_a_second_way(tiny_model, plain_model, famil
     hf, forms = plain_model(family, dtype_of(family)), {"paper": [], "code": []}
     for span in texts.retained:
         rows = slice(span.first - 1, span.end)
-        log_p = naive.logits(hf, span.token_ids)[rows].double().log_softmax(-1)
-        with naive.ablating(hf, START.vector):
-            log_q = naive.logits(hf, span.token_ids)[rows].double().log_softmax(-1)
+        log_p = logits(hf, span.token_ids)[rows].double().log_softmax(-1)
+        with ablating(hf, START.vector):
+            log_q = logits(hf, span.token_ids)[rows].double().log_softmax(-1)
         forms["paper"].append((log_p.exp() * (log_p - log_q)).sum(-1).mean().item())
         forms["code"].append((log_q.exp() * (log_q - log_p)).sum(-1).sum().item())
     for form, each in forms.items():
@@ -167,8 +166,10 @@ def test_what_is_found_is_an_ordinary_direction_of_the_start_s_place(tiny_model,
     grid = DirectionGrid.of(found, chat.positions, model.cfg.n_layers)
     assert torch.equal(grid.direction(-1, START.layer).vector, found.vector)
     assert sum(flag for row in grid.is_degenerate for flag in row) == len(grid.candidates()) - 1
-    row = sweep(model, chat, grid, ASKS, CHATS, (5, 6)).at(-1, START.layer)
-    assert row.kl > 0 and row == sweep(model, chat, DirectionGrid.of(found, (-1,), 5), ASKS, CHATS, (5, 6)).at(-1, 2)
+    (row,) = (each for each in sweep(model, chat, grid, ASKS, CHATS, (5, 6)).rows if each.kl_nats is not None)
+    plain, changed = (next_token_logits(model, chat, CHATS, interventions=each) for each in ((), Ablate(found)))
+    assert (row.position, row.layer) == (-1, START.layer)
+    assert row.kl_nats == pytest.approx(kl_nats(plain, changed).mean().item(), rel=1e-3) and row.kl_nats > 1e-3
     with pytest.raises(UserError, match="has no place for a direction of position -1, layer 2"):
         DirectionGrid.of(found, (-3, -2), 5)
 

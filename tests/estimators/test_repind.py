@@ -10,10 +10,9 @@ from refusal_mi.estimators.repind import dependence, fit_independent, independen
 from refusal_mi.export.export import orthogonalize_
 from refusal_mi.model.loading import load_model
 from refusal_mi.text.chat import ChatFormat
-from tests.helpers import naive
 from tests.helpers.directions import direction_of, random_direction
 from tests.helpers.models import N_LAYERS, tiny_tokenizer
-from tests.helpers.naive import ASKS, prompt_ids
+from tests.helpers.naive import ASKS, ablating, prompt_ids, residuals
 from tests.helpers.rdo import made_up_texts
 
 V, U = random_direction(1), random_direction(2)
@@ -30,12 +29,12 @@ def streams(hf, text, ablated=None):
     ids = prompt_ids(tiny_tokenizer(), text)
 
     def read():
-        found = naive.residuals(hf, ids)[instruction(tiny_tokenizer(), text)]
+        found = residuals(hf, ids)[instruction(tiny_tokenizer(), text)]
         return found.double().transpose(0, 1)[: len(layers_read(N_LAYERS))]
 
     if ablated is None:
         return read()
-    with naive.ablating(hf, ablated.vector):
+    with ablating(hf, ablated.vector):
         found = read()
     return found - (found @ ablated.unit)[..., None] * ablated.unit  # HF shows a block's input before it is changed
 
