@@ -46,7 +46,15 @@ def cells(row: MethodRow) -> list[str]:
         there = [f"{matched.strength:.2f}", f"{matched.kl_nats:.4f}", f"{value:.2f} {limits}"]
     name = f"`{row.label}`"
     kl = f"{whole.kl_nats[0]:.4f}"
-    return [name, str(row.layer), f"{whole.refused.value:.2f}", kl, *there, str(row.refused_by_text), f"{row.ce_change:+.3f}"]
+    return [
+        name,
+        str(row.layer),
+        f"{whole.refused.value:.2f}",
+        kl,
+        *there,
+        str(row.refused_by_text),
+        f"{row.ce_change:+.3f}",
+    ]
 
 
 if __name__ == "__main__":
