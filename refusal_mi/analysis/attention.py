@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..figures.views import View, page, shown_tokens
@@ -95,6 +95,7 @@ def attend_by_region(
     Raises:
         UserError: there are no prompts, or the suffix adds no token.
     """
+    check_in_stream(direction)
     instructions = as_prompts(instructions)
     if heads is None:
         heads = top_heads(model, chat, direction, instructions, n_heads, batch_size=batch_size)

@@ -11,7 +11,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..model.points import EMBEDDING, BlockPoint, HookedModel, block_hook, mlp_output_hook, resid_hook
@@ -124,6 +124,7 @@ def attribute_direction(
         UserError: a group is empty, there is no such layer or position, or the heads' outputs reach the stream
             through more than a norm.
     """
+    check_in_stream(direction)
     weights, groups = ModelWeights(model), as_groups(groups)
     layer = model.cfg.n_layers if layer is None else layer
     resid_hook(layer, model.cfg.n_layers)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..files import read_json
@@ -175,6 +175,7 @@ def dose_response(
     Raises:
         UserError: a side has no prompts.
     """
+    check_in_stream(direction)
     prompts = {"harmful": as_prompts(harmful), "harmless": as_prompts(harmless)}
     if not all(prompts.values()):
         raise UserError("dose_response needs prompts on both sides")

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..directions import Direction, DirectionGrid
+from ..directions import Direction, DirectionGrid, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..model.points import HookedModel
@@ -80,6 +80,9 @@ def direction_logits(
     Raises:
         UserError: there is no refusal token.
     """
+    check_in_stream(direction)
+    if grid is not None:
+        grid.check_all_layers()
     if not refusal_tokens:
         raise UserError("name at least one refusal token to find its rank")
     weights = ModelWeights(model)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..model.points import HookedModel, check_raw_basis
@@ -130,6 +130,8 @@ def patch_activations(
     Raises:
         UserError: the sides differ in number or not in score, or the model has no such site or layer.
     """
+    if direction is not None:
+        check_in_stream(direction)
     check_raw_basis(model)
     check_sites(model, sites)
     harmful, harmless = as_prompts(harmful), as_prompts(harmless)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..files import read_json
@@ -86,6 +86,7 @@ def residual_pca(
     Raises:
         UserError: there are fewer prompts than components, or an outcome is missing.
     """
+    check_in_stream(direction)
     groups = as_groups(groups)
     prompts = [text for texts in groups.values() for text in texts]
     check_position(chat, position)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..estimators.linear import is_varied, logistic_weights
 from ..figures import style as draw
@@ -87,6 +87,7 @@ def linear_probes(
     Raises:
         UserError: there are fewer prompts on a side than folds.
     """
+    check_in_stream(direction)
     harmful, harmless = as_prompts(harmful), as_prompts(harmless)
     if min(len(harmful), len(harmless)) < n_folds or n_folds < 2:
         raise UserError(

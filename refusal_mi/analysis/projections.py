@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..interventions import Interventions, as_interventions
@@ -89,6 +89,7 @@ def project_residuals(
     Raises:
         UserError: there is no group, or an empty one.
     """
+    check_in_stream(direction)
     groups, interventions = as_groups(groups), as_interventions(interventions)
     if not groups:
         raise UserError("projections need at least one group of prompts")

@@ -11,7 +11,7 @@ from einops import einsum, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..figures.views import SIGNS, View, page, shown_tokens
@@ -79,6 +79,7 @@ def attribute_sources(
     Raises:
         UserError: there are no prompts, or a head does not exist.
     """
+    check_in_stream(direction)
     instructions = as_prompts(instructions)
     if heads is None:
         heads = top_heads(model, chat, direction, instructions, n_heads, position=position, batch_size=batch_size)

@@ -11,7 +11,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..figures import style as draw
 from ..model.points import HookedModel
 from ..precision import as_double
@@ -52,6 +52,7 @@ def map_tokens(
     model: HookedModel, chat: ChatFormat, direction: Direction, prompt: Prompts, *, seed: int = 0
 ) -> TokenMapResult:
     """⟨x, r̂⟩ and its cosine at every token of one templated prompt and every layer."""
+    check_in_stream(direction)
     prompt = as_prompt(prompt)
     ids = chat.encode(prompt)
     ((_, streams),) = stream_residuals(model, chat, [prompt], n_last=len(ids))

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..figures.views import SIGNS, View, page, shown_tokens
@@ -87,6 +87,7 @@ def trace_generation(
     Raises:
         UserError: a group has no prompts, or there is no such layer.
     """
+    check_in_stream(direction)
     groups = as_groups(groups)
     if not groups or not all(groups.values()):
         raise UserError("trace_generation needs at least one prompt in every group")

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..model.points import HookedModel
@@ -68,6 +68,7 @@ def weight_alignment(model: HookedModel, direction: Direction, *, n_random: int 
     Args:
         n_random: random unit directions of the null.
     """
+    check_in_stream(direction)
     if n_random < 2:
         raise UserError(f"the null needs at least 2 random directions, not {n_random}")
     weights = ModelWeights(model)

@@ -41,6 +41,10 @@ def _checked(step: Intervention) -> Step:
         raise UserError(f"{type(step).__name__} has no weight form: Ablate (of writes) and Add have one")
     if step.positions != "all":
         raise UserError(f"positions={step.positions!r} has no weight form: weights act at all positions")
+    if step.point is not None:
+        raise UserError(
+            f"what acts at {step.point} alone has no weight form: Ablate takes layers= and components=, Add a layer"
+        )
     numbers = [step.coefficient] if isinstance(step, Add) else [step.strength, *(step.constants or ())]
     if not all(map(math.isfinite, numbers)):
         raise UserError(f"strengths, coefficients and constants must be finite, not {numbers}")
