@@ -25,7 +25,7 @@ from ..stats import mean_interval
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from .attribution import top_heads
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, call_with_a_run, provenance_of
 from .sources import split_by_source
 
 REGIONS = ("system", "instruction", "suffix", "template")
@@ -258,3 +258,5 @@ def _bars(
 
 
 FIGURES = {"attention": plot_attention, "attention_heads": plot_attention_heads, "attention_patterns": attention_page}
+
+call_with_a_run(__name__)

@@ -24,7 +24,7 @@ from ..stats import mean_interval
 from ..text.batches import TokenBatch
 from ..text.chat import ChatFormat
 from ..text.given import Groups, Prompts, as_groups
-from .result import AnalysisResult, prompts_of, provenance_of
+from .result import AnalysisResult, call_with_a_run, prompts_of, provenance_of
 
 MAX_MISFIT = 0.05
 """Largest relative distance between a write and gain × scale × output before the block is called nonlinear here."""
@@ -333,3 +333,5 @@ def _sum_note(result: AttributionResult) -> str:
 
 
 FIGURES = {"attribution": plot_attribution, "attribution_ranked": plot_attribution_ranked}
+
+call_with_a_run(__name__)

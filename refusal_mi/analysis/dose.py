@@ -25,7 +25,7 @@ from ..text.given import Prompts, as_prompts
 from ..text.prompts import load_prompts
 from ..values import check_named
 from .dose_reader import DoseReader
-from .result import AnalysisResult, finite_or_none, prompts_of, provenance_of
+from .result import AnalysisResult, call_with_a_run, finite_or_none, prompts_of, provenance_of
 
 Kind = Literal["add", "ablate"]
 Side = Literal["harmful", "harmless"]
@@ -390,3 +390,5 @@ def _name(result: DoseResult, side: Side) -> str:
 
 
 FIGURES = {"dose": plot_dose}
+
+call_with_a_run(__name__)

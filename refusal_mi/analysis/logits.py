@@ -15,7 +15,7 @@ from ..figures import style as draw
 from ..model.points import HookedModel
 from ..model.readers import ModelWeights, NormMap, final_norm
 from ..run.folder import RunInputs
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, call_with_a_run, provenance_of
 
 _CHUNK = 8192
 
@@ -210,3 +210,5 @@ def _bars(z: list[float], texts: tuple[str, ...], ids: list[int], refusal: list[
 
 
 FIGURES = {"logits": plot_logits, "logits_layers": plot_logits_by_layer}
+
+call_with_a_run(__name__)

@@ -20,7 +20,7 @@ from ..stats import bootstrap_interval
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from .patched_runs import PatchedRuns, Site, check_sites
-from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
+from .result import AnalysisResult, call_with_a_run, prompts_of, provenance_of, template_tokens
 
 Way = Literal["into harmless", "into harmful"]
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -315,3 +315,5 @@ FIGURES = {
     "patching_heads": plot_patching_heads,
     "patching_directional": plot_directional,
 }
+
+call_with_a_run(__name__)

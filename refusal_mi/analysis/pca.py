@@ -19,7 +19,7 @@ from ..reading import template_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Groups, as_groups
-from .result import AnalysisResult, check_position, each_group, prompts_of, provenance_of
+from .result import AnalysisResult, call_with_a_run, check_position, each_group, prompts_of, provenance_of
 
 _ROUNDING = 1e-12
 
@@ -268,3 +268,5 @@ def _panel(result: PcaResult, row: int) -> str:
 
 
 FIGURES = {"pca": plot_pca}
+
+call_with_a_run(__name__)

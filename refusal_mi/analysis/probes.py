@@ -19,7 +19,7 @@ from ..reading import template_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
-from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
+from .result import AnalysisResult, call_with_a_run, prompts_of, provenance_of, template_tokens
 
 METHODS = ("difference of means", "logistic regression")
 
@@ -227,3 +227,5 @@ def _counts(result: ProbesResult) -> str:
 
 
 FIGURES = {"probes": plot_probes, "probes_cosines": plot_probe_cosines}
+
+call_with_a_run(__name__)

@@ -19,7 +19,7 @@ from ..reading import stream_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Groups, as_groups
-from .result import AnalysisResult, each_group, prompts_of, provenance_of, template_tokens
+from .result import AnalysisResult, call_with_a_run, each_group, prompts_of, provenance_of, template_tokens
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -208,3 +208,5 @@ FIGURES = {
     "projections_cosines": plot_cosines,
     "projections_map": plot_projection_map,
 }
+
+call_with_a_run(__name__)

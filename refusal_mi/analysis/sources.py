@@ -25,7 +25,7 @@ from ..text.batches import TokenBatch
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from .attribution import head_contributions, top_heads
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, call_with_a_run, provenance_of
 
 N_PROMPTS, N_HEADS = 6, 8
 
@@ -215,3 +215,5 @@ def _unpadded(result: SourcesResult, prompt: int) -> tuple[list[str], Float[Tens
 
 
 FIGURES = {"sources": plot_sources, "sources_tokens": sources_page}
+
+call_with_a_run(__name__)

@@ -19,7 +19,7 @@ from ..reading import stream_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompt
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, call_with_a_run, provenance_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,3 +107,5 @@ def plot_token_map(result: TokenMapResult) -> go.Figure:
 
 
 FIGURES = {"token_map": plot_token_map}
+
+call_with_a_run(__name__)

@@ -23,7 +23,7 @@ from ..reading import captured
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Groups, as_groups
-from .result import AnalysisResult, each_group, prompts_of, provenance_of
+from .result import AnalysisResult, call_with_a_run, each_group, prompts_of, provenance_of
 
 N_PROMPTS, RUN_TOKENS = 8, 40
 
@@ -240,3 +240,5 @@ def _mark_start(figure: go.Figure, **place: int) -> None:
 
 
 FIGURES = {"trace": plot_trace, "trace_single": plot_trace_single, "trace_tokens": trace_page}
+
+call_with_a_run(__name__)

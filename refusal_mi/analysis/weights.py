@@ -15,7 +15,7 @@ from ..figures import style as draw
 from ..model.points import HookedModel
 from ..model.readers import ModelWeights, Norm, NormMap, norm_before, norms_along, readers
 from ..run.folder import RunInputs
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, call_with_a_run, provenance_of
 
 Side = Literal["writes", "reads"]
 
@@ -193,3 +193,5 @@ def _table(result: WeightsResult, side: Side, limits: tuple[float, float]) -> go
 
 
 FIGURES = {"weights": plot_weights}
+
+call_with_a_run(__name__)

@@ -285,9 +285,12 @@ def _glob_literal(name: str) -> str:
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class RunInputs:
-    """A finished run, with its model loaded; every analysis has a `from_run` that takes one."""
+    """A finished run, with its model loaded; every analysis has a `from_run` that takes one.
+
+    Made of a path or its text.
+    """
 
     model: HookedModel
     path: Path
@@ -297,8 +300,12 @@ class RunInputs:
     batch_size: int = 32
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", at_home(self.path))
+    def __init__(
+        self, model: HookedModel, path: str | Path, max_prompts: int = 128, batch_size: int = 32, seed: int = 0
+    ) -> None:
+        given = {"model": model, "path": at_home(path), "max_prompts": max_prompts}
+        for name, value in (given | {"batch_size": batch_size, "seed": seed}).items():
+            object.__setattr__(self, name, value)
 
     @cached_property
     def record(self) -> PromptsRecord:
