@@ -257,8 +257,12 @@ def plan_export(
     keep_tied: bool = False,
     with_new_biases: bool = False,
     revision: str | None = None,
+    name: str | None = None,
 ) -> Planned:
     """Read headers and config, classify every tensor, and say what would be done to each.
+
+    Args:
+        name: what the record calls the source, where that is not its directory or hub id.
 
     Raises:
         UserError: the checkpoint or the interventions cannot be exported.
@@ -272,7 +276,7 @@ def plan_export(
     if keeps_tie:
         steps = without_embedding(steps)
     edits = plan_edits(layout, steps, checkpoint.read, with_new_biases=with_new_biases)
-    return Planned(checkpoint, layout, steps, edits, resolve_source(source), commit, keeps_tie)
+    return Planned(checkpoint, layout, steps, edits, name or resolve_source(source), commit, keeps_tie)
 
 
 def local_files(source: str | Path | None, revision: str | None) -> tuple[Path, str | None]:
