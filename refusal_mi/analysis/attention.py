@@ -15,7 +15,7 @@ from torch import Tensor
 from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
-from ..figures.views import View, page, shown_tokens
+from ..figures.views import Page, View, page, shown_tokens
 from ..model.points import HookedModel, block_hook
 from ..model.running import batches
 from ..precision import as_double
@@ -228,7 +228,7 @@ def plot_attention_heads(result: AttentionResult) -> go.Figure:
     return draw.finish(figure, title=title, about=about, height=height, top=104)
 
 
-def attention_page(result: AttentionResult) -> str:
+def attention_page(result: AttentionResult) -> Page:
     """The whole attention patterns of the heads on the first prompt, with the suffix."""
     view = circuitsvis.attention.attention_heads(
         result.example_pattern,

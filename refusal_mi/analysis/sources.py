@@ -14,7 +14,7 @@ from torch import Tensor
 from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
-from ..figures.views import SIGNS, View, page, shown_tokens
+from ..figures.views import SIGNS, Page, View, page, shown_tokens
 from ..model.points import BlockPoint, HookedModel, block_hook
 from ..model.readers import ModelWeights
 from ..model.running import batches
@@ -192,7 +192,7 @@ def plot_sources(result: SourcesResult) -> go.Figure:
     return draw.with_room_below(figure, [draw.token_text(token) for token in tokens], 0.87)
 
 
-def sources_page(result: SourcesResult) -> str:
+def sources_page(result: SourcesResult) -> Page:
     """Colored tokens of every prompt: all heads together, then each by itself, on one scale for both signs."""
     largest = max(float(result.contributions.sum(1).abs().max()), float(result.contributions.abs().max()), 1e-12)
     views = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
-from ..figures.views import SIGNS, View, page, shown_tokens
+from ..figures.views import SIGNS, Page, View, page, shown_tokens
 from ..generation import generate
 from ..interventions import Ablate, Add, Interventions, as_interventions
 from ..model.points import HookedModel, resid_hook
@@ -193,7 +193,7 @@ def plot_trace(result: TraceResult) -> go.Figure:
     return draw.finish(figure, title=title, about=about, height=360, top=104)
 
 
-def trace_page(result: TraceResult) -> str:
+def trace_page(result: TraceResult) -> Page:
     """Answers as colored tokens, every prompt under every condition, all on one scale."""
     finite = result.values[~result.values.isnan()]
     largest = max(float(finite.abs().max()), 1e-12)
