@@ -3,6 +3,7 @@
 
 # %%
 from refusal_mi import *
+
 # %%
 model = load_model()
 # %%
@@ -122,7 +123,8 @@ own = difference_in_means(
 report = export_checkpoint(hf_model, Ablate(own), "edited")
 report.is_verified
 # %%
-load_model("edited")
+edited = load_model("edited")
+generate(edited, ChatFormat(edited.tokenizer), "Hello", max_new_tokens=4)
 # %%
 run = load_run(RUN_FOLDER)
 run

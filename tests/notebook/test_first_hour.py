@@ -1,4 +1,4 @@
-"""What a stranger types in the first hour runs from top to bottom: no exception, no deprecation, nothing unshown."""
+"""What a stranger types in the first hour runs from top to bottom: no exception, no warning, no screens of numbers."""
 
 import ast
 import warnings
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from refusal_mi import Ablate, refusal_scores
 from tests.helpers.runs import finished_run
 
 SCRIPT = Path(__file__).with_name("first_hour.py")
@@ -15,14 +16,13 @@ WRITTEN = ("mine.npy", "scores.html", "scores.json", "projections.json", "edited
 
 
 def run_cell(source, names):
-    """As a notebook does: everything runs, and the value of a last expression is shown; what was shown."""
+    """As a notebook does: everything runs, and the value of a last expression is shown; its text, or nothing."""
     tree = ast.parse(source)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, str(SCRIPT), "exec"), names)
     if last is None:
-        return None
-    value = eval(compile(ast.Expression(last.value), str(SCRIPT), "eval"), names)
-    return repr(value), value
+        return ""
+    return repr(eval(compile(ast.Expression(last.value), str(SCRIPT), "eval"), names))
 
 
 @pytest.mark.slow
@@ -33,28 +33,21 @@ def test_the_first_hour(tmp_path, monkeypatch, tiny_dir):
     shown = {}
     assert len(CELLS) >= 40
     with warnings.catch_warnings():
-        warnings.simplefilter("error", DeprecationWarning)
-        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error")
         for number, cell in enumerate(CELLS):
             try:
                 shown[number] = run_cell(cell, names)
             except Exception as error:
                 raise AssertionError(f"cell {number}:\n{cell}") from error
     for number, value in shown.items():
-        assert value is None or len(value[0]) < 20_000, f"cell {number} shows {len(value[0])} characters"
+        assert len(value) < 3000 or "Figure(" in value, f"cell {number} shows {len(value)} characters"
     assert all((tmp_path / name).is_file() for name in WRITTEN)
-    # What the hour finds is there, and its control is not.
-    before, after = (names["answers"][0].text, None)
-    harmful = names["refusal_scores"](names["model"], names["chat"], names["my_harmful"], names["prefixes"])
+    # What the hour finds is there, and with its control it is not.
+    model, chat, prefixes, asks = *(names[each] for each in ("model", "chat", "prefixes")), names["harmful"][:16]
+    plain = refusal_scores(model, chat, asks, prefixes).mean()
     removed, random = (
-        names["refusal_scores"](
-            names["model"],
-            names["chat"],
-            names["my_harmful"],
-            names["prefixes"],
-            interventions=names["Ablate"](names[which]),
-        )
+        refusal_scores(model, chat, asks, prefixes, interventions=Ablate(names[which])).mean()
         for which in ("direction", "control")
     )
-    assert harmful.mean() - removed.mean() > 2 > (harmful.mean() - random.mean()).abs()
-    assert names["report"].is_verified and before and after is None
+    assert plain - removed > 4 > 4 * abs(plain - random), (plain, removed, random)
+    assert names["report"].is_verified
