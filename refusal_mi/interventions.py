@@ -62,6 +62,9 @@ class Ablate(Value):
     (Arditi et al. 2024, section 2.4). A list of several `Ablate` is not the same: one after the other, the later
     projections put back part of what the earlier ones removed, unless the directions are orthogonal. `AblateInTurn`
     is the published form of that.
+
+    >>> len(Ablate(direction).hooks(model)) == 1 + 2 * model.cfg.n_layers
+    True
     """
 
     directions: Direction | Tensor | Sequence[Direction | Tensor]
@@ -224,6 +227,9 @@ class Add(Value):
     """Add coefficient × the raw direction to the stream entering its own layer.
 
     x ← x + coefficient · r. Coefficient 1 is one raw difference of means, −1 subtracts it; 0 changes no bit.
+
+    >>> [name for name, _ in Add(direction, 2.0).hooks(model)]
+    ['blocks.2.hook_resid_pre']
     """
 
     direction: Direction
@@ -394,7 +400,11 @@ class Leace(Value):
 
 
 def all_hooks(model: HookedModel, interventions: Interventions, prompt_width: PromptWidth = None) -> list[Hook]:
-    """The hooks of several interventions, in the order in which they act."""
+    """The hooks of several interventions, in the order in which they act.
+
+    >>> with model.hooks(fwd_hooks=all_hooks(model, [Ablate(direction), Add(other)])):
+    ...     logits = model(chat.batch("Hi").tokens)
+    """
     return [hook for each in as_interventions(interventions) for hook in each.hooks(model, prompt_width)]
 
 
