@@ -1,4 +1,4 @@
-"""The tables of docs/one-or-several.md, from what `refusal-mi compare-methods` found: `python -m benchmarks.methods RUN`."""
+"""The tables of docs/one-or-several.md, from runs that were compared: `python -m benchmarks.methods RUN`."""
 
 import sys
 from pathlib import Path

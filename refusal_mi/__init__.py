@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .labels import find_refusal_tokens as find_refusal_tokens
     from .labels import label_prompts as label_prompts
     from .labels import zero_point as zero_point
+    from .loaded import load_run as load_run
     from .measures import ce_loss as ce_loss
     from .measures import kl_nats as kl_nats
     from .measures import next_token_logits as next_token_logits
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from .model.loading import load_model as load_model
     from .reading import mean_activations as mean_activations
     from .reading import sample_activations as sample_activations
-    from .run.loaded import load_run as load_run
     from .search.grid import select as select
     from .search.sweep import sweep as sweep
     from .search.thresholds import Thresholds as Thresholds
@@ -95,7 +95,7 @@ _HOME = {
     "label_prompts": "labels",
     "load_model": "model.loading",
     "load_prompts": "text.prompts",
-    "load_run": "run.loaded",
+    "load_run": "loaded",
     "load_splits": "text.prompts",
     "mean_activations": "reading",
     "next_token_logits": "measures",

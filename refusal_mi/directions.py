@@ -23,10 +23,10 @@ from .files import (
     write_tensors,
     write_vector,
 )
-from .model.points import block_hook, layer_of_hook, resid_hook, stream_after
+from .model.points import block_hook, is_in_stream, place_of_hook, resid_hook, stream_after
 from .precision import with_float64
 from .values import Value, frame, html_table, text_table
-from .vectors import at_layer, is_whole, one_vector, read_vectors, unit_of
+from .vectors import at_layer, is_whole, layer_by_name, one_vector, read_vectors, unit_of, vectors_in
 
 _RESID_PRE = re.compile(r"blocks\.(\d{1,9})\.hook_resid_pre")
 N_SHOWN = 5
@@ -48,9 +48,9 @@ class Direction(Value):
     vector: Float[Tensor, " d_model"]
     """The raw vector; "coefficient 1" adds this."""
     layer: int
-    """`l` is the stream entering block `l`; `n_layers` the stream after the last block."""
+    """`l` is the stream entering block `l`; `n_layers` the stream after the last block. Inside a block: the block."""
     hook_name: str
-    """The same place in TransformerLens' words."""
+    """The same place in TransformerLens' words; any hook point of a block, with all its heads as one vector."""
     position: int | None = None
     """The prompt position it was read at, counted from the end (−1 is the last), or None."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Direction(Value):
         if not self.vector.is_floating_point():
             raise UserError(f"a direction must be a vector of floats, not of {self.vector.dtype}")
         unit_of(self.vector)
-        if (named := layer_of_hook(self.hook_name)) != self.layer:
+        if (named := place_of_hook(self.hook_name)) != self.layer:
             raise UserError(
                 f"layer {self.layer} is not {self.hook_name!r}, which is layer {named}: layer l is the stream entering "
                 "block l, which is the output of block l - 1"
@@ -77,10 +77,14 @@ class Direction(Value):
     ) -> "Direction":
         """A direction of your own: `Direction.of(tensor, layer=12)`.
 
+        >>> Direction.of([3.0, 0.0, 4.0], layer=12)
+        Direction(layer 12, norm 5, d_model 3, blocks.12.hook_resid_pre)
+
         Args:
             vector: `[d_model]` or `[1, d_model]`; a tensor, an array or a list of numbers.
             layer: `l` is the stream entering block `l`, `n_layers` the stream after the last block.
-            hook_name: the same in TransformerLens' words; either is enough.
+            hook_name: the same in TransformerLens' words; either is enough. Any hook point of a block will do: a vector
+                of `blocks.3.attn.hook_z` has all heads, one after the other.
             position: the prompt position it was read at, counted from the end (−1 is the last).
 
         Raises:
@@ -91,7 +95,7 @@ class Direction(Value):
             raise UserError("say at which layer the direction was read: Direction.of(vector, layer=12)")
         if position is not None and position >= 0:
             raise UserError(f"a position counts from the end of the prompt, -1 is the last token; not {position}")
-        place = layer_of_hook(hook_name) if layer is None and hook_name is not None else layer
+        place = place_of_hook(hook_name) if layer is None and hook_name is not None else layer
         if place is None or place < 0:
             raise UserError(f"layers count from 0, not {layer}")
         hook_name = block_hook(place, "hook_resid_pre") if hook_name is None else hook_name
@@ -114,8 +118,36 @@ class Direction(Value):
         """The float64 unit vector."""
         return unit_of(self.vector)
 
+    @property
+    def is_in_stream(self) -> bool:
+        """Whether it is a direction of the residual stream, and not of what heads or neurons hold."""
+        return is_in_stream(self.hook_name)
+
+    def of_head(self, head: int, n_heads: int) -> "Direction":
+        """The part of one head, zero elsewhere, of a direction read where heads are apart (`attn.hook_z`, `hook_v`).
+
+        >>> Direction.of([1.0, 2.0, 3.0, 4.0], hook_name="blocks.1.attn.hook_z").of_head(1, 2).vector
+        tensor([0., 0., 3., 4.])
+
+        Args:
+            n_heads: at that hook point: of `hook_k` and `hook_v` there may be fewer than of `hook_z`.
+
+        Raises:
+            UserError: there is no such head, or the vector does not split into so many.
+        """
+        if not 0 <= head < n_heads or len(self.vector) % n_heads or self.is_in_stream:
+            raise UserError(f"no head {head} of {n_heads} in a vector of width {len(self.vector)} of {self.hook_name}")
+        part = torch.zeros_like(self.vector)
+        width = len(self.vector) // n_heads
+        part[head * width : (head + 1) * width] = self.vector[head * width : (head + 1) * width]
+        return Direction(part, self.layer, self.hook_name, self.position, {**self.provenance, "head": head})
+
     def random_like(self, seed: int) -> "Direction":
-        """A random direction of the same norm, place and dtype: the control for every effect of this one."""
+        """A random direction of the same norm, place and dtype: the control for every effect of this one.
+
+        >>> direction.random_like(seed=0).norm == pytest.approx(direction.norm)
+        True
+        """
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(self.vector.shape, generator=generator, dtype=torch.float64)
         vector = (noise * (self.norm / noise.norm())).to(self.vector.dtype)
@@ -141,9 +173,9 @@ class Direction(Value):
         """Read a run folder's direction, what `save` wrote, a published `direction.pt`, or a bare vector.
 
         Args:
-            path: a run folder, or a `.pt`, `.safetensors`, `.npy` or `.npz` file. Of a file of vectors by layer (3,
-                "3", "layer_3", a hook point) `layer` chooses one.
-            layer: where a vector was read that has no JSON beside it.
+            path: a run folder, or a `.pt`, `.safetensors`, `.npy` or `.npz` file, or llama.cpp's control vector
+                (`.gguf`). Of a file of vectors by layer (3, "3", "layer_3", a hook point) `layer` chooses one.
+            layer: where a vector was read that has no JSON beside it, and no name that says it.
 
         Raises:
             UserError: a file is missing or does not hold one vector, or its place is not known or said in two ways.
@@ -155,9 +187,11 @@ class Direction(Value):
             path = path / FILE
         beside = path.with_name(f"{path.stem}_metadata.json")
         if not beside.exists():
-            held = floats(path, at_layer(path, read_tensors(path), layer))
+            tensors = read_tensors(path)
+            held = floats(path, at_layer(path, tensors, layer))
             if held.squeeze().ndim != 1:
                 raise UserError(f"{path} does not hold one vector of shape [d_model]")
+            layer = layer_by_name(tensors) if layer is None else layer
             if layer is None:
                 raise UserError(
                     f"nothing beside {path} says where it was read: expected {beside.name} with its layer, as "
@@ -185,7 +219,7 @@ class Direction(Value):
             raise UserError(f"{beside}: pos counts from the end of the prompt, -1 is the last token; found {position}")
         if hook_name is None:
             hook_name = block_hook(layer, "hook_resid_pre")
-        if not isinstance(hook_name, str) or layer_of_hook(hook_name) != layer:
+        if not isinstance(hook_name, str) or place_of_hook(hook_name) != layer:
             raise UserError(f"{beside} contradicts itself: layer {layer} is not {hook_name!r}")
         found = cls(vector, layer, hook_name, position, metadata)
         is_number = isinstance(norm, float | int) and abs(norm) < 1e30
@@ -205,10 +239,14 @@ class DirectionGrid(Value):
     is_degenerate: tuple[tuple[bool, ...], ...]
     """`[pos][layer]`: the two means are the same up to rounding, so there is no direction."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    hook_name: str | None = None
+    """Of vectors that were read at one hook point, the only layer of their second axis."""
 
     def __post_init__(self) -> None:
         if self.vectors.shape[0] != len(self.positions) or not bool(torch.isfinite(self.vectors).all()):
             raise UserError(f"a grid needs finite vectors for {len(self.positions)} positions")
+        if self.hook_name is not None and self.vectors.shape[1] != 1:
+            raise UserError(f"a grid of {self.hook_name} has one layer, not {self.vectors.shape[1]}")
 
     @classmethod
     def of(cls, direction: Direction, positions: Iterable[int], n_layers: int) -> "DirectionGrid":
@@ -237,9 +275,16 @@ class DirectionGrid(Value):
         return self.vectors.shape[1]
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Of the second axis."""
+        return tuple(range(self.n_layers)) if self.hook_name is None else (place_of_hook(self.hook_name),)
+
+    @property
     def _title(self) -> str:
         n, n_layers, width = self.vectors.shape
         places = f"{n} positions {self.positions[0]}..{self.positions[-1]}" if n else "no positions"
+        if self.hook_name is not None:
+            return f"DirectionGrid: {places} of {self.hook_name}, width {width}"
         return f"DirectionGrid: {places} × {n_layers} layers × d_model {width}"
 
     def _longest(self) -> list[tuple[str, ...]]:
@@ -272,29 +317,55 @@ class DirectionGrid(Value):
             ]
         )
 
-    def direction(self, position: int, layer: int) -> Direction:
-        """The candidate at a position (−n .. −1) and layer.
+    def direction(self, position: int, layer: int | None = None) -> Direction:
+        """The candidate at a position (−n .. −1) and layer; of one hook point there is only its own.
+
+        >>> grid.direction(position=-1, layer=2).hook_name
+        'blocks.2.hook_resid_pre'
 
         Raises:
             UserError: there is no such candidate, or its means do not differ.
         """
-        if position not in self.positions or not 0 <= layer < self.n_layers:
+        if layer is None and self.hook_name is not None:
+            (layer,) = self.layers
+        if layer is None:
+            raise UserError(f"say at which layer: grid.direction({position}, layer), 0..{self.n_layers - 1}")
+        if position not in self.positions or layer not in self.layers:
             raise UserError(
                 f"no candidate at position {position}, layer {layer}: positions are "
-                f"{self.positions[0]}..{self.positions[-1]}, layers 0..{self.n_layers - 1}"
+                f"{self.positions[0]}..{self.positions[-1]}, "
+                + (f"layers 0..{self.n_layers - 1}" if self.hook_name is None else f"of {self.hook_name} alone")
             )
-        row = self.positions.index(position)
-        if self.is_degenerate[row][layer]:
+        row, column = self.positions.index(position), self.layers.index(layer)
+        if self.is_degenerate[row][column]:
             raise UserError(f"the means at position {position}, layer {layer} do not differ: there is no direction")
-        vector = self.vectors[row, layer].float()
-        return Direction(vector, layer, resid_hook(layer, self.n_layers), position, self.provenance)
+        vector = self.vectors[row, column].float()
+        place = resid_hook(layer, self.n_layers) if self.hook_name is None else self.hook_name
+        return Direction(vector, layer, place, position, self.provenance)
 
     def candidates(self) -> list[tuple[int, int]]:
         """Every (position, layer), in the published order."""
-        return [(position, layer) for position in self.positions for layer in range(self.n_layers)]
+        return [(position, layer) for position in self.positions for layer in self.layers]
+
+    def check_all_layers(self) -> None:
+        """Refuse a grid of one hook point, where every layer of the stream is searched or saved.
+
+        Raises:
+            UserError: it is one.
+        """
+        if self.hook_name is not None:
+            raise UserError(
+                f"this grid is of {self.hook_name} alone, and every layer of the stream is wanted: use "
+                "grid.direction(position), or mean_activations without hook="
+            )
 
     def save(self, path: str | Path) -> None:
-        """Write a `mean_diffs.pt`, `[n_pos, n_layers, d_model]` in float64, which `load` reads."""
+        """Write a `mean_diffs.pt`, `[n_pos, n_layers, d_model]` in float64, which `load` reads.
+
+        Raises:
+            UserError: it is of one hook point, which such a file does not say.
+        """
+        self.check_all_layers()
         write_tensors(at_home(path), self.vectors)
 
     @classmethod
@@ -314,31 +385,38 @@ class ActivationMeans(Value):
     """float64, on the CPU; layer `l` is the stream entering block `l`, `l = 0..n_layers-1`."""
     positions: tuple[int, ...]
     n_prompts: int
+    hook_name: str | None = None
+    """Of what was read at one hook point, the only layer of the second axis; as wide as that point, heads in a row."""
 
     @classmethod
-    def from_cache(cls, cache: Any, positions: Iterable[int] = (-1,)) -> "ActivationMeans":
+    def from_cache(cls, cache: Any, positions: Iterable[int] = (-1,), *, hook: str | None = None) -> "ActivationMeans":
         """Of the cache of TransformerLens' `run_with_cache`, over its prompts, which are padded on the left if at all.
 
         Args:
             cache: an `ActivationCache`, or a dict, with `blocks.{l}.hook_resid_pre` of every block.
             positions: counted from the end of the prompts; those of `chat.positions` fit `mean_activations`.
+            hook: of this hook point of a block instead, as `mean_activations(…, hook=)` gives it.
 
         Raises:
             UserError: a block is missing, or there is no such position.
         """
+        if hook is not None:
+            place_of_hook(hook)
+            if hook not in cache:
+                raise UserError(f"the cache has no {hook}: names_filter={hook!r} keeps it")
         names = {int(match[1]): name for name in cache if (match := _RESID_PRE.fullmatch(str(name)))}
-        if not names or sorted(names) != list(range(len(names))):
+        if hook is None and (not names or sorted(names) != list(range(len(names)))):
             raise UserError(
                 "the cache needs blocks.{l}.hook_resid_pre of every block l = 0..n_layers-1, and has those of "
                 f"{', '.join(map(str, sorted(names))) or 'none'}"
             )
-        streams = [cache[names[layer]] for layer in range(len(names))]
+        streams = [cache[names[layer]] for layer in range(len(names))] if hook is None else [cache[hook].flatten(2)]
         streams = [stream[None] if stream.ndim == 2 else stream for stream in streams]
         wanted, width = tuple(positions), streams[0].shape[1]
         if not wanted or not all(-width <= position < 0 for position in wanted):
             raise UserError(f"positions count from the end, -{width}..-1 here, not {list(wanted)}")
         means = [with_float64(stream[:, list(wanted)]).mean(0, dtype=torch.float64).cpu() for stream in streams]
-        return cls(torch.stack(means, dim=1), wanted, len(streams[0]))
+        return cls(torch.stack(means, dim=1), wanted, len(streams[0]), hook)
 
 
 @runtime_checkable
@@ -349,27 +427,64 @@ class Estimator(Protocol):
 
 
 def difference_in_means(harmful: ActivationMeans, harmless: ActivationMeans) -> DirectionGrid:
-    """r[i, l] = mean over harmful prompts − mean over harmless prompts (Arditi et al. 2024, section 2.3)."""
-    if harmful.positions != harmless.positions or harmful.means.shape != harmless.means.shape:
+    """r[i, l] = mean over harmful prompts − mean over harmless prompts (Arditi et al. 2024, section 2.3).
+
+    >>> difference_in_means(means, other_means).direction(-1, 2).layer
+    2
+    """
+    is_same = (harmful.positions, harmful.hook_name) == (harmless.positions, harmless.hook_name)
+    if not is_same or harmful.means.shape != harmless.means.shape:
         raise ValueError("the two classes were read at different positions or layers")
     vectors = harmful.means - harmless.means
     scale = torch.maximum(harmful.means.norm(dim=-1), harmless.means.norm(dim=-1))
     degenerate = (vectors.norm(dim=-1) <= MIN_RELATIVE_NORM * scale).tolist()
     counts = {"method": "difference in means", "n_harmful": harmful.n_prompts, "n_harmless": harmless.n_prompts}
-    return DirectionGrid(vectors, harmful.positions, tuple(map(tuple, degenerate)), counts)
+    return DirectionGrid(vectors, harmful.positions, tuple(map(tuple, degenerate)), counts, harmful.hook_name)
+
+
+def check_in_stream(direction: Direction) -> None:
+    """Refuse a direction of what heads or neurons hold, where one of the residual stream is meant.
+
+    Raises:
+        UserError: it is one.
+    """
+    if not direction.is_in_stream:
+        raise UserError(
+            f"this direction was read at {direction.hook_name}, and one of the residual stream is wanted here: it can "
+            "be added and ablated at its own hook point alone"
+        )
 
 
 def cosine(a: Direction, b: Direction) -> float:
-    """Cosine similarity of two directions, in float64."""
+    """Cosine similarity of two directions, in float64.
+
+    >>> round(cosine(direction, direction), 6)
+    1.0
+    """
     return math.fsum((a.unit * b.unit).tolist())
+
+
+def load_vector(path: str | Path, n_layers: int, layer: int | None = None) -> Direction | Tensor:
+    """`load_direction` for ablation, which does not ask where a vector was read: where nothing says it, it is bare."""
+    path = at_home(path)
+    is_said = (
+        layer is not None or path.with_name(f"{path.stem}_metadata.json").exists() or _CAA_NAME.fullmatch(path.stem)
+    )
+    if not is_said and path.is_file() and not path.with_name("run.json").exists():
+        held = read_tensors(path)
+        rows = read_vectors(path).rows
+        if len(rows) == 1 and layer_by_name(held) is None:
+            return rows[0].float()
+    return load_direction(path, n_layers, layer)
 
 
 def load_direction(path: str | Path, n_layers: int, layer: int | None = None, *, moves: bool = False) -> Direction:
     """One vector of a file with its place: the one rule of every command that takes a file.
 
     A JSON beside the file says where the vector was read. Of a file of n_layers + 1 rows, one per layer, `layer`
-    chooses the row. A bare vector was read where `layer` says, which must agree with a name that says it too: CAA
-    calls the output of block L, our layer L + 1, `vec_layer_{L}_{model}.pt`.
+    chooses the row, and of vectors by layer the one that is named so; a control vector of llama.cpp (`.gguf`) names
+    its layers. A bare vector was read where `layer` says, which must agree with a name that says it too: CAA calls the
+    output of block L, our layer L + 1, `vec_layer_{L}_{model}.pt`.
 
     Args:
         n_layers: of the model that it is used in.
@@ -397,7 +512,9 @@ def load_direction(path: str | Path, n_layers: int, layer: int | None = None, *,
         if not moves and layer not in (None, found.layer):
             raise UserError(f"{path} says itself where it was read, layer {found.layer}: leave layer {layer} out")
         return found
-    rows = read_vectors(path, layer).rows
+    tensors = read_tensors(path)
+    rows = vectors_in(path, at_layer(path, tensors, layer)).rows
+    by_name = layer_by_name(tensors)
     if len(rows) > 1:
         if len(rows) != n_layers + 1:
             raise UserError(
@@ -415,6 +532,8 @@ def load_direction(path: str | Path, n_layers: int, layer: int | None = None, *,
                 f"(the output of block {layer - 1})"
             )
         layer = said
+    elif layer is None and by_name is not None:
+        layer = by_name
     elif layer is None:
         raise UserError(f"nothing beside {path} says where the vector was read: say with --layer at which layer")
     if not rows[0].any():

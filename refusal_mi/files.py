@@ -265,12 +265,16 @@ def _first_of(error: "ValidationError") -> str:
 def read_tensors(path: Path) -> Any:
     """Read a file of plain tensors onto the CPU, wherever it was saved: `.safetensors`, `.npy`, `.npz`, else `.pt`.
 
+    Of a control vector of llama.cpp (`.gguf`), the vectors by TransformerLens' names for where they are added.
+
     Raises:
         UserError: the file does not exist, cannot be read, or holds something other than tensors.
     """
     if (read := _OTHER_TENSORS.get(Path(path).suffix)) is not None:
         try:
             return read(path)
+        except UserError:
+            raise
         except FileNotFoundError:
             raise UserError(f"no such file: {path}") from None
         except Exception as error:  # foreign code
@@ -295,7 +299,37 @@ def _read_numpy(path: Path) -> Any:
         return {name: torch.from_numpy(held[name]) for name in held.files}
 
 
-_OTHER_TENSORS = {".safetensors": _read_safetensors, ".npy": _read_numpy, ".npz": _read_numpy}
+def _read_gguf(path: Path) -> Any:
+    """llama.cpp's `direction.{block}` is added to what that block puts out."""
+    import torch
+
+    try:
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
+    except ImportError:
+        raise UserError("control vectors need the gguf library: pip install 'refusal_mi[export]'") from None
+    if not Path(path).is_file():
+        raise FileNotFoundError(path)
+    reader = GGUFReader(path)
+    kind = reader.get_field("general.architecture")
+    if kind is None or kind.contents() != "controlvector":
+        raise UserError(f"{path} is a GGUF file of {kind and kind.contents()!r}, not of a control vector")
+    found = {}
+    for each in reader.tensors:
+        block = str(each.name).removeprefix("direction.")
+        if not block.isdecimal():
+            raise UserError(f"{path} holds {each.name!r}, and a control vector holds direction.1, direction.2, ...")
+        values = torch.from_numpy(dequantize(each.data, each.tensor_type).copy())
+        found[f"blocks.{int(block)}.hook_resid_post"] = values.reshape(-1)
+    return found
+
+
+_OTHER_TENSORS = {
+    ".safetensors": _read_safetensors,
+    ".npy": _read_numpy,
+    ".npz": _read_numpy,
+    ".gguf": _read_gguf,
+}
 
 
 def _read_saved(path: Path) -> Any:

@@ -12,12 +12,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .directions import ActivationMeans, Direction
+from .directions import ActivationMeans, Direction, check_in_stream
 from .errors import UserError
 from .estimators.erasure import Eraser, fit_eraser
 from .estimators.linear import Shrinkage
 from .estimators.samples import ActivationSamples
-from .model.points import Component, Hook, HookedModel, HookFn, check_raw_basis, resid_hook, write_hooks
+from .model.points import (
+    Component,
+    Hook,
+    HookedModel,
+    HookFn,
+    check_point,
+    check_raw_basis,
+    is_between_blocks,
+    place_of_hook,
+    resid_hook,
+    write_hooks,
+)
 from .options import Positions as Positions
 from .values import Value, check_named
 from .vectors import one_vector, unit_of
@@ -51,6 +62,9 @@ class Ablate(Value):
     (Arditi et al. 2024, section 2.4). A list of several `Ablate` is not the same: one after the other, the later
     projections put back part of what the earlier ones removed, unless the directions are orthogonal. `AblateInTurn`
     is the published form of that.
+
+    >>> len(Ablate(direction).hooks(model)) == 1 + 2 * model.cfg.n_layers
+    True
     """
 
     directions: Direction | Tensor | Sequence[Direction | Tensor]
@@ -63,6 +77,9 @@ class Ablate(Value):
     """Affine ablation: instead of 0, the component of the stream along each direction (in units of the stream,
     one number per direction) everywhere; written once, with the embedding."""
     positions: Positions = "all"
+    hook: str | None = None
+    """Instead of all writes, one hook point of a block alone, with all its heads as one vector. None is that of
+    directions which were all read at one point outside of the stream, such as `blocks.3.attn.hook_z`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "directions", _each(self.directions))
@@ -72,7 +89,10 @@ class Ablate(Value):
         check_finite("strength", self.strength)
         for constant in self.constants or ():
             check_finite("constants", constant)
-        whole = self.strength == 1 and self.layers is None and set(self.components) == set(get_args(Component))
+        everywhere = self.layers is None and set(self.components) == set(get_args(Component))
+        if self.point is not None and not (everywhere and self.constants is None):
+            raise UserError(f"{self.point} is one place: layers, components and constants are about writes")
+        whole = self.strength == 1 and everywhere
         if self.constants is not None and not (whole and self.positions == "all"):
             raise UserError("constants need an ablation of all writes at strength 1 and all positions")
         if self.constants is not None and len(self.constants) != len(self.units):
@@ -92,6 +112,22 @@ class Ablate(Value):
         """The directions, one as several."""
         single = isinstance(self.directions, Direction | Tensor)
         return (self.directions,) if single else tuple(self.directions)  # type: ignore[return-value, arg-type]
+
+    @cached_property
+    def point(self) -> str | None:
+        """The hook point that it acts at; None for all writes.
+
+        Raises:
+            UserError: there is no such point, or the directions were read at several, outside of the stream.
+        """
+        read = {each.hook_name for each in self.each if isinstance(each, Direction) and not each.is_in_stream}
+        if self.hook is not None:
+            place_of_hook(self.hook)
+        elif len(read) > 1:
+            raise UserError(f"directions of {', '.join(sorted(read))} cannot be ablated together: one Ablate for each")
+        elif read and any(isinstance(each, Direction) and each.is_in_stream for each in self.each):
+            raise UserError(f"directions of {read.pop()} and of the stream cannot be ablated together")
+        return self.hook if self.hook is not None else next(iter(read), None)
 
     @cached_property
     def basis(self) -> Float[Tensor, "rank d_model"]:
@@ -119,15 +155,21 @@ class Ablate(Value):
         return torch.linalg.pinv(self.units) @ torch.tensor(list(self.constants), dtype=torch.float64)
 
     def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
-        """One hook per write."""
+        """One hook per write, or one at the hook point.
+
+        Raises:
+            UserError: the model has no such block or hook point, or another width.
+        """
         check_raw_basis(model)
-        check_width(self.basis.shape[-1], model.cfg.d_model)
         basis = Constant(self.basis)
 
         def project_out(x: Tensor) -> Tensor:
             rows = basis.beside(x)
             return x - self.strength * ((x @ rows.T) @ rows)
 
+        if self.point is not None:
+            return [hook_at(model, self.point, project_out, self.basis.shape[-1], self.positions, prompt_width)]
+        check_width(self.basis.shape[-1], model.cfg.d_model)
         names = write_hooks(model.cfg.n_layers, layers=self.layers, components=self.components)
         hooks = [(name, hook_of(project_out, self.positions, prompt_width)) for name in names]
         if self.offset is not None:
@@ -166,6 +208,8 @@ class AblateInTurn(Value):
     def __post_init__(self) -> None:
         if not self.directions:
             raise UserError("AblateInTurn needs at least one direction")
+        for direction in self.directions:
+            check_in_stream(direction)
 
     def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
         """One hook per direction at every block's input and at every write."""
@@ -183,6 +227,9 @@ class Add(Value):
     """Add coefficient × the raw direction to the stream entering its own layer.
 
     x ← x + coefficient · r. Coefficient 1 is one raw difference of means, −1 subtracts it; 0 changes no bit.
+
+    >>> [name for name, _ in Add(direction, 2.0).hooks(model)]
+    ['blocks.2.hook_resid_pre']
     """
 
     direction: Direction
@@ -190,10 +237,17 @@ class Add(Value):
     layer: int | None = None
     """Where to add it; None is the layer it was read at."""
     positions: Positions = "all"
+    hook: str | None = None
+    """Any hook point of a block instead, with all its heads as one vector; None is the one that the direction was read
+    at, or the stream entering the layer."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.direction, Direction):
             raise UserError("Add needs to know where the vector was read: Add(Direction.of(vector, layer=12))")
+        if self.hook is not None and place_of_hook(self.hook) != self.target and self.layer is not None:
+            raise UserError(f"layer {self.layer} is not {self.hook!r}, which is layer {place_of_hook(self.hook)}")
+        if self.hook is None and self.layer not in (None, self.direction.layer):
+            check_in_stream(self.direction)
         check_named("positions", self.positions, get_args(Positions))
         check_finite("coefficient", self.coefficient)
         if abs(self.coefficient) * self.direction.norm > LONGEST:
@@ -204,16 +258,35 @@ class Add(Value):
 
     @property
     def target(self) -> int:
-        """The layer whose stream it is added to."""
-        return self.direction.layer if self.layer is None else self.layer
+        """The layer whose stream it is added to, or that its hook point lies in."""
+        if self.layer is not None:
+            return self.layer
+        return self.direction.layer if self.hook is None else place_of_hook(self.hook)
+
+    @property
+    def point(self) -> str | None:
+        """The hook point, where that is not the stream entering the layer."""
+        place = self.hook
+        if place is None and self.layer in (None, self.direction.layer):
+            place = self.direction.hook_name
+        return None if place is None or is_between_blocks(place) else place
 
     def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]:
-        """One hook, at the stream entering the layer."""
+        """One hook, at the stream entering the layer or at the hook point.
+
+        Raises:
+            UserError: the model has no such layer or hook point, or another width.
+        """
         check_raw_basis(model)
-        check_width(len(self.direction.vector), model.cfg.d_model)
         vector = Constant(self.direction.vector.detach().cpu().double() * self.coefficient)
-        hook = hook_of(lambda x: x + vector.beside(x), self.positions, prompt_width)
-        return [(resid_hook(self.target, model.cfg.n_layers), hook)]
+
+        def add(x: Tensor) -> Tensor:
+            return x + vector.beside(x)
+
+        if self.point is not None:
+            return [hook_at(model, self.point, add, len(self.direction.vector), self.positions, prompt_width)]
+        check_width(len(self.direction.vector), model.cfg.d_model)
+        return [(resid_hook(self.target, model.cfg.n_layers), hook_of(add, self.positions, prompt_width))]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -236,6 +309,7 @@ class Affine(Value):
     positions: Positions = "all"
 
     def __post_init__(self) -> None:
+        check_in_stream(self.direction)
         check_finite("component", self.component)
         check_finite("coefficient", self.coefficient)
         if abs(self.component) + abs(self.coefficient) * self.direction.norm > LONGEST:
@@ -248,6 +322,8 @@ class Affine(Value):
         Raises:
             UserError: the means were not read there.
         """
+        if harmless.hook_name is not None:
+            raise UserError(f"the means are of {harmless.hook_name}, and those of the stream are wanted")
         if direction.position not in harmless.positions or not 0 <= direction.layer < harmless.means.shape[1]:
             raise UserError(
                 f"there is no mean at position {direction.position}, layer {direction.layer}: positions are "
@@ -324,7 +400,11 @@ class Leace(Value):
 
 
 def all_hooks(model: HookedModel, interventions: Interventions, prompt_width: PromptWidth = None) -> list[Hook]:
-    """The hooks of several interventions, in the order in which they act."""
+    """The hooks of several interventions, in the order in which they act.
+
+    >>> with model.hooks(fwd_hooks=all_hooks(model, [Ablate(direction), Add(other)])):
+    ...     logits = model(chat.batch("Hi").tokens)
+    """
     return [hook for each in as_interventions(interventions) for hook in each.hooks(model, prompt_width)]
 
 
@@ -364,6 +444,35 @@ def hook_of(change: Change, positions: Positions, prompt_width: PromptWidth) -> 
     Half precision would lose the small component along a direction in a large stream.
     """
     return partial(_changed, change, positions, prompt_width)
+
+
+def hook_at(
+    model: HookedModel, name: str, change: Change, width: int, positions: Positions, prompt_width: PromptWidth
+) -> Hook:
+    """The same at any hook point of a block that holds a vector at every position, its heads one after the other.
+
+    Raises:
+        UserError: the model has no such hook point; where the pass comes there, what it holds has another width.
+    """
+    check_point(model, name)
+    return name, partial(_changed_at, change, positions, prompt_width, name, width)
+
+
+def _changed_at(
+    change: Change,
+    positions: Positions,
+    prompt_width: PromptWidth,
+    name: str,
+    width: int,
+    activation: Float[Tensor, "batch pos *inside"],
+    hook: Any,
+) -> Float[Tensor, "batch pos *inside"]:
+    if activation.ndim < 3 or activation[0, 0].numel() != width:
+        raise UserError(
+            f"a direction of width {width} does not fit {name}, which holds {list(activation.shape[2:])} at a position"
+        )
+    changed = _changed(change, positions, prompt_width, activation.flatten(2), hook)
+    return changed.reshape(activation.shape)
 
 
 def _changed(

@@ -1,7 +1,10 @@
 """Progress with an estimate of the time left: a bar where somebody is looking, a line now and then in a log."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from html import escape
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -77,7 +80,7 @@ def _in_log(
 def _in_notebook(
     items: Iterable[Item], description: str, total: int | None, work: Callable[[Item], int]
 ) -> Iterator[Item]:
-    """One line for each cell, which the next bar of that cell writes over.
+    """One bar for each cell, which the next one of that cell writes over.
 
     A display cannot be taken back, only changed: a bar that vanished would leave an empty output in the notebook.
     """
@@ -89,7 +92,7 @@ def _in_notebook(
         is_last = n_done == total
         if now - start >= QUIET_SECONDS and (is_last or now - shown >= REFRESH_SECONDS or shown == start):
             shown = now
-            _show(_line(description, n_done, total, now - start))
+            _show(_line(description, n_done, total, now - start), n_done, total)
 
 
 def _line(description: str, n_done: int, total: int | None, seconds: float) -> str:
@@ -105,15 +108,40 @@ def _clock(seconds: float) -> str:
 
 
 _handles: dict[int, Any] = {}
-"""Number of the cell that runs -> its line."""
+"""Number of the cell that runs -> its bar."""
 
 
-def _show(text: str) -> None:
+@contextmanager
+def alone() -> Iterator[None]:
+    """In a notebook, no bars of transformers and huggingface_hub meanwhile."""
+    if not Console(stderr=True).is_jupyter:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's bars, which are not shown
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+        from transformers.utils import logging
+
+    were_shown, were_off = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()
+        if not were_off:
+            enable_progress_bars()
+
+
+def _show(text: str, n_done: int, total: int | None) -> None:
     from IPython import get_ipython
     from IPython.display import display
 
     cell = get_ipython().execution_count  # type: ignore[no-untyped-call, union-attr]
     data = {"text/plain": text}
+    if total:
+        data["text/html"] = f'<progress max="{total}" value="{n_done}"></progress> {escape(text)}'
     if cell in _handles:
         _handles[cell].update(data, raw=True, metadata=NOTEBOOK_METADATA)
     else:

@@ -12,7 +12,7 @@ from .directions import ActivationMeans
 from .errors import UserError
 from .estimators.samples import ActivationSamples
 from .interventions import Interventions, PromptWidth, all_hooks
-from .model.points import Hook, HookedModel, missing_points
+from .model.points import Hook, HookedModel, check_point, missing_points, model_device
 from .model.running import LastPositions, batches, last_logits, residuals, running
 from .precision import as_double, finite, with_float64
 from .text.batches import Span, TokenBatch
@@ -25,18 +25,29 @@ MAX_TABLE_BYTES = 2**31
 
 
 def mean_activations(
-    model: HookedModel, chat: ChatFormat, instructions: Prompts, *, batch_size: int = 32
+    model: HookedModel, chat: ChatFormat, instructions: Prompts, *, hook: str | None = None, batch_size: int = 32
 ) -> ActivationMeans:
     """Mean over prompts of the stream entering every block, at every post-instruction position.
 
+    >>> means = mean_activations(model, chat, ["Hi", "Bye"])
+    >>> means.means.shape == (len(chat.positions), model.cfg.n_layers, model.cfg.d_model)
+    True
+    >>> mean_activations(model, chat, "Hi", hook="blocks.3.attn.hook_z").means.shape[1]
+    1
+
     Args:
         instructions: user messages, one prompt each; a string is one.
+        hook: read this hook point of a block instead, such as `blocks.3.attn.hook_z` (what its heads hold, one after
+            the other), `blocks.3.hook_attn_out`, `blocks.3.mlp.hook_post` (neurons).
         batch_size: prompts per forward pass; the result does not depend on it.
 
     Raises:
-        UserError: there are no instructions, one does not fit the model, or streams are not finite.
+        UserError: there are no instructions, one does not fit the model, activations are not finite, or the model has
+            no such hook point, or none that holds a vector at every position.
         ValueError: the model's weights are not in HF coordinates.
     """
+    if hook is not None:
+        return _means_at(model, chat, as_prompts(instructions), hook, batch_size)
     instructions, layers = as_prompts(instructions), range(model.cfg.n_layers)
     total = torch.zeros(len(chat.positions), len(layers), model.cfg.d_model, dtype=torch.float64)
     for _, streams in _streams(model, chat, instructions, layers, len(chat.positions), [], batch_size):
@@ -49,6 +60,9 @@ def sample_activations(
     model: HookedModel, chat: ChatFormat, instructions: Prompts, *, batch_size: int = 32
 ) -> ActivationSamples:
     """The stream of every prompt entering every block, at every post-instruction position, in float32.
+
+    >>> sample_activations(model, chat, ["Hi", "Bye"]).n_prompts
+    2
 
     Args:
         instructions: user messages, one prompt each.
@@ -202,6 +216,24 @@ def captured(
     with torch.no_grad(), running(model, hooks):
         last_logits(model, batch)
     return taken
+
+
+def _means_at(
+    model: HookedModel, chat: ChatFormat, instructions: Sequence[str], hook: str, batch_size: int
+) -> ActivationMeans:
+    """Means at one hook point, heads one after the other."""
+    check_point(model, hook)
+    n, rows = len(chat.positions), chat.encode_all(instructions)
+    for width in (2, 3):  # what holds no vector at every position does not follow the length of a text
+        text = torch.full((1, width), chat.pad_id, device=model_device(model))
+        whole = captured(model, TokenBatch(text, torch.ones_like(text)), {hook: lambda x: x})[hook]
+        if whole.ndim < 3 or whole.shape[:2] != (1, width) or not whole.is_floating_point():
+            raise UserError(f"{hook} holds no vector at every position of a prompt: nothing can be read there")
+    total = torch.zeros(n, whole[0, 0].numel(), dtype=torch.float64)
+    for _, batch in batches(model, rows, chat.pad_id, batch_size, description=f"reading {hook}"):
+        read = captured(model, batch, {hook: lambda x: x[:, -n:].flatten(2)})[hook]
+        total += with_float64(read).sum(0, dtype=torch.float64).cpu()
+    return ActivationMeans(rearrange(total / len(rows), "pos width -> pos 1 width"), chat.positions, len(rows), hook)
 
 
 def _streams(

@@ -73,6 +73,11 @@ def at_layer(path: Path, held: Any, layer: int | None) -> Any:
     return found[0]
 
 
+def layer_by_name(held: Any) -> int | None:
+    """The layer that the name of a file's only tensor says."""
+    return _layer_of_name(next(iter(held))) if isinstance(held, dict) and len(held) == 1 else None
+
+
 def _layer_of_name(name: object) -> int | None:
     """3, "3", "layer_3" and points of the stream between blocks."""
     if is_whole(name):
@@ -95,13 +100,15 @@ class LabelledVectors(Value):
     name: str
     rows: Float[Tensor, "row d_model"]
     """float64."""
+    names: tuple[str, ...] = ()
+    """Of the rows, where the file names them."""
 
     @property
     def labels(self) -> list[str]:
         """The file's name, with the row where there are several."""
         if len(self.rows) == 1:
             return [self.name]
-        return [f"{self.name}[{row}]" for row in range(len(self.rows))]
+        return [f"{self.name}[{row}]" for row in (self.names or range(len(self.rows)))]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,18 +127,30 @@ class Comparison(Value):
         return {"labels": list(self.labels), "cosines": cosines, "norms": self.norms.tolist()}
 
 
-def read_vectors(path: str | Path, layer: int | None = None) -> LabelledVectors:
+def read_vectors(path: str | Path) -> LabelledVectors:
     """The vectors of a file: `[d]`, `[1, d]`, `[n, d]`, a list of vectors, or vectors by layer, in any float type.
-
-    Args:
-        layer: of tensors by name, the one of this layer.
 
     Raises:
         UserError: it holds something else, or numbers that are not finite.
     """
     path = at_home(path)
     held = read_tensors(path)
-    held = at_layer(path, held, layer)
+    if isinstance(held, dict) and len(held) > 1:
+        layers = {name: _layer_of_name(name) for name in held}
+        if None not in layers.values() and len(set(layers.values())) == len(layers):
+            by_layer = sorted(held, key=lambda name: layers[name] or 0)
+            return vectors_in(
+                path, [held[name] for name in by_layer], tuple(f"layer {layers[name]}" for name in by_layer)
+            )
+    return vectors_in(path, at_layer(path, held, None))
+
+
+def vectors_in(path: Path, held: Any, names: tuple[str, ...] = ()) -> LabelledVectors:
+    """What a file holds, if it is vectors as `read_vectors` takes them.
+
+    Raises:
+        UserError: it is something else, or numbers that are not finite.
+    """
     if isinstance(held, list) and held and all(isinstance(item, Tensor) for item in held):
         if len({item.numel() for item in held}) != 1 or any(
             item.numel() != max(item.shape, default=0) for item in held
@@ -148,7 +167,7 @@ def read_vectors(path: str | Path, layer: int | None = None) -> LabelledVectors:
         raise UserError(f"{path} holds numbers that are not finite")
     if not bool(rows.any()):
         raise UserError(f"{path} holds zeros only, which have no direction")
-    return LabelledVectors(path.stem, rows)
+    return LabelledVectors(path.stem, rows, names)
 
 
 def compare(stacks: list[LabelledVectors]) -> Comparison:

@@ -6,14 +6,18 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
+from transformers import AutoConfig
 
 from refusal_mi.directions import Direction, load_direction
 from refusal_mi.errors import UserError
+from refusal_mi.export.formats import write_gguf
 from refusal_mi.export.plan import as_steps, describe_step
 from refusal_mi.interventions import Ablate, Add
 from refusal_mi.measures import next_token_logits
 from refusal_mi.text.chat import ChatFormat
+from refusal_mi.vectors import compare, read_vectors
 from tests.helpers.directions import random_direction
+from tests.helpers.gguf import write_control_vector
 
 VECTOR = torch.tensor([3.0, 0.0, 4.0])
 
@@ -195,3 +199,50 @@ def test_the_only_tensor_of_a_file_is_not_moved_from_the_layer_that_it_is_named_
         load_direction(path, 5, 2)
     torch.save({"vector": VECTOR}, path)
     assert load_direction(path, 5, 2).layer == 2, "the control: a name that says no layer"
+
+
+def test_a_control_vector_of_llama_cpp_is_read_where_it_is_added(tmp_path):
+    by_block = {block: torch.full((3,), block + 0.5) for block in (1, 2, 3)}
+    write_control_vector(tmp_path / "many.gguf", by_block)
+    write_control_vector(tmp_path / "one.gguf", {2: VECTOR})
+    for layer in (2, 3, 4):
+        for found in (Direction.load(tmp_path / "many.gguf", layer), load_direction(tmp_path / "many.gguf", 5, layer)):
+            assert torch.equal(found.vector, by_block[layer - 1]) and found.layer == layer
+    for found in (Direction.load(tmp_path / "one.gguf"), load_direction(tmp_path / "one.gguf", 5)):
+        assert torch.equal(found.vector, VECTOR) and found.layer == 3
+    with pytest.raises(UserError, match="holds 3 tensors"):
+        Direction.load(tmp_path / "many.gguf")
+    with pytest.raises(UserError, match="layer 3 by its name"):
+        Direction.load(tmp_path / "one.gguf", 2)
+
+
+def test_what_is_exported_as_a_control_vector_is_read_back(tmp_path, tiny_dir):
+    direction = random_direction(layer=3)
+    write_gguf(tmp_path / "v.gguf", Add(direction, -2.0), AutoConfig.from_pretrained(tiny_dir("llama")))
+    found = Direction.load(tmp_path / "v.gguf")
+    assert torch.equal(found.vector, -2 * direction.vector) and found.layer == 3
+
+
+def test_other_gguf_files_are_one_line(tmp_path):
+    path = tmp_path / "a.gguf"
+    with pytest.raises(UserError, match="no such file"):
+        Direction.load(path)
+    write_control_vector(path, {1: VECTOR}, "llama")
+    with pytest.raises(UserError, match="a GGUF file of 'llama', not of a control vector"):
+        Direction.load(path)
+    for data in (b"", b"GGUF", b"GGUF" + bytes(40), b"no tensors"):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"is (no \.gguf file of plain tensors|a GGUF file of None)"):
+            Direction.load(path)
+
+
+def test_vectors_by_layer_are_compared_row_by_row(tmp_path):
+    rows = torch.eye(3) + 0.1
+    write_control_vector(tmp_path / "a.gguf", {block: rows[block] for block in (2, 0, 1)})
+    torch.save({str(layer + 1): row for layer, row in enumerate(rows)}, tmp_path / "b.pt")
+    found = compare([read_vectors(tmp_path / name) for name in ("a.gguf", "b.pt")])
+    assert found.labels == tuple(f"{name}[layer {layer}]" for name in "ab" for layer in (1, 2, 3))
+    assert torch.allclose(found.cosines[:3, 3:].diag(), torch.ones(3).double()) and found.cosines[0, 4] < 0.5
+    torch.save({"x": rows[0], "y": rows[1]}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="holds 2 tensors"):
+        read_vectors(tmp_path / "c.pt")

@@ -5,7 +5,8 @@
 
     plot(project_residuals(model, chat, direction, {"harmful": [...], "harmless": [...]}))
 
-An analysis and its module, which holds its result, its computation and its figures, share one name. Names are
+An analysis and its module, which holds its result, its computation and its figures, share one name. Called with a
+model and a finished run, the module does it with what the run has: `analysis.projections(model, "runs/x")`. Names are
 imported when they are first used.
 """
 
@@ -41,10 +42,12 @@ _HOME = {
     **{name: kind for kind, names in KINDS.items() for name in names},
 }
 
-__all__ = ["KINDS", *_HOME]
+__all__ = ["KINDS", *KINDS, *_HOME]
 
 
 def __getattr__(name: str) -> Any:
+    if name in KINDS:
+        return import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
-from ..figures.views import View, page, shown_tokens
+from ..figures.views import Page, View, page, shown_tokens
 from ..model.points import HookedModel, block_hook
 from ..model.running import batches
 from ..precision import as_double
@@ -25,7 +25,7 @@ from ..stats import mean_interval
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from .attribution import top_heads
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, call_with_a_run, provenance_of
 from .sources import split_by_source
 
 REGIONS = ("system", "instruction", "suffix", "template")
@@ -95,6 +95,7 @@ def attend_by_region(
     Raises:
         UserError: there are no prompts, or the suffix adds no token.
     """
+    check_in_stream(direction)
     instructions = as_prompts(instructions)
     if heads is None:
         heads = top_heads(model, chat, direction, instructions, n_heads, batch_size=batch_size)
@@ -227,7 +228,7 @@ def plot_attention_heads(result: AttentionResult) -> go.Figure:
     return draw.finish(figure, title=title, about=about, height=height, top=104)
 
 
-def attention_page(result: AttentionResult) -> str:
+def attention_page(result: AttentionResult) -> Page:
     """The whole attention patterns of the heads on the first prompt, with the suffix."""
     view = circuitsvis.attention.attention_heads(
         result.example_pattern,
@@ -257,3 +258,5 @@ def _bars(
 
 
 FIGURES = {"attention": plot_attention, "attention_heads": plot_attention_heads, "attention_patterns": attention_page}
+
+call_with_a_run(__name__)

@@ -11,7 +11,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..model.points import EMBEDDING, BlockPoint, HookedModel, block_hook, mlp_output_hook, resid_hook
@@ -24,7 +24,7 @@ from ..stats import mean_interval
 from ..text.batches import TokenBatch
 from ..text.chat import ChatFormat
 from ..text.given import Groups, Prompts, as_groups
-from .result import AnalysisResult, prompts_of, provenance_of
+from .result import AnalysisResult, call_with_a_run, prompts_of, provenance_of
 
 MAX_MISFIT = 0.05
 """Largest relative distance between a write and gain × scale × output before the block is called nonlinear here."""
@@ -124,6 +124,7 @@ def attribute_direction(
         UserError: a group is empty, there is no such layer or position, or the heads' outputs reach the stream
             through more than a norm.
     """
+    check_in_stream(direction)
     weights, groups = ModelWeights(model), as_groups(groups)
     layer = model.cfg.n_layers if layer is None else layer
     resid_hook(layer, model.cfg.n_layers)
@@ -332,3 +333,5 @@ def _sum_note(result: AttributionResult) -> str:
 
 
 FIGURES = {"attribution": plot_attribution, "attribution_ranked": plot_attribution_ranked}
+
+call_with_a_run(__name__)

@@ -13,7 +13,7 @@ from ..directions import Direction
 from ..errors import UserError
 from ..figures import style as draw
 from ..run.folder import RunInputs
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, call_with_a_run, provenance_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,3 +106,5 @@ def plot_comparison(result: ComparisonResult) -> go.Figure:
 
 
 FIGURES = {"comparison": plot_comparison}
+
+call_with_a_run(__name__)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..files import read_json
@@ -25,7 +25,7 @@ from ..text.given import Prompts, as_prompts
 from ..text.prompts import load_prompts
 from ..values import check_named
 from .dose_reader import DoseReader
-from .result import AnalysisResult, finite_or_none, prompts_of, provenance_of
+from .result import AnalysisResult, call_with_a_run, finite_or_none, prompts_of, provenance_of
 
 Kind = Literal["add", "ablate"]
 Side = Literal["harmful", "harmless"]
@@ -175,6 +175,7 @@ def dose_response(
     Raises:
         UserError: a side has no prompts.
     """
+    check_in_stream(direction)
     prompts = {"harmful": as_prompts(harmful), "harmless": as_prompts(harmless)}
     if not all(prompts.values()):
         raise UserError("dose_response needs prompts on both sides")
@@ -389,3 +390,5 @@ def _name(result: DoseResult, side: Side) -> str:
 
 
 FIGURES = {"dose": plot_dose}
+
+call_with_a_run(__name__)

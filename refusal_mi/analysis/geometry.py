@@ -17,7 +17,7 @@ from ..reading import template_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
-from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
+from .result import AnalysisResult, call_with_a_run, prompts_of, provenance_of, template_tokens
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -254,3 +254,5 @@ def _counts(result: GeometryResult) -> str:
 
 
 FIGURES = {"geometry": plot_geometry, "geometry_stability": plot_stability, "geometry_lengths": plot_lengths}
+
+call_with_a_run(__name__)

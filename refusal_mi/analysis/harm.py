@@ -19,7 +19,7 @@ from ..run.answers import SIDES
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Groups, Prompts, as_groups, as_prompts
-from .result import AnalysisResult, prompts_of, provenance_of
+from .result import AnalysisResult, call_with_a_run, prompts_of, provenance_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -270,3 +270,5 @@ def _name_quadrants(figure: go.Figure) -> None:
 
 
 FIGURES = {"harm": plot_harm}
+
+call_with_a_run(__name__)

@@ -19,7 +19,7 @@ from ..reading import stream_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
-from .result import AnalysisResult, check_position, each_group, prompts_of, provenance_of
+from .result import AnalysisResult, call_with_a_run, check_position, each_group, prompts_of, provenance_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -168,3 +168,5 @@ def plot_lens_gap(result: LensResult) -> go.Figure:
 
 
 FIGURES = {"lens": plot_lens, "lens_gap": plot_lens_gap}
+
+call_with_a_run(__name__)

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..directions import Direction, DirectionGrid
+from ..directions import Direction, DirectionGrid, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..model.points import HookedModel
 from ..model.readers import ModelWeights, NormMap, final_norm
 from ..run.folder import RunInputs
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, call_with_a_run, provenance_of
 
 _CHUNK = 8192
 
@@ -80,6 +80,9 @@ def direction_logits(
     Raises:
         UserError: there is no refusal token.
     """
+    check_in_stream(direction)
+    if grid is not None:
+        grid.check_all_layers()
     if not refusal_tokens:
         raise UserError("name at least one refusal token to find its rank")
     weights = ModelWeights(model)
@@ -207,3 +210,5 @@ def _bars(z: list[float], texts: tuple[str, ...], ids: list[int], refusal: list[
 
 
 FIGURES = {"logits": plot_logits, "logits_layers": plot_logits_by_layer}
+
+call_with_a_run(__name__)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..model.points import HookedModel, check_raw_basis
@@ -20,7 +20,7 @@ from ..stats import bootstrap_interval
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from .patched_runs import PatchedRuns, Site, check_sites
-from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
+from .result import AnalysisResult, call_with_a_run, prompts_of, provenance_of, template_tokens
 
 Way = Literal["into harmless", "into harmful"]
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -130,6 +130,8 @@ def patch_activations(
     Raises:
         UserError: the sides differ in number or not in score, or the model has no such site or layer.
     """
+    if direction is not None:
+        check_in_stream(direction)
     check_raw_basis(model)
     check_sites(model, sites)
     harmful, harmless = as_prompts(harmful), as_prompts(harmless)
@@ -313,3 +315,5 @@ FIGURES = {
     "patching_heads": plot_patching_heads,
     "patching_directional": plot_directional,
 }
+
+call_with_a_run(__name__)

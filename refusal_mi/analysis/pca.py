@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..files import read_json
@@ -19,7 +19,7 @@ from ..reading import template_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Groups, as_groups
-from .result import AnalysisResult, check_position, each_group, prompts_of, provenance_of
+from .result import AnalysisResult, call_with_a_run, check_position, each_group, prompts_of, provenance_of
 
 _ROUNDING = 1e-12
 
@@ -86,6 +86,7 @@ def residual_pca(
     Raises:
         UserError: there are fewer prompts than components, or an outcome is missing.
     """
+    check_in_stream(direction)
     groups = as_groups(groups)
     prompts = [text for texts in groups.values() for text in texts]
     check_position(chat, position)
@@ -267,3 +268,5 @@ def _panel(result: PcaResult, row: int) -> str:
 
 
 FIGURES = {"pca": plot_pca}
+
+call_with_a_run(__name__)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..estimators.linear import is_varied, logistic_weights
 from ..figures import style as draw
@@ -19,7 +19,7 @@ from ..reading import template_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
-from .result import AnalysisResult, prompts_of, provenance_of, template_tokens
+from .result import AnalysisResult, call_with_a_run, prompts_of, provenance_of, template_tokens
 
 METHODS = ("difference of means", "logistic regression")
 
@@ -87,6 +87,7 @@ def linear_probes(
     Raises:
         UserError: there are fewer prompts on a side than folds.
     """
+    check_in_stream(direction)
     harmful, harmless = as_prompts(harmful), as_prompts(harmless)
     if min(len(harmful), len(harmless)) < n_folds or n_folds < 2:
         raise UserError(
@@ -226,3 +227,5 @@ def _counts(result: ProbesResult) -> str:
 
 
 FIGURES = {"probes": plot_probes, "probes_cosines": plot_probe_cosines}
+
+call_with_a_run(__name__)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..interventions import Interventions, as_interventions
@@ -19,7 +19,7 @@ from ..reading import stream_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Groups, as_groups
-from .result import AnalysisResult, each_group, prompts_of, provenance_of, template_tokens
+from .result import AnalysisResult, call_with_a_run, each_group, prompts_of, provenance_of, template_tokens
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -89,6 +89,7 @@ def project_residuals(
     Raises:
         UserError: there is no group, or an empty one.
     """
+    check_in_stream(direction)
     groups, interventions = as_groups(groups), as_interventions(interventions)
     if not groups:
         raise UserError("projections need at least one group of prompts")
@@ -207,3 +208,5 @@ FIGURES = {
     "projections_cosines": plot_cosines,
     "projections_map": plot_projection_map,
 }
+
+call_with_a_run(__name__)

@@ -1,12 +1,14 @@
 """What every analysis returns: a frozen result that says its units, names its model, saves and draws itself."""
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, get_args, get_origin
 
 import plotly.graph_objects as go
@@ -14,10 +16,13 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import as_json, at_home, checked, read_json, read_tensors, sha256_json, write_json, write_tensors
+from ..interventions import check_width
+from ..loaded import Run, load_run
 from ..model.loading import ORGANISM
 from ..model.points import HookedModel, model_source
 from ..model.provenance import describe_model, versions
 from ..run.folder import RunInputs
+from ..text.batches import with_smaller_batches
 from ..text.chat import ChatFormat
 from ..values import Value, frame, html_table, named_near, short
 
@@ -231,6 +236,43 @@ def analysis_module(kind: str) -> Any:
     if kind not in KINDS:
         raise UserError(f"no such analysis: {kind!r}; expected some of {', '.join(KINDS)}")
     return import_module(f"refusal_mi.analysis.{kind}")
+
+
+class CalledWithARun(ModuleType):
+    """The module of an analysis, which is called with a model and a run: `analysis.attribution(model, "runs/x")`."""
+
+    def __call__(
+        self,
+        model: HookedModel,
+        run: Run | RunInputs | str | Path,
+        *,
+        max_prompts: int = 128,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> AnalysisResult:
+        """The analysis with the run's own direction, prompts, chat format and refusal tokens, as `analyze` does it.
+
+        Args:
+            run: its folder, or what `load_run` gives; `RunInputs` bring their own settings.
+            max_prompts: held-out prompts a side, at most.
+            batch_size: texts per forward pass; None: as many as the memory holds.
+            seed: of the controls.
+
+        Raises:
+            UserError: there is no such run, it does not have what the analysis needs, or the model is another one.
+        """
+        if isinstance(run, RunInputs):
+            inputs, batch_size = replace(run, model=model), run.batch_size if batch_size is None else batch_size
+        else:
+            found = run if isinstance(run, Run) else load_run(run)
+            inputs = found.inputs(model, max_prompts=max_prompts, seed=seed)
+        check_width(len(inputs.direction.vector), model.cfg.d_model)
+        return with_smaller_batches(lambda size: self.from_run(replace(inputs, batch_size=size)), batch_size)
+
+
+def call_with_a_run(module: str) -> None:
+    """Make the module of an analysis one that can be called."""
+    sys.modules[module].__class__ = CalledWithARun
 
 
 def finite_or_none(value: float) -> float | None:

@@ -11,10 +11,10 @@ from einops import einsum, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
-from ..figures.views import SIGNS, View, page, shown_tokens
+from ..figures.views import SIGNS, Page, View, page, shown_tokens
 from ..model.points import BlockPoint, HookedModel, block_hook
 from ..model.readers import ModelWeights
 from ..model.running import batches
@@ -25,7 +25,7 @@ from ..text.batches import TokenBatch
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from .attribution import head_contributions, top_heads
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, call_with_a_run, provenance_of
 
 N_PROMPTS, N_HEADS = 6, 8
 
@@ -79,6 +79,7 @@ def attribute_sources(
     Raises:
         UserError: there are no prompts, or a head does not exist.
     """
+    check_in_stream(direction)
     instructions = as_prompts(instructions)
     if heads is None:
         heads = top_heads(model, chat, direction, instructions, n_heads, position=position, batch_size=batch_size)
@@ -191,7 +192,7 @@ def plot_sources(result: SourcesResult) -> go.Figure:
     return draw.with_room_below(figure, [draw.token_text(token) for token in tokens], 0.87)
 
 
-def sources_page(result: SourcesResult) -> str:
+def sources_page(result: SourcesResult) -> Page:
     """Colored tokens of every prompt: all heads together, then each by itself, on one scale for both signs."""
     largest = max(float(result.contributions.sum(1).abs().max()), float(result.contributions.abs().max()), 1e-12)
     views = []
@@ -214,3 +215,5 @@ def _unpadded(result: SourcesResult, prompt: int) -> tuple[list[str], Float[Tens
 
 
 FIGURES = {"sources": plot_sources, "sources_tokens": sources_page}
+
+call_with_a_run(__name__)

@@ -11,7 +11,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..figures import style as draw
 from ..model.points import HookedModel
 from ..precision import as_double
@@ -19,7 +19,7 @@ from ..reading import stream_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompt
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, call_with_a_run, provenance_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,6 +52,7 @@ def map_tokens(
     model: HookedModel, chat: ChatFormat, direction: Direction, prompt: Prompts, *, seed: int = 0
 ) -> TokenMapResult:
     """⟨x, r̂⟩ and its cosine at every token of one templated prompt and every layer."""
+    check_in_stream(direction)
     prompt = as_prompt(prompt)
     ids = chat.encode(prompt)
     ((_, streams),) = stream_residuals(model, chat, [prompt], n_last=len(ids))
@@ -106,3 +107,5 @@ def plot_token_map(result: TokenMapResult) -> go.Figure:
 
 
 FIGURES = {"token_map": plot_token_map}
+
+call_with_a_run(__name__)

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
-from ..figures.views import SIGNS, View, page, shown_tokens
+from ..figures.views import SIGNS, Page, View, page, shown_tokens
 from ..generation import generate
 from ..interventions import Ablate, Add, Interventions, as_interventions
 from ..model.points import HookedModel, resid_hook
@@ -23,7 +23,7 @@ from ..reading import captured
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Groups, as_groups
-from .result import AnalysisResult, each_group, prompts_of, provenance_of
+from .result import AnalysisResult, call_with_a_run, each_group, prompts_of, provenance_of
 
 N_PROMPTS, RUN_TOKENS = 8, 40
 
@@ -87,6 +87,7 @@ def trace_generation(
     Raises:
         UserError: a group has no prompts, or there is no such layer.
     """
+    check_in_stream(direction)
     groups = as_groups(groups)
     if not groups or not all(groups.values()):
         raise UserError("trace_generation needs at least one prompt in every group")
@@ -192,7 +193,7 @@ def plot_trace(result: TraceResult) -> go.Figure:
     return draw.finish(figure, title=title, about=about, height=360, top=104)
 
 
-def trace_page(result: TraceResult) -> str:
+def trace_page(result: TraceResult) -> Page:
     """Answers as colored tokens, every prompt under every condition, all on one scale."""
     finite = result.values[~result.values.isnan()]
     largest = max(float(finite.abs().max()), 1e-12)
@@ -239,3 +240,5 @@ def _mark_start(figure: go.Figure, **place: int) -> None:
 
 
 FIGURES = {"trace": plot_trace, "trace_single": plot_trace_single, "trace_tokens": trace_page}
+
+call_with_a_run(__name__)

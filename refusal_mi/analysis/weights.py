@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import Direction
+from ..directions import Direction, check_in_stream
 from ..errors import UserError
 from ..figures import style as draw
 from ..model.points import HookedModel
 from ..model.readers import ModelWeights, Norm, NormMap, norm_before, norms_along, readers
 from ..run.folder import RunInputs
-from .result import AnalysisResult, provenance_of
+from .result import AnalysisResult, call_with_a_run, provenance_of
 
 Side = Literal["writes", "reads"]
 
@@ -68,6 +68,7 @@ def weight_alignment(model: HookedModel, direction: Direction, *, n_random: int 
     Args:
         n_random: random unit directions of the null.
     """
+    check_in_stream(direction)
     if n_random < 2:
         raise UserError(f"the null needs at least 2 random directions, not {n_random}")
     weights = ModelWeights(model)
@@ -192,3 +193,5 @@ def _table(result: WeightsResult, side: Side, limits: tuple[float, float]) -> go
 
 
 FIGURES = {"weights": plot_weights}
+
+call_with_a_run(__name__)

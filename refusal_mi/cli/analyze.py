@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from ..analysis.result import AnalysisResult
-    from ..run.folder import RunInputs, RunRecord
+    from ..run.folder import RunInputs
     from ..vectors import Comparison, LabelledVectors
 
 FOLDER = "analysis"
@@ -145,7 +145,7 @@ def plot(
 ) -> int:
     """Draw a saved run or analysis again, without a model."""
     from ..figures.save import save_figure
-    from ..run.folder import RunRecord
+    from ..loaded import load_run
 
     file = output if output is not None and output.suffix in (".html", *STATIC) else None
     if saved.suffix in (".json", ".pt"):
@@ -156,7 +156,7 @@ def plot(
         return 0
     if file is None:
         raise UserError(f"--output is a file ending in .html, {', '.join(STATIC)}, not {output}")
-    save_figure(_figure(RunRecord.load(saved), what), file, width=width)
+    save_figure(load_run(saved).figures[what.value], file, width=width)
     tell(file)
     return 0
 
@@ -168,36 +168,6 @@ def _main_figure(saved: Path) -> "Figure":
     if isinstance(figure, str):
         raise UserError(f"the main figure of {saved} is a page of HTML: give a folder as --output")
     return figure
-
-
-def _figure(record: "RunRecord", what: What) -> "Figure":
-    from ..figures.effects import plot_losses, plot_rates
-    from ..figures.scores import plot_score_panels, plot_scores
-
-    model = record.model_name
-    if what is What.rates:
-        if not record.sides:
-            raise UserError(f"{record.path} has no judged completions: run its step completions first")
-        return plot_rates(record.sides, model=model)
-    if what is What.loss:
-        if not record.losses:
-            raise UserError(f"{record.path} has no CE losses: run its step loss first")
-        return plot_losses(record.losses, model=model)
-    if record.scores is None or record.selection is None:
-        raise UserError(f"{record.path} has no scores: run its step selection first")
-    chosen = record.selection.survivors[0] if record.selection.survivors else None
-    if what is What.scores:
-        return plot_score_panels(
-            record.scores, chosen=chosen, thresholds=record.thresholds, tokens=record.tokens, model=model
-        )
-    return plot_scores(
-        record.scores,
-        measure=what.value,  # type: ignore[arg-type]
-        chosen=chosen,
-        thresholds=record.thresholds,
-        tokens=record.tokens,
-        model=model,
-    )
 
 
 MAX_COLUMNS = 12

@@ -16,6 +16,8 @@ from ..terminal import printable, say, tell
 from .options import AllowOtherModel, Layer, ModelOptions, OutputDir, TemplateOptions, flat
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..directions import Direction
     from ..generation import Conversation
     from ..interventions import Intervention, Positions
@@ -307,6 +309,7 @@ def chat(
     Prompts also come from --prompt or from a pipe, one a line: each is the next turn of one conversation and gets
     one answer; a line /reset starts a new one.
     """
+    from ..directions import Direction
     from ..generation import Conversation
     from ..interventions import Add
     from ..model.provenance import check_origin, display_name
@@ -340,10 +343,11 @@ def chat(
     n_layers, change = loaded.cfg.n_layers, None
     file = direction or steer
     used = [] if file is None else read_directions(file, n_layers, layer=layer, moves=steer is not None)
-    for each in used:
+    placed = [each for each in used if isinstance(each, Direction)]
+    for each in placed:
         Add(each).hooks(loaded)
-    steering = None if steer is None else _Steering(used[0], steer.name, layer, where)
-    check_origin([each.provenance for each in used], model.source, model.revision, allowed=allow_other_model)
+    steering = None if steer is None else _Steering(placed[0], steer.name, layer, where)
+    check_origin([each.provenance for each in placed], model.source, model.revision, allowed=allow_other_model)
     if ablate is not None:
         change = by_ranks(ablate)
     elif direction is not None:
@@ -411,7 +415,7 @@ def _ablation_by_ranks(model: "HookedModel", source: str, folder: Path, text: st
     )
 
 
-def _ablation_of(model: "HookedModel", direction: "Direction", name: str) -> Change:
+def _ablation_of(model: "HookedModel", direction: "Direction | Tensor", name: str) -> Change:
     from ..interventions import Ablate
 
     ablation = Ablate(direction)

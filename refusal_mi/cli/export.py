@@ -160,6 +160,7 @@ def _intervention(
     affine: str | None,
     add: float | None,
 ) -> "Ablate | Add":
+    from ..directions import Direction
     from ..interventions import Ablate, Add
     from ..model.guards import read_config
     from ..run.folder import harmless_components, read_directions
@@ -180,6 +181,7 @@ def _intervention(
             raise UserError(
                 "an addition (--add, a control vector) is one direction at its own layer: it takes no ablation option"
             )
+        assert isinstance(directions[0], Direction)
         return Add(directions[0], add, layer)
     constants = None
     if affine == "harmless-mean":

@@ -24,6 +24,7 @@ from ..values import Value
 from ..weights import EditFigures, TensorEdit, edit_, factors
 from .adapter import LoRA, write_adapters
 from .checkpoint import RECORD, Checkpoint, copy_companions, fresh_directory
+from .held import files_of
 from .plan import Planned, Step, as_steps, describe_step, directions_of, plan_edits, plan_export, without_embedding
 from .rewrite import ExportDtype, ShardHashes, byte_bar, rewrite, write_config
 from .streaming import CheckpointWeights
@@ -109,7 +110,7 @@ def card(report: ExportReport) -> str:
     lines = [
         "---",
         "tags: [refusal-direction, interpretability]",
-        *([f"base_model: {report.source}"] if not Path(report.source).is_absolute() else []),
+        *([f"base_model: {report.source}"] if _is_hub_id(report.source) else []),
         "---",
         "",
         f"# {_TITLES[report.kind]} of {display_name(report.source)}",
@@ -138,6 +139,10 @@ def card(report: ExportReport) -> str:
         "",
     ]
     return without_media("\n".join(lines))
+
+
+def _is_hub_id(source: str) -> bool:
+    return not Path(source).is_absolute() and " " not in source
 
 
 def _sentence(step: Step) -> str:
@@ -199,7 +204,7 @@ class Written(Value):
 
 
 def export_checkpoint(
-    source: str | Path | None,
+    source: Any,
     interventions: Interventions,
     out: str | Path,
     *,
@@ -213,7 +218,9 @@ def export_checkpoint(
     """Write a checkpoint that loads as its source does and behaves like the hooked model.
 
     Args:
-        source: local directory, hub id, or None for the embedded model.
+        source: what `load_model` takes: a local directory, a hub id, None for the embedded model, an HF model or a
+            bridge. A model is exported as the checkpoint that it was loaded from, and where it holds other weights
+            than that (it was trained, edited or merged) as it is.
         interventions: `Ablate` and `Add` objects, the same that drive the hooks.
         out: the new directory.
         keep_tied: leave a tied token embedding alone, so that it can stay tied.
@@ -225,16 +232,19 @@ def export_checkpoint(
     Raises:
         UserError: something cannot be exported; nothing is written then.
     """
-    plan = plan_export(source, interventions, keep_tied=keep_tied, revision=revision)
+    with files_of(source, revision) as (files, commit, name):
+        plan = plan_export(files, interventions, keep_tied=keep_tied, revision=commit, name=name)
 
-    def write(directory: Path) -> Written:
-        left = copy_companions(plan.checkpoint, directory)
-        with byte_bar(plan.checkpoint.n_bytes, "exporting") as advance:
-            done = rewrite(plan.checkpoint, directory, plan.edits, head=plan.untied_head, dtype=dtype, advance=advance)
-        write_config(plan.checkpoint, directory, is_untied=plan.is_untied, dtype=dtype)
-        return Written(done.figures, done.hashes, plan.notes, left)
+        def write(directory: Path) -> Written:
+            left = copy_companions(plan.checkpoint, directory)
+            with byte_bar(plan.checkpoint.n_bytes, "exporting") as advance:
+                done = rewrite(
+                    plan.checkpoint, directory, plan.edits, head=plan.untied_head, dtype=dtype, advance=advance
+                )
+            write_config(plan.checkpoint, directory, is_untied=plan.is_untied, dtype=dtype)
+            return Written(done.figures, done.hashes, plan.notes, left)
 
-    return publish(plan, "checkpoint", out, write, dtype=dtype, verify=verify, prompts=prompts, force=force)
+        return publish(plan, "checkpoint", out, write, dtype=dtype, verify=verify, prompts=prompts, force=force)
 
 
 def publish(
@@ -328,7 +338,7 @@ def orthogonalize_(
 
 
 def export_adapter(
-    source: str | Path | None,
+    source: Any,
     interventions: Interventions,
     out: str | Path,
     *,
@@ -339,23 +349,27 @@ def export_adapter(
 ) -> ExportReport:
     """Write the edit as a LoRA adapter of the unedited model; put it on again with `load_adapter`.
 
+    Args:
+        source: as `export_checkpoint` takes it.
+
     Raises:
         UserError: something cannot be carried; nothing is written then.
     """
-    plan = plan_export(source, interventions, revision=revision, with_new_biases=True)
+    with files_of(source, revision) as (files, commit, name):
+        plan = plan_export(files, interventions, revision=commit, with_new_biases=True, name=name)
 
-    if not plan.edits:
-        raise UserError("nothing is changed, and an adapter without a change cannot be loaded")
+        if not plan.edits:
+            raise UserError("nothing is changed, and an adapter without a change cannot be loaded")
 
-    def write(directory: Path) -> Written:
-        skeleton = build_skeleton(plan.layout.config)
-        shapes = {name: tuple(value.shape) for name, value in skeleton.named_parameters()}
-        changes = _changes(plan, skeleton, shapes)
-        notes = write_adapters(plan, changes, shapes, directory)
-        figures = {name: EditFigures(lora.removed, None) for name, lora in changes.items()}
-        return Written(figures, _hashes(plan.checkpoint, directory), notes)
+        def write(directory: Path) -> Written:
+            skeleton = build_skeleton(plan.layout.config)
+            shapes = {name: tuple(value.shape) for name, value in skeleton.named_parameters()}
+            changes = _changes(plan, skeleton, shapes)
+            notes = write_adapters(plan, changes, shapes, directory)
+            figures = {name: EditFigures(lora.removed, None) for name, lora in changes.items()}
+            return Written(figures, _hashes(plan.checkpoint, directory), notes)
 
-    return publish(plan, "adapter", out, write, verify=verify, prompts=prompts, force=force)
+        return publish(plan, "adapter", out, write, verify=verify, prompts=prompts, force=force)
 
 
 def _hashes(source: Checkpoint, directory: Path) -> dict[str, ShardHashes]:

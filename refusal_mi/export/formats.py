@@ -47,6 +47,8 @@ def write_gguf(path: Path, addition: Add, config: Any) -> None:
     check_width(len(direction.vector), text.hidden_size)
     if addition.positions != "all":
         raise UserError("a control vector acts at all positions")
+    if addition.point is not None:
+        raise UserError(f"a control vector is added to the stream between blocks, not at {addition.point}")
     if not _FIRST_STEERABLE <= layer <= text.num_hidden_layers:
         raise UserError(
             f"layer {layer} has no control vector: llama.cpp steers the output of block 1 and later, which are our "
@@ -83,6 +85,8 @@ def write_lm_eval(path: Path, intervention: Ablate | Add, config: Any, dtype: to
         raise UserError(f"the harness takes a steering file that ends in .pt, not {path.name}")
     if intervention.positions != "all":
         raise UserError("a steering file acts at all positions")
+    if intervention.point is not None:
+        raise UserError(f"a steering file is written for the stream and all writes, not for {intervention.point}")
     text = text_config(config)
     if isinstance(intervention, Ablate):
         unit = _one_unit(intervention)

@@ -41,6 +41,10 @@ def _checked(step: Intervention) -> Step:
         raise UserError(f"{type(step).__name__} has no weight form: Ablate (of writes) and Add have one")
     if step.positions != "all":
         raise UserError(f"positions={step.positions!r} has no weight form: weights act at all positions")
+    if step.point is not None:
+        raise UserError(
+            f"what acts at {step.point} alone has no weight form: Ablate takes layers= and components=, Add a layer"
+        )
     numbers = [step.coefficient] if isinstance(step, Add) else [step.strength, *(step.constants or ())]
     if not all(map(math.isfinite, numbers)):
         raise UserError(f"strengths, coefficients and constants must be finite, not {numbers}")
@@ -253,8 +257,12 @@ def plan_export(
     keep_tied: bool = False,
     with_new_biases: bool = False,
     revision: str | None = None,
+    name: str | None = None,
 ) -> Planned:
     """Read headers and config, classify every tensor, and say what would be done to each.
+
+    Args:
+        name: what the record calls the source, where that is not its directory or hub id.
 
     Raises:
         UserError: the checkpoint or the interventions cannot be exported.
@@ -268,7 +276,7 @@ def plan_export(
     if keeps_tie:
         steps = without_embedding(steps)
     edits = plan_edits(layout, steps, checkpoint.read, with_new_biases=with_new_biases)
-    return Planned(checkpoint, layout, steps, edits, resolve_source(source), commit, keeps_tie)
+    return Planned(checkpoint, layout, steps, edits, name or resolve_source(source), commit, keeps_tie)
 
 
 def local_files(source: str | Path | None, revision: str | None) -> tuple[Path, str | None]:

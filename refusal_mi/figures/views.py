@@ -6,8 +6,10 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ..files import at_home, write_text
 from ..terminal import printable
 from .style import FONT, INK, MUTED
 from .text import token_text, unparsed
@@ -25,6 +27,32 @@ SIGNS = "blue positive, red negative"
 """The colors that circuitsvis uses."""
 
 
+class Page(str):
+    """The text of a complete HTML page, which shows itself in a notebook; `save` writes it."""
+
+    about: str
+    """What is on it."""
+
+    def __new__(cls, text: str, about: str) -> "Page":
+        page = super().__new__(cls, text)
+        page.about = about
+        return page
+
+    def __repr__(self) -> str:
+        return f"Page({self.about!r}, {len(self) / 1e6:.1f} MB of HTML; save(path) writes it)"
+
+    def _repr_html_(self) -> str:
+        """In a frame of its own, whose script reaches nothing of the notebook."""
+        return (
+            f'<iframe sandbox="allow-scripts" style="width: 100%; height: 480px; border: 0" '
+            f'srcdoc="{html.escape(self)}"></iframe>'
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write it as an .html file."""
+        write_text(at_home(path), self)
+
+
 @dataclass(frozen=True)
 class View:
     """One circuitsvis view under a heading."""
@@ -39,7 +67,7 @@ def shown_tokens(tokens: Sequence[str]) -> list[str]:
     return [unparsed(token_text(token)) for token in tokens]
 
 
-def page(title: str, about: str, views: Sequence[View]) -> str:
+def page(title: str, about: str, views: Sequence[View]) -> Page:
     """A complete page; text of prompts and tokens cannot end the script or add markup.
 
     Its content security policy names the hash of its one script, so that nothing else could run or be loaded.
@@ -53,10 +81,11 @@ def page(title: str, about: str, views: Sequence[View]) -> str:
     policy = f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">'
     head = f'<meta charset="utf-8">{policy}<title>{_literal(title)}</title><style>{_STYLE}</style>'
     body = "\n".join([f"<h1>{_literal(title)}</h1>", f"<p>{_literal(about)}</p>", *bodies])
-    return (
+    text = (
         f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n'
         f'<script type="module">{script}</script>\n</body></html>\n'
     )
+    return Page(text, title)
 
 
 def _parts(source: str) -> tuple[str, str, str]:

@@ -111,6 +111,9 @@ def is_refusal(text: str) -> bool:
     """Whether a refusal phrase occurs anywhere in the answer, in any case and with any apostrophe.
 
     Of a model that thinks aloud, what it thinks is not its answer (`answer_of`).
+
+    >>> is_refusal("I cannot help with that."), is_refusal("First, boil water.")
+    (True, False)
     """
     plain = answer_of(text).translate(_APOSTROPHES).lower()
     return any(needle in plain for needle in _NEEDLES)
@@ -124,6 +127,9 @@ def is_degenerate(text: str) -> bool:
     a row without a space ("I'mI'mI'm", with a run of at least three, is caught at the third; six times in scripts
     without spaces), or a letter ten times. Runs without a letter (rules, table borders), laughter and humming up to
     60 characters, and nucleic acids do not count.
+
+    >>> is_degenerate("I'mI'mI'mI'm"), is_degenerate("First, boil water.")
+    (True, False)
     """
     answer = answer_of(text)
     words = answer.split()

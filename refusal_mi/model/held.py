@@ -1,10 +1,12 @@
 """Models that are loaded already: wrapped in place, known by what they hold."""
 
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, cause
+from ..values import Value
 from .guards import guarded, no_processor
 from .hooked import (
     OF_THE_HF_MODEL,
@@ -165,3 +167,43 @@ def _what_it_is(held: Any) -> str:
         f"cannot load a model from a {type(held).__name__}; expected a directory, a .gguf file, a hub id, an HF "
         "model, a TransformerBridge or a HookedTransformer"
     )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Parts(Value):
+    """What a held model would save, without what wraps it."""
+
+    name: str
+    """What its config calls it: a directory, a hub id, or its class."""
+    config: Any
+    generation_config: Any
+    tokenizer: Any
+    tensors: dict[str, Any]
+    """Parameters and buffers under the names that transformers gives them."""
+
+
+def parts_of(held: Any) -> Parts:
+    """The parts of an HF model or a bridge, wrapped or not.
+
+    Raises:
+        UserError: it is something else, its weights are quantized or not in memory, or nothing says its tokenizer.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel
+
+    if is_hooked_transformer(held):
+        raise UserError("a HookedTransformer is no checkpoint: export the HF model, folder or hub id it was made of")
+    if not isinstance(held, TransformerBridge | PreTrainedModel):
+        raise UserError(_what_it_is(held))
+    hf: Any = _hf_part(held)
+    if isinstance(held, PreTrainedModel):
+        _check_hf_model(held)
+    named = [*hf.named_parameters(remove_duplicate=False), *hf.named_buffers(remove_duplicate=False)]
+    tensors = {name.replace("._original_component", ""): tensor.detach() for name, tensor in named}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise UserError("some weights of this model are not in memory (a device map): export its folder or hub id")
+    if getattr(hf.config, "quantization_config", None) is not None:
+        raise UserError("the weights of this model are quantized: export the unquantized checkpoint")
+    tokenizer = held.tokenizer if isinstance(held, TransformerBridge) else _tokenizer_of(held)
+    name = str(getattr(hf.config, "_name_or_path", "") or type(hf).__name__)
+    return Parts(name, hf.config, getattr(hf, "generation_config", None), tokenizer, tensors)

@@ -12,6 +12,7 @@ import torch
 from ..errors import UserError, cause
 from ..files import at_home, sha256_json
 from ..options import Quantization
+from ..progress import alone
 from ..values import Value, check_named
 from .families import nearest_type
 from .guards import guarded, no_processor
@@ -93,7 +94,7 @@ def load_model(
     is_there = True
     try:
         if is_named:
-            with guarded(name, trust_remote_code=trust_remote_code) as is_there, no_processor():
+            with alone(), guarded(name, trust_remote_code=trust_remote_code) as is_there, no_processor():
                 model = _load(name, asked)
         else:
             model = adopt(source, tokenizer, hf_model)

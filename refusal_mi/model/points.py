@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..precision import is_centred
-from ..values import check_named
+from ..values import check_named, named_near
 from .hooked import has_norm_after, translated
 
 Component = Literal["embed", "attn", "mlp"]
@@ -154,7 +154,24 @@ def parameters_of(model: HookedModel) -> list[Tensor]:
 
 def missing_points(model: HookedModel, names: Iterable[str]) -> list[str]:
     """Those hook points that the model does not have."""
-    return [name for name in names if name not in bridge(model).hook_dict]
+    there = bridge(model).hook_dict
+    return [name for name in names if name not in there]
+
+
+def check_point(model: HookedModel, name: str) -> None:
+    """Refuse a hook point that the model does not have, and say the near one.
+
+    Raises:
+        UserError: it has no such point.
+    """
+    place_of_hook(name)
+    there = bridge(model).hook_dict
+    if name not in there:
+        block, _ = split_hook(name)
+        beside = [each for each in there if each.startswith(f"blocks.{block}.")]
+        if not beside:
+            raise UserError(f"no {name}: this model has blocks 0..{model.cfg.n_layers - 1}")
+        raise UserError(f"this model has no hook point {name}; {named_near(name, beside)}")
 
 
 def name_mixers(model: HookedModel) -> None:
@@ -336,3 +353,33 @@ def layer_of_hook(name: str) -> int:
             "or blocks.N.hook_resid_post (the output of block N)"
         )
     return int(match[1]) + (match[2] == "post")
+
+
+_BLOCK_POINT = re.compile(r"blocks\.(\d{1,9})\.(\w+(?:\.\w+)*)")
+_OUTPUTS = ("hook_resid_post", "hook_out")
+_IN_STREAM = ("hook_resid_pre", "hook_in", "hook_resid_mid", *_OUTPUTS, *_WRITES.values())
+
+
+def place_of_hook(name: str) -> int:
+    """The layer of any hook point of a block: of what the block puts out the next one, of all else its own.
+
+    Raises:
+        UserError: it names no point of a block.
+    """
+    match = _BLOCK_POINT.fullmatch(name)
+    if match is None:
+        raise UserError(
+            f"{name!r} is no hook point of a block: expected one such as blocks.3.hook_resid_pre (the stream entering "
+            "block 3), blocks.3.attn.hook_z (its heads) or blocks.3.hook_mlp_out"
+        )
+    return int(match[1]) + (match[2] in _OUTPUTS)
+
+
+def is_between_blocks(name: str) -> bool:
+    """Whether a hook point is the stream that enters or leaves a block: what a layer is."""
+    return name.split(".", 2)[-1] in ("hook_resid_pre", "hook_in", *_OUTPUTS)
+
+
+def is_in_stream(name: str) -> bool:
+    """Whether what passes a hook point is the residual stream, or is added to it as it is."""
+    return name.split(".", 2)[-1] in _IN_STREAM

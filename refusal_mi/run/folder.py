@@ -7,7 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..directions import Direction, DirectionGrid, load_direction
+from torch import Tensor
+
+from ..directions import Direction, DirectionGrid, load_direction, load_vector
 from ..errors import UserError
 from ..files import as_json, at_home, floats, read_floats, read_record, read_tensors
 from ..interventions import check_width
@@ -283,9 +285,12 @@ def _glob_literal(name: str) -> str:
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class RunInputs:
-    """A finished run, with its model loaded; every analysis has a `from_run` that takes one."""
+    """A finished run, with its model loaded; every analysis has a `from_run` that takes one.
+
+    Made of a path or its text.
+    """
 
     model: HookedModel
     path: Path
@@ -295,8 +300,12 @@ class RunInputs:
     batch_size: int = 32
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", at_home(self.path))
+    def __init__(
+        self, model: HookedModel, path: str | Path, max_prompts: int = 128, batch_size: int = 32, seed: int = 0
+    ) -> None:
+        given = {"model": model, "path": at_home(path), "max_prompts": max_prompts}
+        for name, value in (given | {"batch_size": batch_size, "seed": seed}).items():
+            object.__setattr__(self, name, value)
 
     @cached_property
     def record(self) -> PromptsRecord:
@@ -380,14 +389,14 @@ def check_model_of_run(path: Path, source: str) -> None:
 
 def read_directions(
     source: Path, n_layers: int, ranks: str | None = None, layer: int | None = None, *, moves: bool = False
-) -> list[Direction]:
-    """The directions of a file or a run folder.
+) -> list[Direction | Tensor]:
+    """The directions of a file or a run folder; for ablation also a vector of which nothing says where it was read.
 
     Args:
         source: a `.pt` file, or a run folder.
         n_layers: of the model that they are used in.
         ranks: of a run folder's candidates, best is 0: "0-2" is ranks 0 and 2.
-        layer: and `moves`, as `directions.load_direction` takes them.
+        layer: and `moves`, as `directions.load_direction` takes them; what does not move is ablated.
 
     Raises:
         UserError: there is no such file, run or rank, or it is the folder of a combination, which its run stands for.
@@ -406,16 +415,16 @@ def read_directions(
         if ranks is not None:
             if layer is not None and not moves:
                 raise UserError(f"{source} says itself where its candidates were read: leave layer {layer} out")
-            return load_ranked(source, parse_directions(ranks))
+            return list(load_ranked(source, parse_directions(ranks)))
         if not (source / DIRECTION).is_file():
             raise UserError(f"{source} has no {DIRECTION}: finish the run with refusal-mi run, or name another run")
         return [load_direction(source / DIRECTION, n_layers, layer, moves=moves)]
     if ranks is not None:
         raise UserError(f"--directions ranks the candidates of a run folder, and {source} is not a folder")
-    return [load_direction(source, n_layers, layer, moves=moves)]
+    return [load_direction(source, n_layers, layer, moves=True) if moves else load_vector(source, n_layers, layer)]
 
 
-def harmless_components(source: Path, directions: list[Direction]) -> list[float]:
+def harmless_components(source: Path, directions: Sequence[Direction | Tensor]) -> list[float]:
     """Per direction, the component along it of the harmless mean at its own layer and position.
 
     Raises:
@@ -428,10 +437,11 @@ def harmless_components(source: Path, directions: list[Direction]) -> list[float
     means = floats(folder / MEANS, held.get("harmless") if isinstance(held, dict) else held, None, None, None).double()
     lengths = []
     for direction in directions:
-        if direction.position is None or not -means.shape[0] <= direction.position < 0:
+        position = direction.position if isinstance(direction, Direction) else None
+        if not isinstance(direction, Direction) or position is None or not -means.shape[0] <= position < 0:
             raise UserError("--affine harmless-mean needs directions that say at which prompt position they were read")
         if not 0 <= direction.layer < means.shape[1]:
             raise UserError(f"there is no harmless mean at layer {direction.layer}; give a number")
         check_width(len(direction.vector), means.shape[2])
-        lengths.append((means[direction.position, direction.layer] @ direction.unit).item())
+        lengths.append((means[position, direction.layer] @ direction.unit).item())
     return lengths

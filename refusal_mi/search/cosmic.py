@@ -175,6 +175,7 @@ def cosmic_scores(
         )
         return table[:, 0]
 
+    grid.check_all_layers()
     harmful, harmless = as_prompts(harmful), as_prompts(harmless)
     plain = read(harmful), read(harmless)
     scores = []

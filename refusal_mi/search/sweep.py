@@ -84,6 +84,7 @@ class Scorer:
         batch_size: int | None = None,
         share_work: bool = True,
     ) -> None:
+        grid.check_all_layers()
         check_raw_basis(model)
         check_named("kl_formula", kl_formula, get_args(KLFormula))
         harmful, harmless = as_prompts(harmful), as_prompts(harmless)

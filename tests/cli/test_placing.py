@@ -13,6 +13,7 @@ from refusal_mi.export import export, formats
 from refusal_mi.generation import Conversation
 from refusal_mi.recipes import caa_eval
 from tests.helpers.directions import random_direction
+from tests.helpers.gguf import write_control_vector
 from tests.helpers.models import D_MODEL, N_LAYERS
 
 ADDING = {
@@ -38,6 +39,10 @@ REFUSED = {
     "vec_layer_1_m.pt --layer 1": "our layer 2, not 1",
     "run/rows.pt --layer 3": "was read in",
     "gap.pt --layer 3": "holds only zeros for layer",
+    "named.pt": "choose one with the layer (--layer)",
+    "many.gguf": "choose one with the layer (--layer)",
+    "many.gguf --layer 1": "holds 0 tensors of layer 1",
+    "one.gguf --layer 3": "of layer 2 by its name",
     "vec_layer_3_m.pt": "our layer 4, and the JSON beside it says layer 2",
 }
 
@@ -56,6 +61,9 @@ def place(tmp_path, monkeypatch):
     for name in ("bare.pt", "vec_layer_1_m.pt"):
         torch.save(row[None].double(), name)
     torch.save(rows[:-1], "few.pt")
+    torch.save({f"layer_{layer}": each for layer, each in enumerate(rows)}, "named.pt")
+    write_control_vector(tmp_path / "many.gguf", {block: rows[block + 1] for block in range(1, N_LAYERS)})
+    write_control_vector(tmp_path / "one.gguf", {1: rows[2]})
     torch.save(rows[None], "grid.pt")
     torch.save(rows * (torch.arange(N_LAYERS + 1) < 3)[:, None], "gap.pt")
     random_direction(layer=2).save(tmp_path / "vec_layer_3_m.pt")
@@ -83,7 +91,8 @@ def used(monkeypatch):
         added = [what] if hasattr(what, "direction") else []
         directions = [each.direction for each in added] or [getattr(what, "directions", what)]
         for each in [one for group in directions for one in (group if isinstance(group, tuple) else [group])]:
-            seen.append((each.layer, each.vector[0].item(), added[0].target if added else None))
+            layer, vector = (None, each) if isinstance(each, torch.Tensor) else (each.layer, each.vector)
+            seen.append((layer, vector[0].item(), added[0].target if added else None))
         raise Reached
 
     def of_caa(model, chat, direction, chosen, *_, **__):
@@ -128,7 +137,13 @@ def test_every_command_reads_the_place_alike(command, place, used, tiny_dir, cap
         "vec_layer_1_m.pt": (2, 1.0, 2),
         "vec_layer_1_m.pt --layer 2": (2, 1.0, 2),
         "read.pt": (2, own, 2),
+        "named.pt --layer 3": (3, 4.0, 3),
+        "many.gguf --layer 3": (3, 4.0, 3),
+        "one.gguf": (2, 3.0, 2),
+        "one.gguf --layer 2": (2, 3.0, 2),
     }
+    if not adds:  # ablation does not ask where a vector was read
+        expected["bare.pt"] = (None, 1.0, None)
     if adds and command != "caa ab":  # which steers at the layers of the vectors it has
         expected["read.pt --layer 4"] = (2, own, 4)
     for given, (layer, first, target) in expected.items():
@@ -136,6 +151,7 @@ def test_every_command_reads_the_place_alike(command, place, used, tiny_dir, cap
         assert exit_status(words(line, model, given)) == 2 and "a defect" in capsys.readouterr().err  # Reached
         assert used == [(layer, pytest.approx(first), target if adds else None)], given
     refused = REFUSED if adds else REFUSED | {"read.pt --layer 4": "says itself where it was read, layer 2"}
+    refused = {given: message for given, message in refused.items() if given not in expected}
     for given, message in refused.items():
         if command == "caa ab" and given.endswith("--layer -1"):
             continue  # no list of layers

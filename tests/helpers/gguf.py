@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import torch
 
 
 def write_gguf_model(folder: Path, file: Path) -> Path:
@@ -46,3 +47,16 @@ def write_gguf_model(folder: Path, file: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def write_control_vector(file: Path, by_block: dict[int, torch.Tensor], architecture: str = "controlvector") -> None:
+    """A control vector as llama.cpp's own tools write it: `direction.{block}`, added to what that block puts out."""
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_string("controlvector.model_hint", "llama")
+    writer.add_uint32("controlvector.layer_count", len(by_block))
+    for block, vector in by_block.items():
+        writer.add_tensor(f"direction.{block}", vector.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -17,6 +17,12 @@ for _ in progress.track(range(3), 'first'): pass
 print('between')
 for _ in progress.track(iter('ab'), 'second', total=2): pass
 """
+LOAD = """
+from refusal_mi import load_model
+model = load_model()
+from transformers.utils import logging
+print(logging.is_progress_bar_enabled())
+"""
 
 
 def test_items_come_through_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,13 +46,16 @@ def test_a_notebook_shows_one_line_for_long_work_and_nothing_else(tmp_path: Path
     sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
     from refresh import cleaned
 
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (SHORT, LONG, LONG)])
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source) for source in (SHORT, LONG, LONG, LOAD)]
+    )
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
-    short, long, again = (cell.outputs for cell in notebook.cells)
-    assert short == []
+    short, long, again, loaded = (cell.outputs for cell in notebook.cells)
+    assert short == [] and [output.text for output in loaded] == ["True\n"]
     for outputs in (long, again):
         line, printed = outputs
-        assert line.data == {"text/plain": "second: 2 of 2 in 0:00"} and printed.text == "between\n"
+        bar = '<progress max="2" value="2"></progress> second: 2 of 2 in 0:00'
+        assert line.data == {"text/plain": "second: 2 of 2 in 0:00", "text/html": bar} and printed.text == "between\n"
     left = [output for cell in cleaned(notebook).cells for output in cell.outputs]
-    assert [output.output_type for output in left] == ["stream", "stream"]
+    assert [output.output_type for output in left] == ["stream", "stream", "stream"]

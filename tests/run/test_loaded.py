@@ -8,7 +8,9 @@ import torch
 from refusal_mi import load_run
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
+from refusal_mi.figures.scores import plot_scores
 from refusal_mi.files import read_json, write_json
+from refusal_mi.loaded import FIGURES
 from tests.helpers.runs import finished_run, make_run, make_scores, write_span
 
 
@@ -106,3 +108,28 @@ def test_a_run_says_what_it_found(folder):
     for told in (str(folder), "done", "Direction(layer", "candidates survive", "refused, harmful"):
         assert told in text
     assert len(text) < 1500 and "<table>" in load_run(folder)._repr_html_()
+
+
+def test_the_figures_of_a_run_are_those_of_its_numbers(folder):
+    run = load_run(folder)
+    assert list(run.figures) == list(FIGURES) and len(run.figures) == 6
+    for name in FIGURES:
+        assert run.figures[name].data, name
+    baseline = run.losses["baseline"]["plain_text"].ce_loss
+    changes = {round(table["plain_text"].ce_loss - baseline, 6) for table in run.losses.values()}
+    assert changes & {round(value, 6) for trace in run.figures["loss"].data for value in trace.y} - {0.0}
+    assert run.figures["kl"] == plot_scores(run.scores, measure="kl", **_how(run)) != run.figures["induce"]
+    with pytest.raises(UserError, match=r"unknown figure 'rate'; did you mean 'rates'\?"):
+        run.figures["rate"]
+
+
+def _how(run):
+    rule, tokens = run.record.thresholds, run.record.tokens
+    return {"chosen": run.selection.best, "thresholds": rule, "tokens": tokens, "model": run.record.model_name}
+
+
+def test_a_run_without_numbers_has_no_such_figures(tmp_path):
+    run = load_run(make_run(tmp_path / "y", reached="selection"))
+    assert "rates" not in list(run.figures) and "loss" not in list(run.figures)
+    with pytest.raises(UserError, match="has no judged completions"):
+        run.figures["rates"]

@@ -6,20 +6,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..directions import Direction, DirectionGrid
-from ..errors import UserError
-from ..files import read_record
-from ..measures import LossResult
-from ..model.points import HookedModel
-from ..search.grid import ScoreGrid, Selection
-from ..text.prompts import Prompt, PromptSet
-from ..values import Value, check_named, frame, html_table
-from .answers import SIDES, Evaluation, SideEffects
-from .combos import CombosResult
-from .folder import RunInputs, RunRecord, load_grid, load_ranked
-from .record import DIRECTION, MEAN_DIFFS, MEAN_DIFFS_RECORD, SPAN
+import plotly.graph_objects as go
+
+from .directions import Direction, DirectionGrid
+from .errors import UserError
+from .figures.effects import plot_losses, plot_rates
+from .figures.scores import plot_score_panels, plot_scores
+from .files import read_record
+from .measures import LossResult
+from .model.points import HookedModel
+from .run.answers import SIDES, Evaluation, SideEffects
+from .run.combos import CombosResult
+from .run.folder import RunInputs, RunRecord, load_grid, load_ranked
+from .run.record import DIRECTION, MEAN_DIFFS, MEAN_DIFFS_RECORD, SPAN
+from .search.grid import ScoreGrid, Selection
+from .text.prompts import Prompt, PromptSet
+from .values import Value, check_named, frame, html_table
 
 COMBOS = "combos.json"
+FIGURES = ("scores", "bypass", "induce", "kl", "rates", "loss")
+"""Of a run: the three scores by layer and position together and each alone, rates of refusal, CE losses."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,6 +97,43 @@ class LossTable(Value, Mapping[str, Mapping[str, LossResult]]):
                 for name, loss in table.items()
             ]
         )
+
+
+@dataclass(frozen=True)
+class Figures(Mapping[str, go.Figure]):
+    """The figures of a run by name, drawn when they are asked for: those whose numbers it has."""
+
+    record: RunRecord
+
+    def __getitem__(self, name: str) -> go.Figure:
+        check_named("figure", name, FIGURES)
+        record, model = self.record, self.record.model_name
+        if name == "rates":
+            if not record.sides:
+                raise UserError(f"{record.path} has no judged completions: run its step completions first")
+            return plot_rates(record.sides, model=model)
+        if name == "loss":
+            if not record.losses:
+                raise UserError(f"{record.path} has no CE losses: run its step loss first")
+            return plot_losses(record.losses, model=model)
+        if record.scores is None or record.selection is None:
+            raise UserError(f"{record.path} has no scores: run its step selection first")
+        chosen = record.selection.survivors[0] if record.selection.survivors else None
+        rule, tokens = record.thresholds, record.tokens
+        if name == "scores":
+            return plot_score_panels(record.scores, chosen=chosen, thresholds=rule, tokens=tokens, model=model)
+        measure: Any = name
+        return plot_scores(record.scores, measure=measure, chosen=chosen, thresholds=rule, tokens=tokens, model=model)
+
+    def __iter__(self) -> Iterator[str]:
+        has = {"rates": bool(self.record.sides), "loss": bool(self.record.losses)}
+        return (name for name in FIGURES if has.get(name, self.record.selection is not None))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __repr__(self) -> str:
+        return f"Figures({', '.join(self)})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -182,6 +225,11 @@ class Run:
     def losses(self) -> LossTable:
         """CE loss by intervention and text set; empty where none was measured."""
         return LossTable(self.record.losses)
+
+    @property
+    def figures(self) -> Figures:
+        """Its figures by name, such as "scores", "rates", "loss": plotly figures, which show and save themselves."""
+        return Figures(self.record)
 
     def completions(self, side: str = "harmful", label: str = "baseline") -> Evaluation:
         """The judged answers to the held-out prompts of a side under an intervention.

@@ -1,0 +1,71 @@
+"""The examples in docstrings run and give what they say."""
+
+import doctest
+import inspect
+from importlib import import_module
+
+import pytest
+import torch
+
+import refusal_mi
+from refusal_mi.search.grid import ScoreGrid
+from refusal_mi.search.thresholds import CandidateScore
+from tests.helpers.directions import random_direction
+from tests.helpers.naive import ASKS, CHATS
+
+ROOMS = ("directions", "generation", "interventions", "judges.substring", "labels", "measures", "reading")
+ROOMS += ("search.grid", "text.prompts")
+WITHOUT = {
+    "find_refusal_tokens": "needs a model that refuses: docs/python.md",
+    "discover_refusal_tokens": "the same",
+    "sweep": "the same",
+    "ce_loss": "needs texts that are ready to be scored",
+    "load_splits": "reads what load_prompts reads",
+}
+"""Public functions of these rooms without an example, and why."""
+
+
+def examples():
+    found = doctest.DocTestFinder(exclude_empty=True)
+    for room in ROOMS:
+        module = import_module(f"refusal_mi.{room}")
+        for test in found.find(module, f"refusal_mi.{room}"):
+            if test.examples:
+                yield test
+
+
+EXAMPLES = list(examples())
+
+
+@pytest.fixture(scope="module")
+def names(tiny_model):
+    """What the examples speak of."""
+    model = tiny_model("llama")
+    chat = refusal_mi.ChatFormat(model.tokenizer)
+    means, other = (refusal_mi.mean_activations(model, chat, side) for side in (ASKS, CHATS))
+    own = {"model": model, "chat": chat, "direction": random_direction(layer=2), "other": random_direction(1, layer=3)}
+    own |= {"means": means, "other_means": other, "grid": refusal_mi.difference_in_means(means, other)}
+    public = {name: getattr(refusal_mi, name) for name in refusal_mi.__all__}
+    values = {"torch": torch, "pytest": pytest, "ScoreGrid": ScoreGrid, "CandidateScore": CandidateScore}
+    return public | values | {"cosine": import_module("refusal_mi.directions").cosine} | own
+
+
+@pytest.mark.parametrize("test", EXAMPLES, ids=lambda test: test.name.removeprefix("refusal_mi."))
+def test_an_example_gives_what_it_says(test, names, capsys):
+    test.globs = dict(names)
+    result = doctest.DocTestRunner().run(test)
+    assert result.attempted and not result.failed, capsys.readouterr().out
+
+
+def test_every_public_function_of_these_rooms_has_one():
+    have = {test.name.rsplit(".", 1)[-1] for test in EXAMPLES}
+    modules = {f"refusal_mi.{room}" for room in ROOMS}
+    public = {name: getattr(refusal_mi, name) for name in refusal_mi.__all__}
+    functions = {name for name, each in public.items() if inspect.isfunction(each) and each.__module__ in modules}
+    assert functions - have == set(WITHOUT) & functions
+
+
+def test_a_wrong_example_is_seen(names):
+    text = ">>> is_refusal('I cannot help with that.')\nFalse\n"
+    test = doctest.DocTestParser().get_doctest(text, dict(names), "wrong", None, 0)
+    assert doctest.DocTestRunner(verbose=False).run(test, out=lambda _: None).failed == 1
