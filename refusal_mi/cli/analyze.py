@@ -39,13 +39,13 @@ def analyze(
 
     An analysis that this run cannot have is named, the others are done, and the exit status is 1.
     """
-    from ..model.loading import model_alias
+    from ..recipes.options import default_folder
     from ..run.folder import RunInputs, check_model_of_run
     from .tables import print_facts, print_json
 
     kinds = _kinds(what)
     source = model.source
-    path = run or Path("runs") / model_alias(source)
+    path = run or default_folder(source)
     check_model_of_run(path, source)
     if n_prompts < 2:
         raise UserError(f"--n-prompts must be at least 2, not {n_prompts}")

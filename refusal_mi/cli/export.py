@@ -192,9 +192,9 @@ def _intervention(
 def _place(source: str, direction: Path | None) -> Path:
     """The file or run folder that directions are read from."""
     from ..files import at_home
-    from ..model.loading import model_alias
+    from ..recipes.options import default_folder
 
-    return Path("runs") / model_alias(source) if direction is None else at_home(direction)
+    return default_folder(source) if direction is None else at_home(direction)
 
 
 def _provenances(what: "Ablate | Add") -> list[Mapping[str, Any]]:

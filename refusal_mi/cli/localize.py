@@ -33,14 +33,14 @@ def localize(
     Bands of blocks, components, strengths and source directions are searched by refusal score and KL, without
     generating; the best are judged by their answers, and the one that is taken is measured on held-out prompts.
     """
-    from ..model.loading import model_alias
     from ..model.provenance import display_name
     from ..recipes.localize import localize as compute
+    from ..recipes.options import default_folder
     from ..run.folder import RunInputs, check_model_of_run
     from .tables import print_json, print_least
 
     source = model.source
-    path = run or Path("runs") / model_alias(source)
+    path = run or default_folder(source)
     check_model_of_run(path, source)
     if n_prompts < 2:
         raise UserError(f"--n-prompts must be at least 2, not {n_prompts}")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..recipes.options import CAAConfig
     from ..run.stages import RunFolder
 
-_CAA, _RESPONSES = "caa", "harmless_refusal_vectors"
+CAA, RESPONSES = "caa", "harmless_refusal_vectors"
 """Folders of the vectors, inside the model's."""
 Config = Annotated[Path | None, typer.Option(help="The write-up's config.yaml; flags on the command line win over it.")]
 CAALayers = Annotated[str | None, typer.Option(help="all, or such as 13 14 or 10-20: outputs of these blocks.")]
@@ -65,7 +65,7 @@ def vectors(
 
     settings, model = _start(config, model)
     pair_set = load_pairs(pairs or settings.generation or default_pairs(model.source)[0])
-    folder = _folder(output_dir or settings.save_vector_path or _default(model, _CAA))
+    folder = _folder(output_dir or settings.save_vector_path or _default(model, CAA))
     wanted, target = layer_numbers(layers), settings.target_layer
     loaded = model.load()
     if target is not None:
@@ -124,7 +124,7 @@ def test(
     asked = load_questions(questions or settings.test or default_pairs(model.source)[2])[:n_questions]
     path = _vector_path(vector, settings, model)
     check_vectors(path)
-    folder, verdict = _folder(output_dir or _default(model, _CAA), fresh), judge.build("refusal")
+    folder, verdict = _folder(output_dir or _default(model, CAA), fresh), judge.build("refusal")
     named = layer if layer is not None else settings.target_layer
     loaded = model.load()
     by_layer = _vectors(path, model, loaded.cfg.n_layers, named, hook)
@@ -166,7 +166,11 @@ def ab(
     multipliers: Annotated[str, typer.Option(help="How often the vector is added, such as -1 0 1.")] = "-1,0,1",
     pairs: Annotated[str | None, typer.Option(help="A/B pairs that are reported on; default: held-out ones.")] = None,
     choose_on: Annotated[
-        str | None, typer.Option(help="Other pairs, on which layer and multiplier are chosen.")
+        str | None,
+        typer.Option(
+            help="Pairs that neither made the vectors nor are reported on: layer and multiplier are chosen on them; "
+            "default: half of --pairs, and the other half is reported on."
+        ),
     ] = None,
     questions: Annotated[str | None, typer.Option(help="Open questions for the check of the text.")] = None,
     n_questions: Annotated[int, typer.Option(min=0, help="Only the first of them; 0: choose nothing.")] = 40,
@@ -187,20 +191,24 @@ def ab(
     from ..figures.effects import plot_layer_sweep
     from ..figures.save import save_figure
     from ..model.provenance import check_origin, display_name
-    from ..recipes.caa import check_vectors, load_controls
+    from ..recipes.caa import check_vectors, load_controls, pairs_behind
     from ..recipes.caa_eval import ABTask, evaluate_choices
     from ..recipes.options import default_pairs
-    from ..text.pairs import load_pairs, load_questions
+    from ..text.pairs import halves, load_pairs, load_questions
     from .tables import print_json, print_sweep
 
     settings, model = _start(config, model)
     times, where = numbers("--multipliers")(multipliers), position_scope(positions)
     path = _vector_path(vector, settings, model)
     check_vectors(path)
-    default_train, default_test, default_questions = default_pairs(model.source)
-    reported, other = load_pairs(pairs or default_test), load_pairs(choose_on or default_train)
+    _, default_test, default_questions = default_pairs(model.source)
+    reported = other = load_pairs(pairs or default_test)
+    if choose_on is not None:
+        other = load_pairs(choose_on)
+    elif n_questions:
+        other, reported = halves(reported)
     asked = load_questions(questions or settings.test or default_questions)[:n_questions] if n_questions else []
-    folder, wanted = _folder(output_dir or _default(model, _CAA), fresh), layer_numbers(layers)
+    folder, wanted = _folder(output_dir or _default(model, CAA), fresh), layer_numbers(layers)
     loaded = model.load()
     by_layer = _vectors(path, model, loaded.cfg.n_layers, wanted[0] if wanted and len(wanted) == 1 else None, hook)
     made = [vector.provenance for vector in by_layer.values()]
@@ -210,7 +218,8 @@ def ab(
     task = ABTask(times, wanted, where, batch_size, max_new_tokens, str(path))
     controls = load_controls(path, model.source, loaded.cfg.n_layers, by_layer)
     chat = template.chat(loaded)
-    results = evaluate_choices(loaded, chat, by_layer, controls, reported, other, asked, folder, task)
+    behind = pairs_behind(path, by_layer)
+    results = evaluate_choices(loaded, chat, by_layer, controls, reported, other, asked, folder, task, behind)
     save_figure(plot_layer_sweep(results.sweep, model=display_name(model.source)), folder.path / "layer_sweep.html")
     print_json(results) if as_json else print_sweep(results)
     return 0
@@ -230,7 +239,7 @@ def _start(config: Path | None, model: ModelOptions) -> "tuple[CAAConfig, ModelO
 
 
 def _vector_path(vector: Path | None, settings: "CAAConfig", model: ModelOptions) -> Path:
-    return vector or settings.steering_vector_path or _default(model, _CAA)
+    return vector or settings.steering_vector_path or _default(model, CAA)
 
 
 def _vectors(
@@ -307,7 +316,7 @@ def make(
 
     options = given.over(VectorOptions(dataset=default_queries(model.source)))
     verdict = judge.build("refusal")
-    folder = _folder(output_dir or _default(model, _RESPONSES), fresh)
+    folder = _folder(output_dir or _default(model, RESPONSES), fresh)
     try:
         metadata = vector(model.load(), model.source, options, folder, verdict)
     except NothingSurvives as error:
@@ -342,7 +351,7 @@ def evaluate(
     from ..recipes.responses_eval import evaluate_vector
     from .tables import print_coefficients, print_json, print_lines
 
-    directory = vector_dir or _default(model, _RESPONSES)
+    directory = vector_dir or _default(model, RESPONSES)
     if not (directory / VECTOR).is_file():
         raise UserError(
             f"{directory} holds no {VECTOR}: make it with refusal-mi vector, or name its folder --vector-dir"

@@ -62,10 +62,17 @@ def default_pairs(source: str) -> tuple[str, str, str]:
 
 
 def default_folder(source: str, *, quick: bool = False) -> Path:
-    """Where a run of this model lies."""
-    from ..model.loading import model_alias
+    """Where a run of this model lies.
 
-    return Path("runs") / (model_alias(source) + ("-quick" if quick else ""))
+    A local model has the folder of its base name, unless another model's files are there: then its alias has a hash.
+    """
+    from ..model.loading import EMBEDDED, model_alias, unique_alias
+    from ..run.folder import models_of
+
+    mark = "-quick" if quick else ""
+    plain, unique = (Path("runs") / f"{alias(source)}{mark}" for alias in (model_alias, unique_alias))
+    is_anothers = plain.name.removesuffix(mark) == EMBEDDED or "--" in plain.name or models_of(plain) - {source}
+    return unique if unique != plain and (is_anothers or unique.exists()) else plain
 
 
 def _is_embedded(source: str) -> bool:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +10,9 @@ from typing import Any
 
 from ..directions import Direction, DirectionGrid, load_direction
 from ..errors import UserError
-from ..files import as_json, at_home, floats, read_floats, read_record, read_tensors
+from ..files import as_json, at_home, floats, read_floats, read_json, read_record, read_tensors
 from ..interventions import check_width
 from ..measures import LossResult
-from ..model.loading import model_alias
 from ..model.points import HookedModel
 from ..model.provenance import is_embedded
 from ..search.grid import ScoreGrid, Selection, select
@@ -365,6 +365,18 @@ class RunInputs:
         return dict(list(flags.items())[: self.max_prompts])
 
 
+def models_of(path: Path) -> set[str]:
+    """The models that the files of a folder name: of its runs, and of its CAA vectors; a damaged file names none."""
+    found: set[str] = set()
+    for file in [path / RUN, *sorted(path.glob(f"*/{RUN}")), *sorted(path.glob("caa/vec_layer_*_metadata.json"))[:1]]:
+        with suppress(UserError):
+            held = read_json(file)
+            named = held.get("model") if isinstance(held, dict) else None
+            named = named.get("source") if isinstance(named, dict) else named
+            found |= {named} if isinstance(named, str) else set()
+    return found
+
+
 def check_model_of_run(path: Path, source: str) -> None:
     """Make sure that a run folder is about this model.
 
@@ -375,7 +387,7 @@ def check_model_of_run(path: Path, source: str) -> None:
         raise UserError(f"{path} is not a run folder: it has no run.json; make one with refusal-mi run")
     before = read_record(path / RUN, RunInfo).model.source
     if before != source:
-        raise UserError(f"{path} holds a run of {before} ({model_alias(before)}), not of {source}: name that MODEL")
+        raise UserError(f"{path} holds a run of {before}, not of {source}: name that MODEL")
 
 
 def read_directions(
