@@ -3,8 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import UserError
@@ -112,28 +113,78 @@ def numbers(option: str) -> Callable[[str], tuple[float, ...]]:
     return read
 
 
+LAYER_LIST = "3, 3,5, 3-7 (or 3..7), 3:8 (3 to 7)"
+RANK_LIST = "0, 0-2 (ranks 0 and 2), 0..2 (0 to 2)"
+_LONGEST_RANGE = 10_000
+
+
+def _whole_numbers(option: str, text: str, usage: str, *, hyphen_joins: bool) -> list[int]:
+    """The numbers of a list: N..M holds both ends, N:M not the last, and N-M is either N..M or the two numbers."""
+    found: list[int] = []
+    if re.search(r"(^|,)\s*(,|$)", text):
+        raise UserError(f"{option} takes {usage}, not {text!r}")
+    for part in text.replace(",", " ").split():
+        if hyphen_joins and re.fullmatch("[0-9]+(-[0-9]+)+", part):
+            found += map(int, part.split("-"))
+            continue
+        match = re.fullmatch(r"([0-9]+)(?:(-|\.\.|:)([0-9]+))?", part)
+        if match is None:
+            raise UserError(f"{option} takes {usage}, not {text!r}")
+        first, last = int(match[1]), int(match[3] or match[1]) - (match[2] == ":")
+        if not 0 <= last - first < _LONGEST_RANGE:
+            raise UserError(f"{option} {part!r} {'counts down or is empty' if last < first else 'is too long'}")
+        found += range(first, last + 1)
+    return found
+
+
 def layer_numbers(text: str | None) -> tuple[int, ...] | None:
-    """Layers such as 3,5-7; None or "all" is all of them."""
+    """Layers such as 3,5-7 or 3..7, or 3:8 without the last; None or "all" is all of them.
+
+    Raises:
+        UserError: it is no such list.
+    """
     if text is None or text == "all":
         return None
-    chosen: list[int] = []
-    for part in text.replace(",", " ").split():
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if match is None:
-            raise UserError(f"--layers takes all, or numbers and ranges such as 3,5-7, not {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last:
-            raise UserError(f"--layers {part!r} counts down; write {last}-{first}")
-        chosen += range(first, last + 1)
-    if not chosen:
-        raise UserError(f"--layers {text!r} names no layer")
-    return tuple(sorted(set(chosen)))
+    usage = f"all, or numbers and ranges such as {LAYER_LIST}"
+    return tuple(sorted(set(_whole_numbers("--layers", text, usage, hyphen_joins=False))))
+
+
+def rank_numbers(text: str, option: str = "--directions") -> tuple[int, ...]:
+    """Ranks in the order in which they are written: 0-2 is ranks 0 and 2 (the published form), 0..2 is 0, 1 and 2.
+
+    Raises:
+        UserError: it is no such list, or names a rank twice.
+    """
+    ranks = tuple(_whole_numbers(option, text, f"ranks such as {RANK_LIST}", hyphen_joins=True))
+    if len(set(ranks)) < len(ranks):
+        raise UserError(f"{option} {text} names a rank twice")
+    return ranks
+
+
+def in_words(ranks: Sequence[int]) -> str:
+    """ "rank 0", "ranks 0 and 2", "ranks 0, 1 and 2"."""
+    *most, last = map(str, ranks)
+    return f"ranks {', '.join(most)} and {last}" if most else f"rank {last}"
+
+
+def check_choice(option: str, value: object, names: Iterable[str]) -> None:
+    """Refuse a value that an option does not take, and say the near one.
+
+    Raises:
+        UserError: it is none of the names.
+    """
+    known = list(names)
+    if value in known:
+        return
+    near = get_close_matches(str(value).lower(), known, n=1, cutoff=0.5)
+    *most, last = known
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"{option} takes {', '.join(most)} or {last}, not {value!r}{hint}")
 
 
 def position_scope(text: str) -> Positions:
     """all, prompt or response."""
-    if text not in get_args(Positions):
-        raise UserError(f"--positions takes one of {', '.join(get_args(Positions))}, not {text!r}")
+    check_choice("--positions", text, get_args(Positions))
     return text  # type: ignore[return-value]
 
 
@@ -172,7 +223,7 @@ def token_ids(text: str | None) -> tuple[int, ...] | None:
 
 Layers = Annotated[
     tuple[int, ...] | None,
-    Option("Layers to use, such as 3,5-7; default all.", takes=str | None, read=layer_numbers),
+    Option(f"Layers to use: {LAYER_LIST}; default all.", takes=str | None, read=layer_numbers),
 ]
 RefusalTokens = Annotated[
     tuple[int, ...] | None,

@@ -8,7 +8,7 @@ import typer
 
 from ..analysis import KINDS
 from ..errors import UserError
-from ..options import number_or_auto
+from ..options import check_choice, number_or_auto
 from ..terminal import say, tell
 from .options import SCIENCE_FAILED, AsJson, BatchSize, ModelOptions, flat
 
@@ -94,9 +94,10 @@ def draw(result: "AnalysisResult", folder: Path) -> list[Path]:
 
 def _kinds(what: str) -> list[str]:
     names = list(KINDS) if what == "all" else [name.strip() for name in what.split(",") if name.strip()]
-    unknown = [name for name in names if name not in KINDS]
-    if unknown or not names:
-        raise UserError(f"no such analysis: {what!r}; --what takes all, or some of {', '.join(KINDS)}")
+    if not names:
+        raise UserError(f"--what {what!r} names no analysis")
+    for name in names:
+        check_choice("--what", name, ("all", *KINDS))
     return names
 
 

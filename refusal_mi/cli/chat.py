@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from ..options import position_scope
+from ..options import in_words, position_scope, rank_numbers
 from ..terminal import printable, say, tell
 from .options import AllowOtherModel, Layer, ModelOptions, OutputDir, TemplateOptions, flat
 
@@ -397,17 +397,16 @@ def _check_run(folder: Path, model: str | None, output_dir: Path | None) -> None
 def _ablation_by_ranks(model: "HookedModel", source: str, folder: Path, text: str, multi: str) -> Change:
     from ..model.provenance import describe_model
     from ..recipes.combinations import combine
-    from ..run.folder import load_ranked, parse_directions
+    from ..run.folder import load_ranked
     from ..run.stages import RunFolder
 
     RunFolder(folder).check_weights(describe_model(model, source))
-    ranks = parse_directions(text)
+    ranks = rank_numbers(text, "--ablate")
     combination = combine(ranks, load_ranked(folder, ranks), multi)  # type: ignore[arg-type]
     places = ", ".join(f"({place.pos}, {place.layer})" for place in combination.places)
-    noun = "direction" if len(ranks) == 1 else "directions"
     how = "" if multi == "span" else f", {multi}"
     return Change(
-        f"ablated {noun} {text} at (position, layer) {places}{how}", combination.interventions, combination.warning
+        f"ablated {in_words(ranks)} at (position, layer) {places}{how}", combination.interventions, combination.warning
     )
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..terminal import tell
-from .options import SCIENCE_FAILED, AllowOtherModel, AsJson, Layer, Model, ModelPath, Revision, one_model
+from ..options import LAYER_LIST, check_choice, in_words, layer_numbers, rank_numbers
+from ..terminal import say, tell
+from .options import RANKS_HELP, SCIENCE_FAILED, AllowOtherModel, AsJson, Layer, Model, ModelPath, Revision, one_model
 
 if TYPE_CHECKING:
     from ..interventions import Ablate, Add
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 DirectionSource = Annotated[
     Path | None, typer.Option(help="A direction.pt or a run folder; default: the folder runs/{alias} of MODEL.")
 ]
-Ranks = Annotated[str | None, typer.Option(help="Candidates of a run folder by rank, such as 0-2 (ranks 0 and 2).")]
+Ranks = Annotated[str | None, typer.Option(help=RANKS_HELP)]
 Strength = Annotated[float, typer.Option(help="Fraction of the component that is removed.")]
-Layers = Annotated[str | None, typer.Option(metavar="A:B", help="Blocks A to B-1, counted from 0; default all.")]
+Layers = Annotated[str | None, typer.Option(help=f"Blocks, counted from 0: {LAYER_LIST}; default all.")]
 Components = Annotated[str, typer.Option(help="Which writes: some of embed,attn,mlp.")]
 Affine = Annotated[
     str | None, typer.Option(help="Set the component to a constant: harmless-mean, or a number per direction.")
@@ -67,15 +68,13 @@ def export(
         raise UserError(
             f"{output_dir} is or holds {place}, which the direction comes from; choose another --output-dir"
         )
-    if verify not in ("auto", "full", "streaming", "none"):
-        raise UserError(f"--verify takes auto, full, streaming or none, not {verify!r}")
+    check_choice("--verify", verify, ("auto", "full", "streaming", "none"))
     if adapter:
         if keep_tied or dtype != "keep":
             raise UserError("--keep-tied and --dtype are about checkpoints: an adapter leaves the weights as they are")
         report = export_adapter(source, what, output_dir, verify=verify, revision=revision, force=force)  # type: ignore[arg-type]
     else:
-        if dtype not in ("keep", "float32", "bfloat16"):
-            raise UserError(f"--dtype takes keep, float32 or bfloat16, not {dtype!r}")
+        check_choice("--dtype", dtype, ("keep", "float32", "bfloat16"))
         report = export_checkpoint(
             source,
             what,
@@ -120,8 +119,7 @@ def export_vector(
     from ..model.provenance import check_origin
 
     source = one_model(model, model_path)
-    if format not in ("gguf", "lm-eval"):
-        raise UserError(f"--format takes gguf or lm-eval, not {format!r}")
+    check_choice("--format", format, ("gguf", "lm-eval"))
     addition = 1.0 if format == "gguf" and add is None else add
     what = _intervention(source, revision, direction, directions, 1.0, layer, layers, components, None, addition)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
@@ -136,16 +134,6 @@ def export_vector(
         write_lm_eval(output, what, config, config.dtype or torch.float32)
     tell(output)
     return 0
-
-
-def parse_blocks(text: str | None) -> range | None:
-    """A:B, half open, counted from 0."""
-    if text is None:
-        return None
-    first, colon, last = text.partition(":")
-    if not colon or not first.isdecimal() or not last.isdecimal() or int(first) >= int(last):
-        raise UserError(f"--layers takes A:B, the blocks A to B-1 counted from 0, not {text!r}")
-    return range(int(first), int(last))
 
 
 def _intervention(
@@ -171,10 +159,11 @@ def _intervention(
         )
     n_layers = read_config(source, revision).get_text_config().num_hidden_layers
     directions = read_directions(place, n_layers, ranks, layer, moves=add is not None)
+    if ranks is not None:
+        say(f"the directions of {in_words(rank_numbers(ranks))}")
     parts = tuple(part.strip() for part in components.split(","))
-    unknown = [part for part in parts if part not in ("embed", "attn", "mlp")]
-    if unknown:
-        raise UserError(f"--components takes some of embed,attn,mlp, not {unknown[0]!r}")
+    for part in parts:
+        check_choice("--components", part, ("embed", "attn", "mlp"))
     if add is not None:
         if len(directions) != 1 or affine is not None or strength != 1 or layers is not None or len(parts) != 3:
             raise UserError(
@@ -186,7 +175,7 @@ def _intervention(
         constants = harmless_components(place, directions)
     elif affine is not None:
         constants = _numbers(affine)
-    return Ablate(directions, strength, parse_blocks(layers), parts, constants)  # type: ignore[arg-type]
+    return Ablate(directions, strength, layer_numbers(layers), parts, constants)  # type: ignore[arg-type]
 
 
 def _place(source: str, direction: Path | None) -> Path:

@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, get
 import typer
 
 from ..errors import UserError
-from ..options import BATCH_SIZE, AllowSpecialTokens, JudgeModel, Option, Quantization, System, TemplateKwargs, said
+from ..options import (
+    BATCH_SIZE,
+    RANK_LIST,
+    AllowSpecialTokens,
+    JudgeModel,
+    Option,
+    Quantization,
+    System,
+    TemplateKwargs,
+    check_choice,
+    said,
+)
 from ..search.thresholds import PUBLISHED, Rule
 from ..values import Value
 
@@ -25,11 +36,12 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 SCIENCE_FAILED = 1
 """Exit status: the science or the verification failed, artifacts are kept."""
+RANKS_HELP = f"Candidates of a run by rank, instead of the best: {RANK_LIST}."
 LISTS = frozenset({"--coefficients", "--layers", "--multipliers"})
 """Options that take several values, with commas or with spaces between them."""
 MAY_BE_EMPTY = frozenset({"--system", "--response-prefix", "--prompt", "--refusal-instruction"})
 """Options whose empty text means something: every other one is a shell variable that was not set."""
-_VALUE = re.compile(r"[-+]?[\d.][\d.,eE+-]*|all")
+_VALUE = re.compile(r"[-+]?[\d.][\d.,:eE+-]*|all")
 
 
 def own_spelling(arguments: Sequence[str]) -> list[str]:
@@ -228,10 +240,10 @@ class ModelOptions:
         for option, value, known in (
             ("--device", self.device, get_args(DeviceName)),
             ("--dtype", self.dtype, get_args(DtypeName)),
-            ("--quantization", self.quantization, (None, *get_args(Quantization))),
+            ("--quantization", self.quantization, get_args(Quantization)),
         ):
-            if value not in known:
-                raise UserError(f"{option} takes one of {', '.join(filter(None, known))}, not {value!r}")
+            if value is not None:
+                check_choice(option, value, known)
         return quiet_load(
             self.source,
             revision=self.revision,

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..options import number_or_auto
+from ..options import in_words, number_or_auto, rank_numbers
 from ..run.options import CombosOptions, RunOptions
 from ..terminal import say
 from .options import (
+    RANKS_HELP,
     SCIENCE_FAILED,
     AsJson,
     BatchSize,
@@ -37,9 +38,7 @@ def run(
     given: Given[RunOptions],
     directions: Annotated[
         str | None,
-        typer.Option(
-            "--directions", "--vectors-ablated", help="0-2: ablate the candidates of ranks 0 and 2 instead of the best."
-        ),
+        typer.Option("--directions", "--vectors-ablated", help=RANKS_HELP),
     ] = None,
     multi: Annotated[
         str | None,
@@ -62,12 +61,11 @@ def run(
     from ..recipes.combinations import check_multi
     from ..recipes.options import default_folder, default_options
     from ..report.page import identity_of, list_combinations, write_report
-    from ..run.folder import parse_directions
     from ..run.record import DOES_NOT_REFUSE
     from ..run.stages import RunFolder
     from .tables import print_json, print_summary
 
-    ranks = () if directions is None else parse_directions(directions)
+    ranks = () if directions is None else rank_numbers(directions)
     if multi is not None and not ranks:
         raise UserError("--multi says how several directions are ablated: name them with --directions")
     check_multi(multi or "span")
@@ -76,6 +74,8 @@ def run(
     path = output_dir or default_folder(model.source, quick=options.quick)
     folder = RunFolder(path, fresh, say)
     folder.check_writable()
+    if ranks:
+        say(f"ablated together: {in_words(ranks)}")
     before = identity_of(path)
     summary = run(
         model.load(),

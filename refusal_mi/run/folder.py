@@ -1,6 +1,5 @@
 """Run folders read back: grids, scores, directions by rank, everything that a report or an analysis asks for."""
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from ..interventions import check_width
 from ..measures import LossResult
 from ..model.points import HookedModel
 from ..model.provenance import is_embedded
+from ..options import rank_numbers
 from ..search.grid import ScoreGrid, Selection, select
 from ..search.thresholds import Thresholds
 from ..text.chat import ChatFormat
@@ -73,20 +73,6 @@ def load_evaluations(path: Path, n_layers: int) -> ScoreGrid:
     grid, baseline = ScoreGrid.load(path, n_layers), Path(path).with_name(Path(BASELINE).name)
     own = Path(path).name in (Path(EVALUATIONS).name, Path(SURVIVORS).name) and baseline.is_file()
     return replace(grid, zero_point=read_record(baseline, BaselineRecord).zero_point) if own else grid
-
-
-def parse_directions(text: str) -> tuple[int, ...]:
-    """Ranks written as "0-2" (the published form: ranks 0 and 2), in the order in which they are ablated.
-
-    Raises:
-        UserError: this is not a list of different ranks.
-    """
-    if not re.fullmatch(r"\d+(-\d+)*", text):
-        raise UserError(f"--directions takes ranks joined by hyphens, such as 0-2 for ranks 0 and 2, not {text!r}")
-    ranks = tuple(map(int, text.split("-")))
-    if len(set(ranks)) < len(ranks):
-        raise UserError(f"--directions {text} names a rank twice")
-    return ranks
 
 
 def ranked(grid: DirectionGrid, chosen: Selection, ranks: Sequence[int]) -> list[Direction]:
@@ -418,7 +404,7 @@ def read_directions(
         if ranks is not None:
             if layer is not None and not moves:
                 raise UserError(f"{source} says itself where its candidates were read: leave layer {layer} out")
-            return load_ranked(source, parse_directions(ranks))
+            return load_ranked(source, rank_numbers(ranks))
         if not (source / DIRECTION).is_file():
             raise UserError(f"{source} has no {DIRECTION}: finish the run with refusal-mi run, or name another run")
         return [load_direction(source / DIRECTION, n_layers, layer, moves=moves)]

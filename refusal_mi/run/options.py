@@ -1,7 +1,6 @@
 """What a run depends on, with the published defaults; and the command that repeats it."""
 
 import math
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 from ..errors import UserError
 from ..estimators.names import HELP
 from ..options import (
+    RANK_LIST,
     AllowSpecialTokens,
     BatchSize,
     JudgeModel,
@@ -21,6 +21,7 @@ from ..options import (
     ResponsePrefix,
     System,
     TemplateKwargs,
+    rank_numbers,
     words,
 )
 from ..search.thresholds import PUBLISHED, Rule, Search, most
@@ -157,21 +158,8 @@ class RunOptions(Value):
 
 
 def read_ranks(text: str | None) -> tuple[int, ...] | None:
-    """0..4 is 0, 1, 2, 3, 4; ranges and single ranks may be joined by commas.
-
-    Raises:
-        UserError: it is neither.
-    """
-    if text is None:
-        return None
-    ranks: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\.\.(\d+))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise UserError(f"--ranks takes 0..4, or ranks such as 0,2,5, not {text!r}")
-        ranks += range(first, last + 1)
-    return tuple(ranks)
+    """Ranks as `options.rank_numbers` reads them; None is the default ones."""
+    return None if text is None else rank_numbers(text, "--ranks")
 
 
 @dataclass(frozen=True)
@@ -181,7 +169,9 @@ class CombosOptions:
     ranks: Annotated[
         tuple[int, ...] | None,
         Option(
-            "0..4, or 0,2,5: ranks of surviving candidates; default: the five best.", takes=str | None, read=read_ranks
+            f"Ranks of surviving candidates: {RANK_LIST}; default: the five best.",
+            takes=str | None,
+            read=read_ranks,
         ),
     ] = None
     max_size: Annotated[int, Option("Most directions in a combination.")] = 2

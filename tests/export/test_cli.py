@@ -60,8 +60,8 @@ def test_options_reach_the_intervention(tmp_path, tiny_dir, run_folder, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--layers", "3"], "A:B"),
-        (["--layers", "3:1"], "A:B"),
+        (["--layers", "x"], "3:8"),
+        (["--layers", "3:1"], "counts down"),
         (["--components", "attn,head"], "'head'"),
         (["--verify", "maybe"], "--verify"),
         (["--dtype", "int4"], "--dtype"),

@@ -15,7 +15,6 @@ from refusal_mi.measures import LossResult
 from refusal_mi.recipes.combinations import choose, rate_difference
 from refusal_mi.run.combos import CombosResult, ValidationRow
 from refusal_mi.run.options import CombosOptions
-from refusal_mi.run.options import read_ranks as parse_ranks
 from refusal_mi.stats import Rate
 from tests.helpers.naive import ablating, logits, prompt_ids
 
@@ -230,19 +229,6 @@ def test_the_difference_of_paired_rates():
     assert found.high == pytest.approx(0.2 + math.sqrt(c * c - 2 * phi * c * d + d * d))
     same = rate_difference([True] * 10, [True] * 10)
     assert same.refusal_rate == 0 and same.low == -same.high < 0
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("0..4", (0, 1, 2, 3, 4)), ("0,2,5", (0, 2, 5)), ("1..2, 7", (1, 2, 7)), (None, None)]
-)
-def test_ranks_as_ranges_and_lists(text, expected):
-    assert parse_ranks(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "4..0", "0-2", "a", "1,,2", "0..", "..3"])
-def test_other_spellings_of_ranks_are_refused(text):
-    with pytest.raises(UserError, match="--ranks"):
-        parse_ranks(text)
 
 
 def test_bad_options_are_refused():
