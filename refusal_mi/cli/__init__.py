@@ -12,7 +12,8 @@ import typer
 from ..errors import UserError, cause
 from ..terminal import printable, say
 from . import analyze, chat, export, localize, run, steering
-from .options import own_spelling
+from .shown import plain_command
+from .spelling import own_spelling
 
 INTERRUPTED = 130
 BAD_INPUT = 2
@@ -27,10 +28,20 @@ app = typer.Typer(
 )
 
 
-caa = typer.Typer(
-    help="CAA steering vectors. A layer here is the output of a block.", no_args_is_help=True, rich_markup_mode=None
-)
-CAA_COMMANDS: dict[str, Callable[..., int]] = {"vectors": steering.vectors, "test": steering.test, "ab": steering.ab}
+GROUPS: dict[str, tuple[str, dict[str, Callable[..., int]]]] = {
+    "caa": (
+        "CAA steering vectors. A layer here is the output of a block.",
+        {"vectors": steering.vectors, "test": steering.test, "ab": steering.ab},
+    ),
+    "responses": (
+        "Refusal vectors from the model's own answers.",
+        {"extract": steering.make, "eval": steering.evaluate},
+    ),
+    "export": (
+        "Write what hooks do as files. Alone it means checkpoint.",
+        {"checkpoint": export.export, "vector": export.export_vector},
+    ),
+}
 COMMANDS: dict[str, Callable[..., int]] = {
     "run": run.run,
     "combos": run.combos,
@@ -39,18 +50,17 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "localize": localize.localize,
     "analyze": analyze.analyze,
     "plot": analyze.plot,
-    "vector": steering.make,
-    "vector-eval": steering.evaluate,
-    "export": export.export,
-    "export-vector": export.export_vector,
     "compare": analyze.compare,
     "judge": run.judge,
     "model-info": run.model_info,
 }
-for group, commands in ((caa, CAA_COMMANDS), (app, COMMANDS)):
-    for name, command in commands.items():
-        group.command(name)(command)
-app.add_typer(caa, name="caa")
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+for name, (about, commands) in GROUPS.items():
+    group = typer.Typer(help=about, no_args_is_help=True, rich_markup_mode=None)
+    for each, command in commands.items():
+        group.command(each)(command)
+    app.add_typer(group, name=name)
 
 
 def _print_version(wanted: bool) -> bool:
@@ -86,7 +96,7 @@ def exit_status(arguments: Sequence[str]) -> int:
     """
     words = [word for word in arguments if word != "--debug"]
     try:
-        status = app(args=own_spelling(words), standalone_mode=False)
+        status = plain_command(app).main(own_spelling(words), prog_name="refusal-mi", standalone_mode=False)
     except UserError as error:
         return _fail(str(error), error if len(words) < len(arguments) else None)
     except typer.TyperException as error:

@@ -10,7 +10,18 @@ from ..analysis import KINDS
 from ..errors import UserError
 from ..options import check_choice, number_or_auto
 from ..terminal import say, tell
-from .options import SCIENCE_FAILED, AsJson, BatchSize, ModelOptions, flat
+from .options import (
+    SCIENCE_FAILED,
+    AsJson,
+    BatchSize,
+    ModelOptions,
+    NPrompts,
+    Output,
+    OutputDir,
+    Seed,
+    at_least,
+    flat,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -27,10 +38,10 @@ def analyze(
     model: ModelOptions,
     run: Annotated[Path | None, typer.Option(help="Run folder with the direction; default runs/{alias}.")] = None,
     what: Annotated[str, typer.Option(help=f"all, or some of these, comma-separated: {', '.join(KINDS)}.")] = "all",
-    n_prompts: Annotated[int, typer.Option(help="Held-out prompts a side, at most.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of every control.")] = 0,
-    batch_size: BatchSize = "auto",
-    output_dir: Annotated[Path | None, typer.Option(help="Where results go; default RUN/analysis.")] = None,
+    n_prompts: NPrompts = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Analyze the direction of a run, and draw the results.
@@ -47,9 +58,7 @@ def analyze(
     source = model.source
     path = run or default_folder(source)
     check_model_of_run(path, source)
-    if n_prompts < 2:
-        raise UserError(f"--n-prompts must be at least 2, not {n_prompts}")
-    inputs = RunInputs(model.load(), path, n_prompts, 32, seed)
+    inputs = RunInputs(model.load(), path, at_least("--n-prompts", n_prompts, 2, 128), 32, seed or 0)
     written, size, n_failed = {}, number_or_auto(batch_size), 0
     for kind in kinds:
         say(kind)
@@ -115,7 +124,7 @@ STATIC = (".png", ".svg", ".pdf")
 WIDTH = 1200
 
 
-class What(StrEnum):
+class FigureName(StrEnum):
     """The figures of a run."""
 
     scores = "scores"
@@ -130,34 +139,34 @@ def plot(
     saved: Annotated[
         Path, typer.Argument(metavar="RUN_DIR|RESULT.json", help="The folder of a run, or a result of analyze.")
     ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="Of a run: FILE.html, or FILE.png, .svg or .pdf through a local Chromium. "
-            "Of a result: the same, for its main figure, or a folder for all; default: all, beside it."
-        ),
-    ] = None,
-    what: Annotated[What, typer.Option(help="scores: the three per-layer scores; one of them; rates; loss.")] = (
-        What.scores
-    ),
-    width: Annotated[
-        int, typer.Option(min=100, max=10_000, help="Of a static image, in pixels (a PNG has twice as many).")
-    ] = WIDTH,
+    output: Output = None,
+    output_dir: OutputDir = None,
+    figure: Annotated[
+        FigureName,
+        typer.Option(help="Of a run. scores: the three per-layer scores; one of them; rates; loss.", metavar="NAME"),
+    ] = FigureName.scores,
+    width: Annotated[int, typer.Option(help="Of a static image, in pixels (a PNG has twice as many).")] = WIDTH,
 ) -> int:
-    """Draw a saved run or analysis again, without a model."""
+    """Draw a saved run or analysis again, without a model.
+
+    Of a run, one figure (--figure) to --output FILE.html, or .png, .svg or .pdf through a local Chromium. Of a result,
+    its main figure, or without --output all of them, beside it or into --output-dir.
+    """
     from ..figures.save import save_figure
     from ..run.folder import RunRecord
 
+    if not 100 <= width <= 10_000:
+        raise UserError(f"--width is from 100 to 10000 pixels, not {width}")
     file = output if output is not None and output.suffix in (".html", *STATIC) else None
     if saved.suffix in (".json", ".pt"):
         if file is not None:
             save_figure(_main_figure(saved), file, width=width)
-        for drawn in redraw(saved, output) if file is None else [file]:
+        for drawn in redraw(saved, output_dir or output) if file is None else [file]:
             tell(drawn)
         return 0
     if file is None:
         raise UserError(f"--output is a file ending in .html, {', '.join(STATIC)}, not {output}")
-    save_figure(_figure(RunRecord.load(saved), what), file, width=width)
+    save_figure(_figure(RunRecord.load(saved), figure), file, width=width)
     tell(file)
     return 0
 
@@ -171,23 +180,23 @@ def _main_figure(saved: Path) -> "Figure":
     return figure
 
 
-def _figure(record: "RunRecord", what: What) -> "Figure":
+def _figure(record: "RunRecord", what: FigureName) -> "Figure":
     from ..figures.effects import plot_losses, plot_rates
     from ..figures.scores import plot_score_panels, plot_scores
 
     model = record.model_name
-    if what is What.rates:
+    if what is FigureName.rates:
         if not record.sides:
             raise UserError(f"{record.path} has no judged completions: run its step completions first")
         return plot_rates(record.sides, model=model)
-    if what is What.loss:
+    if what is FigureName.loss:
         if not record.losses:
             raise UserError(f"{record.path} has no CE losses: run its step loss first")
         return plot_losses(record.losses, model=model)
     if record.scores is None or record.selection is None:
         raise UserError(f"{record.path} has no scores: run its step selection first")
     chosen = record.selection.survivors[0] if record.selection.survivors else None
-    if what is What.scores:
+    if what is FigureName.scores:
         return plot_score_panels(
             record.scores, chosen=chosen, thresholds=record.thresholds, tokens=record.tokens, model=model
         )
@@ -209,9 +218,10 @@ def compare(
         list[Path], typer.Argument(metavar="A.pt B.pt ...", help="[d], [1, d] or [n, d]; any float type.")
     ],
     normalize_across: Annotated[
-        bool, typer.Option("--normalize-across", help="Give the files one norm per row, as CAA does for behaviors.")
+        bool,
+        typer.Option("--normalize-across", help="Give the files one norm per row, as CAA does, into --output-dir."),
     ] = False,
-    output_dir: Annotated[Path | None, typer.Option(help="Where --normalize-across writes the vectors.")] = None,
+    output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Show the cosine similarity of every two vectors."""

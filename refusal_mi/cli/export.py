@@ -7,19 +7,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..options import LAYER_LIST, check_choice, in_words, layer_numbers, rank_numbers
+from ..options import check_choice, in_words, layer_numbers, rank_numbers
 from ..terminal import say, tell
-from .options import RANKS_HELP, SCIENCE_FAILED, AllowOtherModel, AsJson, Layer, Model, ModelPath, Revision, one_model
+from .options import (
+    SCIENCE_FAILED,
+    AllowOtherModel,
+    AsJson,
+    DirectionSource,
+    Layer,
+    Layers,
+    Model,
+    ModelPath,
+    Output,
+    OutputDir,
+    Ranks,
+    Revision,
+    one_model,
+)
 
 if TYPE_CHECKING:
     from ..interventions import Ablate, Add
 
-DirectionSource = Annotated[
-    Path | None, typer.Option(help="A direction.pt or a run folder; default: the folder runs/{alias} of MODEL.")
-]
-Ranks = Annotated[str | None, typer.Option(help=RANKS_HELP)]
 Strength = Annotated[float, typer.Option(help="Fraction of the component that is removed.")]
-Layers = Annotated[str | None, typer.Option(help=f"Blocks, counted from 0: {LAYER_LIST}; default all.")]
 Components = Annotated[str, typer.Option(help="Which writes: some of embed,attn,mlp.")]
 Affine = Annotated[
     str | None, typer.Option(help="Set the component to a constant: harmless-mean, or a number per direction.")
@@ -30,7 +39,6 @@ AddOption = Annotated[
 
 
 def export(
-    output_dir: Annotated[Path, typer.Option(help="The new directory.")],
     model: Model = None,
     model_path: ModelPath = None,
     revision: Revision = None,
@@ -43,11 +51,12 @@ def export(
     affine: Affine = None,
     add: AddOption = None,
     keep_tied: Annotated[bool, typer.Option("--keep-tied", help="Leave a tied token embedding alone.")] = False,
-    dtype: Annotated[str, typer.Option(help="keep, float32 or bfloat16.")] = "keep",
+    stored_dtype: Annotated[str, typer.Option(help="Of the new files: keep, float32 or bfloat16.")] = "keep",
     adapter: Annotated[bool, typer.Option("--adapter", help="Write a PEFT LoRA adapter instead.")] = False,
     verify: Annotated[str, typer.Option(help="auto, full, streaming (block by block) or none.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an export that lies there.")] = False,
     allow_other_model: AllowOtherModel = False,
+    output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Write a checkpoint or adapter that does what hooks did.
@@ -64,23 +73,26 @@ def export(
     what = _intervention(source, revision, direction, directions, strength, layer, layers, components, affine, add)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
     place = _place(source, direction)
+    output_dir = output_dir or _default_folder(source) / ("adapter" if adapter else "checkpoint")
     if at_home(output_dir).resolve() in (place.resolve(), *place.resolve().parents):
         raise UserError(
             f"{output_dir} is or holds {place}, which the direction comes from; choose another --output-dir"
         )
     check_choice("--verify", verify, ("auto", "full", "streaming", "none"))
     if adapter:
-        if keep_tied or dtype != "keep":
-            raise UserError("--keep-tied and --dtype are about checkpoints: an adapter leaves the weights as they are")
+        if keep_tied or stored_dtype != "keep":
+            raise UserError(
+                "--keep-tied and --stored-dtype are about checkpoints: an adapter leaves the weights as they are"
+            )
         report = export_adapter(source, what, output_dir, verify=verify, revision=revision, force=force)  # type: ignore[arg-type]
     else:
-        check_choice("--dtype", dtype, ("keep", "float32", "bfloat16"))
+        check_choice("--stored-dtype", stored_dtype, ("keep", "float32", "bfloat16"))
         report = export_checkpoint(
             source,
             what,
             output_dir,
             keep_tied=keep_tied,
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=stored_dtype,  # type: ignore[arg-type]
             verify=verify,  # type: ignore[arg-type]
             revision=revision,
             force=force,
@@ -93,7 +105,6 @@ def export(
 
 
 def export_vector(
-    output: Annotated[Path, typer.Option(help="The new file: .gguf, or .pt for lm-eval.")],
     model: Model = None,
     model_path: ModelPath = None,
     revision: Revision = None,
@@ -105,6 +116,7 @@ def export_vector(
     add: AddOption = None,
     format: Annotated[str, typer.Option(help="gguf (llama.cpp control vector) or lm-eval (steering file).")] = "gguf",
     allow_other_model: AllowOtherModel = False,
+    output: Output = None,
 ) -> int:
     """Write a direction for llama.cpp or lm-evaluation-harness.
 
@@ -124,6 +136,8 @@ def export_vector(
     what = _intervention(source, revision, direction, directions, 1.0, layer, layers, components, None, addition)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
     place = _place(source, direction)
+    folder = place if place.is_dir() else place.parent
+    output = output or folder / ("control_vector.gguf" if format == "gguf" else "steering.pt")
     beside = [place.with_name(name) for name in (f"{place.stem}_metadata.json", "run.json")]
     check_not_input(output, [place, *beside, Path(source)])
     config = read_config(source, revision)
@@ -181,9 +195,14 @@ def _intervention(
 def _place(source: str, direction: Path | None) -> Path:
     """The file or run folder that directions are read from."""
     from ..files import at_home
+
+    return _default_folder(source) if direction is None else at_home(direction)
+
+
+def _default_folder(source: str) -> Path:
     from ..recipes.options import default_folder
 
-    return default_folder(source) if direction is None else at_home(direction)
+    return default_folder(source)
 
 
 def _provenances(what: "Ablate | Add") -> list[Mapping[str, Any]]:

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..options import in_words, number_or_auto, rank_numbers
+from ..options import MEANINGS, in_words, number_or_auto, rank_numbers
 from ..run.options import CombosOptions, RunOptions
 from ..terminal import say
 from .options import (
-    RANKS_HELP,
     SCIENCE_FAILED,
     AsJson,
     BatchSize,
@@ -18,7 +17,10 @@ from .options import (
     Given,
     JudgeOptions,
     ModelOptions,
+    Multi,
+    Output,
     OutputDir,
+    Ranks,
     TemplateOptions,
     ThresholdOptions,
     flat,
@@ -36,18 +38,8 @@ def run(
     *,
     model: ModelOptions,
     given: Given[RunOptions],
-    directions: Annotated[
-        str | None,
-        typer.Option("--directions", "--vectors-ablated", help=RANKS_HELP),
-    ] = None,
-    multi: Annotated[
-        str | None,
-        typer.Option(
-            help="span (default): project out the span of --directions; sequential: one after the other at every "
-            "block's input and write, as published, which leaves some of the first (3-8% of its size on the embedded "
-            "model) and cannot be exported."
-        ),
-    ] = None,
+    directions: Ranks = None,
+    multi: Multi = None,
     fresh: Fresh = False,
     output_dir: OutputDir = None,
     as_json: AsJson = False,
@@ -101,9 +93,9 @@ def combos(
     model: ModelOptions,
     options: CombosOptions,
     judge: JudgeOptions,
-    quick: Annotated[bool, typer.Option("--quick", help="On the quick run of this model.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help=MEANINGS["quick"])] = False,
     fresh: Fresh = False,
-    batch_size: BatchSize = "auto",
+    batch_size: BatchSize = None,
     output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
@@ -233,9 +225,7 @@ def judge(
         Path, typer.Argument(metavar="COMPLETIONS.json", help="A list of objects with prompt and response.")
     ],
     judge: JudgeOptions,
-    output: Annotated[
-        Path | None, typer.Option(help="Default: beside the completions, as ..._evaluations.json.")
-    ] = None,
+    output: Output = None,
     as_json: AsJson = False,
 ) -> int:
     """Judge saved completions again.

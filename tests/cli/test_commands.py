@@ -10,7 +10,7 @@ from importlib.metadata import version
 import pytest
 
 from refusal_mi.cli import exit_status
-from refusal_mi.cli.options import own_spelling
+from refusal_mi.cli.spelling import own_spelling
 from refusal_mi.labels import Label
 from refusal_mi.model.points import explain_writes, write_hooks
 from tests.helpers.models import save_tiny
@@ -284,7 +284,7 @@ def help_at_80_columns(monkeypatch, capsys, *command):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("group", "n_commands"), [((), 15), (("caa",), 3)])
+@pytest.mark.parametrize(("group", "n_commands"), [((), 13), (("caa",), 3), (("responses",), 2), (("export",), 2)])
 def test_no_summary_of_a_command_is_cut(monkeypatch, capsys, group, n_commands):
     shown = help_at_80_columns(monkeypatch, capsys, *group)
     summaries = shown.partition("Commands:\n")[2].splitlines()

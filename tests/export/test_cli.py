@@ -64,7 +64,7 @@ def test_options_reach_the_intervention(tmp_path, tiny_dir, run_folder, capsys):
         (["--layers", "3:1"], "counts down"),
         (["--components", "attn,head"], "'head'"),
         (["--verify", "maybe"], "--verify"),
-        (["--dtype", "int4"], "--dtype"),
+        (["--dtype", "int4"], "--stored-dtype"),
         (["--affine", "mean"], "harmless-mean"),
         (["--add", "1", "--strength", "0.5"], "--add"),
         (["--add", "1"], "nothing carries"),

@@ -42,7 +42,9 @@ def test_ranks_are_what_the_published_hyphen_says_or_a_range(text, expected):
     assert rank_numbers(text) == read_ranks(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", ",", "1,,2", "3,", "x", "3-", "-3", "3--5", "3-5-7", "3.5", "1:3:5", "²", "3.. 7", "7-3", "3:3"])
+@pytest.mark.parametrize(
+    "text", ["", ",", "1,,2", "3,", "x", "3-", "-3", "3--5", "3-5-7", "3.5", "1:3:5", "²", "3.. 7", "7-3", "3:3"]
+)
 def test_what_is_no_list_of_layers(text):
     with pytest.raises(UserError, match=r"^--layers"):
         layer_numbers(text)

@@ -202,6 +202,13 @@ def test_chat_reads_ranks_from_the_run_folder(folder, tiny_dir, capsys):
         assert exit_status(arguments) == 0
         outs.append(capsys.readouterr().out)
     assert len(set(outs)) == 3, outs
+    plain, ranks, published = outs
+    labels = [line for line in published.splitlines() if line.startswith("[")]
+    assert labels[0] == "[plain]" and len(labels) == 3
+    assert labels[1].startswith("[ablated rank 0 at") and labels[2].startswith("[ablated ranks 2 and 0 at")
+    answers = [part.partition("]\n")[2].strip() for part in ("\n" + published).split("\n[")[1:]]
+    assert answers[0] == plain.strip() and len(set(answers)) == 3
+    assert "[" not in ranks.replace(plain, "")
 
 
 def row(label: str, bypass: float, kl: float, ce: float) -> ValidationRow:
