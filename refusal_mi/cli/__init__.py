@@ -45,6 +45,7 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., int]]]] = {
 COMMANDS: dict[str, Callable[..., int]] = {
     "run": run.run,
     "combos": run.combos,
+    "reproduce": run.reproduce,
     "chat": chat.chat,
     "select": run.select_saved,
     "localize": localize.localize,

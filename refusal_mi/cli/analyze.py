@@ -210,12 +210,16 @@ def _figure(record: "RunRecord", what: FigureName) -> "Figure":
     )
 
 
-MAX_COLUMNS = 12
+WHOLE_MATRIX = 12
+"""Up to so many vectors are all compared with each other; more row by row with the first file's."""
 
 
 def compare(
     files: Annotated[
-        list[Path], typer.Argument(metavar="A.pt B.pt ...", help="[d], [1, d] or [n, d]; any float type.")
+        list[Path],
+        typer.Argument(
+            metavar="A.pt B.pt ...", help="[d], [1, d] or [n, d]; any float type. A run folder: its vector."
+        ),
     ],
     normalize_across: Annotated[
         bool,
@@ -225,6 +229,8 @@ def compare(
     as_json: AsJson = False,
 ) -> int:
     """Show the cosine similarity of every two vectors."""
+    from dataclasses import replace
+
     from ..files import check_not_input, write_tensors
     from ..vectors import compare, read_vectors
     from ..vectors import normalize_across as shared_norm
@@ -234,9 +240,9 @@ def compare(
         raise UserError("--normalize-across writes vectors: say where with --output-dir")
     if output_dir is not None and not normalize_across:
         raise UserError("--output-dir is for --normalize-across; cosines go to the terminal (--json for a file)")
-    stacks = [read_vectors(file) for file in files]
+    stacks = _named_apart([replace(read_vectors(_vector_file(file)), name=file.stem) for file in files], files)
     if normalize_across and output_dir is not None:
-        names = [file.name for file in files]
+        names = [f"{file.name}.pt" if file.is_dir() else file.name for file in files]
         if len(set(names)) < len(names):
             raise UserError(f"--normalize-across needs files of different names, not {', '.join(names)}")
         for name in names:
@@ -250,24 +256,52 @@ def compare(
     return 0
 
 
-def _print(comparison: "Comparison", stacks: "list[LabelledVectors]") -> None:
-    from .tables import Console, Table
+def _vector_file(path: Path) -> Path:
+    """The file of vectors that a path names: itself, or that of a run folder."""
+    if not path.is_dir():
+        return path
+    names = ("direction.pt", "refusal_vector.pt")
+    found = next((path / name for name in names if (path / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{path} holds neither {' nor '.join(names)}: finish its run, or name a file")
+    return found
 
-    console = Console()
-    if len(comparison.labels) <= MAX_COLUMNS:
-        table = Table("cosine", *comparison.labels, "norm")
-        for label, row, norm in zip(
-            comparison.labels, comparison.cosines.tolist(), comparison.norms.tolist(), strict=True
-        ):
-            table.add_row(label, *(_number(value) for value in row), f"{norm:.4g}")
-    else:
-        table = Table("row", *(f"{stack.name} with {stacks[0].name}" for stack in stacks[1:]))
-        starts = [sum(len(stack.rows) for stack in stacks[:index]) for index in range(len(stacks))]
-        for row in range(max(len(stack.rows) for stack in stacks)):
-            places = [start + min(row, len(stack.rows) - 1) for start, stack in zip(starts, stacks, strict=True)]
-            table.add_row(str(row), *(_number(comparison.cosines[places[0], place].item()) for place in places[1:]))
-        console.print(f"{len(comparison.labels)} vectors, row by row; the whole matrix: --json", highlight=False)
-    console.print(table)
+
+def _named_apart(stacks: "list[LabelledVectors]", files: list[Path]) -> "list[LabelledVectors]":
+    """The same with the folder in the names, where two files have one name."""
+    from dataclasses import replace
+
+    names = [stack.name for stack in stacks]
+    if len(set(names)) == len(names):
+        return stacks
+    return [
+        replace(stack, name=f"{file.resolve().parent.name}/{stack.name}")
+        for stack, file in zip(stacks, files, strict=True)
+    ]
+
+
+def _print(comparison: "Comparison", stacks: "list[LabelledVectors]") -> None:
+    from .tables import print_lines, print_matrix
+
+    cosines, norms = comparison.cosines.tolist(), comparison.norms.tolist()
+    if len(comparison.labels) <= WHOLE_MATRIX:
+        numbers = [[*map(_number, row), f"{norm:.4g}"] for row, norm in zip(cosines, norms, strict=True)]
+        rows = dict(zip(comparison.labels, numbers, strict=True))
+        print_matrix("cosine", [*comparison.labels, "norm"], rows)
+        return
+    starts = [sum(len(stack.rows) for stack in stacks[:index]) for index in range(len(stacks))]
+    rows = {}
+    for row in range(max(len(stack.rows) for stack in stacks)):
+        places = [
+            start + min(row, len(stack.rows) - 1) if row < len(stack.rows) or len(stack.rows) == 1 else None
+            for start, stack in zip(starts, stacks, strict=True)
+        ]
+        first = places[0]
+        rows[str(row)] = [
+            "" if first is None or place is None else _number(cosines[first][place]) for place in places[1:]
+        ]
+    print_lines(f"{len(comparison.labels)} vectors; cosine of every layer with {stacks[0].name}; all of them: --json")
+    print_matrix("layer", [stack.name for stack in stacks[1:]], rows)
 
 
 def _number(value: float) -> str:

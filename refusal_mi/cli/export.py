@@ -1,4 +1,4 @@
-"""`refusal-mi export` and `refusal-mi export-vector`: what was studied with hooks, as files."""
+"""`refusal-mi export` and `refusal-mi export vector`: what was studied with hooks, as files."""
 
 from collections.abc import Mapping
 from pathlib import Path

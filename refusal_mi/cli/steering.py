@@ -1,4 +1,4 @@
-"""`refusal-mi caa` and `vector`: steering vectors, made and tested. A layer of CAA's is the output of a block."""
+"""`refusal-mi caa` and `responses`: steering vectors, made and tested. A layer of CAA's is the output of a block."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -344,7 +344,7 @@ def evaluate(
     *,
     model: ModelOptions,
     vector_dir: Annotated[
-        Path | None, typer.Option(help="What `vector` wrote; default runs/{alias}/harmless_refusal_vectors.")
+        Path | None, typer.Option(help="What `responses extract` wrote; default runs/{alias}/harmless_refusal_vectors.")
     ] = None,
     given: Given[EvalOptions],
     judge: JudgeOptions,
@@ -364,7 +364,7 @@ def evaluate(
     directory = vector_dir or _default(model, RESPONSES)
     if not (directory / VECTOR).is_file():
         raise UserError(
-            f"{directory} holds no {VECTOR}: make it with refusal-mi vector, or name its folder --vector-dir"
+            f"{directory} holds no {VECTOR}: make it with refusal-mi responses extract, or name its folder --vector-dir"
         )
     dataset = recorded_dataset(directory) or default_queries(model.source)
     options = given.over(EvalOptions(dataset=dataset))

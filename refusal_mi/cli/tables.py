@@ -1,7 +1,7 @@
 """How results look in a terminal."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,26 @@ def print_facts(facts: Mapping[str, Any]) -> None:
             shown = ", ".join(map(str, value))
         table.add_row(key.replace("_", " "), shown)
     Console().print(table, markup=False)
+
+
+def print_matrix(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+    """A table whose cells are never shortened: columns that do not fit beside the others go into a table below."""
+    console = Console()
+    label = min(max(map(len, [corner, *rows])), console.width // 2) + 4
+    widths = [max(8, *(len(cells[index]) for cells in rows.values())) + 3 for index in range(len(columns))]
+    start = 0
+    while start < len(columns):
+        end = start + 1
+        while end < len(columns) and label + sum(widths[start : end + 1]) <= console.width:
+            end += 1
+        table = Table()
+        table.add_column(corner, min_width=label - 4, overflow="fold")
+        for name, width in zip(columns[start:end], widths[start:end], strict=True):
+            table.add_column(name, min_width=width - 3, overflow="fold", justify="right")
+        for row, cells in rows.items():
+            table.add_row(row, *cells[start:end])
+        console.print(table)
+        start = end
 
 
 def print_survivors(chosen: "Selection", top: int) -> None:

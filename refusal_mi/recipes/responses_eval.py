@@ -311,7 +311,7 @@ def evaluate_vector(
     Every row is added at the hook point it was read from. Validation, test and training queries are disjoint.
 
     Args:
-        vector_dir: what `vector` wrote.
+        vector_dir: what `responses extract` wrote.
     """
     run = Evaluation(model, source, vector_dir, options, folder, judge or SubstringJudge())
     scores = run.score_layers()

@@ -68,6 +68,12 @@ def load_scores(folder: Path) -> ScoreGrid:
     return ScoreGrid(rows, baseline.n_layers, baseline.harmful, baseline.harmless, per_prompt, baseline.zero_point)
 
 
+def scored_layers(path: Path) -> int | None:
+    """How many blocks the model has that a score file of a run folder is about; None where the folder does not say."""
+    baseline = path.with_name(Path(BASELINE).name)
+    return read_record(baseline, BaselineRecord).n_layers if baseline.is_file() else None
+
+
 def load_evaluations(path: Path, n_layers: int) -> ScoreGrid:
     """A saved score file, ours or a published one; with the zero point of the run whose folder it lies in."""
     grid, baseline = ScoreGrid.load(path, n_layers), Path(path).with_name(Path(BASELINE).name)
