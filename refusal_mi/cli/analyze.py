@@ -52,14 +52,14 @@ def analyze(
     """
     from ..recipes.options import default_folder
     from ..run.folder import RunInputs, check_model_of_run
-    from .tables import print_facts, print_json
+    from .tables import print_findings, print_json, print_lines
 
     kinds = _kinds(what)
     source = model.source
     path = run or default_folder(source)
     check_model_of_run(path, source)
     inputs = RunInputs(model.load(), path, at_least("--n-prompts", n_prompts, 2, 128), 32, seed or 0)
-    written, size, n_failed = {}, number_or_auto(batch_size), 0
+    found, written, size, n_failed = {}, {}, number_or_auto(batch_size), 0
     for kind in kinds:
         say(kind)
         try:
@@ -70,10 +70,16 @@ def analyze(
             say(f"no {kind}: {error}")
             n_failed += 1
             continue
+        found[kind] = result
         target = (output_dir or path / FOLDER) / f"{kind}.json"
         result.save(target)
         written[kind] = [str(target), *map(str, draw(result, target.parent))]
-    print_json(written) if as_json else print_facts(written)
+    if as_json:
+        print_json(written)
+    else:
+        for kind, result in found.items():
+            print_findings(kind, result)
+        print_lines(*(file for files in written.values() for file in files))
     return SCIENCE_FAILED if n_failed else 0
 
 

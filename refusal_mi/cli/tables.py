@@ -13,6 +13,7 @@ from ..files import as_json
 from ..terminal import is_shown, shown
 
 if TYPE_CHECKING:
+    from ..analysis.result import AnalysisResult
     from ..export.export import ExportReport
     from ..measures import LossResult
     from ..recipes.caa_eval import ABResults, Changes, OpenAnswers, TextRates
@@ -86,6 +87,14 @@ def print_matrix(corner: str, columns: Sequence[str], rows: Mapping[str, Sequenc
             table.add_row(row, *cells[start:end])
         console.print(table)
         start = end
+
+
+def print_findings(kind: str, result: "AnalysisResult") -> None:
+    """What an analysis found, a row for each quantity."""
+    table = Table(kind, "unit", "value", "least", "at", "most", "at", title=None)
+    for row in result.findings():
+        table.add_row(row.name, row.unit, row.value, row.least, row.least_at, row.most, row.most_at)
+    Console().print(table)
 
 
 def print_survivors(chosen: "Selection", top: int) -> None:

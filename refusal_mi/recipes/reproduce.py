@@ -109,8 +109,8 @@ def _first_unequal(a: Any, b: Any, where: str = "") -> str | None:
             place = f"{where}.{key}" if where else str(key)
             if key not in a or key not in b:
                 return f"{place} is {'new' if key in b else 'gone'}"
-            if (found := _first_unequal(a[key], b[key], place)) is not None:
-                return found
+            if (inner := _first_unequal(a[key], b[key], place)) is not None:
+                return inner
         return None
     if isinstance(a, list) and isinstance(b, list):
         if len(a) != len(b):

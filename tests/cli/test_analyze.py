@@ -87,3 +87,16 @@ def test_analyze_refuses_what_it_cannot_do(tiny_dir, run_folder, tmp_path, capsy
     assert "not a run folder" in capsys.readouterr().err
     assert exit_status(["analyze", str(tiny_dir("gpt2")), "--run", str(run_folder)]) == 2
     assert "holds a run of" in capsys.readouterr().err
+
+
+def test_what_was_found_is_printed_before_the_paths(tiny_dir, run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["analyze", str(tiny_dir("llama")), "--run", str(run_folder), "--what", "logits,weights"]
+    assert exit_status([*words, "--n-prompts", "3", "--output-dir", str(tmp_path), "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    logits, weights = (load_result(tmp_path / f"{kind}.json") for kind in ("logits", "weights"))
+    for row in (*logits.findings(), *weights.findings()):
+        for text in (row.name, row.value, row.least, row.most):
+            assert text in shown
+    assert shown.index("┃ logits") < shown.index("┃ weights") < shown.index(str(tmp_path / "logits.json"))
+    assert str(tmp_path / "weights.html") in shown
