@@ -12,8 +12,8 @@ import typer
 from ..errors import UserError, cause
 from ..terminal import printable, say
 from . import analyze, chat, export, localize, run, steering
+from .config import with_config
 from .shown import plain_command
-from .spelling import own_spelling
 
 INTERRUPTED = 130
 BAD_INPUT = 2
@@ -76,6 +76,14 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Options from a .toml or .yaml file; may stand behind a command as well, whose other options win.",
+        ),
+    ] = None,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error; may stand behind a command as well.")
     ] = False,
@@ -97,7 +105,8 @@ def exit_status(arguments: Sequence[str]) -> int:
     """
     words = [word for word in arguments if word != "--debug"]
     try:
-        status = plain_command(app).main(own_spelling(words), prog_name="refusal-mi", standalone_mode=False)
+        root = plain_command(app)
+        status = root.main(with_config(words, root), prog_name="refusal-mi", standalone_mode=False)
     except UserError as error:
         return _fail(str(error), error if len(words) < len(arguments) else None)
     except typer.TyperException as error:

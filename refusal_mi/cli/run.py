@@ -258,7 +258,7 @@ def select_saved(
     from .tables import print_json, print_survivors
 
     file = grid / EVALUATIONS if grid.is_dir() else grid
-    blocks = n_layers or scored_layers(file)
+    blocks = n_layers if n_layers is not None else scored_layers(file)
     if blocks is None:
         raise UserError(f"{grid} does not say how many blocks the model has: give --n-layers")
     chosen = select(load_evaluations(file, blocks), asked.thresholds)

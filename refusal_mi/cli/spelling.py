@@ -30,7 +30,7 @@ _VALUE = re.compile(r"[-+]?[\d.][\d.,:eE+-]*|all")
 
 def own_spelling(arguments: Sequence[str]) -> list[str]:
     """Names of before become those of now, --model_path --model-path, --multipliers -1 0 1 --multipliers=-1,0,1."""
-    command, rest = _command(arguments)
+    command, rest = split_command(arguments)
     renamed = RENAMED.get(tuple(command), {})
     spread: list[str] = list(command)
     lists: dict[str, tuple[int, list[str]]] = {}
@@ -57,7 +57,7 @@ def own_spelling(arguments: Sequence[str]) -> list[str]:
     return spread
 
 
-def _command(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_command(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words that name the command, as they are called now, and the other arguments."""
     if not arguments:
         return [], []

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
 CAA, RESPONSES = "caa", "harmless_refusal_vectors"
 """Folders of the vectors, inside the model's."""
-Config = Annotated[Path | None, typer.Option(help="The write-up's config.yaml; flags on the command line win over it.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="Options from a .toml or .yaml file, or the write-up's config.yaml; other options win."),
+]
 Pairs = Annotated[str | None, typer.Option(help=MEANINGS["pairs"])]
 Questions = Annotated[str | None, typer.Option(help=MEANINGS["questions"])]
 NQuestions = Annotated[int | None, typer.Option(help=MEANINGS["n_questions"])]
@@ -273,6 +276,19 @@ def _default(model: ModelOptions, name: str) -> Path:
     return default_folder(model.source) / name
 
 
+def published_place(path: Path, source: str) -> Path:
+    """A write-up's folder, pipeline/runs/{base name of the model}/..., as it is called here; any other as it is."""
+    from ..recipes.caa import published_name
+    from ..recipes.options import default_folder
+
+    parts = path.parts[1:] if path.parts[:1] == ("pipeline",) else path.parts
+    if path.exists() or parts[:1] != ("runs",) or parts[1:2] != (published_name(source),):
+        return path
+    here = default_folder(source).joinpath(*parts[2:])
+    say(f"{path} is {here} here")
+    return here
+
+
 def _folder(path: Path, fresh: bool = False) -> "RunFolder":
     from ..run.stages import RunFolder
 
@@ -320,11 +336,11 @@ def make(
 
     Both answer the same harmless queries, the instructed ones with an instruction to refuse in front.
     """
-    from ..recipes.options import default_queries
-    from ..recipes.responses import NothingSurvives, vector
+    from ..recipes.responses import NothingSurvives, default_dataset, vector
     from .tables import print_facts, print_json
 
-    options = given.over(VectorOptions(dataset=default_queries(model.source)))
+    dataset = given.values.get("dataset") or default_dataset(model.source, say)
+    options = given.over(VectorOptions(dataset=dataset))
     verdict = judge.build("refusal")
     folder = _folder(output_dir or _default(model, RESPONSES), fresh)
     try:
@@ -356,17 +372,16 @@ def evaluate(
 
     What is measured are refusals of harmless queries, by coefficient.
     """
-    from ..recipes.options import default_queries
-    from ..recipes.responses import VECTOR, recorded_dataset
+    from ..recipes.responses import VECTOR, default_dataset, recorded_dataset
     from ..recipes.responses_eval import evaluate_vector
     from .tables import print_coefficients, print_json, print_lines
 
-    directory = vector_dir or _default(model, RESPONSES)
+    directory = _default(model, RESPONSES) if vector_dir is None else published_place(vector_dir, model.source)
     if not (directory / VECTOR).is_file():
         raise UserError(
             f"{directory} holds no {VECTOR}: make it with refusal-mi responses extract, or name its folder --vector-dir"
         )
-    dataset = recorded_dataset(directory) or default_queries(model.source)
+    dataset = given.values.get("dataset") or recorded_dataset(directory) or default_dataset(model.source, say)
     options = given.over(EvalOptions(dataset=dataset))
     verdict = judge.build("refusal")
     folder = _folder(output_dir or directory, fresh)
