@@ -57,12 +57,18 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an export that lies there.")] = False,
     allow_other_model: AllowOtherModel = False,
     output_dir: OutputDir = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Upload what passed its verification; a new repository is private."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository of --push-to-hub public.")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Write a checkpoint or adapter that does what hooks did.
 
     How closely it does is measured.
     """
+    from .. import hub
     from ..export.export import export_adapter, export_checkpoint
     from ..files import at_home
     from ..model.provenance import check_origin
@@ -70,6 +76,10 @@ def export(
 
     source = one_model(model, model_path)
     _quiet()
+    if push_to_hub is not None:
+        hub.check_repository(push_to_hub)
+    elif public:
+        raise UserError("--public is about a repository of the hub: name it with --push-to-hub")
     what = _intervention(source, revision, direction, directions, strength, layer, layers, components, affine, add)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
     place = _place(source, direction)
@@ -97,10 +107,14 @@ def export(
             revision=revision,
             force=force,
         )
+    is_sound = report.is_verified is not False
+    address = hub.push(report.path, push_to_hub, private=not public) if push_to_hub and is_sound else None
     if as_json:
-        print_json({**report.describe(), "path": str(report.path)})
+        print_json({**report.describe(), "path": str(report.path)} | ({"hub": address} if address else {}))
     else:
         print_export(report)
+        if push_to_hub:
+            tell(f"uploaded: {address}" if address else "not uploaded: it is outside its limits")
     return SCIENCE_FAILED if report.is_verified is False else 0
 
 

@@ -200,20 +200,22 @@ def _rate(rate: Mapping[str, Any]) -> str:
 def print_export(report: "ExportReport") -> None:
     """What was exported, how closely it matches the hooks, and what its user should know."""
     console, check = Console(), report.verification
-    table = Table(f"exported {report.kind}", "value")
-    table.add_row("edited tensors", str(len(report.figures)))
+    table = Table(f"exported {report.kind}", "value", "measured against")
+    table.add_row("edited tensors", str(len(report.figures)), "")
     if check is not None:
-        table.add_row("largest logit difference to the hooked model", f"{check.max_logit_difference:.1e}")
+        stored = f"the export as stored ({report.dtype})"
         table.add_row(
-            "largest logit, largest change by the edit",
-            f"{check.largest_logit:.1f}, {check.max_effect:.1e}",
+            "largest logit difference", f"{check.max_logit_difference:.1e}", "the hooked model, both in float32"
         )
-        table.add_row("mean KL to the float32 hooked model (nats)", f"{check.mean_kl_nats:.1e}")
-        table.add_row(
-            "equal greedy tokens",
-            f"{check.same_greedy:.1%} of {check.n_prompts} prompts ({check.mode})",
-        )
-        table.add_row("within the limits", "yes" if check.passed else "NO")
+        table.add_row("largest logit", f"{check.largest_logit:.1f}", "0, of the hooked model")
+        table.add_row("largest change by the edit", f"{check.max_effect:.1e}", "the plain model, in float32")
+        table.add_row("mean KL (nats)", f"{check.mean_kl_nats:.1e}", f"the hooked model in float32, of {stored}")
+        if check.hooked_kl_nats is not None:
+            rounding = "the hooked model in float32, of itself as stored: what rounding costs"
+            table.add_row("mean KL (nats)", f"{check.hooked_kl_nats:.1e}", rounding)
+        prompts = f"{check.n_prompts} prompts, {check.mode}"
+        table.add_row("equal greedy tokens", f"{check.same_greedy:.1%}", f"the hooked model in float32 ({prompts})")
+        table.add_row("within the limits", "yes" if check.passed else "NO", f"the rule for {check.rule}")
     console.print(table)
     for line in [*report.notes, *(check.failures if check is not None else ())]:
         console.print(line, highlight=False, soft_wrap=True)
