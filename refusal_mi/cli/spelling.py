@@ -59,8 +59,8 @@ def own_spelling(arguments: Sequence[str]) -> list[str]:
 
 def split_command(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words that name the command, as they are called now, and the other arguments."""
-    if not arguments:
-        return [], []
+    if not arguments or arguments[0].startswith("-"):
+        return [], list(arguments)
     first, rest = arguments[0], list(arguments[1:])
     command = list(COMMANDS_OF_BEFORE.get(first, (first,)))
     if command[0] in DEFAULT_COMMANDS and len(command) == 1:

@@ -81,8 +81,8 @@ def test_a_figure_that_cannot_be_drawn_is_named_and_the_others_are_drawn(tiny_mo
 
 def test_analyze_refuses_what_it_cannot_do(tiny_dir, run_folder, tmp_path, capsys):
     model = str(tiny_dir("llama"))
-    assert exit_status(["analyze", model, "--run", str(run_folder), "--what", "nonsense"]) == 2
-    assert "no such analysis" in capsys.readouterr().err
+    assert exit_status(["analyze", model, "--run", str(run_folder), "--what", "lense"]) == 2
+    assert "not 'lense'; did you mean lens?" in capsys.readouterr().err
     assert exit_status(["analyze", model, "--run", str(tmp_path)]) == 2
     assert "not a run folder" in capsys.readouterr().err
     assert exit_status(["analyze", str(tiny_dir("gpt2")), "--run", str(run_folder)]) == 2
