@@ -564,6 +564,6 @@ def layer_rows(path: Path, n_layers: int) -> Float[Tensor, "layer d_model"]:
         raise UserError(
             f"{path} must hold [n_layers + 1, d_model] = [{n_layers + 1}, ...], row l the stream entering block l; "
             f"found {list(rows.shape)} (with only n_layers rows it is unclear which end is missing: rewrite it with "
-            "the embedding row, or make it again with refusal-mi vector)"
+            "the embedding row, or make it again with refusal-mi responses extract)"
         )
     return rows.float()

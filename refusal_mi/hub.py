@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import RLock, Thread
 from typing import Any
+
+from .errors import UserError, cause
 
 PATIENCE = 2.0
 """Seconds that the hub has for its first answer."""
@@ -63,3 +66,40 @@ def answers(url: str) -> bool:
     asking.start()
     asking.join(PATIENCE)
     return bool(statuses)
+
+
+def check_repository(name: str) -> None:
+    """Refuse what cannot be the name of a repository.
+
+    Raises:
+        UserError: it is none.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub takes NAME or OWNER/NAME: {cause(error)}") from None
+
+
+def push(folder: Path, name: str, *, private: bool = True) -> str:
+    """Upload a folder as a model of the hub, in one commit; return its address.
+
+    Args:
+        name: NAME in your own space, or OWNER/NAME; a repository that is there gets another commit, and stays as
+            visible as it is.
+        private: of a new repository.
+
+    Raises:
+        UserError: the hub does not answer, or does not let you; nothing of the folder is lost.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        hub = HfApi()
+        made = hub.create_repo(name, private=private, exist_ok=True)
+        hub.upload_folder(folder_path=folder, repo_id=made.repo_id, commit_message="An export of refusal_mi")
+    except Exception as error:  # foreign code: the transports have classes of their own
+        raise UserError(f"the hub did not take it ({cause(error)}); the export is in {folder}") from None
+    return str(made)

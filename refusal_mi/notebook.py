@@ -50,7 +50,7 @@ def searched(source: str | None = None, *, folder: str | Path = "../runs", n_pro
         source: None is the embedded model, with its own prompts; any other model gets the general sets.
         n_prompts: training and held-out prompts a side.
     """
-    from .model.loading import model_alias, resolve_source
+    from .model.loading import resolve_source, unique_alias
     from .recipes.arditi import run
     from .recipes.options import default_options
     from .run.stages import RunFolder
@@ -58,7 +58,7 @@ def searched(source: str | None = None, *, folder: str | Path = "../runs", n_pro
     name = resolve_source(source)
     options = replace(default_options(name), n_train=n_prompts, n_test=n_prompts, steps=("directions", "selection"))
     model = load(name)
-    path = Path(folder) / f"{model_alias(name)}-notebooks"
+    path = Path(folder) / f"{unique_alias(name)}-notebooks"
     run(model, name, options, RunFolder(path))
     return RunInputs(model, path, n_prompts)
 

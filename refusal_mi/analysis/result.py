@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from itertools import product
@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, ClassVar, get_args, get_origin
 
 import plotly.graph_objects as go
+import torch
 from torch import Tensor
 
 from ..errors import UserError
@@ -28,6 +29,23 @@ from ..values import Value, frame, html_table, named_near, short
 
 FORMAT = 1
 _RECORD_KEYS = {"kind", "format", "fields", "provenance"}
+
+
+_SHORT = 60
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A quantity of a result, as text."""
+
+    name: str
+    unit: str
+    value: str
+    """Of one number or word; of several the least and the most, and where."""
+    least: str = ""
+    least_at: str = ""
+    most: str = ""
+    most_at: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -92,6 +110,54 @@ class AnalysisResult(Value):
             if other == name or (axes[other] == axes[name] and getattr(value, "shape", None) == tables[name].shape)
         }
         return frame(self._long(beside, axes[name].split(), {}))
+
+    def findings(self) -> list[Finding]:
+        """What the result holds, in one row for each quantity: its numbers, or the least and the most and where.
+
+        Over prompts it is the mean of every group.
+        """
+        found: list[Finding] = []
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "provenance"}
+        axes = self._axes({name: value for name, value in values.items() if _holds_tensors(value)})
+        for name, value in values.items():
+            unit = self.units.get(name, "")
+            if isinstance(value, bool | int | float | str) and len(str(value)) <= _SHORT:
+                shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+                found.append(Finding(name, unit, shown))
+            elif name in axes:
+                parts = value if isinstance(value, dict) else {"": value}
+                for of, tensor in parts.items():
+                    found += self._extremes(f"{name}, {of}" if of else name, unit, tensor, axes[name].split())
+        return found
+
+    def _extremes(self, name: str, unit: str, tensor: Tensor, axes: Sequence[str]) -> Iterator[Finding]:
+        """The least and the most of a tensor of numbers, of every group of prompts."""
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().any()):
+            return
+        named, groups = [*axes, *("" for _ in range(tensor.ndim - len(axes)))], getattr(self, "groups", None)
+        tensor = tensor.double().masked_fill(~tensor.isfinite(), math.nan)
+        if "prompt" in named and groups and tensor.shape[named.index("prompt")] == len(groups):
+            axis = named.index("prompt")
+            rest = [each for each in named if each != "prompt"]
+            for group in dict.fromkeys(groups):
+                rows = [index for index, each in enumerate(groups) if each == group]
+                mean = tensor.index_select(axis, torch.tensor(rows)).nanmean(dim=axis)
+                yield from self._extremes(f"{name}, {group}", unit, mean, rest)
+            return
+        ends = [tensor.nan_to_num(math.inf).argmin().item(), tensor.nan_to_num(-math.inf).argmax().item()]
+        shown = [f"{tensor.flatten()[int(at)].item():.4g}" for at in ends]
+        if tensor.numel() == 1:
+            yield Finding(name, unit, shown[0])
+            return
+        places = [", ".join(self._places(named, tensor.shape, int(at))) for at in ends]
+        yield Finding(name, unit, "", shown[0], places[0], shown[1], places[1])
+
+    def _places(self, axes: Sequence[str], shape: Sequence[int], at: int) -> Iterator[str]:
+        """The labels of a place, of axes that have a name."""
+        where = [int(index) for index in torch.unravel_index(torch.tensor(at), tuple(shape))]
+        for axis, size, index in zip(axes, shape, where, strict=True):
+            if axis:
+                yield from (f"{name} {label}" for name, label in self._label(axis, size, index).items())
 
     def _long(self, columns: Mapping[str, Tensor], axes: Sequence[str], constant: Mapping[str, Any]) -> list[Any]:
         """A row for each place in tensors of one shape."""

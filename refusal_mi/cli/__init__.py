@@ -12,7 +12,8 @@ import typer
 from ..errors import UserError, cause
 from ..terminal import printable, say
 from . import analyze, chat, export, localize, methods, run, steering
-from .options import own_spelling
+from .config import with_config
+from .shown import plain_command
 
 INTERRUPTED = 130
 BAD_INPUT = 2
@@ -27,31 +28,41 @@ app = typer.Typer(
 )
 
 
-caa = typer.Typer(
-    help="CAA steering vectors. A layer here is the output of a block.", no_args_is_help=True, rich_markup_mode=None
-)
-CAA_COMMANDS: dict[str, Callable[..., int]] = {"vectors": steering.vectors, "test": steering.test, "ab": steering.ab}
+GROUPS: dict[str, tuple[str, dict[str, Callable[..., int]]]] = {
+    "caa": (
+        "CAA steering vectors. A layer here is the output of a block.",
+        {"vectors": steering.vectors, "test": steering.test, "ab": steering.ab},
+    ),
+    "responses": (
+        "Refusal vectors from the model's own answers.",
+        {"extract": steering.make, "eval": steering.evaluate},
+    ),
+    "export": (
+        "Write what hooks do as files. Alone it means checkpoint.",
+        {"checkpoint": export.export, "vector": export.export_vector},
+    ),
+}
 COMMANDS: dict[str, Callable[..., int]] = {
     "run": run.run,
     "combos": run.combos,
+    "reproduce": run.reproduce,
     "chat": chat.chat,
     "select": run.select_saved,
     "localize": localize.localize,
     "compare-methods": methods.compare_methods,
     "analyze": analyze.analyze,
     "plot": analyze.plot,
-    "vector": steering.make,
-    "vector-eval": steering.evaluate,
-    "export": export.export,
-    "export-vector": export.export_vector,
     "compare": analyze.compare,
     "judge": run.judge,
     "model-info": run.model_info,
 }
-for group, commands in ((caa, CAA_COMMANDS), (app, COMMANDS)):
-    for name, command in commands.items():
-        group.command(name)(command)
-app.add_typer(caa, name="caa")
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+for name, (about, commands) in GROUPS.items():
+    group = typer.Typer(help=about, no_args_is_help=True, rich_markup_mode=None)
+    for each, command in commands.items():
+        group.command(each)(command)
+    app.add_typer(group, name=name)
 
 
 def _print_version(wanted: bool) -> bool:
@@ -66,6 +77,14 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Options from a .toml or .yaml file; may stand behind a command as well, whose other options win.",
+        ),
+    ] = None,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error; may stand behind a command as well.")
     ] = False,
@@ -87,7 +106,8 @@ def exit_status(arguments: Sequence[str]) -> int:
     """
     words = [word for word in arguments if word != "--debug"]
     try:
-        status = app(args=own_spelling(words), standalone_mode=False)
+        root = plain_command(app)
+        status = root.main(with_config(words, root), prog_name="refusal-mi", standalone_mode=False)
     except UserError as error:
         return _fail(str(error), error if len(words) < len(arguments) else None)
     except typer.TyperException as error:

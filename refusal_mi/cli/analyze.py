@@ -8,9 +8,20 @@ import typer
 
 from ..analysis import KINDS
 from ..errors import UserError
-from ..options import number_or_auto
+from ..options import check_choice, number_or_auto
 from ..terminal import say, tell
-from .options import SCIENCE_FAILED, AsJson, BatchSize, ModelOptions, flat
+from .options import (
+    SCIENCE_FAILED,
+    AsJson,
+    BatchSize,
+    ModelOptions,
+    NPrompts,
+    Output,
+    OutputDir,
+    Seed,
+    at_least,
+    flat,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -27,10 +38,10 @@ def analyze(
     model: ModelOptions,
     run: Annotated[Path | None, typer.Option(help="Run folder with the direction; default runs/{alias}.")] = None,
     what: Annotated[str, typer.Option(help=f"all, or some of these, comma-separated: {', '.join(KINDS)}.")] = "all",
-    n_prompts: Annotated[int, typer.Option(help="Held-out prompts a side, at most.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of every control.")] = 0,
-    batch_size: BatchSize = "auto",
-    output_dir: Annotated[Path | None, typer.Option(help="Where results go; default RUN/analysis.")] = None,
+    n_prompts: NPrompts = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Analyze the direction of a run, and draw the results.
@@ -39,18 +50,16 @@ def analyze(
 
     An analysis that this run cannot have is named, the others are done, and the exit status is 1.
     """
-    from ..model.loading import model_alias
+    from ..recipes.options import default_folder
     from ..run.folder import RunInputs, check_model_of_run
-    from .tables import print_facts, print_json
+    from .tables import print_findings, print_json, print_lines
 
     kinds = _kinds(what)
     source = model.source
-    path = run or Path("runs") / model_alias(source)
+    path = run or default_folder(source)
     check_model_of_run(path, source)
-    if n_prompts < 2:
-        raise UserError(f"--n-prompts must be at least 2, not {n_prompts}")
-    inputs = RunInputs(model.load(), path, n_prompts, 32, seed)
-    written, size, n_failed = {}, number_or_auto(batch_size), 0
+    inputs = RunInputs(model.load(), path, at_least("--n-prompts", n_prompts, 2, 128), 32, seed or 0)
+    found, written, size, n_failed = {}, {}, number_or_auto(batch_size), 0
     for kind in kinds:
         say(kind)
         try:
@@ -61,10 +70,16 @@ def analyze(
             say(f"no {kind}: {error}")
             n_failed += 1
             continue
+        found[kind] = result
         target = (output_dir or path / FOLDER) / f"{kind}.json"
         result.save(target)
         written[kind] = [str(target), *map(str, draw(result, target.parent))]
-    print_json(written) if as_json else print_facts(written)
+    if as_json:
+        print_json(written)
+    else:
+        for kind, result in found.items():
+            print_findings(kind, result)
+        print_lines(*(file for files in written.values() for file in files))
     return SCIENCE_FAILED if n_failed else 0
 
 
@@ -94,9 +109,10 @@ def draw(result: "AnalysisResult", folder: Path) -> list[Path]:
 
 def _kinds(what: str) -> list[str]:
     names = list(KINDS) if what == "all" else [name.strip() for name in what.split(",") if name.strip()]
-    unknown = [name for name in names if name not in KINDS]
-    if unknown or not names:
-        raise UserError(f"no such analysis: {what!r}; --what takes all, or some of {', '.join(KINDS)}")
+    if not names:
+        raise UserError(f"--what {what!r} names no analysis")
+    for name in names:
+        check_choice("--what", name, ("all", *KINDS))
     return names
 
 
@@ -114,7 +130,7 @@ STATIC = (".png", ".svg", ".pdf")
 WIDTH = 1200
 
 
-class What(StrEnum):
+class FigureName(StrEnum):
     """The figures of a run."""
 
     scores = "scores"
@@ -129,34 +145,34 @@ def plot(
     saved: Annotated[
         Path, typer.Argument(metavar="RUN_DIR|RESULT.json", help="The folder of a run, or a result of analyze.")
     ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="Of a run: FILE.html, or FILE.png, .svg or .pdf through a local Chromium. "
-            "Of a result: the same, for its main figure, or a folder for all; default: all, beside it."
-        ),
-    ] = None,
-    what: Annotated[What, typer.Option(help="scores: the three per-layer scores; one of them; rates; loss.")] = (
-        What.scores
-    ),
-    width: Annotated[
-        int, typer.Option(min=100, max=10_000, help="Of a static image, in pixels (a PNG has twice as many).")
-    ] = WIDTH,
+    output: Output = None,
+    output_dir: OutputDir = None,
+    figure: Annotated[
+        FigureName,
+        typer.Option(help="Of a run. scores: the three per-layer scores; one of them; rates; loss.", metavar="NAME"),
+    ] = FigureName.scores,
+    width: Annotated[int, typer.Option(help="Of a static image, in pixels (a PNG has twice as many).")] = WIDTH,
 ) -> int:
-    """Draw a saved run or analysis again, without a model."""
+    """Draw a saved run or analysis again, without a model.
+
+    Of a run, one figure (--figure) to --output FILE.html, or .png, .svg or .pdf through a local Chromium. Of a result,
+    its main figure, or without --output all of them, beside it or into --output-dir.
+    """
     from ..figures.save import save_figure
     from ..loaded import load_run
 
+    if not 100 <= width <= 10_000:
+        raise UserError(f"--width is from 100 to 10000 pixels, not {width}")
     file = output if output is not None and output.suffix in (".html", *STATIC) else None
     if saved.suffix in (".json", ".pt"):
         if file is not None:
             save_figure(_main_figure(saved), file, width=width)
-        for drawn in redraw(saved, output) if file is None else [file]:
+        for drawn in redraw(saved, output_dir or output) if file is None else [file]:
             tell(drawn)
         return 0
     if file is None:
         raise UserError(f"--output is a file ending in .html, {', '.join(STATIC)}, not {output}")
-    save_figure(load_run(saved).figures[what.value], file, width=width)
+    save_figure(load_run(saved).figures[figure.value], file, width=width)
     tell(file)
     return 0
 
@@ -170,20 +186,27 @@ def _main_figure(saved: Path) -> "Figure":
     return figure
 
 
-MAX_COLUMNS = 12
+WHOLE_MATRIX = 12
+"""Up to so many vectors are all compared with each other; more row by row with the first file's."""
 
 
 def compare(
     files: Annotated[
-        list[Path], typer.Argument(metavar="A.pt B.pt ...", help="[d], [1, d] or [n, d]; any float type.")
+        list[Path],
+        typer.Argument(
+            metavar="A.pt B.pt ...", help="[d], [1, d] or [n, d]; any float type. A run folder: its vector."
+        ),
     ],
     normalize_across: Annotated[
-        bool, typer.Option("--normalize-across", help="Give the files one norm per row, as CAA does for behaviors.")
+        bool,
+        typer.Option("--normalize-across", help="Give the files one norm per row, as CAA does, into --output-dir."),
     ] = False,
-    output_dir: Annotated[Path | None, typer.Option(help="Where --normalize-across writes the vectors.")] = None,
+    output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Show the cosine similarity of every two vectors."""
+    from dataclasses import replace
+
     from ..files import check_not_input, write_tensors
     from ..vectors import compare, read_vectors
     from ..vectors import normalize_across as shared_norm
@@ -193,9 +216,9 @@ def compare(
         raise UserError("--normalize-across writes vectors: say where with --output-dir")
     if output_dir is not None and not normalize_across:
         raise UserError("--output-dir is for --normalize-across; cosines go to the terminal (--json for a file)")
-    stacks = [read_vectors(file) for file in files]
+    stacks = _named_apart([replace(read_vectors(_vector_file(file)), name=file.stem) for file in files], files)
     if normalize_across and output_dir is not None:
-        names = [file.name for file in files]
+        names = [f"{file.name}.pt" if file.is_dir() else file.name for file in files]
         if len(set(names)) < len(names):
             raise UserError(f"--normalize-across needs files of different names, not {', '.join(names)}")
         for name in names:
@@ -209,24 +232,52 @@ def compare(
     return 0
 
 
-def _print(comparison: "Comparison", stacks: "list[LabelledVectors]") -> None:
-    from .tables import Console, Table
+def _vector_file(path: Path) -> Path:
+    """The file of vectors that a path names: itself, or that of a run folder."""
+    if not path.is_dir():
+        return path
+    names = ("direction.pt", "refusal_vector.pt")
+    found = next((path / name for name in names if (path / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{path} holds neither {' nor '.join(names)}: finish its run, or name a file")
+    return found
 
-    console = Console()
-    if len(comparison.labels) <= MAX_COLUMNS:
-        table = Table("cosine", *comparison.labels, "norm")
-        for label, row, norm in zip(
-            comparison.labels, comparison.cosines.tolist(), comparison.norms.tolist(), strict=True
-        ):
-            table.add_row(label, *(_number(value) for value in row), f"{norm:.4g}")
-    else:
-        table = Table("row", *(f"{stack.name} with {stacks[0].name}" for stack in stacks[1:]))
-        starts = [sum(len(stack.rows) for stack in stacks[:index]) for index in range(len(stacks))]
-        for row in range(max(len(stack.rows) for stack in stacks)):
-            places = [start + min(row, len(stack.rows) - 1) for start, stack in zip(starts, stacks, strict=True)]
-            table.add_row(str(row), *(_number(comparison.cosines[places[0], place].item()) for place in places[1:]))
-        console.print(f"{len(comparison.labels)} vectors, row by row; the whole matrix: --json", highlight=False)
-    console.print(table)
+
+def _named_apart(stacks: "list[LabelledVectors]", files: list[Path]) -> "list[LabelledVectors]":
+    """The same with the folder in the names, where two files have one name."""
+    from dataclasses import replace
+
+    names = [stack.name for stack in stacks]
+    if len(set(names)) == len(names):
+        return stacks
+    return [
+        replace(stack, name=f"{file.resolve().parent.name}/{stack.name}")
+        for stack, file in zip(stacks, files, strict=True)
+    ]
+
+
+def _print(comparison: "Comparison", stacks: "list[LabelledVectors]") -> None:
+    from .tables import print_lines, print_matrix
+
+    cosines, norms = comparison.cosines.tolist(), comparison.norms.tolist()
+    if len(comparison.labels) <= WHOLE_MATRIX:
+        numbers = [[*map(_number, row), f"{norm:.4g}"] for row, norm in zip(cosines, norms, strict=True)]
+        rows = dict(zip(comparison.labels, numbers, strict=True))
+        print_matrix("cosine", [*comparison.labels, "norm"], rows)
+        return
+    starts = [sum(len(stack.rows) for stack in stacks[:index]) for index in range(len(stacks))]
+    rows = {}
+    for row in range(max(len(stack.rows) for stack in stacks)):
+        places = [
+            start + min(row, len(stack.rows) - 1) if row < len(stack.rows) or len(stack.rows) == 1 else None
+            for start, stack in zip(starts, stacks, strict=True)
+        ]
+        first = places[0]
+        rows[str(row)] = [
+            "" if first is None or place is None else _number(cosines[first][place]) for place in places[1:]
+        ]
+    print_lines(f"{len(comparison.labels)} vectors; cosine of every layer with {stacks[0].name}; all of them: --json")
+    print_matrix("layer", [stack.name for stack in stacks[1:]], rows)
 
 
 def _number(value: float) -> str:

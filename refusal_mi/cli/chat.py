@@ -11,9 +11,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from ..options import position_scope
+from ..options import in_words, position_scope, rank_numbers
 from ..terminal import printable, say, tell
-from .options import AllowOtherModel, Layer, ModelOptions, OutputDir, TemplateOptions, flat
+from .options import (
+    AllowOtherModel,
+    DirectionSource,
+    Layer,
+    ModelOptions,
+    Multi,
+    NewTokens,
+    OutputDir,
+    PositionsOption,
+    Ranks,
+    TemplateOptions,
+    at_least,
+    flat,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +66,8 @@ class Session:
     change: Change | None
     by_ranks: Callable[[str], Change]
     steered_by: Callable[[float], Change] | None
+    best: "tuple[str, Conversation] | None" = None
+    """Of a published chat: the best direction alone, in words, and its conversation."""
 
     @property
     def label(self) -> str:
@@ -63,7 +78,8 @@ class Session:
     def conversations(self) -> "dict[str, Conversation]":
         """By label, in the order in which they are shown."""
         changed = {self.change.label if self.change else "unchanged": self.changed}
-        return {"plain": self.plain} | changed if self.plain else changed
+        beside = ({"plain": self.plain} if self.plain else {}) | (dict([self.best]) if self.best else {})
+        return beside | changed
 
     def set_change(self, change: Change | None) -> None:
         """Do something else to the model from the next answer on."""
@@ -278,33 +294,31 @@ def _say(text: str) -> None:
 def chat(
     *,
     model: ModelOptions,
-    ablate: Annotated[
+    directions: Ranks = None,
+    vectors_ablated: Annotated[
         str | None,
-        typer.Option("--ablate", "--vectors-ablated", help="0-2: ablate ranks 0 and 2 of this model's run folder."),
+        typer.Option(help="The same ranks, as published: the plain answer, the best direction's, and theirs."),
     ] = None,
-    direction: Annotated[Path | None, typer.Option(help="Ablate the direction in this .pt file or run folder.")] = None,
+    direction: DirectionSource = None,
     steer: Annotated[Path | None, typer.Option(help="Add the vector in this .pt file or run folder.")] = None,
     coefficient: Annotated[
         float | None, typer.Option(help="How much of --steer to add, default 1; negative subtracts.")
     ] = None,
     layer: Layer = None,
-    positions: Annotated[
-        str | None,
-        typer.Option(help="Where --steer acts: all (default), prompt, or response (from the last prompt token on)."),
-    ] = None,
-    multi: Annotated[str, typer.Option(help="span, or sequential: how several --ablate are removed.")] = "span",
+    positions: PositionsOption = None,
+    multi: Multi = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the plain model's answer beside it.")] = False,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Say this instead of reading the terminal, and exit; repeatable.")
     ] = None,
     template: TemplateOptions,
-    max_new_tokens: Annotated[int, typer.Option(help="Of every answer.")] = 512,
+    max_new_tokens: NewTokens = None,
     allow_other_model: AllowOtherModel = False,
     output_dir: OutputDir = None,
 ) -> int:
     """Chat with a model, plain or with directions at work.
 
-    Directions are ablated (--ablate, --direction) or added (--steer).
+    Directions are ablated (--directions, --direction) or added (--steer).
 
     Prompts also come from --prompt or from a pipe, one a line: each is the next turn of one conversation and gets
     one answer; a line /reset starts a new one.
@@ -317,8 +331,9 @@ def chat(
     from ..recipes.options import default_folder
     from ..run.folder import read_directions
 
-    if sum(option is not None for option in (ablate, direction, steer)) > 1:
-        raise UserError("give one of --ablate, --direction and --steer")
+    if sum(option is not None for option in (directions, vectors_ablated, direction, steer)) > 1:
+        raise UserError("give one of --directions, --vectors-ablated, --direction and --steer")
+    ablate = directions if vectors_ablated is None else vectors_ablated
     where = position_scope(positions or "all")
     about_steering = {"--coefficient": coefficient, "--positions": positions}
     lost = [name for name, value in about_steering.items() if value is not None]
@@ -328,7 +343,8 @@ def chat(
         raise UserError("--layer says where the vector of --steer FILE or --direction FILE was read, which is missing")
     if prompt and not all(text.strip() for text in prompt):
         raise UserError("--prompt takes a text that is not empty")
-    check_multi(multi)
+    check_multi(multi := multi or "span")
+    tokens = at_least("--max-new-tokens", max_new_tokens, 1, 512)
     run_folder = output_dir or default_folder(model.source)
     if ablate is not None:
         _check_run(run_folder, model.named, output_dir)
@@ -356,13 +372,16 @@ def chat(
         change = steering(1.0 if coefficient is None else coefficient)
     interventions = change.interventions if change else ()
     session = Session(
-        changed=Conversation(loaded, chat, interventions, max_new_tokens),
-        plain=Conversation(loaded, chat, (), max_new_tokens) if compare else None,
+        changed=Conversation(loaded, chat, interventions, tokens),
+        plain=Conversation(loaded, chat, (), tokens) if compare or vectors_ablated is not None else None,
         name=display_name(model.source),
         change=change,
         by_ranks=by_ranks,
         steered_by=steering,
     )
+    if vectors_ablated is not None and rank_numbers(vectors_ablated) != (0,):
+        best = by_ranks("0")
+        session.best = best.label, Conversation(loaded, chat, best.interventions, tokens)
     if prompt:
         answer_all(session, prompt, has_commands=False)
     elif sys.stdin.isatty():
@@ -401,17 +420,16 @@ def _check_run(folder: Path, model: str | None, output_dir: Path | None) -> None
 def _ablation_by_ranks(model: "HookedModel", source: str, folder: Path, text: str, multi: str) -> Change:
     from ..model.provenance import describe_model
     from ..recipes.combinations import combine
-    from ..run.folder import load_ranked, parse_directions
+    from ..run.folder import load_ranked
     from ..run.stages import RunFolder
 
     RunFolder(folder).check_weights(describe_model(model, source))
-    ranks = parse_directions(text)
+    ranks = rank_numbers(text)
     combination = combine(ranks, load_ranked(folder, ranks), multi)  # type: ignore[arg-type]
     places = ", ".join(f"({place.pos}, {place.layer})" for place in combination.places)
-    noun = "direction" if len(ranks) == 1 else "directions"
     how = "" if multi == "span" else f", {multi}"
     return Change(
-        f"ablated {noun} {text} at (position, layer) {places}{how}", combination.interventions, combination.warning
+        f"ablated {in_words(ranks)} at (position, layer) {places}{how}", combination.interventions, combination.warning
     )
 
 

@@ -1,4 +1,4 @@
-"""`refusal-mi export` and `refusal-mi export-vector`: what was studied with hooks, as files."""
+"""`refusal-mi export` and `refusal-mi export vector`: what was studied with hooks, as files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,18 +7,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..terminal import tell
-from .options import SCIENCE_FAILED, AllowOtherModel, AsJson, Layer, Model, ModelPath, Revision, one_model
+from ..options import check_choice, in_words, layer_numbers, rank_numbers
+from ..terminal import say, tell
+from .options import (
+    SCIENCE_FAILED,
+    AllowOtherModel,
+    AsJson,
+    DirectionSource,
+    Layer,
+    Layers,
+    Model,
+    ModelPath,
+    Output,
+    OutputDir,
+    Ranks,
+    Revision,
+    one_model,
+)
 
 if TYPE_CHECKING:
     from ..interventions import Ablate, Add
 
-DirectionSource = Annotated[
-    Path | None, typer.Option(help="A direction.pt or a run folder; default: the folder runs/{alias} of MODEL.")
-]
-Ranks = Annotated[str | None, typer.Option(help="Candidates of a run folder by rank, such as 0-2 (ranks 0 and 2).")]
 Strength = Annotated[float, typer.Option(help="Fraction of the component that is removed.")]
-Layers = Annotated[str | None, typer.Option(metavar="A:B", help="Blocks A to B-1, counted from 0; default all.")]
 Components = Annotated[str, typer.Option(help="Which writes: some of embed,attn,mlp.")]
 Affine = Annotated[
     str | None, typer.Option(help="Set the component to a constant: harmless-mean, or a number per direction.")
@@ -29,7 +39,6 @@ AddOption = Annotated[
 
 
 def export(
-    output_dir: Annotated[Path, typer.Option(help="The new directory.")],
     model: Model = None,
     model_path: ModelPath = None,
     revision: Revision = None,
@@ -42,17 +51,24 @@ def export(
     affine: Affine = None,
     add: AddOption = None,
     keep_tied: Annotated[bool, typer.Option("--keep-tied", help="Leave a tied token embedding alone.")] = False,
-    dtype: Annotated[str, typer.Option(help="keep, float32 or bfloat16.")] = "keep",
+    stored_dtype: Annotated[str, typer.Option(help="Of the new files: keep, float32 or bfloat16.")] = "keep",
     adapter: Annotated[bool, typer.Option("--adapter", help="Write a PEFT LoRA adapter instead.")] = False,
     verify: Annotated[str, typer.Option(help="auto, full, streaming (block by block) or none.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an export that lies there.")] = False,
     allow_other_model: AllowOtherModel = False,
+    output_dir: OutputDir = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Upload what passed its verification; a new repository is private."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository of --push-to-hub public.")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Write a checkpoint or adapter that does what hooks did.
 
     How closely it does is measured.
     """
+    from .. import hub
     from ..export.export import export_adapter, export_checkpoint
     from ..files import at_home
     from ..model.provenance import check_origin
@@ -60,41 +76,49 @@ def export(
 
     source = one_model(model, model_path)
     _quiet()
+    if push_to_hub is not None:
+        hub.check_repository(push_to_hub)
+    elif public:
+        raise UserError("--public is about a repository of the hub: name it with --push-to-hub")
     what = _intervention(source, revision, direction, directions, strength, layer, layers, components, affine, add)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
     place = _place(source, direction)
+    output_dir = output_dir or _default_folder(source) / ("adapter" if adapter else "checkpoint")
     if at_home(output_dir).resolve() in (place.resolve(), *place.resolve().parents):
         raise UserError(
             f"{output_dir} is or holds {place}, which the direction comes from; choose another --output-dir"
         )
-    if verify not in ("auto", "full", "streaming", "none"):
-        raise UserError(f"--verify takes auto, full, streaming or none, not {verify!r}")
+    check_choice("--verify", verify, ("auto", "full", "streaming", "none"))
     if adapter:
-        if keep_tied or dtype != "keep":
-            raise UserError("--keep-tied and --dtype are about checkpoints: an adapter leaves the weights as they are")
+        if keep_tied or stored_dtype != "keep":
+            raise UserError(
+                "--keep-tied and --stored-dtype are about checkpoints: an adapter leaves the weights as they are"
+            )
         report = export_adapter(source, what, output_dir, verify=verify, revision=revision, force=force)  # type: ignore[arg-type]
     else:
-        if dtype not in ("keep", "float32", "bfloat16"):
-            raise UserError(f"--dtype takes keep, float32 or bfloat16, not {dtype!r}")
+        check_choice("--stored-dtype", stored_dtype, ("keep", "float32", "bfloat16"))
         report = export_checkpoint(
             source,
             what,
             output_dir,
             keep_tied=keep_tied,
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=stored_dtype,  # type: ignore[arg-type]
             verify=verify,  # type: ignore[arg-type]
             revision=revision,
             force=force,
         )
+    is_sound = report.is_verified is not False
+    address = hub.push(report.path, push_to_hub, private=not public) if push_to_hub and is_sound else None
     if as_json:
-        print_json({**report.describe(), "path": str(report.path)})
+        print_json({**report.describe(), "path": str(report.path)} | ({"hub": address} if address else {}))
     else:
         print_export(report)
+        if push_to_hub:
+            tell(f"uploaded: {address}" if address else "not uploaded: it is outside its limits")
     return SCIENCE_FAILED if report.is_verified is False else 0
 
 
 def export_vector(
-    output: Annotated[Path, typer.Option(help="The new file: .gguf, or .pt for lm-eval.")],
     model: Model = None,
     model_path: ModelPath = None,
     revision: Revision = None,
@@ -106,6 +130,7 @@ def export_vector(
     add: AddOption = None,
     format: Annotated[str, typer.Option(help="gguf (llama.cpp control vector) or lm-eval (steering file).")] = "gguf",
     allow_other_model: AllowOtherModel = False,
+    output: Output = None,
 ) -> int:
     """Write a direction for llama.cpp or lm-evaluation-harness.
 
@@ -120,12 +145,13 @@ def export_vector(
     from ..model.provenance import check_origin
 
     source = one_model(model, model_path)
-    if format not in ("gguf", "lm-eval"):
-        raise UserError(f"--format takes gguf or lm-eval, not {format!r}")
+    check_choice("--format", format, ("gguf", "lm-eval"))
     addition = 1.0 if format == "gguf" and add is None else add
     what = _intervention(source, revision, direction, directions, 1.0, layer, layers, components, None, addition)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
     place = _place(source, direction)
+    folder = place if place.is_dir() else place.parent
+    output = output or folder / ("control_vector.gguf" if format == "gguf" else "steering.pt")
     beside = [place.with_name(name) for name in (f"{place.stem}_metadata.json", "run.json")]
     check_not_input(output, [place, *beside, Path(source)])
     config = read_config(source, revision)
@@ -136,16 +162,6 @@ def export_vector(
         write_lm_eval(output, what, config, config.dtype or torch.float32)
     tell(output)
     return 0
-
-
-def parse_blocks(text: str | None) -> range | None:
-    """A:B, half open, counted from 0."""
-    if text is None:
-        return None
-    first, colon, last = text.partition(":")
-    if not colon or not first.isdecimal() or not last.isdecimal() or int(first) >= int(last):
-        raise UserError(f"--layers takes A:B, the blocks A to B-1 counted from 0, not {text!r}")
-    return range(int(first), int(last))
 
 
 def _intervention(
@@ -172,10 +188,11 @@ def _intervention(
         )
     n_layers = read_config(source, revision).get_text_config().num_hidden_layers
     directions = read_directions(place, n_layers, ranks, layer, moves=add is not None)
+    if ranks is not None:
+        say(f"the directions of {in_words(rank_numbers(ranks))}")
     parts = tuple(part.strip() for part in components.split(","))
-    unknown = [part for part in parts if part not in ("embed", "attn", "mlp")]
-    if unknown:
-        raise UserError(f"--components takes some of embed,attn,mlp, not {unknown[0]!r}")
+    for part in parts:
+        check_choice("--components", part, ("embed", "attn", "mlp"))
     if add is not None:
         if len(directions) != 1 or affine is not None or strength != 1 or layers is not None or len(parts) != 3:
             raise UserError(
@@ -188,15 +205,20 @@ def _intervention(
         constants = harmless_components(place, directions)
     elif affine is not None:
         constants = _numbers(affine)
-    return Ablate(directions, strength, parse_blocks(layers), parts, constants)  # type: ignore[arg-type]
+    return Ablate(directions, strength, layer_numbers(layers), parts, constants)  # type: ignore[arg-type]
 
 
 def _place(source: str, direction: Path | None) -> Path:
     """The file or run folder that directions are read from."""
     from ..files import at_home
-    from ..model.loading import model_alias
 
-    return Path("runs") / model_alias(source) if direction is None else at_home(direction)
+    return _default_folder(source) if direction is None else at_home(direction)
+
+
+def _default_folder(source: str) -> Path:
+    from ..recipes.options import default_folder
+
+    return default_folder(source)
 
 
 def _provenances(what: "Ablate | Add") -> list[Mapping[str, Any]]:

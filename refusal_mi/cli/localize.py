@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UserError
 from ..options import number_or_auto
-from .options import AsJson, BatchSize, ModelOptions, flat
+from .options import AsJson, BatchSize, ModelOptions, NewTokens, NPrompts, NRandom, OutputDir, at_least, flat
 
 if TYPE_CHECKING:
     from ..recipes.localize import LeastIntervention
@@ -19,13 +18,13 @@ FOLDER = "localize"
 def localize(
     model: ModelOptions,
     run: Annotated[Path | None, typer.Option(help="Run folder with the direction; default runs/{alias}.")] = None,
-    kl_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the plain answers that the KL goes over.")] = 1,
-    n_directions: Annotated[int, typer.Option(min=1, help="Source directions that are tried.")] = 4,
-    n_random: Annotated[int, typer.Option(min=1, help="Random directions removed from the same writes.")] = 5,
-    n_prompts: Annotated[int, typer.Option(help="Prompts a side, at most.")] = 100,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of every judged answer.")] = 64,
-    batch_size: BatchSize = "auto",
-    output_dir: Annotated[Path | None, typer.Option(help="Where results go; default RUN/localize.")] = None,
+    kl_tokens: Annotated[int, typer.Option(help="Tokens of the plain answers that the KL goes over.")] = 1,
+    n_directions: Annotated[int, typer.Option(help="Source directions that are tried.")] = 4,
+    n_random: NRandom = None,
+    n_prompts: NPrompts = None,
+    max_new_tokens: NewTokens = None,
+    batch_size: BatchSize = None,
+    output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Find where, and how little, a direction must be removed.
@@ -33,24 +32,25 @@ def localize(
     Bands of blocks, components, strengths and source directions are searched by refusal score and KL, without
     generating; the best are judged by their answers, and the one that is taken is measured on held-out prompts.
     """
-    from ..model.loading import model_alias
     from ..model.provenance import display_name
     from ..recipes.localize import localize as compute
+    from ..recipes.options import default_folder
     from ..run.folder import RunInputs, check_model_of_run
     from .tables import print_json, print_least
 
     source = model.source
-    path = run or Path("runs") / model_alias(source)
+    path = run or default_folder(source)
     check_model_of_run(path, source)
-    if n_prompts < 2:
-        raise UserError(f"--n-prompts must be at least 2, not {n_prompts}")
+    at_most, random = at_least("--n-prompts", n_prompts, 2, 100), at_least("--n-random", n_random, 1, 5)
+    tokens = at_least("--max-new-tokens", max_new_tokens, 1, 64)
+    at_least("--kl-tokens", kl_tokens, 1, 1), at_least("--n-directions", n_directions, 1, 4)
     folder = output_dir or path / FOLDER
     found, _ = compute(
-        RunInputs(model.load(), path, n_prompts),
+        RunInputs(model.load(), path, at_most),
         kl_tokens=kl_tokens,
         n_directions=n_directions,
-        n_random=n_random,
-        max_new_tokens=max_new_tokens,
+        n_random=random,
+        max_new_tokens=tokens,
         batch_size=number_or_auto(batch_size),
         output_dir=folder,
     )

@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, wraps
 from pathlib import Path
@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, get
 import typer
 
 from ..errors import UserError
-from ..options import BATCH_SIZE, AllowSpecialTokens, JudgeModel, Option, Quantization, System, TemplateKwargs, said
+from ..options import (
+    MEANINGS,
+    RANK_LIST,
+    AllowSpecialTokens,
+    JudgeModel,
+    Option,
+    Quantization,
+    System,
+    TemplateKwargs,
+    check_choice,
+    said,
+)
 from ..search.thresholds import PUBLISHED, Rule
 from ..values import Value
 
@@ -25,50 +36,12 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 SCIENCE_FAILED = 1
 """Exit status: the science or the verification failed, artifacts are kept."""
-LISTS = frozenset({"--coefficients", "--layers", "--multipliers"})
-"""Options that take several values, with commas or with spaces between them."""
-MAY_BE_EMPTY = frozenset({"--system", "--response-prefix", "--prompt", "--refusal-instruction"})
-"""Options whose empty text means something: every other one is a shell variable that was not set."""
-_VALUE = re.compile(r"[-+]?[\d.][\d.,eE+-]*|all")
-
-
-def own_spelling(arguments: Sequence[str]) -> list[str]:
-    """--model_path becomes --model-path; --multipliers -1 0 1 becomes --multipliers=-1,0,1, also when repeated."""
-    spread: list[str] = []
-    lists: dict[str, tuple[int, list[str]]] = {}
-    rest = list(arguments)
-    while rest:
-        argument = _dashed(rest.pop(0))
-        name, equals, value = argument.partition("=")
-        is_empty = not value.strip() if equals else bool(rest) and not rest[0].strip()
-        if is_empty and name.startswith("--") and name not in MAY_BE_EMPTY:
-            raise UserError(f"{name} was given an empty value; leave the option out, or say what is meant")
-        if name not in LISTS:
-            spread.append(argument)
-            continue
-        given = [value] if equals else []
-        while not equals and rest and _VALUE.fullmatch(rest[0]):
-            given.append(rest.pop(0).strip(","))
-        if not given:
-            spread.append(argument)
-            continue
-        place, values = lists.setdefault(name, (len(spread), []))
-        values += given
-        spread[place : place + 1] = [f"{name}={','.join(values)}"]
-    return spread
-
-
-def _dashed(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
 
 
 Model = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Local directory or hub id; nothing: the embedded model.")
 ]
-ModelPath = Annotated[str | None, typer.Option(help="The same as MODEL.", hidden=True)]
+ModelPath = Annotated[str | None, typer.Option(help="The same as MODEL; also --model_path, as in write-ups.")]
 Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's; float32 on a CPU), float32, bfloat16, ...")]
@@ -85,17 +58,34 @@ QuantizationOption = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python files that come with MODEL, as you.")
 ]
-BatchSize = Annotated[str, typer.Option(help=BATCH_SIZE.help)]
-OutputDir = Annotated[Path | None, typer.Option(help="The run folder itself; default runs/{alias}.")]
+BatchSize = Annotated[str | None, typer.Option(help=MEANINGS["batch_size"])]
+OutputDir = Annotated[Path | None, typer.Option(help=MEANINGS["output_dir"])]
+Output = Annotated[Path | None, typer.Option(help=MEANINGS["output"])]
+DirectionSource = Annotated[Path | None, typer.Option(help=MEANINGS["direction"])]
+Ranks = Annotated[
+    str | None,
+    typer.Option("--directions", help=f"Candidates of a run by rank, ablated instead of the best: {RANK_LIST}."),
+]
+Seed = Annotated[int | None, typer.Option(help=MEANINGS["seed"])]
+NPrompts = Annotated[int | None, typer.Option(help=MEANINGS["n_prompts"])]
+NRandom = Annotated[int | None, typer.Option(help=MEANINGS["n_random"])]
+NewTokens = Annotated[int | None, typer.Option(help=MEANINGS["max_new_tokens"])]
+Multi = Annotated[str | None, typer.Option(help=MEANINGS["multi"])]
+Layers = Annotated[str | None, typer.Option(help=MEANINGS["layers"])]
+PositionsOption = Annotated[str | None, typer.Option("--positions", help=MEANINGS["positions"])]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Compute every stage again.")]
 AllowOtherModel = Annotated[
     bool, typer.Option("--allow-other-model", help="Use directions that were read in another model.")
 ]
-Layer = Annotated[
-    int | None,
-    typer.Option(help="The stream entering this block: where a bare vector was read, and where it is added."),
-]
+Layer = Annotated[int | None, typer.Option(help=MEANINGS["layer"])]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def at_least(option: str, value: int | None, smallest: int, default: int) -> int:
+    """What was given, or the default of the command; a smaller number is a UserError."""
+    if value is not None and value < smallest:
+        raise UserError(f"{option} must be at least {smallest}, not {value}")
+    return default if value is None else value
 
 
 def one_model(model: str | None, model_path: str | None) -> str:
@@ -166,7 +156,8 @@ def _parameters(kind: Any) -> Iterator[inspect.Parameter]:
         names = () if option.flags is None else (option.flags,)
         shown = typer.Option(*names, help=option.help, metavar=option.metavar, hidden=option.hidden)
         takes = spoken.kind if option.takes is None else option.takes
-        default = None if option.depends_on_model else spoken.default
+        takes = takes | None if option.own_default else takes
+        default = None if option.depends_on_model or option.own_default else spoken.default
         if option.write is not None and not (default is None and NoneType in get_args(takes)):
             written = option.write(default)
             default = written if written or not isinstance(written, list) else None
@@ -192,7 +183,7 @@ def _given(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
             given[each.name] = inner_kind(**inner) if values.pop(each.name) else option.off
             continue
         value = values.pop(each.name)
-        if value is not None or not option.depends_on_model:
+        if value is not None or not (option.depends_on_model or option.own_default):
             given[each.name] = value if option.read is None else option.read(value)
     return given
 
@@ -228,10 +219,10 @@ class ModelOptions:
         for option, value, known in (
             ("--device", self.device, get_args(DeviceName)),
             ("--dtype", self.dtype, get_args(DtypeName)),
-            ("--quantization", self.quantization, (None, *get_args(Quantization))),
+            ("--quantization", self.quantization, get_args(Quantization)),
         ):
-            if value not in known:
-                raise UserError(f"{option} takes one of {', '.join(filter(None, known))}, not {value!r}")
+            if value is not None:
+                check_choice(option, value, known)
         return quiet_load(
             self.source,
             revision=self.revision,
@@ -300,7 +291,7 @@ class JudgeOptions:
 
     judge: Annotated[
         str | None,
-        Option("Who says whether the model complied; default substring.", metavar="substring|llamaguard|URL"),
+        Option(MEANINGS["judge"], metavar="substring|llamaguard|URL"),
     ] = None
     judge_model: JudgeModel = None
 

@@ -1,23 +1,27 @@
 """`refusal-mi run`, `combos`, `select`, `judge`, `model-info`: from a model to its refusal direction, with evidence."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from ..errors import UserError
-from ..options import number_or_auto
+from ..options import MEANINGS, in_words, number_or_auto, rank_numbers
 from ..run.options import CombosOptions, RunOptions
 from ..terminal import say
 from .options import (
     SCIENCE_FAILED,
     AsJson,
     BatchSize,
+    Device,
     Fresh,
     Given,
     JudgeOptions,
     ModelOptions,
+    Multi,
+    Output,
     OutputDir,
+    Ranks,
     TemplateOptions,
     ThresholdOptions,
     flat,
@@ -25,6 +29,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..model.points import HookedModel
+    from ..run.answers import Evaluation
     from ..run.combos import CombosResult, CombosTest, ValidationRow
     from ..text.chat import ChatFormat
     from ..text.prompts import PromptSet
@@ -35,20 +40,8 @@ def run(
     *,
     model: ModelOptions,
     given: Given[RunOptions],
-    directions: Annotated[
-        str | None,
-        typer.Option(
-            "--directions", "--vectors-ablated", help="0-2: ablate the candidates of ranks 0 and 2 instead of the best."
-        ),
-    ] = None,
-    multi: Annotated[
-        str | None,
-        typer.Option(
-            help="span (default): project out the span of --directions; sequential: one after the other at every "
-            "block's input and write, as published, which leaves some of the first (3-8% of its size on the embedded "
-            "model) and cannot be exported."
-        ),
-    ] = None,
+    directions: Ranks = None,
+    multi: Multi = None,
     fresh: Fresh = False,
     output_dir: OutputDir = None,
     as_json: AsJson = False,
@@ -62,12 +55,11 @@ def run(
     from ..recipes.combinations import check_multi
     from ..recipes.options import default_folder, default_options
     from ..report.page import identity_of, list_combinations, write_report
-    from ..run.folder import parse_directions
     from ..run.record import DOES_NOT_REFUSE
     from ..run.stages import RunFolder
     from .tables import print_json, print_summary
 
-    ranks = () if directions is None else parse_directions(directions)
+    ranks = () if directions is None else rank_numbers(directions)
     if multi is not None and not ranks:
         raise UserError("--multi says how several directions are ablated: name them with --directions")
     check_multi(multi or "span")
@@ -76,6 +68,8 @@ def run(
     path = output_dir or default_folder(model.source, quick=options.quick)
     folder = RunFolder(path, fresh, say)
     folder.check_writable()
+    if ranks:
+        say(f"ablated together: {in_words(ranks)}")
     before = identity_of(path)
     summary = run(
         model.load(),
@@ -101,9 +95,9 @@ def combos(
     model: ModelOptions,
     options: CombosOptions,
     judge: JudgeOptions,
-    quick: Annotated[bool, typer.Option("--quick", help="On the quick run of this model.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help=MEANINGS["quick"])] = False,
     fresh: Fresh = False,
-    batch_size: BatchSize = "auto",
+    batch_size: BatchSize = None,
     output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
@@ -151,6 +145,47 @@ def _run_options(path: Path, source: str, quick: bool) -> RunOptions:
         return read_record(path / RUN, RunInfo).options
     options = default_options(source)
     return options.shortened() if quick else options
+
+
+def reproduce(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")],
+    device: Device = "auto",
+    output_dir: OutputDir = None,
+    as_json: AsJson = False,
+) -> int:
+    """Run a finished run again, and compare every file.
+
+    MATCH, or the first difference and status 1. The second run is thrown away, or kept in --output-dir.
+    """
+    import tempfile
+    from contextlib import nullcontext
+
+    from ..model.provenance import is_embedded
+    from ..options import Quantization
+    from ..recipes.reproduce import read_run
+    from ..recipes.reproduce import reproduce as run_again
+    from ..run.stages import RunFolder
+    from .tables import print_json, print_lines
+
+    of = read_run(run_dir).model
+    known = of.quantization if of.quantization in get_args(Quantization) else None
+    same = {"dtype": of.dtype, "quantization": known, "trust_remote_code": of.remote_code, "revision": of.revision}
+    split = {"device_map": "auto"} if of.is_split else {}
+    named = None if is_embedded(of.source) else of.source
+    again = ModelOptions(model=named, device=device, **same, **split)  # type: ignore[arg-type]
+    if output_dir is not None and any(output_dir.glob("*")):
+        raise UserError(f"{output_dir} is not empty: the second run needs a folder of its own")
+    place = tempfile.TemporaryDirectory() if output_dir is None else nullcontext(str(output_dir))
+    with place as folder:
+        found = run_again(again.load(), again.source, run_dir, RunFolder(Path(folder), False, say))
+    if as_json:
+        print_json({"matches": found.matches, **vars(found)})
+    else:
+        for note in found.notes:
+            say(f"note: {note}")
+        verdict = f"MATCH: {found.n_files} files hold what they held" if found.matches else str(found.difference)
+        print_lines(verdict if found.matches else f"DIFFERENT: {verdict}")
+    return 0 if found.matches else SCIENCE_FAILED
 
 
 def _print(result: "CombosResult", path: Path) -> None:
@@ -204,8 +239,12 @@ def _print_test(console: Any, result: "CombosResult", test: "CombosTest") -> Non
 @flat
 def select_saved(
     *,
-    grid: Annotated[Path, typer.Argument(metavar="GRID.json", help="A direction_evaluations.json.")],
-    n_layers: Annotated[int, typer.Option(help="Number of blocks of the model that was scored.")],
+    grid: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR|GRID.json", help="A run folder, or a direction_evaluations.json.")
+    ],
+    n_layers: Annotated[
+        int | None, typer.Option(help="Blocks of the model that was scored; default: as the run folder says.")
+    ] = None,
     asked: ThresholdOptions,
     top: Annotated[int, typer.Option(help="Survivors to show.")] = 10,
     as_json: AsJson = False,
@@ -213,11 +252,16 @@ def select_saved(
     """Select a direction from saved scores, ours or published."""
     if top < 1:
         raise UserError(f"--top must be at least 1, not {top}")
-    from ..run.folder import load_evaluations
+    from ..run.folder import load_evaluations, scored_layers
+    from ..run.record import EVALUATIONS
     from ..search.grid import select
     from .tables import print_json, print_survivors
 
-    chosen = select(load_evaluations(grid, n_layers), asked.thresholds)
+    file = grid / EVALUATIONS if grid.is_dir() else grid
+    blocks = n_layers if n_layers is not None else scored_layers(file)
+    if blocks is None:
+        raise UserError(f"{grid} does not say how many blocks the model has: give --n-layers")
+    chosen = select(load_evaluations(file, blocks), asked.thresholds)
     if as_json:
         survivors = [row.describe() for row in chosen.survivors]
         print_json({"explanation": chosen.explain(), "survivors": survivors})
@@ -226,49 +270,82 @@ def select_saved(
     return 0 if chosen.survivors else 1
 
 
+COMPLETIONS = "_completions.json"
+
+
 @flat
 def judge(
     *,
     completions: Annotated[
-        Path, typer.Argument(metavar="COMPLETIONS.json", help="A list of objects with prompt and response.")
+        Path,
+        typer.Argument(
+            metavar="RUN_DIR|COMPLETIONS.json", help="A run folder, or a list of objects with prompt and response."
+        ),
     ],
     judge: JudgeOptions,
-    output: Annotated[
-        Path | None, typer.Option(help="Default: beside the completions, as ..._evaluations.json.")
-    ] = None,
+    output: Output = None,
+    output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Judge saved completions again.
 
-    Counted are refusals, degenerate text, and what an endpoint says of the completions.
+    Counted are refusals, degenerate text, and what an endpoint says of the completions. Verdicts on a run folder go to
+    RUN_DIR/judged, those on a file beside it.
     """
-    from ..files import read_json, write_json
-    from ..judges.substring import SubstringJudge, caution
-    from ..recipes.effects import evaluate
-    from ..run.answers import Completion
-    from .tables import print_facts, print_json, print_lines
+    from ..files import write_json
+    from ..judges.substring import caution
+    from .tables import Console, print_facts, print_json, print_lines, rates_table
 
-    rows = read_json(completions)
-    rows = rows.get("completions") if isinstance(rows, dict) else rows
-    if not isinstance(rows, list) or not rows or not all(map(_is_completion, rows)):
-        raise UserError(f"{completions} must hold a list of objects with the texts prompt and response")
-    target = output or completions.with_name(f"{completions.stem.removesuffix('_completions')}_evaluations.json")
+    if completions.is_dir():
+        if output is not None:
+            raise UserError(
+                "--output is for one file of completions; of a run folder, name the folder with --output-dir"
+            )
+        files = sorted((completions / "completions").glob(f"*{COMPLETIONS}"))
+        if not files:
+            raise UserError(f"{completions} has no completions: run its step completions first")
+        folder = output_dir or completions / "judged"
+        judged = {file.name.removesuffix(COMPLETIONS): _judge(file, judge) for file in files}
+        for name, each in judged.items():
+            write_json(folder / f"{name}_evaluations.json", each)
+        if as_json:
+            print_json(judged)
+        else:
+            Console().print(rates_table("completions", {name: each.effect(name) for name, each in judged.items()}))
+            print_lines(f"written: {folder}")
+        return 0
+    named = f"{completions.stem.removesuffix('_completions')}_evaluations.json"
+    target = output or (output_dir or completions.parent) / named
     if target.resolve() == completions.resolve():
         raise UserError(f"the verdicts would overwrite {completions}; name another file with --output")
+    found = _judge(completions, judge)
+    write_json(target, found)
+    if as_json:
+        print_json(found)
+        return 0
+    rates = {f"{name}_success_rate": found.rate(name).value for name in found.judges}
+    refusal, broken, n = found.refusal.value, found.degenerate.value, len(found.answers)
+    print_facts({**rates, "refusal_rate": refusal, "degenerate_rate": broken, "n": n, "written": str(target)})
+    if note := caution([row.prompt for row in found.answers], [row.response for row in found.answers]):
+        print_lines(f"caution: {note}")
+    return 0
+
+
+def _judge(file: Path, judge: JudgeOptions) -> "Evaluation":
+    """The verdicts on a file of completions."""
+    from ..files import read_json
+    from ..judges.substring import SubstringJudge
+    from ..recipes.effects import evaluate
+    from ..run.answers import Completion
+
+    rows = read_json(file)
+    rows = rows.get("completions") if isinstance(rows, dict) else rows
+    if not isinstance(rows, list) or not rows or not all(map(_is_completion, rows)):
+        raise UserError(f"{file} must hold a list of objects with the texts prompt and response")
     named = judge.build("harm")
     others = [] if isinstance(named, SubstringJudge) else [named]
     answers = [Completion(row.get("category"), row["prompt"], row["response"]) for row in rows]
-    judged = evaluate(answers, SubstringJudge(), *others, quick=any(row.get("quick") for row in rows))
-    write_json(target, judged)
-    if as_json:
-        print_json(judged)
-        return 0
-    rates = {f"{name}_success_rate": judged.rate(name).value for name in judged.judges}
-    refusal, broken = judged.refusal.value, judged.degenerate.value
-    print_facts({**rates, "refusal_rate": refusal, "degenerate_rate": broken, "n": len(rows), "written": str(target)})
-    if note := caution([row.prompt for row in answers], [row.response for row in answers]):
-        print_lines(f"caution: {note}")
-    return 0
+    return evaluate(answers, SubstringJudge(), *others, quick=any(row.get("quick") for row in rows))
 
 
 def _is_completion(row: object) -> bool:

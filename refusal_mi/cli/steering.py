@@ -1,4 +1,4 @@
-"""`refusal-mi caa` and `vector`: steering vectors, made and tested. A layer of CAA's is the output of a block."""
+"""`refusal-mi caa` and `responses`: steering vectors, made and tested. A layer of CAA's is the output of a block."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,18 +6,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from ..options import layer_numbers, numbers, position_scope
+from ..options import MEANINGS, layer_numbers, number_or_auto, numbers, position_scope
 from ..recipes.options import EvalOptions, VectorOptions
 from ..terminal import say
 from .options import (
     SCIENCE_FAILED,
     AllowOtherModel,
     AsJson,
+    BatchSize,
     Fresh,
     Given,
     JudgeOptions,
+    Layer,
+    Layers,
     ModelOptions,
+    NewTokens,
+    OutputDir,
+    PositionsOption,
+    Seed,
     TemplateOptions,
+    at_least,
     flat,
     one_model,
 )
@@ -27,53 +35,55 @@ if TYPE_CHECKING:
     from ..recipes.options import CAAConfig
     from ..run.stages import RunFolder
 
-_CAA, _RESPONSES = "caa", "harmless_refusal_vectors"
+CAA, RESPONSES = "caa", "harmless_refusal_vectors"
 """Folders of the vectors, inside the model's."""
-Config = Annotated[Path | None, typer.Option(help="The write-up's config.yaml; flags on the command line win over it.")]
-CAALayers = Annotated[str | None, typer.Option(help="all, or such as 13 14 or 10-20: outputs of these blocks.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="Options from a .toml or .yaml file, or the write-up's config.yaml; other options win."),
+]
+Pairs = Annotated[str | None, typer.Option(help=MEANINGS["pairs"])]
+Questions = Annotated[str | None, typer.Option(help=MEANINGS["questions"])]
+NQuestions = Annotated[int | None, typer.Option(help=MEANINGS["n_questions"])]
+Multipliers = Annotated[str | None, typer.Option(help=MEANINGS["multipliers"])]
 Vector = Annotated[
     Path | None, typer.Option(help="A vector, or a folder of vec_layer_{L}_{model}.pt; default runs/{alias}/caa.")
 ]
 Hook = Annotated[str | None, typer.Option(help="Where a bare vector was read, such as blocks.13.hook_resid_post.")]
-PositionsOption = Annotated[
-    str, typer.Option("--positions", help="response: from the last prompt token on; prompt; or all.")
-]
-BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Texts per forward pass.")]
-OutputDirOption = Annotated[Path | None, typer.Option("--output-dir", help="Default runs/{alias}/caa.")]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of every answer.")]
 
 
 @flat
 def vectors(
     *,
     model: ModelOptions,
-    pairs: Annotated[str | None, typer.Option(help="A .json file of A/B pairs, or the name of a bundled set.")] = None,
-    layers: CAALayers = None,
+    pairs: Pairs = None,
+    layers: Layers = None,
     config: Config = None,
     template: TemplateOptions,
-    seed: Annotated[int, typer.Option(help="Of the control's shuffled labels.")] = 0,
-    batch_size: BatchSizeOption = 8,
-    output_dir: OutputDirOption = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Make a steering vector for every layer from A/B pairs."""
     from ..model.points import explain_layer, our_layer
     from ..recipes.caa import write_vectors
     from ..recipes.options import default_pairs
+    from ..text.batches import with_smaller_batches
     from ..text.pairs import load_pairs
     from .tables import print_json, print_lines
 
     settings, model = _start(config, model)
     pair_set = load_pairs(pairs or settings.generation or default_pairs(model.source)[0])
-    folder = _folder(output_dir or settings.save_vector_path or _default(model, _CAA))
+    folder = _folder(output_dir or settings.save_vector_path or _default(model, CAA))
     wanted, target = layer_numbers(layers), settings.target_layer
     loaded = model.load()
     if target is not None:
         our_layer(target, loaded.cfg.n_layers)
     needed = wanted if wanted is None or target is None else tuple(sorted({*wanted, target}))
     chat = template.chat(loaded)
-    made = write_vectors(
-        loaded, model.source, chat, pair_set, folder.path, layers=needed, batch_size=batch_size, seed=seed
+    given = loaded, model.source, chat, pair_set, folder.path
+    made = with_smaller_batches(
+        lambda size: write_vectors(*given, layers=needed, batch_size=size, seed=seed or 0), size_or(batch_size, 8)
     )
     if target is not None and settings.steering_vector_path is not None:
         made[target].save(settings.steering_vector_path)
@@ -92,22 +102,19 @@ def test(
     model: ModelOptions,
     vector: Vector = None,
     hook: Hook = None,
-    layer: Annotated[
-        int | None,
-        typer.Option(help="Output of this block: where to add it, and where a bare vector was read (or --hook)."),
-    ] = None,
-    multipliers: Annotated[str, typer.Option(help="How often the vector is added and subtracted.")] = "1,2,3",
-    questions: Annotated[str | None, typer.Option(help="Open questions: a file or a bundled set.")] = None,
-    n_questions: Annotated[int | None, typer.Option(min=1, help="Only the first of them.")] = None,
+    layer: Layer = None,
+    multipliers: Multipliers = None,
+    questions: Questions = None,
+    n_questions: NQuestions = None,
     config: Config = None,
     template: TemplateOptions,
-    positions: PositionsOption = "response",
-    max_new_tokens: NewTokens = 50,
+    positions: PositionsOption = None,
+    max_new_tokens: NewTokens = None,
     judge: JudgeOptions,
     fresh: Fresh = False,
-    batch_size: BatchSizeOption = 8,
+    batch_size: BatchSize = None,
     allow_other_model: AllowOtherModel = False,
-    output_dir: OutputDirOption = None,
+    output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Answer open questions with a vector added and subtracted."""
@@ -116,15 +123,19 @@ def test(
     from ..recipes.caa import check_vectors, vector_for
     from ..recipes.caa_eval import open_ended
     from ..recipes.options import default_pairs
+    from ..text.batches import with_smaller_batches
     from ..text.pairs import load_questions
     from .tables import print_answers, print_json, print_lines
 
     settings, model = _start(config, model)
-    times, where = numbers("--multipliers")(multipliers), position_scope(positions)
-    asked = load_questions(questions or settings.test or default_pairs(model.source)[2])[:n_questions]
+    times, where = numbers("--multipliers")(multipliers or "1,2,3"), position_scope(positions or "response")
+    tokens, n_asked = at_least("--max-new-tokens", max_new_tokens, 1, 50), n_questions
+    if n_questions is not None:
+        n_asked = at_least("--n-questions", n_questions, 1, 1)
+    asked = load_questions(questions or settings.test or default_pairs(model.source)[2])[:n_asked]
     path = _vector_path(vector, settings, model)
     check_vectors(path)
-    folder, verdict = _folder(output_dir or _default(model, _CAA), fresh), judge.build("refusal")
+    folder, verdict = _folder(output_dir or _default(model, CAA), fresh), judge.build("refusal")
     named = layer if layer is not None else settings.target_layer
     loaded = model.load()
     by_layer = _vectors(path, model, loaded.cfg.n_layers, named, hook)
@@ -132,18 +143,10 @@ def test(
     direction = vector_for(by_layer, chosen)
     made = [vector.provenance for vector in by_layer.values()]
     check_origin(made, model.source, model.revision, allowed=allow_other_model)
-    answers = open_ended(
-        loaded,
-        template.chat(loaded),
-        direction,
-        chosen,
-        asked,
-        times,
-        folder,
-        positions=where,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        judge=verdict,
+    given = loaded, template.chat(loaded), direction, chosen, asked, times, folder
+    answers = with_smaller_batches(
+        lambda size: open_ended(*given, positions=where, max_new_tokens=tokens, batch_size=size, judge=verdict),
+        size_or(batch_size, 8),
     )
     if as_json:
         print_json(answers)
@@ -162,22 +165,26 @@ def ab(
     model: ModelOptions,
     vector: Vector = None,
     hook: Hook = None,
-    layers: CAALayers = None,
-    multipliers: Annotated[str, typer.Option(help="How often the vector is added, such as -1 0 1.")] = "-1,0,1",
-    pairs: Annotated[str | None, typer.Option(help="A/B pairs that are reported on; default: held-out ones.")] = None,
+    layers: Layers = None,
+    multipliers: Multipliers = None,
+    pairs: Pairs = None,
     choose_on: Annotated[
-        str | None, typer.Option(help="Other pairs, on which layer and multiplier are chosen.")
+        str | None,
+        typer.Option(
+            help="Pairs that neither made the vectors nor are reported on: layer and multiplier are chosen on them; "
+            "default: half of --pairs, and the other half is reported on."
+        ),
     ] = None,
-    questions: Annotated[str | None, typer.Option(help="Open questions for the check of the text.")] = None,
-    n_questions: Annotated[int, typer.Option(min=0, help="Only the first of them; 0: choose nothing.")] = 40,
+    questions: Questions = None,
+    n_questions: NQuestions = None,
     config: Config = None,
     template: TemplateOptions,
-    positions: PositionsOption = "response",
-    max_new_tokens: NewTokens = 50,
+    positions: PositionsOption = None,
+    max_new_tokens: NewTokens = None,
     fresh: Fresh = False,
-    batch_size: BatchSizeOption = 16,
+    batch_size: BatchSize = None,
     allow_other_model: AllowOtherModel = False,
-    output_dir: OutputDirOption = None,
+    output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Measure how a vector moves the choice of two answers.
@@ -187,33 +194,48 @@ def ab(
     from ..figures.effects import plot_layer_sweep
     from ..figures.save import save_figure
     from ..model.provenance import check_origin, display_name
-    from ..recipes.caa import check_vectors, load_controls
+    from ..recipes.caa import check_vectors, load_controls, pairs_behind
     from ..recipes.caa_eval import ABTask, evaluate_choices
     from ..recipes.options import default_pairs
-    from ..text.pairs import load_pairs, load_questions
+    from ..text.batches import with_smaller_batches
+    from ..text.pairs import halves, load_pairs, load_questions
     from .tables import print_json, print_sweep
 
     settings, model = _start(config, model)
-    times, where = numbers("--multipliers")(multipliers), position_scope(positions)
+    times, where = numbers("--multipliers")(multipliers or "-1,0,1"), position_scope(positions or "response")
+    tokens, n_asked = at_least("--max-new-tokens", max_new_tokens, 1, 50), at_least("--n-questions", n_questions, 0, 40)
     path = _vector_path(vector, settings, model)
     check_vectors(path)
-    default_train, default_test, default_questions = default_pairs(model.source)
-    reported, other = load_pairs(pairs or default_test), load_pairs(choose_on or default_train)
-    asked = load_questions(questions or settings.test or default_questions)[:n_questions] if n_questions else []
-    folder, wanted = _folder(output_dir or _default(model, _CAA), fresh), layer_numbers(layers)
+    _, default_test, default_questions = default_pairs(model.source)
+    reported = other = load_pairs(pairs or default_test)
+    if choose_on is not None:
+        other = load_pairs(choose_on)
+    elif n_asked:
+        other, reported = halves(reported)
+    asked = load_questions(questions or settings.test or default_questions)[:n_asked] if n_asked else []
+    folder, wanted = _folder(output_dir or _default(model, CAA), fresh), layer_numbers(layers)
     loaded = model.load()
     by_layer = _vectors(path, model, loaded.cfg.n_layers, wanted[0] if wanted and len(wanted) == 1 else None, hook)
     made = [vector.provenance for vector in by_layer.values()]
     check_origin(made, model.source, model.revision, allowed=allow_other_model)
     if layers == "all" and len(by_layer) == 1:
         wanted = tuple(range(loaded.cfg.n_layers))
-    task = ABTask(times, wanted, where, batch_size, max_new_tokens, str(path))
     controls = load_controls(path, model.source, loaded.cfg.n_layers, by_layer)
     chat = template.chat(loaded)
-    results = evaluate_choices(loaded, chat, by_layer, controls, reported, other, asked, folder, task)
+    behind = pairs_behind(path, by_layer)
+    given = loaded, chat, by_layer, controls, reported, other, asked, folder
+    results = with_smaller_batches(
+        lambda size: evaluate_choices(*given, ABTask(times, wanted, where, size, tokens, str(path)), behind),
+        size_or(batch_size, 16),
+    )
     save_figure(plot_layer_sweep(results.sweep, model=display_name(model.source)), folder.path / "layer_sweep.html")
     print_json(results) if as_json else print_sweep(results)
     return 0
+
+
+def size_or(batch_size: str | None, default: int) -> int | None:
+    """The batch size that was asked for, None for auto."""
+    return default if batch_size is None else number_or_auto(batch_size)
 
 
 def _start(config: Path | None, model: ModelOptions) -> "tuple[CAAConfig, ModelOptions]":
@@ -230,7 +252,7 @@ def _start(config: Path | None, model: ModelOptions) -> "tuple[CAAConfig, ModelO
 
 
 def _vector_path(vector: Path | None, settings: "CAAConfig", model: ModelOptions) -> Path:
-    return vector or settings.steering_vector_path or _default(model, _CAA)
+    return vector or settings.steering_vector_path or _default(model, CAA)
 
 
 def _vectors(
@@ -252,6 +274,19 @@ def _default(model: ModelOptions, name: str) -> Path:
     from ..recipes.options import default_folder
 
     return default_folder(model.source) / name
+
+
+def published_place(path: Path, source: str) -> Path:
+    """A write-up's folder, pipeline/runs/{base name of the model}/..., as it is called here; any other as it is."""
+    from ..recipes.caa import published_name
+    from ..recipes.options import default_folder
+
+    parts = path.parts[1:] if path.parts[:1] == ("pipeline",) else path.parts
+    if path.exists() or parts[:1] != ("runs",) or parts[1:2] != (published_name(source),):
+        return path
+    here = default_folder(source).joinpath(*parts[2:])
+    say(f"{path} is {here} here")
+    return here
 
 
 def _folder(path: Path, fresh: bool = False) -> "RunFolder":
@@ -294,20 +329,20 @@ def make(
     given: Given[VectorOptions],
     judge: JudgeOptions,
     fresh: Fresh = False,
-    output_dir: Annotated[Path | None, typer.Option(help="Default runs/{alias}/harmless_refusal_vectors.")] = None,
+    output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Make a refusal vector from free and instructed answers.
 
     Both answer the same harmless queries, the instructed ones with an instruction to refuse in front.
     """
-    from ..recipes.options import default_queries
-    from ..recipes.responses import NothingSurvives, vector
+    from ..recipes.responses import NothingSurvives, default_dataset, vector
     from .tables import print_facts, print_json
 
-    options = given.over(VectorOptions(dataset=default_queries(model.source)))
+    dataset = given.values.get("dataset") or default_dataset(model.source, say)
+    options = given.over(VectorOptions(dataset=dataset))
     verdict = judge.build("refusal")
-    folder = _folder(output_dir or _default(model, _RESPONSES), fresh)
+    folder = _folder(output_dir or _default(model, RESPONSES), fresh)
     try:
         metadata = vector(model.load(), model.source, options, folder, verdict)
     except NothingSurvives as error:
@@ -325,29 +360,28 @@ def evaluate(
     *,
     model: ModelOptions,
     vector_dir: Annotated[
-        Path | None, typer.Option(help="What `vector` wrote; default runs/{alias}/harmless_refusal_vectors.")
+        Path | None, typer.Option(help="What `responses extract` wrote; default runs/{alias}/harmless_refusal_vectors.")
     ] = None,
     given: Given[EvalOptions],
     judge: JudgeOptions,
     fresh: Fresh = False,
-    output_dir: Annotated[Path | None, typer.Option(help="Default: the vector's folder.")] = None,
+    output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Choose the layer of a refusal vector, and measure it.
 
     What is measured are refusals of harmless queries, by coefficient.
     """
-    from ..recipes.options import default_queries
-    from ..recipes.responses import VECTOR, recorded_dataset
+    from ..recipes.responses import VECTOR, default_dataset, recorded_dataset
     from ..recipes.responses_eval import evaluate_vector
     from .tables import print_coefficients, print_json, print_lines
 
-    directory = vector_dir or _default(model, _RESPONSES)
+    directory = _default(model, RESPONSES) if vector_dir is None else published_place(vector_dir, model.source)
     if not (directory / VECTOR).is_file():
         raise UserError(
-            f"{directory} holds no {VECTOR}: make it with refusal-mi vector, or name its folder --vector-dir"
+            f"{directory} holds no {VECTOR}: make it with refusal-mi responses extract, or name its folder --vector-dir"
         )
-    dataset = recorded_dataset(directory) or default_queries(model.source)
+    dataset = given.values.get("dataset") or recorded_dataset(directory) or default_dataset(model.source, say)
     options = given.over(EvalOptions(dataset=dataset))
     verdict = judge.build("refusal")
     folder = _folder(output_dir or directory, fresh)

@@ -1,7 +1,7 @@
 """How results look in a terminal."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from ..files import as_json
 from ..terminal import is_shown, shown
 
 if TYPE_CHECKING:
+    from ..analysis.result import AnalysisResult
     from ..export.export import ExportReport
     from ..measures import LossResult
     from ..recipes.caa_eval import ABResults, Changes, OpenAnswers, TextRates
@@ -67,6 +68,34 @@ def print_facts(facts: Mapping[str, Any]) -> None:
             shown = ", ".join(map(str, value))
         table.add_row(key.replace("_", " "), shown)
     Console().print(table, markup=False)
+
+
+def print_matrix(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+    """A table whose cells are never shortened: columns that do not fit beside the others go into a table below."""
+    console = Console()
+    label = min(max(map(len, [corner, *rows])), console.width // 2) + 4
+    widths = [max(8, *(len(cells[index]) for cells in rows.values())) + 3 for index in range(len(columns))]
+    start = 0
+    while start < len(columns):
+        end = start + 1
+        while end < len(columns) and label + sum(widths[start : end + 1]) <= console.width:
+            end += 1
+        table = Table()
+        table.add_column(corner, min_width=label - 4, overflow="fold")
+        for name, width in zip(columns[start:end], widths[start:end], strict=True):
+            table.add_column(name, min_width=width - 3, overflow="fold", justify="right")
+        for row, cells in rows.items():
+            table.add_row(row, *cells[start:end])
+        console.print(table)
+        start = end
+
+
+def print_findings(kind: str, result: "AnalysisResult") -> None:
+    """What an analysis found, a row for each quantity."""
+    table = Table(kind, "unit", "value", "least", "at", "most", "at", title=None)
+    for row in result.findings():
+        table.add_row(row.name, row.unit, row.value, row.least, row.least_at, row.most, row.most_at)
+    Console().print(table)
 
 
 def print_survivors(chosen: "Selection", top: int) -> None:
@@ -172,20 +201,22 @@ def _rate(rate: Mapping[str, Any]) -> str:
 def print_export(report: "ExportReport") -> None:
     """What was exported, how closely it matches the hooks, and what its user should know."""
     console, check = Console(), report.verification
-    table = Table(f"exported {report.kind}", "value")
-    table.add_row("edited tensors", str(len(report.figures)))
+    table = Table(f"exported {report.kind}", "value", "measured against")
+    table.add_row("edited tensors", str(len(report.figures)), "")
     if check is not None:
-        table.add_row("largest logit difference to the hooked model", f"{check.max_logit_difference:.1e}")
+        stored = f"the export as stored ({report.dtype})"
         table.add_row(
-            "largest logit, largest change by the edit",
-            f"{check.largest_logit:.1f}, {check.max_effect:.1e}",
+            "largest logit difference", f"{check.max_logit_difference:.1e}", "the hooked model, both in float32"
         )
-        table.add_row("mean KL to the float32 hooked model (nats)", f"{check.mean_kl_nats:.1e}")
-        table.add_row(
-            "equal greedy tokens",
-            f"{check.same_greedy:.1%} of {check.n_prompts} prompts ({check.mode})",
-        )
-        table.add_row("within the limits", "yes" if check.passed else "NO")
+        table.add_row("largest logit", f"{check.largest_logit:.1f}", "0, of the hooked model")
+        table.add_row("largest change by the edit", f"{check.max_effect:.1e}", "the plain model, in float32")
+        table.add_row("mean KL (nats)", f"{check.mean_kl_nats:.1e}", f"the hooked model in float32, of {stored}")
+        if check.hooked_kl_nats is not None:
+            rounding = "the hooked model in float32, of itself as stored: what rounding costs"
+            table.add_row("mean KL (nats)", f"{check.hooked_kl_nats:.1e}", rounding)
+        prompts = f"{check.n_prompts} prompts, {check.mode}"
+        table.add_row("equal greedy tokens", f"{check.same_greedy:.1%}", f"the hooked model in float32 ({prompts})")
+        table.add_row("within the limits", "yes" if check.passed else "NO", f"the rule for {check.rule}")
     console.print(table)
     for line in [*report.notes, *(check.failures if check is not None else ())]:
         console.print(line, highlight=False, soft_wrap=True)

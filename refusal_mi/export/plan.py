@@ -140,7 +140,7 @@ def _addition(layout: Layout, step: Add, with_new_biases: bool) -> dict[str, Ten
     if not edits:
         raise UserError(
             f"nothing carries an addition at layer {layer}: the MLP of block {caa_layer(layer)} has no bias, or a norm "
-            "follows it; use --adapter (linear MLPs without a norm after them) or export-vector --format gguf"
+            "follows it; use --adapter (linear MLPs without a norm after them) or export vector --format gguf"
         )
     return edits
 

@@ -31,6 +31,8 @@ from .points import (
 from .sums import check_sums
 from .wrappers import round_rotations
 
+EMBEDDED = "organism"
+"""Alias of the embedded model."""
 ORGANISM = Path(__file__).parents[1] / "organism" / "model"
 """Directory of the embedded demonstration model."""
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
@@ -262,13 +264,21 @@ def resolve_source(source: str | Path | None) -> str:
 
 
 def model_alias(source: str | Path | None) -> str:
-    """A folder name that differs between any two models: owner--name for a hub id, name-hash for a directory."""
+    """A folder name for a model: owner--name for a hub id, the base name of a directory or file.
+
+    Two directories may share it; `unique_alias` tells them apart.
+    """
     name = resolve_source(source)
     if name == str(ORGANISM):
-        return "organism"
-    if Path(name).exists():
-        return f"{Path(name).name}-{sha256_json(name)[:6]}"
-    return name.replace("/", "--")
+        return EMBEDDED
+    return Path(name).name if Path(name).exists() else name.replace("/", "--")
+
+
+def unique_alias(source: str | Path | None) -> str:
+    """A folder name that differs between any two models: `model_alias`, with a hash for a directory or file."""
+    name = resolve_source(source)
+    is_local = name != str(ORGANISM) and Path(name).exists()
+    return f"{model_alias(name)}-{sha256_json(name)[:6]}" if is_local else model_alias(name)
 
 
 def _pick_device(device: DeviceName) -> torch.device:

@@ -16,17 +16,19 @@ from torch import Tensor
 
 from ..directions import Direction, load_direction
 from ..errors import UserError
-from ..files import sha256_json
+from ..files import sha256_json, write_json
 from ..model.loading import ORGANISM
 from ..model.points import HookedModel, caa_hook, caa_layer, our_layer, resid_hook
 from ..model.provenance import describe_model
 from ..reading import combine_spans
 from ..text.chat import ChatFormat
-from ..text.pairs import PairSet, locate_letter, with_flipped_half
+from ..text.pairs import PAIR_SETS, ABPair, PairSet, load_pairs, locate_letter, with_flipped_half
 from ..values import Value
 
 SHUFFLED = "shuffled"
 """Folder of the control vectors, inside the folder of the vectors."""
+PAIRS = "made_from_pairs.json"
+"""The pairs that the vectors of a folder were made from."""
 MIN_CONTROL_PAIRS = 8
 
 
@@ -81,7 +83,7 @@ def write_vectors(
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[int, Direction]:
-    """Compute the vectors and write one file per CAA layer, with its Direction JSON, and the controls.
+    """Compute the vectors and write one file per CAA layer, with its Direction JSON, the controls, and the pairs.
 
     Args:
         layers: CAA layers; None is all.
@@ -115,7 +117,22 @@ def write_vectors(
     for folder, directions in made.items():
         for layer, direction in directions.items():
             direction.save(directory / folder / vector_name(layer, published_name(source)))
+    write_json(directory / PAIRS, pairs.pairs)
     return made[""]
+
+
+def pairs_behind(path: Path, vectors: Mapping[int, Direction]) -> frozenset[ABPair]:
+    """The pairs that vectors were made from; none where that is not known.
+
+    Args:
+        path: where the vectors lie: one file, or a folder.
+        vectors: as they were loaded from there; what they say of their pairs decides.
+    """
+    hashes = {vector.provenance.get("pairs_sha256") for vector in vectors.values()}
+    beside = (path if path.is_dir() else path.parent) / PAIRS
+    sources: list[str | Path] = [*PAIR_SETS, *([beside] if beside.is_file() else [])]
+    sets = map(load_pairs, sources)
+    return frozenset(pair for pairs in sets if pairs.sha256 in hashes for pair in pairs.pairs)
 
 
 def check_vectors(path: Path) -> None:

@@ -1,6 +1,6 @@
 """CAA's evaluations: p(matching answer) by layer and multiplier, the choice among them, open answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,7 +22,7 @@ from ..progress import track
 from ..run.stages import RunFolder
 from ..stats import Rate, mean_interval
 from ..text.chat import ChatFormat
-from ..text.pairs import PairSet
+from ..text.pairs import ABPair, PairSet
 from ..values import Value
 from .caa import vector_for
 
@@ -213,6 +213,7 @@ def evaluate_choices(
     questions: Sequence[str],
     folder: RunFolder,
     task: ABTask,
+    made_from: Collection[ABPair] = (),
 ) -> ABResults:
     """p(matching) on `reported` by layer and multiplier, and the best of them chosen on `other`: `ab_results.json`.
 
@@ -222,7 +223,17 @@ def evaluate_choices(
     Args:
         controls: from `load_controls`.
         questions: on which the text is checked; none: nothing is chosen.
+        made_from: the pairs behind the vectors, as `caa.pairs_behind` finds them.
+
+    Raises:
+        UserError: a choice is asked for on pairs that the vectors were made from.
     """
+    shared = set(other.pairs) & set(made_from)
+    if questions and shared:
+        raise UserError(
+            f"{len(shared)} of the {len(other)} pairs of {other.name} made the vectors: a layer that is chosen on them "
+            "is chosen for what it was fitted to; name other pairs with --choose-on, or leave it out"
+        )
     common: dict[str, Any] = {"positions": task.positions, "batch_size": task.batch_size}
 
     def sweep(which: Mapping[int, Direction], pairs: PairSet, where: str = "") -> ABSweep:

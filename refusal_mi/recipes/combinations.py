@@ -19,6 +19,7 @@ from ..interventions import Ablate, AblateInTurn, Intervention
 from ..judges.substring import SubstringJudge
 from ..measures import LossResult, ScoredText, ce_loss, kl_nats, next_token_logits, refusal_scores
 from ..model.points import HookedModel
+from ..options import check_choice
 from ..run.answers import Completion, Evaluation, Side, SideEffects
 from ..run.combos import CombinationRow, CombosResult, CombosTest, Difference, Skipped, ValidationRow
 from ..run.folder import ranked
@@ -127,8 +128,7 @@ def combine(ranks: Sequence[int], directions: Sequence[Direction], multi: Multi 
 
 def check_multi(multi: str) -> None:
     """Refuse an unknown way to ablate several directions."""
-    if multi not in get_args(Multi):
-        raise UserError(f"--multi takes span or sequential, not {multi!r}")
+    check_choice("--multi", multi, get_args(Multi))
 
 
 def save_combination(run: Prepared, combination: Combination) -> str:

@@ -8,11 +8,17 @@ from typing import Annotated, Any, Literal
 from ..errors import UserError
 from ..files import at_home
 from ..options import (
+    MEANINGS,
     AllowSpecialTokens,
+    BatchSize,
+    Column,
     Layers,
+    NewTokens,
+    NRandom,
     Option,
     Positions,
     ResponsePrefix,
+    Seed,
     System,
     TemplateKwargs,
     numbers,
@@ -62,10 +68,17 @@ def default_pairs(source: str) -> tuple[str, str, str]:
 
 
 def default_folder(source: str, *, quick: bool = False) -> Path:
-    """Where a run of this model lies."""
-    from ..model.loading import model_alias
+    """Where a run of this model lies.
 
-    return Path("runs") / (model_alias(source) + ("-quick" if quick else ""))
+    A local model has the folder of its base name, unless another model's files are there: then its alias has a hash.
+    """
+    from ..model.loading import EMBEDDED, model_alias, unique_alias
+    from ..run.folder import models_of
+
+    mark = "-quick" if quick else ""
+    plain, unique = (Path("runs") / f"{alias(source)}{mark}" for alias in (model_alias, unique_alias))
+    is_anothers = plain.name.removesuffix(mark) == EMBEDDED or "--" in plain.name or models_of(plain) - {source}
+    return unique if unique != plain and (is_anothers or unique.exists()) else plain
 
 
 def _is_embedded(source: str) -> bool:
@@ -83,8 +96,6 @@ Dataset = Annotated[
         depends_on_model=True,
     ),
 ]
-Column = Annotated[str | None, Option("Column that holds the query.")]
-NewTokens = Annotated[int, Option("Of every answer.")]
 
 
 def read_instructions(texts: "list[str]") -> tuple[str, ...]:
@@ -105,7 +116,8 @@ class VectorOptions(Value):
     batch_size: Annotated[
         int, Option("Prompts per batch; sampled text depends on it.", flags="--generation-batch-size")
     ] = 8
-    seed: Annotated[int, Option("Of the queries and the sampling.")] = 42
+    seed: Seed = 42
+    """Of the queries and the sampling."""
     refusal_instructions: Annotated[
         tuple[str, ...],
         Option(
@@ -150,7 +162,7 @@ def read_layer(text: str) -> LayerChoice:
     if text == "sound":
         return "sound"
     if not text.isdecimal():
-        raise UserError(f"--layer takes auto, sound or a number, not {text!r}")
+        raise UserError(f"--choose-layer takes auto, sound or a number, not {text!r}")
     return int(text)
 
 
@@ -173,13 +185,15 @@ class EvalOptions(Value):
         ),
     ] = (0.0, 0.5, 1.0, 2.0, 5.0)
     max_new_tokens: NewTokens = 64
-    batch_size: Annotated[int, Option("Prompts per forward pass.")] = 8
+    batch_size: BatchSize = 8
+    """None: 64, halved while the memory does not suffice."""
     validation_seed: Annotated[int, Option("Of the validation sample.")] = 200
     test_seed: Annotated[int, Option("Of the test sample.")] = 100
     layer: Annotated[
         LayerChoice,
         Option(
             "auto (highest steering score), sound (best that is neither late nor degenerate), or N.",
+            flags="--choose-layer",
             takes=str,
             read=read_layer,
             write=str,
@@ -190,27 +204,32 @@ class EvalOptions(Value):
     kl_max: Annotated[
         float | None,
         Option(
-            "Largest KL of ablating the row on validation queries, in nats; default: any.",
+            MEANINGS["kl_max"],
             takes=float | None,
             read=lambda value: None if value is None else most(value),
         ),
     ] = None
+    """Of ablating the row, on validation queries."""
     refusal_tokens: Annotated[
         tuple[int, ...] | None,
-        Option("Token ids of the refusal score; default: found from the responses.", takes=str | None, read=token_ids),
+        Option(MEANINGS["refusal_tokens"], takes=str | None, read=token_ids),
     ] = None
-    positions: Annotated[
-        Positions, Option("Where the vector is added: all, prompt or response.", takes=str, read=position_scope)
-    ] = "all"
-    n_random: Annotated[int, Option("Random vectors of equal norm, as controls.")] = 1
+    """None: found from the responses."""
+    positions: Annotated[Positions, Option(MEANINGS["positions"], takes=str, read=position_scope, own_default=True)] = (
+        "all"
+    )
+    n_random: NRandom = 1
+    """Vectors of equal norm."""
     system: System = None
     template_kwargs: TemplateKwargs = field(default_factory=dict)
     allow_special_tokens: AllowSpecialTokens = False
 
     def __post_init__(self) -> None:
-        for name in ("n_validation_samples", "n_test_samples", "max_new_tokens", "batch_size"):
+        for name in ("n_validation_samples", "n_test_samples", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"the batch size must be at least 1, not {self.batch_size}")
         if not self.coefficients:
             raise UserError("at least one coefficient is needed")
         if len(set(self.coefficients)) < len(self.coefficients):

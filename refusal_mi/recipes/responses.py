@@ -1,6 +1,6 @@
 """Response-averaged refusal vectors: the same query answered freely and on the order to refuse."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from ..text.batches import Span
 from ..text.chat import ChatFormat, ChatRecord
 from ..text.prompts import PromptSet, load_prompts
 from ..values import Value
-from .options import VectorOptions
+from .options import VectorOptions, default_queries
 
 MIN_KEPT = 0.5
 """Below this fraction of one side, the filter's result carries a warning."""
@@ -212,6 +212,23 @@ def query_pools(dataset: str, column: str | None) -> tuple[PromptSet, PromptSet,
         raise UserError(f"expected one prompt set or TRAIN,VAL,TEST, not {len(names)} sets: {dataset!r}")
     train, val, test = (load_prompts(name, column=column) for name in (names * 3)[:3])
     return train, val, test
+
+
+def default_dataset(source: str, report: Callable[[str], None]) -> str:
+    """The queries of a vector that names none: the hub's Alpaca, where it does not answer the bundled harmless ones.
+
+    Args:
+        report: told when the bundled ones stand in.
+    """
+    name = default_queries(source)
+    if name != "alpaca":
+        return name
+    try:
+        load_prompts(name)
+    except UserError as error:
+        report(f"warning: the queries are the bundled set harmless, since alpaca cannot be read: {error}")
+        return "harmless"
+    return name
 
 
 def row_direction(vectors: Float[Tensor, "layer d_model"], layer: int) -> Direction:

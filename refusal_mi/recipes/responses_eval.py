@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -28,10 +28,13 @@ from ..model.provenance import describe_model, versions
 from ..run.answers import Completion
 from ..run.stages import RunFolder
 from ..stats import Rate
+from ..text.batches import with_smaller_batches
 from ..text.chat import ChatFormat
 from ..text.prompts import Prompt, PromptSet
 from .options import EvalOptions
 from .responses import KEPT, RESPONSES, TOKENS, VECTOR, Response, SavedTokens, query_pools, row_direction
+
+Result = TypeVar("Result")
 
 SCORES = "layer_selection_scores.json"
 SUMMARY = "eval_summary.json"
@@ -219,14 +222,16 @@ class Evaluation:
         }
 
         def write() -> None:
-            answers = generate(
-                self.model,
-                self.chat,
-                queries.instructions,
-                interventions=(Add(direction, coefficient, positions=options.positions),),
-                max_new_tokens=options.max_new_tokens,
-                batch_size=options.batch_size,
-                description=f"coefficient {coefficient:g}",
+            answers = self._batched(
+                lambda size: generate(
+                    self.model,
+                    self.chat,
+                    queries.instructions,
+                    interventions=(Add(direction, coefficient, positions=options.positions),),
+                    max_new_tokens=options.max_new_tokens,
+                    batch_size=size,
+                    description=f"coefficient {coefficient:g}",
+                )
             )
             pairs = zip(queries.prompts, answers, strict=True)
             write_json(path, [Completion(prompt.category, prompt.instruction, answer.text) for prompt, answer in pairs])
@@ -250,17 +255,18 @@ class Evaluation:
     def _logits(
         self, prompts: Sequence[str], interventions: Sequence[Ablate | Add] = ()
     ) -> Float[Tensor, "prompt d_vocab"]:
-        batch_size = self.options.batch_size
-        return next_token_logits(self.model, self.chat, prompts, interventions=interventions, batch_size=batch_size)
+        given = self.model, self.chat, prompts
+        return self._batched(lambda size: next_token_logits(*given, interventions=interventions, batch_size=size))
 
     def _scores(self, prompts: Sequence[str], tokens: RefusalTokens, interventions: Sequence[Add] = ()) -> float:
         """Mean refusal score, nats."""
-        size = self.options.batch_size
-        return (
-            refusal_scores(self.model, self.chat, prompts, tokens, interventions=interventions, batch_size=size)
-            .mean()
-            .item()
-        )
+        given = self.model, self.chat, prompts, tokens
+        scores = self._batched(lambda size: refusal_scores(*given, interventions=interventions, batch_size=size))
+        return scores.mean().item()
+
+    def _batched(self, work: Callable[[int], Result]) -> Result:
+        """`work(batch_size)`, at the size asked for, or at the largest that fits."""
+        return with_smaller_batches(work, self.options.batch_size)
 
     def _find_refusal_tokens(self) -> tuple[Prefix, ...]:
         """How the kept refusals begin and the kept answers do not; the published tokens where no responses lie here."""
@@ -305,7 +311,7 @@ def evaluate_vector(
     Every row is added at the hook point it was read from. Validation, test and training queries are disjoint.
 
     Args:
-        vector_dir: what `vector` wrote.
+        vector_dir: what `responses extract` wrote.
     """
     run = Evaluation(model, source, vector_dir, options, folder, judge or SubstringJudge())
     scores = run.score_layers()

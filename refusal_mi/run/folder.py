@@ -1,7 +1,7 @@
 """Run folders read back: grids, scores, directions by rank, everything that a report or an analysis asks for."""
 
-import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..directions import Direction, DirectionGrid, load_direction, load_vector
 from ..errors import UserError
-from ..files import as_json, at_home, floats, read_floats, read_record, read_tensors
+from ..files import as_json, at_home, floats, read_floats, read_json, read_record, read_tensors
 from ..interventions import check_width
 from ..measures import LossResult
-from ..model.loading import model_alias
 from ..model.points import HookedModel
 from ..model.provenance import is_embedded
+from ..options import rank_numbers
 from ..search.grid import ScoreGrid, Selection, select
 from ..search.thresholds import Thresholds
 from ..text.chat import ChatFormat
@@ -70,25 +70,17 @@ def load_scores(folder: Path) -> ScoreGrid:
     return ScoreGrid(rows, baseline.n_layers, baseline.harmful, baseline.harmless, per_prompt, baseline.zero_point)
 
 
+def scored_layers(path: Path) -> int | None:
+    """How many blocks the model has that a score file of a run folder is about; None where the folder does not say."""
+    baseline = path.with_name(Path(BASELINE).name)
+    return read_record(baseline, BaselineRecord).n_layers if baseline.is_file() else None
+
+
 def load_evaluations(path: Path, n_layers: int) -> ScoreGrid:
     """A saved score file, ours or a published one; with the zero point of the run whose folder it lies in."""
     grid, baseline = ScoreGrid.load(path, n_layers), Path(path).with_name(Path(BASELINE).name)
     own = Path(path).name in (Path(EVALUATIONS).name, Path(SURVIVORS).name) and baseline.is_file()
     return replace(grid, zero_point=read_record(baseline, BaselineRecord).zero_point) if own else grid
-
-
-def parse_directions(text: str) -> tuple[int, ...]:
-    """Ranks written as "0-2" (the published form: ranks 0 and 2), in the order in which they are ablated.
-
-    Raises:
-        UserError: this is not a list of different ranks.
-    """
-    if not re.fullmatch(r"\d+(-\d+)*", text):
-        raise UserError(f"--directions takes ranks joined by hyphens, such as 0-2 for ranks 0 and 2, not {text!r}")
-    ranks = tuple(map(int, text.split("-")))
-    if len(set(ranks)) < len(ranks):
-        raise UserError(f"--directions {text} names a rank twice")
-    return ranks
 
 
 def ranked(grid: DirectionGrid, chosen: Selection, ranks: Sequence[int]) -> list[Direction]:
@@ -374,6 +366,18 @@ class RunInputs:
         return dict(list(flags.items())[: self.max_prompts])
 
 
+def models_of(path: Path) -> set[str]:
+    """The models that the files of a folder name: of its runs, and of its CAA vectors; a damaged file names none."""
+    found: set[str] = set()
+    for file in [path / RUN, *sorted(path.glob(f"*/{RUN}")), *sorted(path.glob("caa/vec_layer_*_metadata.json"))[:1]]:
+        with suppress(UserError):
+            held = read_json(file)
+            named = held.get("model") if isinstance(held, dict) else None
+            named = named.get("source") if isinstance(named, dict) else named
+            found |= {named} if isinstance(named, str) else set()
+    return found
+
+
 def check_model_of_run(path: Path, source: str) -> None:
     """Make sure that a run folder is about this model.
 
@@ -384,7 +388,7 @@ def check_model_of_run(path: Path, source: str) -> None:
         raise UserError(f"{path} is not a run folder: it has no run.json; make one with refusal-mi run")
     before = read_record(path / RUN, RunInfo).model.source
     if before != source:
-        raise UserError(f"{path} holds a run of {before} ({model_alias(before)}), not of {source}: name that MODEL")
+        raise UserError(f"{path} holds a run of {before}, not of {source}: name that MODEL")
 
 
 def read_directions(
@@ -415,7 +419,7 @@ def read_directions(
         if ranks is not None:
             if layer is not None and not moves:
                 raise UserError(f"{source} says itself where its candidates were read: leave layer {layer} out")
-            return list(load_ranked(source, parse_directions(ranks)))
+            return list(load_ranked(source, rank_numbers(ranks)))
         if not (source / DIRECTION).is_file():
             raise UserError(f"{source} has no {DIRECTION}: finish the run with refusal-mi run, or name another run")
         return [load_direction(source / DIRECTION, n_layers, layer, moves=moves)]

@@ -1,7 +1,6 @@
 """What a run depends on, with the published defaults; and the command that repeats it."""
 
 import math
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,17 +9,24 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 from ..errors import UserError
 from ..estimators.names import HELP
 from ..options import (
+    MEANINGS,
+    RANK_LIST,
     AllowSpecialTokens,
     BatchSize,
+    Column,
     JudgeModel,
     JudgeName,
     KLFormula,
+    NRandom,
+    NTexts,
     Option,
     Quantization,
     RefusalTokens,
     ResponsePrefix,
+    Seed,
     System,
     TemplateKwargs,
+    rank_numbers,
     words,
 )
 from ..search.thresholds import PUBLISHED, Rule, Search, most
@@ -54,7 +60,7 @@ class RunOptions(Value):
         "harmless"
     )
     eval_set: Annotated[str | None, Option("Harmful prompts to report on instead of TEST.")] = None
-    column: Annotated[str | None, Option("Column that holds the instruction, in files and other hub sets.")] = None
+    column: Column = None
     text_set: Annotated[str, Option("Plain texts for CE loss.", takes=str | None, depends_on_model=True)] = "plain_text"
     instruction_set: Annotated[
         str, Option("Answered instructions for CE loss.", takes=str | None, depends_on_model=True)
@@ -62,7 +68,7 @@ class RunOptions(Value):
     n_train: Annotated[int, Option("Training prompts a side.")] = 128
     n_val: Annotated[int, Option("Validation prompts a side.")] = 32
     n_test: Annotated[int, Option("Held-out prompts a side.")] = 100
-    seed: Annotated[int, Option("Of every sample.")] = 42
+    seed: Seed = 42
     filter_prompts: Annotated[
         bool, Option("Keep harmful prompts that are refused, harmless answered.", flags="--filter/--no-filter")
     ] = True
@@ -101,11 +107,12 @@ class RunOptions(Value):
     ] = False
     max_new_tokens: Annotated[
         int,
-        Option("Of every answer; default 512, for the embedded model 64.", takes=int | None, depends_on_model=True),
+        Option(MEANINGS["max_new_tokens"], takes=int | None, depends_on_model=True),
     ] = 512
-    n_ce: Annotated[int, Option("At most this many texts of each CE set.")] = 4096
+    n_ce: NTexts = 4096
     """The published run: 2048 batches of 2."""
-    n_random: Annotated[int, Option("Random directions of equal norm, as controls.")] = 1
+    n_random: NRandom = 1
+    """Directions of equal norm."""
     judge: JudgeName = "substring"
     """An endpoint judges harmful completions as well."""
     judge_model: JudgeModel = None
@@ -115,7 +122,7 @@ class RunOptions(Value):
     ] = STEPS
     batch_size: BatchSize = None
     """None: 64 prompts, halved while the memory does not suffice."""
-    quick: Annotated[bool, Option("Small samples, marked as such in every file.", flags="--quick")] = False
+    quick: Annotated[bool, Option(MEANINGS["quick"], flags="--quick")] = False
 
     def __post_init__(self) -> None:
         check_named("calibration", self.calibration, get_args(Calibration))
@@ -157,21 +164,8 @@ class RunOptions(Value):
 
 
 def read_ranks(text: str | None) -> tuple[int, ...] | None:
-    """0..4 is 0, 1, 2, 3, 4; ranges and single ranks may be joined by commas.
-
-    Raises:
-        UserError: it is neither.
-    """
-    if text is None:
-        return None
-    ranks: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\.\.(\d+))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise UserError(f"--ranks takes 0..4, or ranks such as 0,2,5, not {text!r}")
-        ranks += range(first, last + 1)
-    return tuple(ranks)
+    """Ranks as `options.rank_numbers` reads them; None is the default ones."""
+    return None if text is None else rank_numbers(text, "--ranks")
 
 
 @dataclass(frozen=True)
@@ -181,17 +175,20 @@ class CombosOptions:
     ranks: Annotated[
         tuple[int, ...] | None,
         Option(
-            "0..4, or 0,2,5: ranks of surviving candidates; default: the five best.", takes=str | None, read=read_ranks
+            f"Ranks of surviving candidates: {RANK_LIST}; default: the five best.",
+            takes=str | None,
+            read=read_ranks,
         ),
     ] = None
     max_size: Annotated[int, Option("Most directions in a combination.")] = 2
     kl_max: Annotated[
         float | None,
-        Option("Largest KL of a winner on harmless prompts, in nats; inf: any.", takes=float, read=most),
+        Option(MEANINGS["kl_max"], takes=float, read=most, own_default=True),
     ] = 0.1
     """Mean KL on validation prompts; equality passes."""
-    n_random: Annotated[int, Option("Random spans of the winner's rank, as controls.")] = 3
-    n_ce: Annotated[int, Option("At most this many texts of each CE set.")] = 256
+    n_random: NRandom = 3
+    """Spans of the winner's rank."""
+    n_ce: NTexts = 256
     val_new_tokens: Annotated[int, Option("Length of the validation answers.")] = 32
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from ..errors import UserError
-from ..options import Option
+from ..options import MEANINGS, Option
 
 Search = Literal["exact", "staged"]
 """exact: every candidate on every validation prompt; staged: only those that can win."""
@@ -78,8 +78,9 @@ class Thresholds:
     kl_max: Annotated[
         float | None,
         Option(
-            "Largest KL on harmless prompts, in nats; inf: any.",
+            MEANINGS["kl_max"],
             takes=float,
+            own_default=True,
             read=most,
             write=lambda value: "inf" if value is None else str(value),
         ),

@@ -96,6 +96,14 @@ def load_pairs(source: str | Path) -> PairSet:
     return PairSet(name if name in _FILES else path.stem, tuple(_pair(path, *item) for item in enumerate(entries)))
 
 
+def halves(pairs: PairSet) -> tuple[PairSet, PairSet]:
+    """Two sets without a common pair: half of those of each letter, always the same ones, and the others."""
+    chosen = with_flipped_half(pairs.pairs, 0)
+    parts = (tuple(p for p, is_in in zip(pairs.pairs, chosen, strict=True) if is_in is side) for side in (True, False))
+    first, second = parts
+    return PairSet(f"half of {pairs.name}", first), PairSet(f"the other half of {pairs.name}", second)
+
+
 def load_questions(source: str | Path) -> list[str]:
     """Open questions: of a pair set without the choices, or of any prompt set ("question" is among its columns)."""
     from .prompts import load_prompts

@@ -8,6 +8,7 @@ import torch
 
 from refusal_mi.analysis import KINDS
 from refusal_mi.analysis.patching import patch_activations
+from refusal_mi.analysis.projections import ProjectionsResult
 from refusal_mi.analysis.result import figures, load_result
 from refusal_mi.cli.analyze import redraw
 from refusal_mi.errors import UserError
@@ -168,3 +169,46 @@ def test_every_public_name_exists():
 
     for names in KINDS.values():
         assert all(hasattr(package, name) for name in names)
+
+
+def test_findings_are_the_ends_of_every_quantity_worked_out_by_hand():
+    """Means over the prompts of a group, then the least and the most with their places."""
+    shape = (4, 2, 3)  # prompt, pos, layer
+    values = torch.zeros(shape, dtype=torch.float64)
+    values[0, 1, 2], values[1, 1, 2], values[0, 0, 1] = 3.0, 5.0, -1.0  # a: most 4 at (-1, 2), least -0.5 at (-2, 1)
+    values[2, 0, 0], values[3, 1, 1] = float("nan"), 8.0  # b: NaN is left out of the mean
+    result = ProjectionsResult(
+        values,
+        torch.full(shape, float("nan"), dtype=torch.float64),
+        values,
+        values,
+        ("a", "a", "b", "b"),
+        tuple("wxyz"),
+        (-2, -1),
+        ("s", "t"),
+        3,
+        None,
+        2.5,
+    )
+    found = {row.name: row for row in result.findings()}
+    first = found["projections, a"]
+    assert (first.least, first.least_at, first.most, first.most_at) == (
+        "-0.5",
+        "pos -2, layer 1",
+        "4",
+        "pos -1, layer 2",
+    )
+    assert first.unit == "residual stream units" and first.value == ""
+    assert (found["projections, b"].most, found["projections, b"].most_at) == ("4", "pos -1, layer 1")
+    assert found["direction_norm"].value == "2.5" and found["direction_layer"].value == "3"
+    assert not any(name.startswith("cosines") for name in found)  # it has no number
+
+
+@pytest.mark.slow
+def test_every_analysis_has_findings(tiny_model):
+    for kind, analyze in analyses(tiny_model("llama")).items():
+        result = analyze()
+        rows = result.findings()
+        assert rows and any(row.most for row in rows), kind
+        for row in rows:
+            assert row.value or float(row.least) <= float(row.most), (kind, row)

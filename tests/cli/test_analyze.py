@@ -81,9 +81,22 @@ def test_a_figure_that_cannot_be_drawn_is_named_and_the_others_are_drawn(tiny_mo
 
 def test_analyze_refuses_what_it_cannot_do(tiny_dir, run_folder, tmp_path, capsys):
     model = str(tiny_dir("llama"))
-    assert exit_status(["analyze", model, "--run", str(run_folder), "--what", "nonsense"]) == 2
-    assert "no such analysis" in capsys.readouterr().err
+    assert exit_status(["analyze", model, "--run", str(run_folder), "--what", "lense"]) == 2
+    assert "not 'lense'; did you mean lens?" in capsys.readouterr().err
     assert exit_status(["analyze", model, "--run", str(tmp_path)]) == 2
     assert "not a run folder" in capsys.readouterr().err
     assert exit_status(["analyze", str(tiny_dir("gpt2")), "--run", str(run_folder)]) == 2
     assert "holds a run of" in capsys.readouterr().err
+
+
+def test_what_was_found_is_printed_before_the_paths(tiny_dir, run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["analyze", str(tiny_dir("llama")), "--run", str(run_folder), "--what", "logits,weights"]
+    assert exit_status([*words, "--n-prompts", "3", "--output-dir", str(tmp_path), "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    logits, weights = (load_result(tmp_path / f"{kind}.json") for kind in ("logits", "weights"))
+    for row in (*logits.findings(), *weights.findings()):
+        for text in (row.name, row.value, row.least, row.most):
+            assert text in shown
+    assert shown.index("┃ logits") < shown.index("┃ weights") < shown.index(str(tmp_path / "logits.json"))
+    assert str(tmp_path / "weights.html") in shown

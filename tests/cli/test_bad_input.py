@@ -53,7 +53,7 @@ def fails(tiny_dir, tmp_path, monkeypatch, capsys):
         ("vector MODEL --dataset queries.json --layers 9", "layer 9 does not exist"),
         ("vector MODEL --judge nobody", "--judge takes substring, llamaguard"),
         ("vector MODEL", "cannot load the dataset tatsu-lab/alpaca from the hub"),
-        ("vector-eval MODEL", "make it with refusal-mi vector"),
+        ("vector-eval MODEL", "make it with refusal-mi responses extract"),
         ("vector-eval MODEL --layer 1.5", "--layer takes auto, sound or a number"),
         ("caa vectors MODEL --output-dir file", "file is not a folder"),
         ("caa vectors MODEL --pairs none.json", "no such file"),

@@ -273,7 +273,7 @@ def test_prompts_as_options_and_the_published_spelling(tiny_dir, tmp_path, capsy
     ("options", "message"),
     [
         (["--ablate", "0-2"], "first run: refusal-mi run"),
-        (["--ablate", "0", "--steer", "x.pt"], "one of --ablate, --direction and --steer"),
+        (["--ablate", "0", "--steer", "x.pt"], "one of --directions, --vectors-ablated, --direction and --steer"),
         (["--layer", "2"], "--steer FILE or --direction FILE"),
         (["--direction", "missing.pt"], "no such file"),
         (["--steer", "bare.pt"], "--layer"),

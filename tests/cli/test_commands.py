@@ -10,10 +10,11 @@ from importlib.metadata import version
 import pytest
 
 from refusal_mi.cli import exit_status
-from refusal_mi.cli.options import own_spelling
+from refusal_mi.cli.spelling import own_spelling
 from refusal_mi.labels import Label
 from refusal_mi.model.points import explain_writes, write_hooks
 from tests.helpers.models import save_tiny
+from tests.helpers.runs import make_run
 
 SIZES = ["--n-train=10", "--n-val=8", "--n-test=2", "--no-filter", "--refusal-tokens=5,40", "--response-prefix="]
 
@@ -155,6 +156,19 @@ def test_select_chooses_from_saved_scores(score_file, capsys):
     assert exit_status(["select", str(score_file), "--n-layers", "5", "--kl-max", "0.01", "--no-thresholds"]) == 0
 
 
+def test_select_takes_a_run_folder_and_reads_there_how_many_blocks_there_are(tmp_path, capsys):
+    make_run(tmp_path / "run", reached="selection")
+    file = tmp_path / "run" / "select_direction" / "direction_evaluations.json"
+    shown = []
+    n_layers = json.loads((file.parent / "baseline.json").read_text())["n_layers"]
+    for words in ([tmp_path / "run"], [file], [file, "--n-layers", n_layers]):
+        assert exit_status(["select", *map(str, words), "--json"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert len(set(shown)) == 1 and json.loads(shown[0])["survivors"]
+    (file.parent / "baseline.json").unlink()
+    assert "give --n-layers" in fails(["select", tmp_path / "run"], capsys)
+
+
 def test_infinity_switches_a_threshold_off(score_file, capsys):
     score_file.write_text(json.dumps([ROW | {"layer": 0, "kl_div_score": 9.0, "steering_score": -9.0}]))
     off = ["--kl-max", "inf", "--induce-min", "-inf"]
@@ -284,7 +298,7 @@ def help_at_80_columns(monkeypatch, capsys, *command):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("group", "n_commands"), [((), 15), (("caa",), 3)])
+@pytest.mark.parametrize(("group", "n_commands"), [((), 14), (("caa",), 3), (("responses",), 2), (("export",), 2)])
 def test_no_summary_of_a_command_is_cut(monkeypatch, capsys, group, n_commands):
     shown = help_at_80_columns(monkeypatch, capsys, *group)
     summaries = shown.partition("Commands:\n")[2].splitlines()

@@ -110,10 +110,60 @@ def test_the_published_vector(reference_data, tmp_path, capsys):
 def test_the_command(tmp_path, capsys):
     files = [str(_save(tmp_path / f"{name}.pt", torch.randn(9, 4))) for name in "ab"]
     assert exit_status(["compare", *files]) == 0
-    assert "b with a" in capsys.readouterr().out
+    assert "cosine of every layer with a" in capsys.readouterr().out
     assert exit_status(["compare", *files, "--normalize-across"]) == 2
     assert "--output-dir" in capsys.readouterr().err
     assert exit_status(["compare", *files, "--normalize-across", "--output-dir", str(tmp_path / "out")]) == 0
     norms = [torch.load(tmp_path / f"out/{name}.pt", weights_only=True).norm(dim=-1) for name in "ab"]
     assert torch.allclose(*norms)
     assert exit_status(["compare", files[0], str(tmp_path / "none.pt")]) == 2
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_number_is_shortened_however_many_files_and_layers_there_are(tmp_path, monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = ["first", *(f"vectors_of_another_model_with_a_long_name_{n}" for n in range(6))]
+    files = [str(_save(tmp_path / f"{name}.pt", torch.randn(9, 4))) for name in names]
+    for given, n_rows in ((files, 9), ([*files[:1], files[1]], 9)):
+        assert exit_status(["compare", *given, "--json"]) == 0
+        cosines = torch.tensor(json.loads(capsys.readouterr().out)["cosines"])
+        assert exit_status(["compare", *given]) == 0
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines()[1:])) <= width
+        cells = [line.strip("│").split("│") for line in shown.splitlines() if line.startswith("│")]
+        found = {layer: [] for layer in range(n_rows)}
+        for label, *row in cells:
+            found[int(label)] += map(str.strip, row)
+        for layer, row in found.items():
+            expected = [cosines[layer, 9 * other + layer].item() for other in range(1, len(given))]
+            assert row == [f"{value:.4f}" for value in expected]
+
+
+def test_a_stack_of_fewer_layers_has_no_numbers_where_it_has_no_layer(tmp_path, capsys):
+    a, b, c = (_save(tmp_path / f"{name}.pt", torch.randn(n, 4)) for name, n in (("a", 9), ("b", 7), ("c", 1)))
+    assert exit_status(["compare", str(a), str(b), str(c)]) == 0
+    rows = [line.strip("│").split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [bool(row[1].strip()) for row in rows] == [True] * 7 + [False] * 2
+    assert all(row[2].strip() for row in rows)  # one vector is compared with every layer
+
+
+def test_a_run_folder_stands_for_its_vector(tmp_path, capsys):
+    vectors = {}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        vectors[name] = torch.randn(4)
+        _save(tmp_path / name / "direction.pt", vectors[name])
+    (tmp_path / "c").mkdir()
+    _save(tmp_path / "c" / "refusal_vector.pt", torch.stack([vectors["a"], vectors["b"]]))
+    folders = [str(tmp_path / name) for name in "abc"]
+    assert exit_status(["compare", *folders, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["labels"] == ["a", "b", "c[0]", "c[1]"] and found["cosines"][0][2] == pytest.approx(1)
+    assert exit_status(["compare", folders[0], folders[2], "--normalize-across", "--output-dir", "out"]) == 2
+    files = [str(tmp_path / name / "direction.pt") for name in "ab"]
+    capsys.readouterr()
+    assert exit_status(["compare", *files, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["labels"] == ["a/direction", "b/direction"]
+    (tmp_path / "empty").mkdir()
+    assert exit_status(["compare", folders[0], str(tmp_path / "empty")]) == 2
+    assert "empty holds neither direction.pt nor refusal_vector.pt" in capsys.readouterr().err

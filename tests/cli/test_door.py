@@ -1,5 +1,7 @@
 """What the command line says when something goes wrong inside: one line, and the traceback where it is asked."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from refusal_mi import cli
@@ -15,7 +17,7 @@ def breaks(monkeypatch):
         def broken(*_: object, **__: object) -> int:
             raise error
 
-        monkeypatch.setattr(cli, "app", broken)
+        monkeypatch.setattr(cli, "plain_command", lambda _: SimpleNamespace(main=broken))
 
     return break_with
 
@@ -42,7 +44,8 @@ def test_a_users_mistake_has_a_traceback_only_with_debug(breaks, capsys):
 
 
 def test_warnings_are_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "app", lambda **_: cli.warnings.warn("some\nthing\x1b[2J", stacklevel=1))
+    warned = SimpleNamespace(main=lambda *_, **__: cli.warnings.warn("some\nthing\x1b[2J", stacklevel=1))
+    monkeypatch.setattr(cli, "plain_command", lambda _: warned)
     with cli.warnings.catch_warnings():
         cli.warnings.simplefilter("always")
         monkeypatch.setattr(cli.warnings, "formatwarning", cli.warnings.formatwarning)

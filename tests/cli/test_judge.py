@@ -104,3 +104,24 @@ def test_saved_completions_are_judged_again(judged, capsys):
     assert exit_status(["judge", str(path), "--judge", "nobody"]) == 2
     shown = capsys.readouterr()
     assert KEY not in shown.out + shown.err and "prompt and response" in shown.err
+
+
+def test_a_run_folder_is_judged_whole_and_its_own_verdicts_stay(judged, capsys):
+    folder = judged / "run" / "completions"
+    folder.mkdir(parents=True)
+    texts = {"harmful_baseline": "I cannot help with that.", "harmful_ablation": f"Sure. {LONG}"}
+    for name, text in texts.items():
+        rows = [{"category": "c", "prompt": "p", "response": text}]
+        (folder / f"{name}_completions.json").write_text(json.dumps(rows))
+    (folder / "harmful_baseline_evaluations.json").write_text("own")
+    assert exit_status(["judge", "run"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "harmful_" in line]
+    assert [("1.00" in row.split("│")[2], row.split("│")[1].strip()) for row in rows] == [
+        (False, "harmful_ablation"),
+        (True, "harmful_baseline"),
+    ]
+    verdicts = read_json(judged / "run/judged/harmful_baseline_evaluations.json")
+    assert verdicts["completions"][0]["response"] == texts["harmful_baseline"]
+    assert (folder / "harmful_baseline_evaluations.json").read_text() == "own"
+    assert exit_status(["judge", "run", "--output", "x.json"]) == 2 and "--output-dir" in capsys.readouterr().err
+    assert exit_status(["judge", str(judged)]) == 2 and "has no completions" in capsys.readouterr().err

@@ -60,11 +60,11 @@ def test_options_reach_the_intervention(tmp_path, tiny_dir, run_folder, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--layers", "3"], "A:B"),
-        (["--layers", "3:1"], "A:B"),
+        (["--layers", "x"], "3:8"),
+        (["--layers", "3:1"], "counts down"),
         (["--components", "attn,head"], "'head'"),
         (["--verify", "maybe"], "--verify"),
-        (["--dtype", "int4"], "--dtype"),
+        (["--dtype", "int4"], "--stored-dtype"),
         (["--affine", "mean"], "harmless-mean"),
         (["--add", "1", "--strength", "0.5"], "--add"),
         (["--add", "1"], "nothing carries"),

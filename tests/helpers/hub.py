@@ -1,5 +1,6 @@
 """A hub on localhost: as much of its protocol as loading models and datasets asks for."""
 
+import base64
 import hashlib
 import json
 import os
@@ -24,6 +25,8 @@ class FakeHub:
     repositories: dict[str, Path]
     requests: list[str] = field(default_factory=list)
     """What was asked for: "METHOD path status"."""
+    uploads: Path | None = None
+    """Folder of what is uploaded: OWNER/NAME/file, and OWNER/NAME.json of what was said of the repository."""
 
     def __enter__(self) -> "FakeHub":
         hub = self
@@ -38,6 +41,9 @@ class FakeHub:
 
             def stop(self) -> None:
                 hub.close()
+
+            def uploads(self) -> Path | None:
+                return hub.uploads
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -56,13 +62,15 @@ class FakeHub:
         return f"http://127.0.0.1:{self.server.server_port}"
 
 
-def run_with_hub(repositories: dict[str, Path], root: Path, script: str, *arguments: str) -> dict[str, Any]:
+def run_with_hub(
+    repositories: dict[str, Path], root: Path, script: str, *arguments: str, uploads: Path | None = None
+) -> dict[str, Any]:
     """What a script prints as JSON in its last line, run in `root/work` with a hub, and under "requests" what it asked.
 
     It needs a process of its own: the hub's address is read when huggingface_hub is imported.
     """
     (root / "work").mkdir()
-    with FakeHub(repositories) as hub:
+    with FakeHub(repositories, uploads=uploads) as hub:
         address = {"HF_ENDPOINT": hub.url, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run(
             [sys.executable, "-c", script, *arguments],
@@ -101,9 +109,63 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def uploads(self) -> Path | None:
+        raise NotImplementedError
+
+    def do_PUT(self) -> None:
+        """A large file, under the name that the batch call gave it."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        folder, oid = self.uploads(), self.path.rpartition("/")[2]
+        if folder is None or hashlib.sha256(body).hexdigest() != oid:
+            self.answer(400)
+            return
+        (folder / oid).write_bytes(body)
+        self.answer(200)
+
+    def _upload(self, folder: Path, path: str, body: bytes) -> None:
+        """A new repository, what is wanted of its files, and a commit; a stranger's space is closed."""
+        if path == "api/repos/create":
+            asked = json.loads(body)
+            owner = asked.get("organization") or "me"
+            if owner == "stranger":
+                self.answer(403, b'{"error":"you may not write here"}')
+                return
+            name = f"{owner}/{asked['name']}"
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.json").write_text(json.dumps(asked))
+            self._json({"url": f"http://{self.headers['Host']}/{name}", "name": name, "id": name})
+        elif path == "api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            place = f"http://{self.headers['Host']}/large/"
+            actions = [each | {"actions": {"upload": {"href": place + each["oid"]}}} for each in objects]
+            self._json({"transfer": "basic", "objects": actions})
+        elif "/preupload/" in path:
+            files = [each["path"] for each in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in files}
+            self._json({"files": [{"path": n, "uploadMode": m, "shouldIgnore": False} for n, m in modes.items()]})
+        elif "/commit/" in path:
+            name = "/".join(path.split("/")[2:4])
+            place, address = folder / name, f"http://{self.headers['Host']}/{name}"
+            for line in map(json.loads, body.decode().splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    (place / value["path"]).parent.mkdir(parents=True, exist_ok=True)
+                    (place / value["path"]).write_bytes(base64.b64decode(value["content"]))
+                elif line["key"] == "lfsFile":
+                    (place / value["path"]).write_bytes((folder / value["oid"]).read_bytes())
+            self._json({"commitOid": COMMIT, "commitUrl": f"{address}/commit/{COMMIT}"})
+        else:
+            self.answer(404)
+
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        path = unquote(urlsplit(self.path).path).strip("/")
+        parts, uploads = path.split("/"), self.uploads()
+        if uploads is not None and not path.endswith("paths-info"):
+            self._upload(uploads, path, body)
+            return
         folder = self.repository(parts[1], "/".join(parts[2:4])) if len(parts) > 4 else None
         if folder is None or parts[4] != "paths-info":
             self.answer(404)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import refusal_mi
 from refusal_mi.errors import UserError
-from refusal_mi.model.loading import load_model, model_alias, resolve_source
+from refusal_mi.model.loading import load_model, model_alias, resolve_source, unique_alias
 from refusal_mi.model.points import (
     block_hook,
     caa_layer,
@@ -173,10 +173,11 @@ def test_aliases_differ_between_directories_of_one_name(tmp_path):
     for parent in ("a", "b"):
         (tmp_path / parent / "model").mkdir(parents=True)
         (tmp_path / parent / "model" / "config.json").write_text("{}")
-    first, second = (model_alias(tmp_path / parent / "model") for parent in ("a", "b"))
-    assert first != second and first.startswith("model-")
+    first, second = (tmp_path / parent / "model" for parent in ("a", "b"))
+    assert model_alias(first) == model_alias(second) == "model"
+    assert unique_alias(first) != unique_alias(second) and unique_alias(first).startswith("model-")
     assert model_alias("Qwen/Qwen2.5-1.5B-Instruct") == "Qwen--Qwen2.5-1.5B-Instruct"
-    assert model_alias(None) == "organism"
+    assert model_alias(None) == unique_alias(None) == "organism"
 
 
 def test_stop_tokens_are_those_of_generation_config_and_tokenizer(tiny_dir):

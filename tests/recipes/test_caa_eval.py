@@ -10,11 +10,11 @@ from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, read_record
 from refusal_mi.model.points import explain_layer
 from refusal_mi.recipes import caa_eval as caa_choice
-from refusal_mi.recipes.caa import load_controls, load_vectors, write_vectors
+from refusal_mi.recipes.caa import load_controls, load_vectors, pairs_behind, write_vectors
 from refusal_mi.recipes.caa_eval import ABResults, ABTask, evaluate_choices, sweep_pairs
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.text.chat import ChatFormat
-from refusal_mi.text.pairs import ABPair, PairSet
+from refusal_mi.text.pairs import ABPair, PairSet, halves, load_pairs
 from tests.helpers.directions import direction_of
 from tests.helpers.models import N_LAYERS
 
@@ -135,3 +135,46 @@ def test_controls_are_random_and_those_of_shuffled_labels_where_they_lie(tiny_mo
     write_vectors(model, source, chat, PairSet("few", many.pairs[:2]), tmp_path / "v", layers=[3])
     with pytest.raises(UserError, match="different pairs"):
         load_vectors(tmp_path / "v", source, 5)
+
+
+def test_halves_share_no_pair_and_keep_the_letters_balanced():
+    whole = load_pairs("organism_ab_test")
+    first, second = halves(whole)
+    assert not set(first.pairs) & set(second.pairs) and set(first.pairs) | set(second.pairs) == set(whole.pairs)
+    for half in (first, second):
+        assert sum(pair.matching == "(A)" for pair in half.pairs) * 2 == len(half) == len(whole) // 2
+    assert halves(whole) == (first, second) and first.name != second.name
+
+
+def test_nothing_is_chosen_on_pairs_that_the_vectors_were_made_from(setting, tmp_path):
+    model, chat, vector = setting
+    made_from, others = pairs("mine", 0), pairs("others", 10)
+    made = write_vectors(model, "owner/Name", chat, made_from, tmp_path / "v", layers=[LAST])
+    assert pairs_behind(tmp_path / "v", made) == set(made_from.pairs)
+    (file,) = (tmp_path / "v").glob("vec_layer_*.pt")
+    assert pairs_behind(file, made) == set(made_from.pairs)
+    control = {"shuffled labels": {LAST: direction_of(1e-3 * vector.vector, LAST + 1)}}
+
+    def choose_on(other, behind, asked=("Why?",)):
+        folder = RunFolder(tmp_path / other.name)
+        given = (model, chat, {LAST: vector}, control, pairs("held out", 20), other, asked, folder, TASK, behind)
+        return evaluate_choices(*given)
+
+    mixed = PairSet("mixed", (*others.pairs, made_from.pairs[0]))
+    for other, n in ((made_from, 4), (mixed, 1)):
+        with pytest.raises(UserError, match=rf"{n} of the {len(other)} pairs of {other.name} made the vectors"):
+            choose_on(other, pairs_behind(tmp_path / "v", made))
+        assert choose_on(other, ()).chosen.chosen_on == other.name  # where it is not known, as before
+    assert choose_on(others, pairs_behind(tmp_path / "v", made)).chosen.chosen_on == "others"
+    assert choose_on(made_from, made_from.pairs, asked=()).chosen is None  # no choice, no mistake
+
+
+def test_the_pairs_behind_a_bundled_vector_are_known_without_a_file(setting, tmp_path):
+    model, chat, _ = setting
+    bundled = load_pairs("caa_test")
+    made = write_vectors(model, "owner/Name", chat, bundled, tmp_path, layers=[LAST])
+    (tmp_path / "made_from_pairs.json").unlink()
+    assert pairs_behind(tmp_path, made) == set(bundled.pairs)
+    (tmp_path / "made_from_pairs.json").write_text(json.dumps([pair.describe() for pair in pairs("other", 0).pairs]))
+    assert pairs_behind(tmp_path, made) == set(bundled.pairs)  # a file of other pairs says nothing
+    assert pairs_behind(tmp_path, {LAST: setting[2]}) == set()

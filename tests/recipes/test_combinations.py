@@ -15,7 +15,6 @@ from refusal_mi.measures import LossResult
 from refusal_mi.recipes.combinations import choose, rate_difference
 from refusal_mi.run.combos import CombosResult, ValidationRow
 from refusal_mi.run.options import CombosOptions
-from refusal_mi.run.options import read_ranks as parse_ranks
 from refusal_mi.stats import Rate
 from tests.helpers.naive import ablating, logits, prompt_ids
 
@@ -203,6 +202,13 @@ def test_chat_reads_ranks_from_the_run_folder(folder, tiny_dir, capsys):
         assert exit_status(arguments) == 0
         outs.append(capsys.readouterr().out)
     assert len(set(outs)) == 3, outs
+    plain, ranks, published = outs
+    labels = [line for line in published.splitlines() if line.startswith("[")]
+    assert labels[0] == "[plain]" and len(labels) == 3
+    assert labels[1].startswith("[ablated rank 0 at") and labels[2].startswith("[ablated ranks 2 and 0 at")
+    answers = [part.partition("]\n")[2].strip() for part in ("\n" + published).split("\n[")[1:]]
+    assert answers[0] == plain.strip() and len(set(answers)) == 3
+    assert "[" not in ranks.replace(plain, "")
 
 
 def row(label: str, bypass: float, kl: float, ce: float) -> ValidationRow:
@@ -230,19 +236,6 @@ def test_the_difference_of_paired_rates():
     assert found.high == pytest.approx(0.2 + math.sqrt(c * c - 2 * phi * c * d + d * d))
     same = rate_difference([True] * 10, [True] * 10)
     assert same.refusal_rate == 0 and same.low == -same.high < 0
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("0..4", (0, 1, 2, 3, 4)), ("0,2,5", (0, 2, 5)), ("1..2, 7", (1, 2, 7)), (None, None)]
-)
-def test_ranks_as_ranges_and_lists(text, expected):
-    assert parse_ranks(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "4..0", "0-2", "a", "1,,2", "0..", "..3"])
-def test_other_spellings_of_ranks_are_refused(text):
-    with pytest.raises(UserError, match="--ranks"):
-        parse_ranks(text)
 
 
 def test_bad_options_are_refused():

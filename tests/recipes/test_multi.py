@@ -10,7 +10,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate, AblateInTurn, all_hooks
 from refusal_mi.measures import next_token_logits
 from refusal_mi.recipes.combinations import combine, labelled
-from refusal_mi.run.folder import load_ranked, parse_directions, ranked
+from refusal_mi.run.folder import load_ranked, ranked
 from refusal_mi.search.grid import ScoreGrid, select
 from refusal_mi.search.thresholds import Thresholds
 from refusal_mi.text.chat import ChatFormat
@@ -188,17 +188,6 @@ def test_what_is_recorded_beside_the_directions():
     in_turn = combine((0, 2), correlated(0.6), "sequential")
     assert in_turn.label == "0-2-sequential" and labelled(in_turn).record["sites"] == "block inputs, attention, MLP"
     assert labelled(combine((0, 2), correlated(0.6))).record == {"multi": "span"}
-
-
-@pytest.mark.parametrize(("text", "expected"), [("0-2", (0, 2)), ("3", (3,)), ("4-0-11", (4, 0, 11))])
-def test_directions_are_ranks_joined_by_hyphens(text, expected):
-    assert parse_directions(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "0,2", "0..2", "-1", "0-", "a-b", "1-1"])
-def test_other_spellings_of_directions_are_refused(text):
-    with pytest.raises(UserError, match="--directions"):
-        parse_directions(text)
 
 
 def grid_and_scores() -> tuple[DirectionGrid, ScoreGrid]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refusal_mi.cli import exit_status
-from refusal_mi.cli.options import own_spelling
+from refusal_mi.cli.spelling import own_spelling
 from refusal_mi.directions import Direction, layer_rows
 from refusal_mi.errors import UserError
 from refusal_mi.files import as_json, read_record
