@@ -41,9 +41,9 @@ MEANINGS: Mapping[str, str] = {
     "multipliers": "How often the vector is added, such as -1 0 1. Default 1,2,3 in caa test, which subtracts it as "
     "well; -1,0,1 in caa ab.",
     "n_ce": "At most this many texts of each CE set. Default 4096; in combos 256.",
-    "n_prompts": "Prompts a side, at most. Default 128; in localize 100.",
+    "n_prompts": "Prompts a side, at most. Default 128; in localize and compare-methods 100.",
     "n_questions": "Only the first of the questions. Default all; in caa ab 40, and 0 chooses nothing.",
-    "n_random": "Random controls of equal size beside the result. Default 1; in combos 3, in localize 5.",
+    "n_random": "Random controls of equal size beside the result. Default 1; in combos 3, in localize and compare-methods 5.",
     "output": "The file to write, whose ending says the format; default: beside what is read.",
     "output_dir": "The folder to write; default runs/{alias}, the run folder, or the command's own folder inside it.",
     "pairs": "A/B pairs: a file, or the name of a bundled set. Default: those for training in caa vectors, held-out "

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UserError
 from ..estimators.names import parse_methods
 from ..options import number_or_auto
 from ..terminal import say
-from .options import AsJson, BatchSize, Fresh, ModelOptions, flat
+from .options import AsJson, BatchSize, Fresh, ModelOptions, NewTokens, NPrompts, NRandom, OutputDir, at_least, flat
 
 if TYPE_CHECKING:
     from ..recipes.methods import MethodsResult
@@ -20,16 +19,21 @@ FOLDER, METHODS = "methods", "mean,projected,median,pca,lda,ranks,peel,kmeans"
 @flat
 def compare_methods(
     model: ModelOptions,
-    run: Annotated[Path | None, typer.Option(help="Run folder to compare in; default runs/{alias}.")] = None,
-    methods: Annotated[str, typer.Option(help="Estimators, ranks, peel:3, kmeans:2, module:function.")] = METHODS,
-    k: Annotated[int, typer.Option(min=1, help="Most directions of ranks, peel and kmeans.")] = 4,
-    kl_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the plain answers that the KL goes over.")] = 1,
-    n_places: Annotated[int, typer.Option(min=1, help="Layers of the search that are tried.")] = 4,
-    n_random: Annotated[int, typer.Option(min=1, help="Random subspaces of each rank.")] = 5,
-    n_prompts: Annotated[int, typer.Option(help="Prompts a side, at most.")] = 100,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of every judged answer.")] = 64,
-    batch_size: BatchSize = "auto",
-    output_dir: Annotated[Path | None, typer.Option(help="Where results go; default RUN/methods.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder with the direction; default runs/{alias}.")] = None,
+    methods: Annotated[
+        str,
+        typer.Option(help="Estimators, ranks, peel:3, kmeans:2, rdo, cone:2, module:function; separated by commas."),
+    ] = METHODS,
+    k: Annotated[
+        int, typer.Option("--k", help="Most directions of ranks, peel, kmeans and cone without a number.")
+    ] = 4,
+    kl_tokens: Annotated[int, typer.Option(help="Tokens of the plain answers that the KL goes over.")] = 1,
+    n_places: Annotated[int, typer.Option(help="Layers at which every method is tried.")] = 4,
+    n_random: NRandom = None,
+    n_prompts: NPrompts = None,
+    max_new_tokens: NewTokens = None,
+    batch_size: BatchSize = None,
+    output_dir: OutputDir = None,
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> int:
@@ -38,28 +42,30 @@ def compare_methods(
     Every method's directions are removed from all writes, at several strengths; costs are compared where all leave as
     many refusals on held-out prompts as one difference of means. What was killed goes on where it was.
     """
-    from ..model.loading import model_alias
     from ..model.provenance import display_name
     from ..recipes.methods import compare_methods as compute
+    from ..recipes.options import default_folder
     from ..run.folder import RunInputs, check_model_of_run
     from ..run.stages import RunFolder
     from .tables import print_json, print_methods
 
-    source, asked = model.source, parse_methods(methods, k)
-    path = run or Path("runs") / model_alias(source)
+    source = model.source
+    at_most, random = at_least("--n-prompts", n_prompts, 2, 100), at_least("--n-random", n_random, 1, 5)
+    tokens = at_least("--max-new-tokens", max_new_tokens, 1, 64)
+    at_least("--kl-tokens", kl_tokens, 1, 1), at_least("--n-places", n_places, 1, 4)
+    asked = parse_methods(methods, at_least("--k", k, 1, 4))
+    path = run or default_folder(source)
     check_model_of_run(path, source)
-    if n_prompts < 2:
-        raise UserError(f"--n-prompts must be at least 2, not {n_prompts}")
     folder = RunFolder(output_dir or path / FOLDER, fresh, say)
     folder.check_writable()
     found = compute(
-        RunInputs(model.load(), path, n_prompts),
+        RunInputs(model.load(), path, at_most),
         asked,
         folder=folder,
         kl_tokens=kl_tokens,
         n_places=n_places,
-        n_random=n_random,
-        max_new_tokens=max_new_tokens,
+        n_random=random,
+        max_new_tokens=tokens,
         batch_size=number_or_auto(batch_size),
     )
     _draw(found, display_name(source), folder.path)
