@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, Unpack, get_args
 
 import plotly.graph_objects as go
 import torch
@@ -263,7 +263,7 @@ _RANDOM = "random directions, mean and range"
 _CE = "text"
 
 
-def plot_dose(result: DoseResult) -> go.Figure:
+def plot_dose(result: DoseResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Refusal score, refusal rate, degenerate rate, KL and CE loss: the direction's curves over random ones."""
     rows = [row for row in _ROWS if any(point for point in result.band(row[0], "add/harmful"))]
     has_loss = not bool(result.ce_loss["add"].isnan().all())
@@ -299,7 +299,7 @@ def plot_dose(result: DoseResult) -> go.Figure:
         _z_note(result),
     )
     title = "Dose and response"
-    return draw.finish(figure, title=title, about=about, height=175 * last, top=104)
+    return draw.finish(figure, title=title, about=about, height=175 * last, look=look)
 
 
 def _draw(
@@ -325,7 +325,7 @@ def _draw(
 
 
 def _draw_loss(figure: go.Figure, result: DoseResult, row: int) -> None:
-    style = draw.group_style(2)
+    style = draw.other_style(0)
     for column, kind in enumerate(("add", "ablate"), start=1):
         x, losses = list(result.amounts(kind)), result.ce_loss[kind]
         control = losses[1:][~losses[1:].isnan().any(-1)]

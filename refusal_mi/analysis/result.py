@@ -148,7 +148,7 @@ def provenance_of(
 ) -> dict[str, Any]:
     """What a result was computed from: the model, the template, prompts by count and hash, settings, versions."""
     source = model_source(model)
-    name = "embedded model" if source == str(ORGANISM) else Path(source).name if Path(source).is_dir() else source
+    name = "the embedded model" if source == str(ORGANISM) else Path(source).name if Path(source).is_dir() else source
     record = describe_model(model, source)
     return {
         "model": {**as_json(record), "name": name, "source": "embedded" if source == str(ORGANISM) else source},

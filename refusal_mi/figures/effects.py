@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Unpack
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -13,9 +13,10 @@ from ..run.answers import Side, SideEffects
 from ..run.combos import CombosResult, ValidationRow
 from ..stats import Rate
 from .save import save_figure
-from .style import ACCENT, INK, MUTED, finish, plain
+from .style import CHOSEN, COOL, INK, MUTED, WARM, Look, finish, interval_bars, plain
 
-_WIDE, _NARROW = 1080, 360
+_NARROW = 360
+"""What a single column of panels is laid out for (px)."""
 _BAR = 46
 
 
@@ -28,49 +29,61 @@ def intervention_name(label: str, side: Side) -> str:
     return {"baseline": "plain model", "ablation": "ablated", "actadd": added}.get(label, label)
 
 
-def plot_rates(sides: Sequence[SideEffects], *, model: str = "", columns: Literal[1, 2] = 2) -> go.Figure:
-    """Fraction of answers that refuse and that are degenerate text, with 95% Wilson intervals."""
-    rows = 1 if columns == 2 else max(1, len(sides))
+def plot_rates(
+    sides: Sequence[SideEffects], *, model: str = "", columns: Literal[1, 2] = 2, **look: Unpack[Look]
+) -> go.Figure:
+    """Fraction of answers that refuse and that are degenerate text, with 95% Wilson intervals.
+
+    Args:
+        columns: 1 is for a narrow page, as a width of 360 is.
+    """
+    if columns == 1:
+        look = {"width": _NARROW, **look}
     titles = [
         f"<b>{side.side} prompts</b><br>"
         + ("" if side.set_name == side.side else f"{plain(side.set_name)}, ")
         + f"n = {_n(side)}"
         for side in sides
     ]
-    figure = make_subplots(
-        rows, max(1, min(columns, len(sides))), subplot_titles=titles, horizontal_spacing=0.2, vertical_spacing=0.2
-    )
-    for index, side in enumerate(sides):
-        place = {"row": index // columns + 1, "col": index % columns + 1}
-        for name, color, pattern in (("refused", "#33508f", ""), ("degenerate text", "#ffffff", "/")):
+    figure = make_subplots(1, max(1, len(sides)), subplot_titles=titles)
+    for column, side in enumerate(sides, start=1):
+        place = {"row": 1, "col": column}
+        for name, shift, marker in _RATES:
             rates = [effect.refusal if name == "refused" else effect.degenerate for effect in side.effects]
-            figure.add_trace(_bars(side, name, rates, color, pattern, is_first=index == 0), **place)
-        figure.update_xaxes(title="fraction of answers", range=[0, 1.04], dtick=0.25, **place)
-        figure.update_yaxes(autorange="reversed", automargin=True, **place)
-    figure.update_layout(bargap=0.25, bargroupgap=0.08)
+            figure.add_trace(_rates(side, name, rates, shift, marker, is_first=column == 1), **place)
+        names = [plain(intervention_name(effect.label, side.side)) for effect in side.effects]
+        figure.update_xaxes(title="fraction of answers", range=[-0.04, 1.04], tick0=0, dtick=0.25, **place)
+        rows = {"tickvals": list(range(len(names))), "ticktext": names, "range": [len(names) - 0.5, -0.5]}
+        figure.update_yaxes(**rows, showgrid=False, **place)
+        for edge in range(1, len(names)):
+            figure.add_hline(edge - 0.5, line={"color": MUTED, "width": 0.5}, **place)
     figure.update_annotations(font_size=13)
-    height = rows * (_BAR * max((len(side.effects) for side in sides), default=1) + 24) + (rows - 1) * 80
     return finish(
         figure,
         title="Refusals and degenerate text",
-        about=" · ".join(part for part in (plain(model), "bars with 95% Wilson intervals") if part),
-        height=height,
+        about=" · ".join(part for part in (plain(model), "with 95% Wilson intervals") if part),
+        height=_BAR * max((len(side.effects) for side in sides), default=1) + 24,
         legend_names=["refused", "degenerate text"],
-        top=116,
-        width=_WIDE if columns == 2 else _NARROW,
+        look=look,
     )
 
 
-def plot_losses(losses: Mapping[str, Mapping[str, LossResult]], *, model: str = "", width: int = _WIDE) -> go.Figure:
+_RATES = (
+    ("refused", -0.17, {"symbol": "circle", "size": 11, "color": WARM}),
+    ("degenerate text", 0.17, {"symbol": "square-open", "size": 9, "color": INK}),
+)
+"""Name, place within the row and marker: a rate of zero is seen too."""
+
+
+def plot_losses(losses: Mapping[str, Mapping[str, LossResult]], *, model: str = "", **look: Unpack[Look]) -> go.Figure:
     """Change of CE loss from the plain model under each intervention, for each set of texts.
 
     Args:
         losses: `[label][text set]`; the label `baseline` is the plain model.
-        width: the width (px) that the legend is laid out for.
     """
     base = losses["baseline"]
     figure, names = go.Figure(), []
-    fills = [("#33508f", ""), ("#c9d3ea", ""), ("#ffffff", "/"), ("#ffffff", "x"), ("#ffffff", "."), ("#8a8a8a", "")]
+    fills = [(INK, ""), ("#b5a8cc", ""), ("#ffffff", "/"), ("#ffffff", "x"), ("#ffffff", "."), ("#d9d9d9", "")]
     for index, label in enumerate(label for label in losses if label != "baseline"):
         deltas = [losses[label][name].ce_loss - base[name].ce_loss for name in base]
         names.append(plain(intervention_name(label, "harmful")))
@@ -90,40 +103,36 @@ def plot_losses(losses: Mapping[str, Mapping[str, LossResult]], *, model: str = 
     figure.update_layout(barmode="group", bargap=0.3)
     figure.update_yaxes(title="change of CE loss (nats per token)", tickformat="+.3~f")
     about = " · ".join(part for part in (plain(model), "difference from the plain model") if part)
-    lines = max(len(name.split("_")) for name in base) + 1
     return finish(
         figure,
         title="Cost in cross-entropy loss",
         about=about,
         height=320,
         legend_names=names,
-        width=width,
-        label_lines=lines,
+        look=look,
     )
 
 
-def _bars(side: SideEffects, name: str, rates: Sequence[Rate], color: str, pattern: str, *, is_first: bool) -> go.Bar:
-    intervals = [rate.interval for rate in rates]
-    return go.Bar(
-        y=[plain(intervention_name(effect.label, side.side)) for effect in side.effects],
+def _rates(
+    side: SideEffects, name: str, rates: Sequence[Rate], shift: float, marker: dict[str, Any], *, is_first: bool
+) -> go.Scatter:
+    rows = [
+        [plain(intervention_name(effect.label, side.side)), rate.count, rate.n, *rate.interval]
+        for effect, rate in zip(side.effects, rates, strict=True)
+    ]
+    intervals = [(rate.value, *rate.interval) for rate in rates]
+    return go.Scatter(
         x=[rate.value for rate in rates],
-        orientation="h",
+        y=[row + shift for row in range(len(rates))],
+        mode="markers",
         name=name,
         legendgroup=name,
         showlegend=is_first,
-        marker={"color": color, "line": {"color": INK, "width": 1}, "pattern": {"shape": pattern, "fgcolor": MUTED}},
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [high - rate.value for rate, (_, high) in zip(rates, intervals, strict=True)],
-            "arrayminus": [rate.value - low for rate, (low, _) in zip(rates, intervals, strict=True)],
-            "color": INK,
-            "thickness": 1.3,
-            "width": 4,
-        },
-        customdata=[[rate.count, rate.n, *interval] for rate, interval in zip(rates, intervals, strict=True)],
-        hovertemplate=f"<b>%{{y}}</b><br>{name}: %{{customdata[0]}} of %{{customdata[1]}} = %{{x:.3f}}"
-        "<br>95% interval %{customdata[2]:.3f} to %{customdata[3]:.3f}<extra></extra>",
+        marker=marker,
+        error_x={"type": "data", "symmetric": False, "color": marker["color"], **interval_bars(intervals, 4)},
+        customdata=rows,
+        hovertemplate=f"<b>%{{customdata[0]}}</b><br>{name}: %{{customdata[1]}} of %{{customdata[2]}} = %{{x:.3f}}"
+        "<br>95% interval %{customdata[3]:.3f} to %{customdata[4]:.3f}<extra></extra>",
     )
 
 
@@ -133,7 +142,7 @@ def _n(side: SideEffects) -> int:
 
 Kind = Literal["combination", "random", "plain model"]
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
-_FILLS = ("#ffffff", "#33508f", "#c9d3ea", "#8a8a8a", "#1a1a1a")
+_FILLS = ("#ffffff", "#6a3d9a", "#b5a8cc", "#e9e3f2", "#1a1a1a")
 _NARROW_PLOT = 700
 """Width (px) of the plot that labels are kept apart for; in a wider one they lie further apart."""
 
@@ -167,7 +176,12 @@ class CombinationPoint:
 
 
 def plot_combos(
-    points: Sequence[CombinationPoint], *, text_set: str, kl_max: float | None, model: str = ""
+    points: Sequence[CombinationPoint],
+    *,
+    text_set: str,
+    kl_max: float | None,
+    model: str = "",
+    **look: Unpack[Look],
 ) -> go.Figure:
     """Refusal rate (with 95% Wilson intervals) against CE loss on plain text; the winner is ringed.
 
@@ -180,7 +194,7 @@ def plot_combos(
     for group in groups:
         figure.add_trace(_trace(group, [point for point in points if point.group == group]))
     for winner in (point for point in points if point.is_winner):
-        ring = {"color": "rgba(0,0,0,0)", "size": 21, "symbol": "circle", "line": {"color": ACCENT, "width": 2}}
+        ring = {"color": CHOSEN, "size": 20, "symbol": "circle-open", "line": {"width": 4}}
         place = {"x": [winner.ce_loss], "y": [winner.refusal.value], "hoverinfo": "skip"}
         groups.append(f"winner, {plain(winner.label)}")
         figure.add_trace(go.Scatter(**place, mode="markers", name=groups[-1], marker=ring))
@@ -196,14 +210,14 @@ def plot_combos(
         about=" · ".join(part for part in parts if part),
         height=420,
         legend_names=groups,
-        width=1080,
+        look=look,
     )
 
 
 def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
     size = min(points[0].n_directions, len(_SYMBOLS))
     symbol = {"random": "x", "plain model": "star"}.get(points[0].kind, _SYMBOLS[size - 1])
-    fill = {"random": MUTED, "plain model": ACCENT}.get(points[0].kind, _FILLS[size % len(_FILLS)])
+    fill = {"random": MUTED, "plain model": INK}.get(points[0].kind, _FILLS[size % len(_FILLS)])
     if not points[0].is_allowed:
         symbol, fill = f"{symbol}-open", INK
     return go.Scatter(
@@ -259,10 +273,12 @@ def _label(figure: go.Figure, points: Sequence[CombinationPoint]) -> None:
         )
 
 
-_STYLES = {1: ("#33508f", "solid", "circle"), -1: (ACCENT, "dash", "square")}
+_STYLES = {1: (WARM, "solid", "circle"), -1: (COOL, "6px,2px", "square")}
 
 
-def plot_layer_sweep(sweep: ABSweep, *, model: str = "", multipliers: tuple[float, ...] = (1.0, -1.0)) -> go.Figure:
+def plot_layer_sweep(
+    sweep: ABSweep, *, model: str = "", multipliers: tuple[float, ...] = (1.0, -1.0), **look: Unpack[Look]
+) -> go.Figure:
     """Change of p(matching answer) against CAA's layer, one line per multiplier, with 95% intervals."""
     figure, names = go.Figure(), []
     for multiplier in multipliers:
@@ -299,11 +315,11 @@ def plot_layer_sweep(sweep: ABSweep, *, model: str = "", multipliers: tuple[floa
     parts = [plain(model), f"{plain(sweep.pairs)}, n = {n} pairs", f"plain p = {sweep.plain:.3f}", "95% intervals"]
     return finish(
         figure,
-        title="Steering by layer: p(matching answer)",
+        title="Change of p(matching answer) by layer of the steering vector",
         about=" · ".join(part for part in parts if part),
         height=380,
         legend_names=names,
-        width=900,
+        look=look,
     )
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -13,11 +13,11 @@ from ..search.thresholds import NO_THRESHOLDS, CandidateScore, Thresholds
 from ..stats import mean_interval
 from ..values import check_named
 from .style import (
-    ACCENT,
+    CHOSEN,
     INK,
     MUTED,
     SHADE,
-    WIDTH,
+    Look,
     SeriesStyle,
     finish,
     interval_bars,
@@ -31,6 +31,7 @@ Measure = Literal["bypass", "induce", "kl"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 _KL_FLOOR = 1e-4
 _NARROW = 360
+"""What a single column of panels is laid out for (px)."""
 _THIN = 1.6
 """Width of lines that stand close together (px)."""
 _FAINT = 0.4
@@ -75,6 +76,7 @@ def plot_scores(
     thresholds: Thresholds | None = None,
     tokens: Sequence[str] | None = None,
     model: str = "",
+    **look: Unpack[Look],
 ) -> go.Figure:
     """One score of every candidate against its source layer; a candidate without a score is a gap.
 
@@ -93,8 +95,8 @@ def plot_scores(
     figure = go.Figure()
     names = _draw(figure, scores, measure, chosen, thresholds, tokens, place={}, is_first=True)
     _label_axes(figure, scores, measure, thresholds, {})
-    about = _about(scores, [measure], model) + _marker_note(thresholds, " · ")
-    return finish(figure, title=_AXES[measure].title, about=about, height=400, legend_names=names)
+    about = _about(scores, [measure], model) + _marker_note(thresholds)
+    return finish(figure, title=_AXES[measure].title, about=about, height=400, legend_names=names, look=look)
 
 
 def plot_score_panels(
@@ -105,23 +107,27 @@ def plot_score_panels(
     tokens: Sequence[str] | None = None,
     model: str = "",
     columns: Literal[1, 3] = 3,
+    **look: Unpack[Look],
 ) -> go.Figure:
-    """`plot_scores` for the three measures, side by side or (one column) below each other, with one legend."""
-    rows = 3 // columns
+    """`plot_scores` for the three measures, side by side or, where there is no room, below each other; one legend.
+
+    Args:
+        columns: 1 is for a narrow page, as a width of 360 is.
+    """
+    if columns == 1:
+        look = {"width": _NARROW, **look}
     titles = [f"<b>{name}</b><br>{_AXES[measure].short}" for name, measure in _PANELS]
-    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.085, vertical_spacing=0.12)
+    figure = make_subplots(1, 3, subplot_titles=titles)
     figure.update_annotations(font_size=13)
     names: list[str] = []
     for index, (_, measure) in enumerate(_PANELS):
-        place = {"row": index // columns + 1, "col": index % columns + 1}
+        place = {"row": 1, "col": index + 1}
         drawn = _draw(figure, scores, measure, chosen, thresholds, tokens, place=place, is_first=index == 0)
         names.extend(name for name in drawn if name not in names)
         _label_axes(figure, scores, measure, thresholds, place)
-    separator = "<br>" if columns == 1 else " · "
-    about = _about(scores, list(MEASURES), model, separator) + _marker_note(thresholds, separator)
-    height, width, top = (330, WIDTH, 122) if columns == 3 else (960, _NARROW, 158)
-    title = f"Refusal scores by source layer{'<br>' if columns == 1 else ' '}and position"
-    return finish(figure, title=title, about=about, height=height, legend_names=names, width=width, top=top)
+    about = _about(scores, list(MEASURES), model) + _marker_note(thresholds)
+    title = "Refusal scores by source layer and position"
+    return finish(figure, title=title, about=about, height=330, legend_names=names, look=look)
 
 
 _PANELS: tuple[tuple[str, Measure], ...] = (("Bypass", "bypass"), ("Induce", "induce"), ("KL", "kl"))
@@ -134,13 +140,12 @@ def plot_norms(
     tokens: Sequence[str] | None = None,
     model: str = "",
     n_prompts: int | None = None,
-    width: int = WIDTH,
+    **look: Unpack[Look],
 ) -> go.Figure:
     """Length of the candidate directions against layer, one line per position.
 
     Args:
         norms: `[position][layer]`.
-        width: the width (px) that the legend is laid out for.
     """
     figure = go.Figure()
     names = _position_names(positions, tokens)
@@ -151,7 +156,7 @@ def plot_norms(
     figure.update_yaxes(title="‖candidate direction‖ (residual stream units)", rangemode="tozero")
     about = " · ".join(part for part in (plain(model), f"n = {n_prompts} prompts" if n_prompts else "") if part)
     title = "Length of the candidate directions"
-    return finish(figure, title=title, about=about, height=420, legend_names=names, width=width)
+    return finish(figure, title=title, about=about, height=420, legend_names=names, look=look)
 
 
 def _draw(
@@ -274,9 +279,9 @@ def _references(scores: ScoreGrid, measure: Measure, thresholds: Thresholds | No
     edges = [-0.5, scores.n_layers - 0.5]
     zero_point = None if measure == "kl" else scores.zero_point
     levels = (
-        ("plain model", plain_score, INK, "dash", _THIN),
-        ("threshold", limit, ACCENT, "dot", 1.8),
-        ("counts as refused above", zero_point, MUTED, "dot", 1.8),
+        ("plain model", plain_score, INK, "6px,2px", _THIN),
+        ("threshold", limit, INK, "2px,2px", 1.8),
+        ("counts as refused above", zero_point, MUTED, "2px,2px", 1.8),
     )
     return [
         go.Scatter(
@@ -324,7 +329,7 @@ def _star(scores: ScoreGrid, chosen: CandidateScore, measure: Measure) -> go.Sca
         y=[value],
         error_y=error,
         mode="markers",
-        marker={"symbol": "star", "size": 17, "color": "#ffd54a", "line": {"color": INK, "width": 1.4}},
+        marker={"symbol": "star", "size": 17, "color": CHOSEN, "line": {"color": INK, "width": 1.4}},
         name="chosen" + (", 95% interval" if values else ""),
         hovertemplate=f"<b>chosen: position {chosen.position}, layer {chosen.layer}</b><br>{text}<extra></extra>",
     )
@@ -365,11 +370,11 @@ def _position_names(positions: Sequence[int], tokens: Sequence[str] | None) -> l
     return [position_label(position, known.get(position, "")) for position in positions]
 
 
-def _marker_note(thresholds: Thresholds | None, separator: str) -> str:
-    return "" if thresholds in (None, NO_THRESHOLDS) else f"{separator}filled markers pass every threshold"
+def _marker_note(thresholds: Thresholds | None) -> str:
+    return "" if thresholds in (None, NO_THRESHOLDS) else " · filled markers pass every threshold"
 
 
-def _about(scores: ScoreGrid, measures: Sequence[Measure], model: str, separator: str = " · ") -> str:
+def _about(scores: ScoreGrid, measures: Sequence[Measure], model: str) -> str:
     """Model and numbers of prompts, as far as they are known."""
     counts: dict[str, int] = {}
     scored = next((row for row in scores.rows if row.is_finite), None)
@@ -378,4 +383,4 @@ def _about(scores: ScoreGrid, measures: Sequence[Measure], model: str, separator
         if n:
             counts[_AXES[measure].side] = n
     prompts = "n = " + ", ".join(f"{n} {side}" for side, n in counts.items()) + " prompts" if counts else ""
-    return separator.join(part for part in (plain(model), prompts) if part)
+    return " · ".join(part for part in (plain(model), prompts) if part)
