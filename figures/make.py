@@ -85,10 +85,6 @@ def draw(build: Path) -> dict[str, go.Figure]:
     drawn["combinations"] = plot_combos(
         combination_points(result), text_set=result.text_set, kl_max=result.options.kl_max, model=record.model_name
     )
-    drawn["combinations"].update_xaxes(tickformat=".4~f")
-    # Narrower than the figure was laid out for: its legend takes one row more.
-    layout = drawn["scores"].layout
-    layout.update(height=layout.height + 30, margin_b=layout.margin.b + 30)
     return {name: drawn[name] for name in PICTURES}
 
 

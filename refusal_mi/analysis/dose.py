@@ -259,8 +259,7 @@ _ROWS: tuple[tuple[Measure, str], ...] = (
 )
 
 _SIDES: tuple[Side, ...] = ("harmful", "harmless")
-_RANDOM = "random directions, mean and range"
-_CE = "text"
+_CE = "plain text"
 
 
 def plot_dose(result: DoseResult, **look: Unpack[draw.Look]) -> go.Figure:
@@ -295,7 +294,7 @@ def plot_dose(result: DoseResult, **look: Unpack[draw.Look]) -> go.Figure:
         result.model_name,
         f"‖r‖ = {result.norm:.3g}",
         "95% intervals",
-        f"{result.n_random} random directions of equal norm",
+        f"{result.n_random} random directions of equal norm (mean and range)",
         _z_note(result),
     )
     title = "Dose and response"
@@ -309,7 +308,7 @@ def _draw(
     control = [point for point in result.control_band(measure, curve) if point is not None]
     if control:
         hover = f"random directions, {side} prompts, %{{x}}<br>mean %{{y:.3f}}<extra></extra>"
-        _draw_control(figure, x, control, hover, place)
+        _draw_control(figure, x, control, f"random directions, {side}", _SIDES.index(side), hover, place)
     index, name = _SIDES.index(side), _name(result, side)
     points = [point for point in result.band(measure, curve) if point is not None]
     if len(points) < len(x):
@@ -333,8 +332,8 @@ def _draw_loss(figure: go.Figure, result: DoseResult, row: int) -> None:
         if len(control):
             columns = (control.mean(0), control.amin(0), control.amax(0))
             points = list(zip(*(values.tolist() for values in columns), strict=True))
-            _draw_control(figure, x, points, hover, {"row": row, "col": column})
-        trace = draw.line(x, losses[0].tolist(), _CE, style, hovertemplate=hover, showlegend=False)
+            _draw_control(figure, x, points, f"random directions, {_CE}", 2, hover, {"row": row, "col": column})
+        trace = draw.line(x, losses[0].tolist(), _CE, style, hovertemplate=hover)
         figure.add_trace(trace, row=row, col=column)
     values = torch.cat([losses.flatten() for losses in result.ce_loss.values()])
     values = values[~values.isnan()]
@@ -362,15 +361,17 @@ def _draw_control(
     figure: go.Figure,
     x: list[float],
     points: list[tuple[float, float, float]],
+    name: str,
+    index: int,
     hover: str,
     place: dict[str, int],
 ) -> None:
     """Mean and range over random directions."""
-    figure.add_trace(
-        draw.band(x, [low for _, low, _ in points], [high for _, _, high in points], _RANDOM, draw.CONTROL), **place
-    )
-    trace = draw.line(x, [mean for mean, _, _ in points], _RANDOM, draw.CONTROL, hovertemplate=hover)
-    figure.add_trace(trace.update(mode="lines", line_width=1.2), **place)
+    style = draw.control_style(index)
+    low, high = [low for _, low, _ in points], [high for _, _, high in points]
+    figure.add_trace(draw.band(x, low, high, name, style), **place)
+    trace = draw.line(x, [mean for mean, _, _ in points], name, style, hovertemplate=hover)
+    figure.add_trace(trace.update(line_width=1.2, marker_size=5), **place)
 
 
 def _z_note(result: DoseResult) -> str:

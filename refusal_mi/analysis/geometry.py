@@ -217,7 +217,7 @@ def plot_stability(result: GeometryResult, **look: Unpack[draw.Look]) -> go.Figu
     null = torch.where(result.shuffled_p95.isnan(), 0.0, result.shuffled_p95)
     figure.add_trace(draw.band(layers, [0.0] * len(layers), null.amax(0).tolist(), name, draw.CONTROL))
     draw.add_line(figure, layers, null.amax(0).tolist(), name, draw.CONTROL)
-    draw.layer_axis(figure, len(layers))
+    draw.layer_axis(figure)
     figure.update_yaxes(title="cosine with the direction of all prompts", range=[-0.05, 1.05])
     about = draw.subtitle(result.model_name, _counts(result), f"mean over {result.n_resamples} bootstrap samples")
     title = "How far resampled prompts give the same direction"
@@ -238,7 +238,7 @@ def plot_lengths(result: GeometryResult, **look: Unpack[draw.Look]) -> go.Figure
         )
         draw.add_line(figure, layers, values, name, style, hover, custom)
     figure.add_hline(1, line={"color": "#1a1a1a", "dash": "dash", "width": 1.4}, annotation={"text": "chance"})
-    draw.layer_axis(figure, len(layers))
+    draw.layer_axis(figure)
     figure.update_yaxes(title="length / 95th percentile of shuffled labels", rangemode="tozero")
     about = draw.subtitle(result.model_name, _counts(result), f"{result.n_resamples} shuffles")
     title = "Length of the candidate directions against chance"

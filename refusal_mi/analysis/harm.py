@@ -240,7 +240,7 @@ def plot_harm(result: HarmResult, **look: Unpack[draw.Look]) -> go.Figure:
     draw.zero_line(figure, row=1, col=2)
     figure.update_xaxes(title="Δharm, last instruction token (difference of cosines)", row=1, col=1)
     figure.update_yaxes(title="Δrefuse, last template token", row=1, col=1)
-    draw.layer_axis(figure, len(result.layers), "layer", n_ticks=10, row=1, col=2)
+    draw.layer_axis(figure, "layer", row=1, col=2)
     figure.update_yaxes(title="cos(harm, refusal)", range=[-1.05, 1.05], row=1, col=2)
     clusters = f"clusters from {result.n_refused} refused and {result.n_answered} answered training prompts"
     about = draw.subtitle(result.model_name, f"mean over layers {result.layers[0]}–{result.layers[-1]}", clusters)
@@ -250,10 +250,10 @@ def plot_harm(result: HarmResult, **look: Unpack[draw.Look]) -> go.Figure:
 
 def _name_quadrants(figure: go.Figure) -> None:
     corners = (
-        (0, 1, "harmless, refused"),
-        (1, 1, "harmful, refused"),
-        (0, 0, "harmless, answered"),
-        (1, 0, "harmful, answered"),
+        (0, 1, "harmless,<br>refused"),
+        (1, 1, "harmful,<br>refused"),
+        (0, 0, "harmless,<br>answered"),
+        (1, 0, "harmful,<br>answered"),
     )
     for x, y, text in corners:
         figure.add_annotation(

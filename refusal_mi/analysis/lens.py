@@ -137,7 +137,7 @@ def plot_lens(result: LensResult, **look: Unpack[draw.Look]) -> go.Figure:
         draw.add_spread(figure, scores, f"{group} (n = {len(scores)})", draw.group_style(index), hover)
     draw.zero_line(figure)
     title = "layer (stream entering the block; the last is the model's own score)"
-    draw.layer_axis(figure, result.scores.shape[1], title)
+    draw.layer_axis(figure, title)
     figure.update_yaxes(title="refusal score, log-odds (nats)")
     about = draw.subtitle(result.model_name, f"position {draw.signed(result.position)}", "bands: ± 1 SD over prompts")
     return draw.finish(figure, title="Refusal score read at each layer", about=about, height=380, look=look)
@@ -159,7 +159,7 @@ def plot_lens_gap(result: LensResult, **look: Unpack[draw.Look]) -> go.Figure:
     hover = "<b>refusal tokens</b>, layer %{x}<br>%{y:.3f} nats"
     draw.add_line(figure, layers, result.gap.tolist(), names[0], draw.group_style(0), hover)
     draw.zero_line(figure)
-    draw.layer_axis(figure, len(layers))
+    draw.layer_axis(figure)
     figure.update_yaxes(title="score, harmful − harmless (nats)")
     counts = draw.counted({group: len(result.of(group)) for group in ("harmful", "harmless")})
     about = draw.subtitle(result.model_name, f"position {draw.signed(result.position)}", counts)

@@ -181,7 +181,7 @@ def plot_logits_by_layer(result: LogitsResult, **look: Unpack[draw.Look]) -> go.
     name, hover = "candidate of the layer", "layer %{x}<br>%{y:.2f} standard deviations"
     draw.add_line(figure, layers, draw.gaps(result.layer_z), name, draw.group_style(0), hover)
     draw.zero_line(figure)
-    draw.layer_axis(figure, len(layers), "layer of the candidate (stream entering the block)")
+    draw.layer_axis(figure, "layer of the candidate (stream entering the block)")
     figure.update_yaxes(title="mean over refusal tokens (SD)")
     tokens = ", ".join(f"'{draw.token_text(text)}'" for text in result.refusal_texts)
     where = f"position {draw.signed(result.direction_position)}"

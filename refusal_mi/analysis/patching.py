@@ -267,7 +267,7 @@ def plot_directional(result: PatchingResult, **look: Unpack[draw.Look]) -> go.Fi
             draw.add_line(figure, layers, control, "another harmless prompt", draw.CONTROL, hover, **place)
         draw.zero_line(figure, **place)
         draw.zero_line(figure, 1.0, **place)
-    draw.layer_axis(figure, len(whole), n_ticks=10)
+    draw.layer_axis(figure)
     figure.update_yaxes(title=_UNIT, row=1, col=1)
     about = _about(result, "position with the largest effect at each layer")
     title = "Directional patching: what of the effect goes through the direction"

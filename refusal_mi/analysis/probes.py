@@ -196,7 +196,7 @@ def plot_probes(result: ProbesResult, **look: Unpack[draw.Look]) -> go.Figure:
             columns = (result.auc_sd, result.null_low, result.null_high)
             custom = list(zip(*(table[row, index].tolist() for table in columns), strict=True))
             draw.add_line(figure, layers, result.auc[row, index].tolist(), name, style, hover, custom, **place)
-    draw.layer_axis(figure, len(layers), n_ticks=10)
+    draw.layer_axis(figure)
     figure.update_yaxes(range=[-0.03, 1.05], dtick=0.25)
     figure.update_yaxes(title=f"AUC, {result.n_folds}-fold cross-validation", col=1)
     title = "Linear probes: harmful against harmless"
@@ -214,7 +214,7 @@ def plot_probe_cosines(result: ProbesResult, **look: Unpack[draw.Look]) -> go.Fi
             values = draw.gaps(result.cosines[column - 1, index])
             draw.add_line(figure, layers, values, name, style, hover, row=1, col=column)
         draw.zero_line(figure, row=1, col=column)
-    draw.layer_axis(figure, len(layers), n_ticks=10)
+    draw.layer_axis(figure)
     figure.update_yaxes(title="cosine with the direction", col=1)
     about = draw.subtitle(result.model_name, _counts(result))
     title = "Cosine of the probes with the direction"

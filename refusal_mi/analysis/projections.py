@@ -185,7 +185,7 @@ def _lines(result: ProjectionsResult, measure: Measure, unit: str, title: str, l
         draw.zero_line(figure, **place)
         if position == result.direction_position:
             draw.cut_line(figure, result.direction_layer, **place)
-    draw.layer_axis(figure, len(layers), "layer", n_ticks=10)
+    draw.layer_axis(figure, "layer")
     figure.update_yaxes(title=unit, col=1)
     where = f"{draw.read_at(result.direction_position, result.direction_layer)} (dotted line)"
     about = draw.subtitle(result.model_name, where, "bands: ± 1 SD over prompts")

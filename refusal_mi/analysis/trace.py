@@ -235,7 +235,7 @@ def _mark_start(figure: go.Figure, **place: int) -> None:
     """Zero, and where the answer begins."""
     draw.zero_line(figure, **place)
     draw.cut_line(figure, 0.5, **place)
-    figure.update_xaxes(title="token of the answer (template tokens up to 0)", **place)
+    figure.update_xaxes(title="token of the answer (template tokens up to 0)", tick0=0, dtick=1, **place)
 
 
 FIGURES = {"trace": plot_trace, "trace_single": plot_trace_single, "trace_tokens": trace_page}

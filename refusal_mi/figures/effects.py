@@ -1,5 +1,6 @@
 """What directions do to answers and cost in CE loss: rates, losses, combinations, layers and multipliers of CAA."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from ..measures import ABSweep, LossResult
 from ..run.answers import Side, SideEffects
 from ..run.combos import CombosResult, ValidationRow
 from ..stats import Rate
+from .fit import text_width
 from .save import save_figure
-from .style import CHOSEN, COOL, INK, MUTED, WARM, Look, finish, interval_bars, plain
+from .style import CHOSEN, COOL, INK, MUTED, WARM, WIDTH, Look, finish, interval_bars, plain
 
 _NARROW = 360
 """What a single column of panels is laid out for (px)."""
@@ -143,8 +145,8 @@ def _n(side: SideEffects) -> int:
 Kind = Literal["combination", "random", "plain model"]
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
 _FILLS = ("#ffffff", "#6a3d9a", "#b5a8cc", "#e9e3f2", "#1a1a1a")
-_NARROW_PLOT = 700
-"""Width (px) of the plot that labels are kept apart for; in a wider one they lie further apart."""
+_BESIDE = 130
+"""What of a figure's width is not plot, at most (px)."""
 
 
 @dataclass(frozen=True)
@@ -190,16 +192,17 @@ def plot_combos(
         kl_max: the limit that decides which combinations may win (nats); None is none.
     """
     figure = go.Figure()
-    groups = list(dict.fromkeys(point.group for point in points))
+    # Small markers over large ones: of equal points none is hidden.
+    groups = list(dict.fromkeys(point.group for point in sorted(points, key=_drawn_before)))
     for group in groups:
         figure.add_trace(_trace(group, [point for point in points if point.group == group]))
     for winner in (point for point in points if point.is_winner):
-        ring = {"color": CHOSEN, "size": 20, "symbol": "circle-open", "line": {"width": 4}}
+        ring = {"color": CHOSEN, "size": 22, "symbol": "circle-open", "line": {"width": 3.5}}
         place = {"x": [winner.ce_loss], "y": [winner.refusal.value], "hoverinfo": "skip"}
         groups.append(f"winner, {plain(winner.label)}")
         figure.add_trace(go.Scatter(**place, mode="markers", name=groups[-1], marker=ring))
-    _label(figure, points)
-    figure.update_xaxes(title=f"CE loss on {plain(text_set)} (nats per token)", tickformat=".3~f")
+    _label(figure, points, look.get("width", WIDTH) - _BESIDE)
+    figure.update_xaxes(title=f"CE loss on {plain(text_set)} (nats per token)", tickformat=f".{_digits(points)}~f")
     figure.update_yaxes(title="fraction of validation answers that refuse", range=[-0.05, 1.07], dtick=0.25)
     n = points[0].refusal.n if points else 0
     rule = "" if kl_max is None else f"winners need KL ≤ {kl_max:g} nats"
@@ -214,6 +217,23 @@ def plot_combos(
     )
 
 
+def _drawn_before(point: CombinationPoint) -> int:
+    """Order of drawing and in the legend: the plain model, many directions, few, random spans."""
+    return {"plain model": -1000, "random": 0}.get(point.kind, -point.n_directions)
+
+
+def _is_high(point: CombinationPoint) -> bool:
+    """Whether its label stands below it."""
+    return point.refusal.value > 0.7
+
+
+def _digits(points: Sequence[CombinationPoint]) -> int:
+    """Decimals that tell the losses of an axis apart."""
+    losses = [point.ce_loss for point in points]
+    spread = max(losses, default=1.0) - min(losses, default=0.0)
+    return max(2, 1 - math.floor(math.log10(spread))) if spread > 0 else 3
+
+
 def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
     size = min(points[0].n_directions, len(_SYMBOLS))
     symbol = {"random": "x", "plain model": "star"}.get(points[0].kind, _SYMBOLS[size - 1])
@@ -226,7 +246,12 @@ def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
         mode="markers",
         text=[plain(point.label) for point in points],
         name=group,
-        marker={"symbol": symbol, "size": 11, "color": fill, "line": {"color": INK, "width": 1}},
+        marker={
+            "symbol": symbol,
+            "size": 8 + 3 * size if points[0].kind == "combination" else 11,
+            "color": fill,
+            "line": {"color": INK, "width": 1},
+        },
         error_y={
             "type": "data",
             "symmetric": False,
@@ -243,23 +268,30 @@ def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
     )
 
 
-def _label(figure: go.Figure, points: Sequence[CombinationPoint]) -> None:
+def _label(figure: go.Figure, points: Sequence[CombinationPoint], width: float) -> None:
     """Name the allowed combinations above their intervals (below, near the top), each clear of its right neighbors."""
     if not points:
         return
     losses = [point.ce_loss for point in points]
-    per_pixel = (max(losses) - min(losses)) / _NARROW_PLOT
+    per_pixel = (max(losses) - min(losses)) / max(width, 100)
     placed: list[tuple[float, bool, int]] = []
     named = [point for point in points if point.kind == "combination" and point.is_allowed]
+    # Labels of one side begin at one height, so that levels keep them apart.
+    edges = {
+        is_high: (min if is_high else max)(
+            (each.refusal.interval[0 if is_high else 1] for each in named if _is_high(each) == is_high), default=0.0
+        )
+        for is_high in (True, False)
+    }
     for point in sorted(named, key=lambda each: -each.ce_loss):
-        is_high = point.refusal.value > 0.7
-        end = point.ce_loss + per_pixel * (7 * len(point.label) + 8)
+        is_high = _is_high(point)
+        end = point.ce_loss + per_pixel * (text_width(point.label, 11) + 8)
         level = 1 + max((at for x, side, at in placed if side == is_high and x <= end), default=-1)
         placed.append((point.ce_loss, is_high, level))
         shift = 9 + 14 * level
         figure.add_annotation(
             x=point.ce_loss,
-            y=point.refusal.interval[0 if is_high else 1],
+            y=edges[is_high],
             text=plain(point.label),
             ax=0,
             ay=shift if is_high else -shift,
@@ -309,7 +341,7 @@ def plot_layer_sweep(
             )
         )
     figure.add_hline(0, line={"color": MUTED, "width": 1})
-    figure.update_xaxes(title="layer (output of block)", dtick=1 if len(sweep.points) <= 48 else None)
+    figure.update_xaxes(title="layer (output of block)", tick0=0, dtick=1)
     figure.update_yaxes(title="change of p(matching answer)")
     n = sweep.points[0].n_pairs if sweep.points else 0
     parts = [plain(model), f"{plain(sweep.pairs)}, n = {n} pairs", f"plain p = {sweep.plain:.3f}", "95% intervals"]

@@ -20,7 +20,11 @@ _LINE = 1.32
 _LEAST_PANEL = 175
 """Panels beside each other are at least this wide (px)."""
 _LEAST_HEIGHT = 60
-_COLORBAR = 58
+_LEAST_TEXT = 7.5
+"""Numbers in the cells of a table are at least this large (px)."""
+_WELL = 0.05
+"""Share of the scale from which on a number is told from zero."""
+_COLORBAR = 62
 _UNITS = re.compile(r"<[^>]+>|&[^;\s]+;|.", re.DOTALL)
 
 
@@ -130,8 +134,16 @@ def prepared(
         "height": height,
         "font_size": font_size,
         "layout": kept,
+        "numbers": [_printed(trace) for trace in figure.data],
     }
     return figure.update_layout(meta={"refusal_mi": spec})
+
+
+def _printed(trace: Any) -> list[list[str]] | None:
+    """What a table prints in its cells."""
+    if trace.type != "heatmap" or trace.text is None or trace.texttemplate is None:
+        return None
+    return [[str(text) for text in row] for row in trace.text]
 
 
 def laid_out(figure: go.Figure, *, width: int | None = None, height: int | None = None) -> go.Figure:
@@ -154,11 +166,11 @@ def laid_out(figure: go.Figure, *, width: int | None = None, height: int | None 
     panels = _panels(figure)
     titles = {index: _titled(figure, note, panels) for index, note in enumerate(figure.layout.annotations)}
     places = [_Place(panel, next((i for i, at in titles.items() if at is panel), None)) for panel in panels]
-    right = _right(figure, size)
+    right = _right(figure, size, spec["height"])
     n_columns = _shape_(figure, places, width, right, size, spec["height"])
     rows = [places[start : start + n_columns] for start in range(0, len(places), n_columns)]
     top = _head_(figure, spec, width, size)
-    bottom = _legend_(figure, spec["names"], width, size)
+    bottom = _legend_(figure, spec["names"], width, width - right - max(row[0].left for row in rows), size)
     for place in places:
         _words_(figure, place, size, stacks=n_columns == 1 and len(places) > 1)
     needed = [(max(p.above for p in row), max(p.height for p in row), max(p.below for p in row)) for row in rows]
@@ -178,7 +190,7 @@ def laid_out(figure: go.Figure, *, width: int | None = None, height: int | None 
     if spec["is_fixed"] or width != spec["width"]:
         figure.update_layout(width=width)
     for place in places:
-        _cells_(figure, place, size, scale)
+        _cells_(figure, spec, place, size, scale)
     return figure
 
 
@@ -214,12 +226,19 @@ def _titled(figure: go.Figure, note: Any, panels: Sequence[_Panel]) -> _Panel | 
     return None
 
 
-def _right(figure: go.Figure, size: float) -> float:
+def _right(figure: go.Figure, size: float, height: float) -> float:
     """The right margin: a colorbar, its numbers and its title."""
-    bars = [trace for trace in figure.data if trace.type == "heatmap" and trace.showscale is not False]
+    bars = [trace.colorbar for trace in figure.data if trace.type == "heatmap" and trace.showscale is not False]
     if not bars:
         return 18.0
-    return (_COLORBAR + _LINE * BASE) * size / BASE + 12
+    lines = max(_bar_title(bar, size, height).count("<br>") for bar in bars) + 1
+    return _COLORBAR * size / BASE + 12 + lines * _LINE * _ABOUT * size
+
+
+def _bar_title(bar: Any, size: float, height: float) -> str:
+    """The title of a colorbar in lines as long as it is in a plot of this height."""
+    text = (bar.title.text or "").replace("<br>", " ")
+    return wrapped(text, max(height * (bar.len or 1.0), 120), _ABOUT * size)
 
 
 def _shape_(figure: go.Figure, places: list[_Place], width: float, right: float, size: float, height: float) -> int:
@@ -268,7 +287,7 @@ def _left(figure: go.Figure, place: _Place, width: float, size: float, *, is_fir
     labels = _labels(figure, place.panel, "y")
     if labels is None:
         return (14 if is_first else 10) + title + 3.4 * size
-    texts = [wrapped(text, max(0.3 * width, 100), size, 2) for _, text in labels]
+    texts = [wrapped(text, max(0.3 * width, 100), size, 3) for _, text in labels]
     axis.tickvals, axis.ticktext = [value for value, _ in labels], texts
     tallest = max(1 + text.count("<br>") for text in texts) * _LINE * size
     each = max(1, math.ceil(tallest / (place.height / max(1, len(texts)))))
@@ -302,9 +321,12 @@ def _head_(figure: go.Figure, spec: dict[str, Any], width: float, size: float) -
     return 16 + sum(lines) * _LINE * size + 8 * len(lines)
 
 
-def _legend_(figure: go.Figure, names: Sequence[str], width: float, size: float) -> float:
-    """Wrap the names in the legend and set its columns; the room that it takes below the axes."""
-    room, symbol = width - 24, 44 + size * 0.4
+def _legend_(figure: go.Figure, names: Sequence[str], width: float, plot_width: float, size: float) -> float:
+    """Wrap the names in the legend and set its columns; the room that it takes below the axes.
+
+    Plotly lets a legend of several columns be as wide as the plot is.
+    """
+    room, symbol = width - 24, 48
     shown = [trace for trace in figure.data if trace.name is not None]
     for trace in shown:
         trace.name = wrapped(trace.name.replace("<br>", " "), room - symbol, size)
@@ -312,12 +334,12 @@ def _legend_(figure: go.Figure, names: Sequence[str], width: float, size: float)
     if not names:
         return 8.0
     longest = max(text_width(name, size) for name in wrapped_names)
-    columns = max(1, int(room // (longest + symbol + 4)))
+    columns = max(1, int(plot_width // (longest + symbol)))
     lines = max(1 + name.count("<br>") for name in wrapped_names)
     figure.update_layout(
         legend={"entrywidth": longest + 2, "entrywidthmode": "pixels", "xref": "container", "x": 8 / width},
     )
-    return math.ceil(len(names) / columns) * (lines * _LINE * size + 13) + 10
+    return math.ceil(len(names) / columns) * (lines * _LINE * size + 4) + 18
 
 
 def _words_(figure: go.Figure, place: _Place, size: float, *, stacks: bool) -> None:
@@ -346,7 +368,7 @@ def _x_labels_(figure: go.Figure, place: _Place, size: float) -> float:
         return _LINE * size
     if not labels:
         return _LINE * size
-    cell = place.width / _n_cells(figure, place.panel, labels)
+    cell = place.width / len(labels)
     axis.tickvals = [value for value, _ in labels]
     texts = [text for _, text in labels]
     is_short = all(text_width(text, size) <= 2.6 * size for text in texts)
@@ -361,15 +383,6 @@ def _x_labels_(figure: go.Figure, place: _Place, size: float) -> float:
     upright = [wrapped(text.replace("<br>", " "), 15 * size, size, 1) for text in texts]
     axis.tickvals, axis.ticktext, axis.tickangle = axis.tickvals[::each], upright[::each], -90
     return max(text_width(text, size) for text in upright)
-
-
-def _n_cells(figure: go.Figure, panel: _Panel, labels: list[tuple[Any, str]]) -> int:
-    """How many places an axis of words has; its labels may stand at some of them."""
-    values: set[Any] = set()
-    for trace in figure.data:
-        if _axis(trace.xaxis, "x") == panel.x and trace.x is not None:
-            values |= set(trace.x)
-    return max(len(labels), len(values), 1)
 
 
 def _numbers_(figure: go.Figure, place: _Place, size: float) -> None:
@@ -422,23 +435,32 @@ def _domains_(
         y -= heights[index] + (gaps[index] if index < len(gaps) else 0.0)
 
 
-def _cells_(figure: go.Figure, place: _Place, size: float, scale: float) -> None:
-    """Print the numbers of a table where they fit into its cells, and wrap the title of its colorbar."""
-    for trace in figure.data:
-        if trace.type != "heatmap" or (_axis(trace.xaxis, "x"), _axis(trace.yaxis, "y")) != (
-            place.panel.x,
-            place.panel.y,
-        ):
+def _cells_(figure: go.Figure, spec: dict[str, Any], place: _Place, size: float, scale: float) -> None:
+    """Print the numbers of a table where they fit into its cells, or else a minus where a number is below zero."""
+    for index, trace in enumerate(figure.data):
+        where = _axis(trace.xaxis, "x"), _axis(trace.yaxis, "y")
+        if trace.type != "heatmap" or where != (place.panel.x, place.panel.y):
             continue
         bar = trace.colorbar
-        bar.title.font.size, bar.tickfont.size = _ABOUT * size, _SMALL * size
-        if bar.title.text:
-            long = place.height * scale if bar.len is None else max(place.height * scale, 120)
-            bar.title.text = wrapped(bar.title.text.replace("<br>", " "), max(long, 120), _ABOUT * size)
-        if trace.text is None:
-            continue
-        longest = max((text_width(str(text), 1.0) for row in trace.text for text in row), default=0.0)
+        bar.x, bar.title.font.size, bar.tickfont.size = 1, _ABOUT * size, _SMALL * size
+        bar.title.text = _bar_title(bar, size, spec["height"])
         cell = place.width / max(1, len(trace.x)), place.height * scale / max(1, len(trace.y))
-        fitting = min(_SMALL * size, (cell[0] - 3) / max(longest, 0.1), cell[1] / 1.25)
+        numbers = spec["numbers"][index]
+        longest = max((text_width(text, 1.0) for row in numbers or () for text in row), default=math.inf)
+        fitting = min(_SMALL * size, (cell[0] - 6) / max(longest, 0.1), cell[1] / 1.25)
+        if fitting >= _LEAST_TEXT:
+            trace.text, trace.textfont.size, trace.texttemplate = numbers, fitting, "%{text}"
+            continue
+        fitting = min(_SMALL * size, cell[0] / 0.8, cell[1] / 1.25)
+        signs = _signs(trace)
+        has_room = fitting >= _LEAST_TEXT and any(map(any, signs))
+        trace.text, trace.texttemplate = (signs, "%{text}") if has_room else (None, None)
         trace.textfont.size = fitting
-        trace.texttemplate = "%{text}" if fitting >= 8 else None
+
+
+def _signs(trace: Any) -> list[list[str]]:
+    """A minus in each cell well below zero, of a scale that diverges: the two sides differ in a grey copy too."""
+    if trace.zmin is None or trace.zmin != -trace.zmax:
+        return []
+    limit = -_WELL * trace.zmax
+    return [["−" if value is not None and value < limit else "" for value in row] for row in trace.z]

@@ -59,7 +59,6 @@ def plot_writes(
         )
         figure.add_trace(trace, row=index + 1, col=1)
     figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(dtick=max(1, len(layers) // 12))
     figure.update_xaxes(title="block", row=2, col=1)
     figure.update_annotations(font_size=13)
     about = draw.subtitle(model, "each cell: the direction removed from this write alone")
@@ -102,7 +101,7 @@ def plot_front(
                 **drawn,
             )
         )
-    figure.update_xaxes(title="KL of harmless prompts (nats)", type="log", exponentformat="e")
+    figure.update_xaxes(title="KL of harmless prompts (nats)", type="log", dtick=1, exponentformat="e")
     figure.update_yaxes(title="harmful prompts refused, expected share", range=[-0.04, 1.04])
     about = draw.subtitle(model, f"{n} validation prompts a side")
     names = [name for name, _, _ in named]

@@ -8,16 +8,20 @@ from plotly.offline import get_plotlyjs
 
 from ..errors import UserError
 from ..files import write_text, write_whole
+from .fit import laid_out
 
 PLOTLY_FILE = "plotly.min.js"
 _SCALE = {".png": 2.0}
+_WIDTH = 1200
+"""Of an image, where nobody says it (px)."""
 
 
-def save_figure(figure: go.Figure, path: Path, *, width: int = 1200) -> None:
+def save_figure(figure: go.Figure, path: Path, *, width: int | None = None) -> None:
     """Write one figure as a self-contained .html, or as .png, .svg or .pdf.
 
     Args:
-        width: of an image, in pixels; a PNG has twice as many.
+        width: of an image, in pixels; a PNG has twice as many. The figure is laid out for it. None is the width that
+            the figure was made with, or 1200.
 
     Raises:
         UserError: an image is asked for and kaleido or the browser that it needs is not there.
@@ -26,7 +30,8 @@ def save_figure(figure: go.Figure, path: Path, *, width: int = 1200) -> None:
     if path.suffix == ".html":
         write_text(path, _html(figure, include_plotlyjs=True))
         return
-    picture = _picture(figure, path.suffix.removeprefix("."), width, _SCALE.get(path.suffix, 1.0))
+    fitting = laid_out(go.Figure(figure), width=width or figure.layout.width or _WIDTH)
+    picture = _picture(fitting, path.suffix.removeprefix("."), _SCALE.get(path.suffix, 1.0))
     write_whole(path, lambda temporary: temporary.write_bytes(picture))
 
 
@@ -44,7 +49,7 @@ def _html(figure: go.Figure, *, include_plotlyjs: bool | str) -> str:
     return figure.to_html(include_plotlyjs=include_plotlyjs, config=config, div_id="figure")
 
 
-def _picture(figure: go.Figure, kind: str, width: int, scale: float) -> bytes:
+def _picture(figure: go.Figure, kind: str, scale: float) -> bytes:
     try:
         import kaleido  # noqa: F401
     except ImportError:
@@ -52,7 +57,7 @@ def _picture(figure: go.Figure, kind: str, width: int, scale: float) -> bytes:
             "static images need kaleido: pip install 'refusal_mi[static]', or write .html instead"
         ) from None
     try:
-        return figure.to_image(format=kind, width=width, scale=scale)
+        return figure.to_image(format=kind, width=figure.layout.width or _WIDTH, scale=scale)
     except RuntimeError as error:
         if "Chrome" not in str(error):
             raise

@@ -147,13 +147,13 @@ def _paint_(figure: go.Figure) -> None:
     )
 
 
-WARM, COOL, CHOSEN, NO_NUMBER = "#8c1c13", "#2f75b5", "#ffd54a", "#dddddd"
+WARM, COOL, CHOSEN, NO_NUMBER = "#8c1c13", "#2f75b5", "#c98a00", "#dddddd"
 """Harmful prompts and refusing, harmless ones, the chosen candidate, a cell of a table without a number."""
 DIVERGING = ((0.0, "#5a97cf"), (0.5, "#ffffff"), (1.0, "#ea7455"))
 """Cool below zero, white at zero, warm above; light enough for dark numbers (contrast at least 4.5) everywhere."""
 SEQUENTIAL = ((0.0, "#ffffff"), (1.0, "#a58fc4"))
 CONTROL = SeriesStyle("#8a8a8a", "2px,2px", "x")
-_CONTROLS = (CONTROL, SeriesStyle("#6b6b6b", "6px,2px", "cross"))
+_CONTROLS = (CONTROL, SeriesStyle("#6b6b6b", "6px,2px", "square-open"), SeriesStyle("#8a8a8a", "2px,2px", "diamond"))
 _GROUPS = (
     SeriesStyle(WARM, "solid", "circle"),
     SeriesStyle(COOL, "6px,2px", "square-open"),
@@ -236,11 +236,9 @@ def panels(
     return figure.update_annotations(font_size=13)
 
 
-def layer_axis(
-    figure: go.Figure, n_layers: int, title: str = "layer (stream entering the block)", n_ticks: int = 18, **place: int
-) -> None:
-    """An x axis of layers, with few enough ticks."""
-    figure.update_xaxes(title=title, dtick=max(1, math.ceil(n_layers / n_ticks)), **place)
+def layer_axis(figure: go.Figure, title: str = "layer (stream entering the block)", **place: int) -> None:
+    """An x axis of layers, a tick for each where there is room."""
+    figure.update_xaxes(title=title, tick0=0, dtick=1, **place)
 
 
 def categories(figure: go.Figure) -> None:

@@ -6,7 +6,6 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -17,7 +16,7 @@ from refusal_mi.analysis.result import AnalysisResult, analysis_module
 from refusal_mi.figures.effects import CombinationPoint, plot_combos, plot_layer_sweep, plot_losses, plot_rates
 from refusal_mi.figures.labels import plot_label_scores
 from refusal_mi.figures.localize import plot_front, plot_writes
-from refusal_mi.figures.scores import plot_norms, plot_score_panels, plot_scores
+from refusal_mi.figures.scores import plot_norms, plot_score_lines, plot_score_panels, plot_scores
 from refusal_mi.measures import ABPoint, ABSweep, LossResult
 from refusal_mi.run.answers import Effect, SideEffects
 from refusal_mi.search.grid import select
@@ -70,13 +69,16 @@ def _of_runs(**look: Any) -> dict[str, go.Figure]:
         for block in range(12)
         for end in ("hook_attn_out", "hook_mlp_out")
     }
-    points = [ABPoint(layer, sign, 0.5, 0.4, 0.6, 0.1 * sign, 0.05 * sign - 0.02, 0.2, 50) for layer in range(24) for sign in (1.0, -1.0)]
+    points = [
+        ABPoint(layer, sign, 0.5, 0.4, 0.6, 0.1 * sign, 0.05 * sign - 0.02, 0.2, 50)
+        for layer in range(24)
+        for sign in (1.0, -1.0)
+    ]
     return {
         "plot_scores": plot_scores(scores, **shared),
         "plot_score_panels": plot_score_panels(scores, **shared),
-        "plot_norms": plot_norms(
-            [[0.0, 1.0, 2.0]] * 5, range(-5, 0), tokens=TOKENS, model=MODEL, n_prompts=64, **look
-        ),
+        "plot_score_lines": plot_score_lines({MODEL: scores, "another run": make_scores(kl=0.05)}, **look),
+        "plot_norms": plot_norms([[0.0, 1.0, 2.0]] * 5, range(-5, 0), tokens=TOKENS, model=MODEL, n_prompts=64, **look),
         "plot_rates": plot_rates(sides, model=MODEL, **look),
         "plot_losses": plot_losses(losses, model=MODEL, **look),
         "plot_combos": plot_combos(_combinations(), text_set="plain_text", kl_max=0.1, model=MODEL, **look),

@@ -16,6 +16,8 @@
       layout.dragmode = false; // a finger on a plot scrolls the page
     }
     delete layout.title;
+    delete layout.width; // as wide as its place
+    delete layout.meta;
     return { data: source.data, layout: layout };
   }
 
