@@ -268,7 +268,7 @@ def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
     )
 
 
-def _label(figure: go.Figure, points: Sequence[CombinationPoint], width: float) -> None:
+def _label(figure: go.Figure, points: Sequence[CombinationPoint], width: int) -> None:
     """Name the allowed combinations above their intervals (below, near the top), each clear of its right neighbors."""
     if not points:
         return

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from ..errors import UserError
 
+Pixels = int | float
 BASE = 13
 """Size (px) of the font that all lengths here are said for."""
 _TITLE, _ABOUT, _SMALL = 17 / BASE, 12 / BASE, 11 / BASE
@@ -28,10 +29,10 @@ _COLORBAR = 62
 _UNITS = re.compile(r"<[^>]+>|&[^;\s]+;|.", re.DOTALL)
 
 
-def text_width(text: str, size: float) -> float:
+def text_width(text: str, size: Pixels) -> float:
     """Width (px) of the longest line of a label in a wide font of this size, tags left out."""
     lines = re.split(r"<br>", text)
-    return size * max(sum(map(_unit_width, _UNITS.findall(line))) for line in lines)
+    return float(size * max(sum(map(_unit_width, _UNITS.findall(line))) for line in lines))
 
 
 def _unit_width(unit: str) -> float:
@@ -46,7 +47,7 @@ def _unit_width(unit: str) -> float:
     return 0.72 if character.isupper() or ord(character) > 0x2000 else 0.635
 
 
-def wrapped(text: str, width: float, size: float, most: int | None = None) -> str:
+def wrapped(text: str, width: Pixels, size: Pixels, most: int | None = None) -> str:
     """A label in lines that are no wider than `width` (px); from line `most` on the rest is left out, with an ellipsis.
 
     Lines break at spaces, and inside a word only where it alone is too wide.
@@ -69,7 +70,7 @@ def wrapped(text: str, width: float, size: float, most: int | None = None) -> st
     return "<br>".join(lines)
 
 
-def _pieces(word: str, width: float, size: float) -> list[str]:
+def _pieces(word: str, width: Pixels, size: Pixels) -> list[str]:
     pieces = [""]
     for unit in _UNITS.findall(word):
         if pieces[-1] and text_width(pieces[-1] + unit, size) > width:
@@ -78,7 +79,7 @@ def _pieces(word: str, width: float, size: float) -> list[str]:
     return pieces
 
 
-def _cut(line: str, width: float, size: float) -> str:
+def _cut(line: str, width: Pixels, size: Pixels) -> str:
     units = _UNITS.findall(line)
     while units and text_width("".join(units) + "…", size) > width:
         units.pop()
@@ -102,8 +103,8 @@ class _Place:
     panel: _Panel
     title: int | None
     """Index of its title among the annotations."""
-    width: float = 0.0
-    height: float = 0.0
+    width: Pixels = 0.0
+    height: Pixels = 0.0
     left: float = 0.0
     above: float = 0.0
     below: float = 0.0
@@ -119,7 +120,7 @@ def prepared(
     is_fixed: bool,
     fixed_height: int | None,
     height: int,
-    font_size: float,
+    font_size: Pixels,
 ) -> go.Figure:
     """Keep in a figure what `laid_out` starts from; the arguments are those of `style.finish`."""
     layout = figure.layout.to_plotly_json()
@@ -226,7 +227,7 @@ def _titled(figure: go.Figure, note: Any, panels: Sequence[_Panel]) -> _Panel | 
     return None
 
 
-def _right(figure: go.Figure, size: float, height: float) -> float:
+def _right(figure: go.Figure, size: Pixels, height: Pixels) -> float:
     """The right margin: a colorbar, its numbers and its title."""
     bars = [trace.colorbar for trace in figure.data if trace.type == "heatmap" and trace.showscale is not False]
     if not bars:
@@ -235,13 +236,13 @@ def _right(figure: go.Figure, size: float, height: float) -> float:
     return _COLORBAR * size / BASE + 12 + lines * _LINE * _ABOUT * size
 
 
-def _bar_title(bar: Any, size: float, height: float) -> str:
+def _bar_title(bar: Any, size: Pixels, height: Pixels) -> str:
     """The title of a colorbar in lines as long as it is in a plot of this height."""
     text = (bar.title.text or "").replace("<br>", " ")
     return wrapped(text, max(height * (bar.len or 1.0), 120), _ABOUT * size)
 
 
-def _shape_(figure: go.Figure, places: list[_Place], width: float, right: float, size: float, height: float) -> int:
+def _shape_(figure: go.Figure, places: list[_Place], width: Pixels, right: Pixels, size: Pixels, height: Pixels) -> int:
     """Widths, heights and left margins of the panels, side by side or, where they would be thin, below each other."""
     grid = {"rows": 1 + max(p.panel.row for p in places), "columns": 1 + max(p.panel.column for p in places)}
     spans = [high - low for low, high in (_domain(figure, p.panel.y) for p in places)]
@@ -275,7 +276,7 @@ def _shape_(figure: go.Figure, places: list[_Place], width: float, right: float,
     return 1
 
 
-def _left(figure: go.Figure, place: _Place, width: float, size: float, *, is_first: bool) -> float:
+def _left(figure: go.Figure, place: _Place, width: Pixels, size: Pixels, *, is_first: bool) -> float:
     """Room left of a panel for the labels and the title of its y axis; both are wrapped to what there is."""
     axis = figure.layout[place.panel.y]
     title = 0.0
@@ -311,7 +312,7 @@ def _labels(figure: go.Figure, panel: _Panel, letter: str) -> list[tuple[Any, st
     return None
 
 
-def _head_(figure: go.Figure, spec: dict[str, Any], width: float, size: float) -> float:
+def _head_(figure: go.Figure, spec: dict[str, Any], width: Pixels, size: Pixels) -> float:
     """Wrap the title and what stands under it; the room that they take."""
     room = width - 28
     title = wrapped(spec["title"], room, _TITLE * size)
@@ -321,7 +322,7 @@ def _head_(figure: go.Figure, spec: dict[str, Any], width: float, size: float) -
     return 16 + sum(lines) * _LINE * size + 8 * len(lines)
 
 
-def _legend_(figure: go.Figure, names: Sequence[str], width: float, plot_width: float, size: float) -> float:
+def _legend_(figure: go.Figure, names: Sequence[str], width: Pixels, plot_width: Pixels, size: Pixels) -> float:
     """Wrap the names in the legend and set its columns; the room that it takes below the axes.
 
     Plotly lets a legend of several columns be as wide as the plot is.
@@ -342,7 +343,7 @@ def _legend_(figure: go.Figure, names: Sequence[str], width: float, plot_width: 
     return math.ceil(len(names) / columns) * (lines * _LINE * size + 4) + 18
 
 
-def _words_(figure: go.Figure, place: _Place, size: float, *, stacks: bool) -> None:
+def _words_(figure: go.Figure, place: _Place, size: Pixels, *, stacks: bool) -> None:
     """Labels and title of a panel's x axis, and the title above it, with the room that they take."""
     axis = figure.layout[place.panel.x]
     if place.title is not None:
@@ -359,7 +360,7 @@ def _words_(figure: go.Figure, place: _Place, size: float, *, stacks: bool) -> N
     place.below += 12 + _x_labels_(figure, place, size)
 
 
-def _x_labels_(figure: go.Figure, place: _Place, size: float) -> float:
+def _x_labels_(figure: go.Figure, place: _Place, size: Pixels) -> float:
     """Set the labels of an x axis so that none touches the next; their height."""
     axis, labels = figure.layout[place.panel.x], _labels(figure, place.panel, "x")
     if labels is None:
@@ -385,7 +386,7 @@ def _x_labels_(figure: go.Figure, place: _Place, size: float) -> float:
     return max(text_width(text, size) for text in upright)
 
 
-def _numbers_(figure: go.Figure, place: _Place, size: float) -> None:
+def _numbers_(figure: go.Figure, place: _Place, size: Pixels) -> None:
     """Thin the numbers below a panel."""
     axis = figure.layout[place.panel.x]
     values = [
@@ -411,9 +412,9 @@ def _domains_(
     figure: go.Figure,
     rows: list[list[_Place]],
     needed: list[tuple[float, float, float]],
-    width: float,
-    right: float,
-    scale: float,
+    width: Pixels,
+    right: Pixels,
+    scale: Pixels,
 ) -> None:
     """Put every panel where its words leave it room."""
     left = max(row[0].left for row in rows)
@@ -435,7 +436,7 @@ def _domains_(
         y -= heights[index] + (gaps[index] if index < len(gaps) else 0.0)
 
 
-def _cells_(figure: go.Figure, spec: dict[str, Any], place: _Place, size: float, scale: float) -> None:
+def _cells_(figure: go.Figure, spec: dict[str, Any], place: _Place, size: Pixels, scale: Pixels) -> None:
     """Print the numbers of a table where they fit into its cells, or else a minus where a number is below zero."""
     for index, trace in enumerate(figure.data):
         where = _axis(trace.xaxis, "x"), _axis(trace.yaxis, "y")

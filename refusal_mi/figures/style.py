@@ -58,7 +58,7 @@ class Look(TypedDict, total=False):
     """The figure's width (px); without one it is laid out for 1080 and as wide as what it stands in."""
     height: int
     """The whole figure's height (px); by default what its words and a plot of the usual height need."""
-    font_size: float
+    font_size: int | float
     """Of labels (px), 13 by default; titles and small print follow."""
     template: str | go.layout.Template
     """A template of plotly in place of the white page, such as "plotly_dark"."""

@@ -165,7 +165,7 @@ def test_lines_differ_without_color():
 def test_tokens_are_shown_as_text():
     figure = plot_scores(make_scores(), tokens=TOKENS)
     assert "−3 '&lt;|im_start|&gt;'" in names(figure)  # plotly would drop an unescaped tag
-    assert "−4 '\\n'" in names(figure)
+    assert "−4 ⏎" in names(figure) and "−1 ⏎" in names(figure)
     assert token_text("Ġa▁b\x07") == " a b\\x07"
     assert token_text("\u202ea") == "\\u202ea"
     assert plain("<a href='x'>&") == "&lt;a href='x'&gt;&amp;"
