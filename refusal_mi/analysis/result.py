@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, fields
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_origin
+from typing import Any, ClassVar, Unpack, get_args, get_origin
 
 import plotly.graph_objects as go
 from torch import Tensor
 
 from ..errors import UserError
+from ..figures.style import Look
 from ..files import as_json, at_home, checked, read_json, read_tensors, sha256_json, write_json, write_tensors
 from ..model.loading import ORGANISM
 from ..model.points import HookedModel, model_source
@@ -268,9 +269,9 @@ class Drawn(Value):
     """Name -> why the result has no such figure."""
 
 
-def plot(result: AnalysisResult) -> go.Figure | str:
+def plot(result: AnalysisResult, **look: Unpack[Look]) -> go.Figure | str:
     """The main figure of a result; a complete HTML page where plotly has no such view."""
-    return next(iter(_figures_of(result).values()))(result)
+    return next(iter(_figures_of(result).values()))(result, **look)
 
 
 def figures(result: AnalysisResult) -> dict[str, go.Figure | str]:
@@ -292,5 +293,5 @@ def draw_all(result: AnalysisResult) -> Drawn:
     return Drawn(drawn, left_out)
 
 
-def _figures_of(result: AnalysisResult) -> dict[str, Callable[[AnalysisResult], go.Figure | str]]:
+def _figures_of(result: AnalysisResult) -> dict[str, Callable[..., go.Figure | str]]:
     return analysis_module(result.kind).FIGURES

@@ -77,6 +77,11 @@ _RATES = (
 """Name, place within the row and marker: a rate of zero is seen too."""
 
 
+_CHANGES = (("#6a3d9a", ""), ("#b5a8cc", ""), ("#ffffff", "/"), ("#ffffff", "."))
+_GREYS = (("#d9d9d9", ""), ("#d9d9d9", "/"), ("#d9d9d9", "x"), ("#d9d9d9", "."))
+"""Color and hatching of bars of interventions, and of random ones."""
+
+
 def plot_losses(losses: Mapping[str, Mapping[str, LossResult]], *, model: str = "", **look: Unpack[Look]) -> go.Figure:
     """Change of CE loss from the plain model under each intervention, for each set of texts.
 
@@ -85,11 +90,11 @@ def plot_losses(losses: Mapping[str, Mapping[str, LossResult]], *, model: str = 
     """
     base = losses["baseline"]
     figure, names = go.Figure(), []
-    fills = [(INK, ""), ("#b5a8cc", ""), ("#ffffff", "/"), ("#ffffff", "x"), ("#ffffff", "."), ("#d9d9d9", "")]
     for index, label in enumerate(label for label in losses if label != "baseline"):
         deltas = [losses[label][name].ce_loss - base[name].ce_loss for name in base]
         names.append(plain(intervention_name(label, "harmful")))
-        color, pattern = fills[min(index, len(fills) - 1)]
+        fills = _GREYS if label.startswith("random") else _CHANGES
+        color, pattern = fills[index % len(fills)]
         figure.add_trace(
             go.Bar(
                 x=[f"{'<br>'.join(plain(name).split('_'))}<br>{base[name].n_tokens:,} tokens" for name in base],

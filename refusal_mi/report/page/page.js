@@ -34,6 +34,16 @@
     }
   }
 
+  // Columns beyond the edge are announced, and reached with the keyboard too.
+  function hint() {
+    for (const table of document.querySelectorAll(".scroll")) {
+      const wider = table.scrollWidth > table.clientWidth + 1;
+      table.classList.toggle("wider", wider);
+      if (wider) table.tabIndex = 0;
+      else table.removeAttribute("tabindex");
+    }
+  }
+
   function filtered(section) {
     const step = 12;
     const rows = Array.from(section.querySelectorAll(".row"));
@@ -86,4 +96,7 @@
     });
   }
   for (const section of document.querySelectorAll(".answers")) filtered(section);
+  hint();
+  window.addEventListener("resize", hint);
+  for (const part of document.querySelectorAll("details")) part.addEventListener("toggle", hint);
 })();
