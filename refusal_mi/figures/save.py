@@ -30,8 +30,9 @@ def save_figure(figure: go.Figure, path: Path, *, width: int | None = None) -> N
     if path.suffix == ".html":
         write_text(path, _html(figure, include_plotlyjs=True))
         return
-    fitting = laid_out(go.Figure(figure), width=width or figure.layout.width or _WIDTH)
-    picture = _picture(fitting, path.suffix.removeprefix("."), _SCALE.get(path.suffix, 1.0))
+    wide = width or figure.layout.width or _WIDTH
+    fitting = laid_out(go.Figure(figure), width=wide)
+    picture = _picture(fitting, path.suffix.removeprefix("."), wide, _SCALE.get(path.suffix, 1.0))
     write_whole(path, lambda temporary: temporary.write_bytes(picture))
 
 
@@ -49,7 +50,7 @@ def _html(figure: go.Figure, *, include_plotlyjs: bool | str) -> str:
     return figure.to_html(include_plotlyjs=include_plotlyjs, config=config, div_id="figure")
 
 
-def _picture(figure: go.Figure, kind: str, scale: float) -> bytes:
+def _picture(figure: go.Figure, kind: str, width: int, scale: float) -> bytes:
     try:
         import kaleido  # noqa: F401
     except ImportError:
@@ -57,7 +58,7 @@ def _picture(figure: go.Figure, kind: str, scale: float) -> bytes:
             "static images need kaleido: pip install 'refusal_mi[static]', or write .html instead"
         ) from None
     try:
-        return figure.to_image(format=kind, width=figure.layout.width or _WIDTH, scale=scale)
+        return figure.to_image(format=kind, width=width, scale=scale)
     except RuntimeError as error:
         if "Chrome" not in str(error):
             raise

@@ -253,5 +253,8 @@ def test_an_svg_holds_the_labels(tmp_path):
         pytest.skip("no chromium on PATH")
     save_figure(plot_scores(make_scores(), model="some model"), tmp_path / "f.svg")
     text = (tmp_path / "f.svg").read_text()
-    assert text.startswith("<svg") and "some model" in text and "source layer" in text
+    assert text.startswith("<svg") and "some model" in text and "source layer" in text and 'width="1200"' in text
+    for width in (350, 1080):
+        save_figure(plot_scores(make_scores()), tmp_path / "f.svg", width=width)
+        assert f'width="{width}"' in (tmp_path / "f.svg").read_text()
     assert N_LAYERS == 8
