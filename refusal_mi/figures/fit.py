@@ -381,7 +381,8 @@ def _x_labels_(figure: go.Figure, place: _Place, size: Pixels) -> float:
         axis.tickvals, axis.ticktext, axis.tickangle = axis.tickvals[::each], shown[::each], 0
         return max(1 + text.count("<br>") for text in shown) * _LINE * size
     each = max(1, math.ceil(_LINE * size / cell))
-    upright = [wrapped(text.replace("<br>", " "), 15 * size, size, 1) for text in texts]
+    lines = max(1, int(cell // (_LINE * size)))
+    upright = [wrapped(text.replace("<br>", " "), 15 * size, size, lines) for text in texts]
     axis.tickvals, axis.ticktext, axis.tickangle = axis.tickvals[::each], upright[::each], -90
     return max(text_width(text, size) for text in upright)
 

@@ -11,8 +11,6 @@
     layout.height = source.layout.height - source.layout.margin.t + top;
     layout.margin = Object.assign({}, source.layout.margin, { t: top });
     if (narrow.matches) {
-      layout.margin.l = 68;
-      layout.margin.r = 6;
       layout.dragmode = false; // a finger on a plot scrolls the page
     }
     delete layout.title;
