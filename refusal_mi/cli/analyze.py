@@ -111,7 +111,6 @@ def _analyze(kind: str, inputs: "RunInputs", batch_size: int | None) -> "Analysi
 
 
 STATIC = (".png", ".svg", ".pdf")
-WIDTH = 1200
 
 
 class What(StrEnum):
@@ -140,8 +139,11 @@ def plot(
         What.scores
     ),
     width: Annotated[
-        int, typer.Option(min=100, max=10_000, help="Of a static image, in pixels (a PNG has twice as many).")
-    ] = WIDTH,
+        int | None,
+        typer.Option(
+            min=100, max=10_000, help="Of a static image, in pixels (a PNG has twice as many); 1200 by default."
+        ),
+    ] = None,
 ) -> int:
     """Draw a saved run or analysis again, without a model."""
     from ..figures.save import save_figure
