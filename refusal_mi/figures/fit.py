@@ -47,8 +47,8 @@ def _unit_width(unit: str) -> float:
     return 0.72 if character.isupper() or ord(character) > 0x2000 else 0.635
 
 
-def wrapped(text: str, width: Pixels, size: Pixels, most: int | None = None) -> str:
-    """A label in lines that are no wider than `width` (px); from line `most` on the rest is left out, with an ellipsis.
+def wrapped(text: str, width: Pixels, size: Pixels) -> str:
+    """A label in lines that are no wider than `width` (px).
 
     Lines break at spaces, and inside a word only where it alone is too wide.
     """
@@ -65,8 +65,6 @@ def wrapped(text: str, width: Pixels, size: Pixels, most: int | None = None) -> 
             *full, current = _pieces(word, width, size)
             lines += full
         lines.append(current)
-    if most is not None and len(lines) > most:
-        lines = [*lines[: most - 1], _cut(lines[most - 1], width, size)]
     return "<br>".join(lines)
 
 
@@ -77,13 +75,6 @@ def _pieces(word: str, width: Pixels, size: Pixels) -> list[str]:
             pieces.append("")
         pieces[-1] += unit
     return pieces
-
-
-def _cut(line: str, width: Pixels, size: Pixels) -> str:
-    units = _UNITS.findall(line)
-    while units and text_width("".join(units) + "…", size) > width:
-        units.pop()
-    return "".join(units) + "…"
 
 
 @dataclass(frozen=True)
@@ -288,7 +279,7 @@ def _left(figure: go.Figure, place: _Place, width: Pixels, size: Pixels, *, is_f
     labels = _labels(figure, place.panel, "y")
     if labels is None:
         return (14 if is_first else 10) + title + 3.4 * size
-    texts = [wrapped(text, max(0.3 * width, 100), size, 3) for _, text in labels]
+    texts = [wrapped(text, max(0.3 * width, 100), size) for _, text in labels]
     axis.tickvals, axis.ticktext = [value for value, _ in labels], texts
     tallest = max(1 + text.count("<br>") for text in texts) * _LINE * size
     each = max(1, math.ceil(tallest / (place.height / max(1, len(texts)))))
@@ -380,9 +371,8 @@ def _x_labels_(figure: go.Figure, place: _Place, size: Pixels) -> float:
         shown = texts if is_short else flat
         axis.tickvals, axis.ticktext, axis.tickangle = axis.tickvals[::each], shown[::each], 0
         return max(1 + text.count("<br>") for text in shown) * _LINE * size
-    each = max(1, math.ceil(_LINE * size / cell))
-    lines = max(1, int(cell // (_LINE * size)))
-    upright = [wrapped(text.replace("<br>", " "), 15 * size, size, lines) for text in texts]
+    upright = [wrapped(text.replace("<br>", " "), 15 * size, size) for text in texts]
+    each = max(1, math.ceil(max(1 + text.count("<br>") for text in upright) * _LINE * size / cell))
     axis.tickvals, axis.ticktext, axis.tickangle = axis.tickvals[::each], upright[::each], -90
     return max(text_width(text, size) for text in upright)
 
