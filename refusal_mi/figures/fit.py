@@ -281,8 +281,10 @@ def _left(figure: go.Figure, place: _Place, width: Pixels, size: Pixels, *, is_f
         return (14 if is_first else 10) + title + 3.4 * size
     texts = [wrapped(text, max(0.3 * width, 100), size) for _, text in labels]
     axis.tickvals, axis.ticktext = [value for value, _ in labels], texts
-    tallest = max(1 + text.count("<br>") for text in texts) * _LINE * size
-    each = max(1, math.ceil(tallest / (place.height / max(1, len(texts)))))
+    n_lines = max((1 + text.count("<br>") for text in texts), default=1)
+    if n_lines > 1:  # long names are worth the room; numbers of layers are left out instead
+        place.height = max(place.height, n_lines * _LINE * size * len(texts))
+    each = max(1, math.ceil(_LINE * size * n_lines / (place.height / max(1, len(texts))) - 1e-9))
     if each > 1:
         axis.tickvals, axis.ticktext = axis.tickvals[::each], texts[::each]
     return 14 + title + max((text_width(text, size) for text in texts), default=0.0)
@@ -371,7 +373,11 @@ def _x_labels_(figure: go.Figure, place: _Place, size: Pixels) -> float:
         shown = texts if is_short else flat
         axis.tickvals, axis.ticktext, axis.tickangle = axis.tickvals[::each], shown[::each], 0
         return max(1 + text.count("<br>") for text in shown) * _LINE * size
-    upright = [wrapped(text.replace("<br>", " "), 15 * size, size) for text in texts]
+    texts = [text.replace("<br>", " ") for text in texts]
+    upright = [wrapped(text, 15 * size, size) for text in texts]
+    if max(1 + text.count("<br>") for text in upright) * _LINE * size > cell:
+        upright, size = texts, max(_SMALL * size, min(size, cell / _LINE))
+        axis.tickfont.size = size
     each = max(1, math.ceil(max(1 + text.count("<br>") for text in upright) * _LINE * size / cell))
     axis.tickvals, axis.ticktext, axis.tickangle = axis.tickvals[::each], upright[::each], -90
     return max(text_width(text, size) for text in upright)
