@@ -85,10 +85,6 @@ def draw(build: Path) -> dict[str, go.Figure]:
     drawn["combinations"] = plot_combos(
         combination_points(result), text_set=result.text_set, kl_max=result.options.kl_max, model=record.model_name
     )
-    drawn["combinations"].update_xaxes(tickformat=".4~f")
-    # Narrower than the figure was laid out for: its legend takes one row more.
-    layout = drawn["scores"].layout
-    layout.update(height=layout.height + 30, margin_b=layout.margin.b + 30)
     return {name: drawn[name] for name in PICTURES}
 
 
@@ -97,16 +93,21 @@ def numbers(figure: go.Figure) -> dict[str, Any]:
     axes = figure.select_xaxes(), figure.select_yaxes()
     layout = figure.layout.title
     return {
-        "title": layout.text,
-        "about": layout.subtitle.text,
-        "axes": [[axis.title.text for axis in side if axis.title.text] for side in axes],
+        "title": _in_one_line(layout.text),
+        "about": _in_one_line(layout.subtitle.text),
+        "axes": [[_in_one_line(axis.title.text) for axis in side if axis.title.text] for side in axes],
         "traces": [_trace(trace) for trace in figure.data],
     }
 
 
+def _in_one_line(text: str | None) -> str | None:
+    """Words without the line breaks that the width of a figure asks for."""
+    return None if text is None else text.replace("<br>", " ")
+
+
 def _trace(trace: Any) -> dict[str, Any]:
     # The figure's own JSON turns arrays into base64; the attributes do not.
-    found: dict[str, Any] = {"type": trace.type, "name": trace.name}
+    found: dict[str, Any] = {"type": trace.type, "name": _in_one_line(trace.name)}
     for key in ("x", "y", "z"):
         if getattr(trace, key, None) is not None:
             found[key] = _rounded(getattr(trace, key))

@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from .text.chat import ChatFormat
 from .text.given import Prompts, as_prompts
 from .text.prompts import Splits, load_splits
 
-_INTERACTIVE, _STATIC, _COLAB = "plotly_mimetype", "svg", "colab"
+_INTERACTIVE, _STATIC, _SCALING, _COLAB = "plotly_mimetype", "svg", "scaling-svg", "colab"
 _PROMPT = "prompt"
 """Name of the column of prompts."""
 
@@ -110,16 +111,29 @@ def plain_texts(run: RunInputs, limit: int = 32) -> list[ScoredText]:
 def show_static(width: int = 1080) -> None:
     """Let every figure carry a static SVG beside its interactive form: code hosts show only the former.
 
-    Without kaleido or a browser, figures stay interactive and a warning says what is missing.
+    It is as wide as the page lets it be, up to `width` (px). Without kaleido or a browser, figures stay interactive and
+    a warning says what is missing.
     """
     import plotly.graph_objects as go
     import plotly.io as pio
+    from plotly.io.base_renderers import MimetypeRenderer
+
+    from .figures.fit import laid_out
+
+    class Scaling(MimetypeRenderer):
+        """A picture that shrinks with the page."""
+
+        def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, str]:
+            figure = go.Figure(fig_dict)
+            wide = figure.layout.width or width
+            picture = laid_out(figure, width=wide).to_image(format=_STATIC, width=wide)
+            return {"image/svg+xml": scaling(picture.decode("utf-8"))}
 
     # From libraries that would rather draw their bars with ipywidgets.
     warnings.filterwarnings("ignore", message="IProgress not found")
     if pio.renderers.default == _COLAB:  # plotly's own choice there, which shows neither of the other two
         return
-    pio.renderers[_STATIC].width = width
+    pio.renderers[_SCALING] = Scaling()
     try:
         go.Figure().to_image(format=_STATIC)  # says what is missing; a server without a browser would wait
         _keep_browser()
@@ -129,7 +143,19 @@ def show_static(width: int = 1080) -> None:
         warnings.warn(message, stacklevel=2)
         pio.renderers.default = _INTERACTIVE
         return
-    pio.renderers.default = f"{_INTERACTIVE}+{_STATIC}"
+    pio.renderers.default = f"{_INTERACTIVE}+{_SCALING}"
+
+
+def scaling(svg: str) -> str:
+    """An SVG that is as wide as its place, up to its own width, and never cut by it."""
+    head, end, rest = svg.partition(">")
+    size = [re.search(rf'\b{name}="([\d.]+)"', head) for name in ("width", "height")]
+    if None in size:
+        raise ValueError("the SVG does not say its size in its first tag")
+    width, height = (found[1] for found in size if found is not None)
+    head = re.sub(r' (?:width|height|style)="[^"]*"', "", head)
+    box = "" if "viewBox=" in head else f' viewBox="0 0 {width} {height}"'
+    return f'{head}{box} style="width:100%;max-width:{width}px;height:auto"{end}{rest}'
 
 
 def say(text: str) -> None:

@@ -33,8 +33,8 @@ MEANINGS: Mapping[str, str] = {
     "it is added.",
     "layers": f"all, or {LAYER_LIST}: blocks, in caa their outputs, in responses the streams entering them. Default "
     "all.",
-    "max_new_tokens": "Of every answer. Default 512, for run on the embedded model 64; in caa 50, in responses and "
-    "localize 64.",
+    "max_new_tokens": "Of every answer. Default 512, for run on the embedded model 64; in caa 50, in responses, "
+    "localize and compare-methods 64.",
     "multi": "How several directions are removed. span (default): their span; sequential: one after the other at every "
     "block's input and write, as published, which leaves some of the first (3-8% of its size on the embedded model) "
     "and cannot be exported.",
@@ -43,7 +43,8 @@ MEANINGS: Mapping[str, str] = {
     "n_ce": "At most this many texts of each CE set. Default 4096; in combos 256.",
     "n_prompts": "Prompts a side, at most. Default 128; in localize and compare-methods 100.",
     "n_questions": "Only the first of the questions. Default all; in caa ab 40, and 0 chooses nothing.",
-    "n_random": "Random controls of equal size beside the result. Default 1; in combos 3, in localize and compare-methods 5.",
+    "n_random": "Random controls of equal size beside the result. Default 1; in combos 3, in localize and "
+    "compare-methods 5.",
     "output": "The file to write, whose ending says the format; default: beside what is read.",
     "output_dir": "The folder to write; default runs/{alias}, the run folder, or the command's own folder inside it.",
     "pairs": "A/B pairs: a file, or the name of a bundled set. Default: those for training in caa vectors, held-out "

@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import circuitsvis
 import plotly.graph_objects as go
@@ -191,7 +191,7 @@ def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
-def plot_attention(result: AttentionResult) -> go.Figure:
+def plot_attention(result: AttentionResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Attention by region, and what is written along the direction from each, mean over heads and prompts."""
     figure = draw.panels(["attention", "written along the direction, all heads"], gap=0.1, shares_y=False)
     tables = (result.mass.mean(2), result.contributions.sum(2))
@@ -207,10 +207,10 @@ def plot_attention(result: AttentionResult) -> go.Figure:
     heads = ", ".join(draw.head_names(result.heads))
     about = draw.subtitle(result.model_name, f"n = {result.n_prompts} prompts, 95% intervals", f"heads {heads}")
     title = "Where the heads that write the direction look from the last position"
-    return draw.finish(figure, title=title, about=about, height=340, top=104)
+    return draw.finish(figure, title=title, about=about, height=340, look=look)
 
 
-def plot_attention_heads(result: AttentionResult) -> go.Figure:
+def plot_attention_heads(result: AttentionResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Mean attention of each head by region, one panel a variant."""
     rows, regions = draw.head_names(result.heads), [draw.plain(region) for region in result.regions]
     figure = draw.panels([draw.plain(name) for name in result.variants], gap=0.03)
@@ -225,7 +225,7 @@ def plot_attention_heads(result: AttentionResult) -> go.Figure:
     about = draw.subtitle(result.model_name, f"n = {result.n_prompts} prompts, mean attention from the last position")
     height = max(220, 34 * len(rows))
     title = "Attention of each head by region"
-    return draw.finish(figure, title=title, about=about, height=height, top=104)
+    return draw.finish(figure, title=title, about=about, height=height, look=look)
 
 
 def attention_page(result: AttentionResult) -> Page:
@@ -251,7 +251,7 @@ def _bars(
         error_y=draw.interval_bars(intervals, 4),
         name=name,
         legendgroup=name,
-        marker=draw.bars(index),
+        marker=draw.bars(index, draw.other_style(index)),
         customdata=counts,
         hovertemplate=f"<b>{name}</b>, %{{x}} (%{{customdata:.1f}} tokens)<br>{number}<extra></extra>",
     )

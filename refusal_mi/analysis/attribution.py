@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import plotly.graph_objects as go
 import torch
@@ -250,7 +250,7 @@ _UNIT = "⟨write, r̂⟩ (residual stream units)"
 _N_RANKED = 16
 
 
-def plot_attribution(result: AttributionResult) -> go.Figure:
+def plot_attribution(result: AttributionResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Mean contribution of every head, MLP and bias: first group minus second, or the only group.
 
     Raises:
@@ -271,10 +271,10 @@ def plot_attribution(result: AttributionResult) -> go.Figure:
     figure.update_yaxes(title="layer")
     counts = "n = " + ", ".join(f"{len(result.projections[group])} {group}" for group in result.groups[:2])
     about = draw.subtitle(result.model_name, counts, what, f"embedding {_embedding(result):+.3f}")
-    return draw.finish(figure, title=_title(result), about=about, height=max(260, 30 * result.layer))
+    return draw.finish(figure, title=_title(result), about=about, height=max(260, 30 * result.layer), look=look)
 
 
-def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
+def plot_attribution_ranked(result: AttributionResult, **look: Unpack[draw.Look]) -> go.Figure:
     """The components with the largest differences (or means), with 95% intervals over prompts."""
     shown = result.groups[:2]
     by_group = {group: result.components(group) for group in shown}
@@ -282,7 +282,7 @@ def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
     order = sorted(means, key=lambda name: -abs(means[name][0] - (means[name][1] if len(shown) > 1 else 0.0)))
     names = order[:_N_RANKED]
     figure = go.Figure()
-    for index, group in enumerate(shown):
+    for index, (group, style) in enumerate(zip(shown, draw.group_styles(shown), strict=True)):
         intervals = [mean_interval(by_group[group][name].tolist()) for name in names]
         name = draw.plain(group)
         label = f"{name} (n = {len(result.projections[group])})"
@@ -294,7 +294,7 @@ def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
                 orientation="h",
                 name=label,
                 legendgroup=label,
-                marker=draw.bars(index),
+                marker=draw.bars(index, style),
                 hovertemplate=f"<b>{name}</b>, %{{y}}<br>%{{x:.4f}}<extra></extra>",
             )
         )
@@ -304,7 +304,7 @@ def plot_attribution_ranked(result: AttributionResult) -> go.Figure:
     figure.update_yaxes(title="component", autorange="reversed", automargin=True)
     about = draw.subtitle(result.model_name, "mean and 95% interval over prompts", _sum_note(result))
     height = 30 * len(names) + 20
-    return draw.finish(figure, title=_title(result), about=about, height=height)
+    return draw.finish(figure, title=_title(result), about=about, height=height, look=look)
 
 
 def _contrast(result: AttributionResult) -> tuple[Float[Tensor, "layer component"], str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import plotly.graph_objects as go
 import torch
@@ -88,7 +88,7 @@ def from_run(run: RunInputs) -> ComparisonResult:
     return compare_directions(named, provenance=record, seed=run.seed)
 
 
-def plot_comparison(result: ComparisonResult) -> go.Figure:
+def plot_comparison(result: ComparisonResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Cosine of every pair of directions; under the title what random directions reach."""
     names = [name.replace("position -", "position −") for name in result.names]
     labels = [draw.plain(f"{name} (‖r‖ = {norm:.3g})") for name, norm in zip(names, result.norms.tolist(), strict=True)]
@@ -101,8 +101,7 @@ def plot_comparison(result: ComparisonResult) -> go.Figure:
     null = f"95% of random pairs in {result.d_model} dimensions: |cosine| < {result.null_p95:.3f}"
     about = draw.subtitle(result.model_name, f"n = {len(labels)} directions", null)
     height = max(220, 36 * len(labels))
-    figure = draw.finish(figure, title="Cosine between directions", about=about, height=height, width=760)
-    return draw.with_room_below(figure, names, 0.5)
+    return draw.finish(figure, title="Cosine between directions", about=about, height=height, width=760, look=look)
 
 
 FIGURES = {"comparison": plot_comparison}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, Unpack, get_args
 
 import plotly.graph_objects as go
 import torch
@@ -260,11 +260,10 @@ _ROWS: tuple[tuple[Measure, str], ...] = (
 )
 
 _SIDES: tuple[Side, ...] = ("harmful", "harmless")
-_RANDOM = "random directions, mean and range"
-_CE = "text"
+_CE = "plain text"
 
 
-def plot_dose(result: DoseResult) -> go.Figure:
+def plot_dose(result: DoseResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Refusal score, refusal rate, degenerate rate, KL and CE loss: the direction's curves over random ones."""
     rows = [row for row in _ROWS if any(point for point in result.band(row[0], "add/harmful"))]
     has_loss = not bool(result.ce_loss["add"].isnan().all())
@@ -296,11 +295,11 @@ def plot_dose(result: DoseResult) -> go.Figure:
         result.model_name,
         f"‖r‖ = {result.norm:.3g}",
         "95% intervals",
-        f"{result.n_random} random directions of equal norm",
+        f"{result.n_random} random directions of equal norm (mean and range)",
         _z_note(result),
     )
     title = "Dose and response"
-    return draw.finish(figure, title=title, about=about, height=175 * last, top=104)
+    return draw.finish(figure, title=title, about=about, height=175 * last, look=look)
 
 
 def _draw(
@@ -310,7 +309,7 @@ def _draw(
     control = [point for point in result.control_band(measure, curve) if point is not None]
     if control:
         hover = f"random directions, {side} prompts, %{{x}}<br>mean %{{y:.3f}}<extra></extra>"
-        _draw_control(figure, x, control, hover, place)
+        _draw_control(figure, x, control, f"random directions, {side}", _SIDES.index(side), hover, place)
     index, name = _SIDES.index(side), _name(result, side)
     points = [point for point in result.band(measure, curve) if point is not None]
     if len(points) < len(x):
@@ -326,7 +325,7 @@ def _draw(
 
 
 def _draw_loss(figure: go.Figure, result: DoseResult, row: int) -> None:
-    style = draw.group_style(2)
+    style = draw.other_style(0)
     for column, kind in enumerate(("add", "ablate"), start=1):
         x, losses = list(result.amounts(kind)), result.ce_loss[kind]
         control = losses[1:][~losses[1:].isnan().any(-1)]
@@ -334,8 +333,8 @@ def _draw_loss(figure: go.Figure, result: DoseResult, row: int) -> None:
         if len(control):
             columns = (control.mean(0), control.amin(0), control.amax(0))
             points = list(zip(*(values.tolist() for values in columns), strict=True))
-            _draw_control(figure, x, points, hover, {"row": row, "col": column})
-        trace = draw.line(x, losses[0].tolist(), _CE, style, hovertemplate=hover, showlegend=False)
+            _draw_control(figure, x, points, f"random directions, {_CE}", 2, hover, {"row": row, "col": column})
+        trace = draw.line(x, losses[0].tolist(), _CE, style, hovertemplate=hover)
         figure.add_trace(trace, row=row, col=column)
     values = torch.cat([losses.flatten() for losses in result.ce_loss.values()])
     values = values[~values.isnan()]
@@ -363,15 +362,17 @@ def _draw_control(
     figure: go.Figure,
     x: list[float],
     points: list[tuple[float, float, float]],
+    name: str,
+    index: int,
     hover: str,
     place: dict[str, int],
 ) -> None:
     """Mean and range over random directions."""
-    figure.add_trace(
-        draw.band(x, [low for _, low, _ in points], [high for _, _, high in points], _RANDOM, draw.CONTROL), **place
-    )
-    trace = draw.line(x, [mean for mean, _, _ in points], _RANDOM, draw.CONTROL, hovertemplate=hover)
-    figure.add_trace(trace.update(mode="lines", line_width=1.2), **place)
+    style = draw.control_style(index)
+    low, high = [low for _, low, _ in points], [high for _, _, high in points]
+    figure.add_trace(draw.band(x, low, high, name, style), **place)
+    trace = draw.line(x, [mean for mean, _, _ in points], name, style, hovertemplate=hover)
+    figure.add_trace(trace.update(line_width=1.2, marker_size=5), **place)
 
 
 def _z_note(result: DoseResult) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import plotly.graph_objects as go
 import torch
@@ -175,7 +175,7 @@ def _cosine(
     return (drawn * units).sum(-1) / drawn.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def plot_geometry(result: GeometryResult) -> go.Figure:
+def plot_geometry(result: GeometryResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Cosine between every two candidates, beside the 95th percentile of its size with shuffled labels."""
     labels = [f"{draw.signed(position)}:{layer}" for position in result.positions for layer in _layers(result)]
     figure = draw.panels(["cosine", "shuffled labels, 95th percentile of |cosine|"], gap=0.05, shares_y=False)
@@ -201,11 +201,11 @@ def plot_geometry(result: GeometryResult) -> go.Figure:
             figure.add_vline(edge * n_layers - 0.5, **cut)
             figure.add_hline(edge * n_layers - 0.5, **cut)
     title = "Cosines between the candidate directions"
-    about = draw.subtitle(result.model_name, _counts(result), "white: the two means do not differ")
-    return draw.finish(figure, title=title, about=about, height=420, top=104)
+    about = draw.subtitle(result.model_name, _counts(result), "grey: the two means do not differ")
+    return draw.finish(figure, title=title, about=about, height=420, look=look)
 
 
-def plot_stability(result: GeometryResult) -> go.Figure:
+def plot_stability(result: GeometryResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Cosine of bootstrap directions with the full one, and of shuffled-label directions as their control."""
     figure = go.Figure()
     layers = _layers(result)
@@ -217,14 +217,14 @@ def plot_stability(result: GeometryResult) -> go.Figure:
     null = torch.where(result.shuffled_p95.isnan(), 0.0, result.shuffled_p95)
     figure.add_trace(draw.band(layers, [0.0] * len(layers), null.amax(0).tolist(), name, draw.CONTROL))
     draw.add_line(figure, layers, null.amax(0).tolist(), name, draw.CONTROL)
-    draw.layer_axis(figure, len(layers))
+    draw.layer_axis(figure)
     figure.update_yaxes(title="cosine with the direction of all prompts", range=[-0.05, 1.05])
     about = draw.subtitle(result.model_name, _counts(result), f"mean over {result.n_resamples} bootstrap samples")
     title = "How far resampled prompts give the same direction"
-    return draw.finish(figure, title=title, about=about, height=380)
+    return draw.finish(figure, title=title, about=about, height=380, look=look)
 
 
-def plot_lengths(result: GeometryResult) -> go.Figure:
+def plot_lengths(result: GeometryResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Length of the candidates over that of shuffled-label directions."""
     figure = go.Figure()
     layers = _layers(result)
@@ -238,11 +238,11 @@ def plot_lengths(result: GeometryResult) -> go.Figure:
         )
         draw.add_line(figure, layers, values, name, style, hover, custom)
     figure.add_hline(1, line={"color": "#1a1a1a", "dash": "dash", "width": 1.4}, annotation={"text": "chance"})
-    draw.layer_axis(figure, len(layers))
+    draw.layer_axis(figure)
     figure.update_yaxes(title="length / 95th percentile of shuffled labels", rangemode="tozero")
     about = draw.subtitle(result.model_name, _counts(result), f"{result.n_resamples} shuffles")
     title = "Length of the candidate directions against chance"
-    return draw.finish(figure, title=title, about=about, height=360)
+    return draw.finish(figure, title=title, about=about, height=360, look=look)
 
 
 def _layers(result: GeometryResult) -> list[int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import plotly.graph_objects as go
 import torch
@@ -200,11 +200,11 @@ def _delta(
 _SYMBOLS = ("circle", "square-open", "x", "diamond-open", "triangle-up", "cross-open")
 
 
-def plot_harm(result: HarmResult) -> go.Figure:
+def plot_harm(result: HarmResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Δharm × Δrefuse of every prompt; beside it the cosine of the two directions by layer."""
     titles = ["every prompt", "cosine of the two directions"]
     figure = draw.panels(titles, gap=0.1, shares_y=False, widths=[0.62, 0.38])
-    for index, group in enumerate(result.groups):
+    for index, (group, style) in enumerate(zip(result.groups, draw.group_styles(result.groups), strict=True)):
         delta, scores = result.deltas[group], result.scores[group]
         label = draw.plain(group)
         name = f"{label} (n = {len(scores)})"
@@ -220,7 +220,7 @@ def plot_harm(result: HarmResult) -> go.Figure:
                 name=name,
                 legendgroup=name,
                 marker={
-                    "color": draw.group_style(index).color,
+                    "color": style.color,
                     "symbol": _SYMBOLS[index % len(_SYMBOLS)],
                     "size": 8,
                     "opacity": 0.85,
@@ -235,25 +235,25 @@ def plot_harm(result: HarmResult) -> go.Figure:
     figure.add_vline(0, line={"color": draw.MUTED, "width": 1}, row=1, col=1)
     _name_quadrants(figure)
     extra: dict[str, Any] = {"hovertemplate": "layer %{x}<br>cosine %{y:.3f}<extra></extra>", "showlegend": False}
-    trace = draw.line(result.layers, result.cosines.tolist(), "cosine", draw.group_style(2), **extra)
+    trace = draw.line(result.layers, result.cosines.tolist(), "cosine", draw.other_style(0), **extra)
     figure.add_trace(trace, row=1, col=2)
     draw.zero_line(figure, row=1, col=2)
     figure.update_xaxes(title="Δharm, last instruction token (difference of cosines)", row=1, col=1)
     figure.update_yaxes(title="Δrefuse, last template token", row=1, col=1)
-    draw.layer_axis(figure, len(result.layers), "layer", n_ticks=10, row=1, col=2)
+    draw.layer_axis(figure, "layer", row=1, col=2)
     figure.update_yaxes(title="cos(harm, refusal)", range=[-1.05, 1.05], row=1, col=2)
     clusters = f"clusters from {result.n_refused} refused and {result.n_answered} answered training prompts"
     about = draw.subtitle(result.model_name, f"mean over layers {result.layers[0]}–{result.layers[-1]}", clusters)
     title = "Harm and refusal apart"
-    return draw.finish(figure, title=title, about=about, height=400, top=104)
+    return draw.finish(figure, title=title, about=about, height=400, look=look)
 
 
 def _name_quadrants(figure: go.Figure) -> None:
     corners = (
-        (0, 1, "harmless, refused"),
-        (1, 1, "harmful, refused"),
-        (0, 0, "harmless, answered"),
-        (1, 0, "harmful, answered"),
+        (0, 1, "harmless,<br>refused"),
+        (1, 1, "harmful,<br>refused"),
+        (0, 0, "harmless,<br>answered"),
+        (1, 0, "harmful,<br>answered"),
     )
     for x, y, text in corners:
         figure.add_annotation(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import plotly.graph_objects as go
 import torch
@@ -128,7 +128,7 @@ def _random_sets(d_vocab: int, tokens: Sequence[int], n_sets: int, seed: int) ->
     return [others[torch.randperm(len(others), generator=generator)[: len(tokens)]].tolist() for _ in range(n_sets)]
 
 
-def plot_lens(result: LensResult) -> go.Figure:
+def plot_lens(result: LensResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Mean ± SD of the refusal score over harmful and over harmless prompts, against layer."""
     figure = go.Figure()
     for index, group in enumerate(("harmful", "harmless")):
@@ -137,13 +137,13 @@ def plot_lens(result: LensResult) -> go.Figure:
         draw.add_spread(figure, scores, f"{group} (n = {len(scores)})", draw.group_style(index), hover)
     draw.zero_line(figure)
     title = "layer (stream entering the block; the last is the model's own score)"
-    draw.layer_axis(figure, result.scores.shape[1], title)
+    draw.layer_axis(figure, title)
     figure.update_yaxes(title="refusal score, log-odds (nats)")
     about = draw.subtitle(result.model_name, f"position {draw.signed(result.position)}", "bands: ± 1 SD over prompts")
-    return draw.finish(figure, title="Refusal score read at each layer", about=about, height=380)
+    return draw.finish(figure, title="Refusal score read at each layer", about=about, height=380, look=look)
 
 
-def plot_lens_gap(result: LensResult) -> go.Figure:
+def plot_lens_gap(result: LensResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Harmful minus harmless, for the refusal tokens and for random sets of as many tokens."""
     layers = list(range(result.scores.shape[1]))
     tokens = ", ".join(draw.quoted(text) for text in result.token_texts)
@@ -159,12 +159,12 @@ def plot_lens_gap(result: LensResult) -> go.Figure:
     hover = "<b>refusal tokens</b>, layer %{x}<br>%{y:.3f} nats"
     draw.add_line(figure, layers, result.gap.tolist(), names[0], draw.group_style(0), hover)
     draw.zero_line(figure)
-    draw.layer_axis(figure, len(layers))
+    draw.layer_axis(figure)
     figure.update_yaxes(title="score, harmful − harmless (nats)")
     counts = draw.counted({group: len(result.of(group)) for group in ("harmful", "harmless")})
     about = draw.subtitle(result.model_name, f"position {draw.signed(result.position)}", counts)
     title = "Where harmful and harmless prompts part"
-    return draw.finish(figure, title=title, about=about, height=340)
+    return draw.finish(figure, title=title, about=about, height=340, look=look)
 
 
 FIGURES = {"lens": plot_lens, "lens_gap": plot_lens_gap}

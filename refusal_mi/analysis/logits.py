@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import plotly.graph_objects as go
 import torch
@@ -145,7 +145,7 @@ def _texts(model: HookedModel, ids: Int[Tensor, " token"]) -> tuple[str, ...]:
     return tuple(f"<{token}>" if entry is None else entry for entry, token in zip(entries, ids.tolist(), strict=True))
 
 
-def plot_logits(result: LogitsResult) -> go.Figure:
+def plot_logits(result: LogitsResult, **look: Unpack[draw.Look]) -> go.Figure:
     """The most lowered and the most raised tokens, and the ranks of the refusal tokens."""
     figure = draw.panels(["most lowered", "most raised"], gap=0.14, shares_y=False)
     sides = (
@@ -170,10 +170,10 @@ def plot_logits(result: LogitsResult) -> go.Figure:
     )
     height = max(220, 24 * len(result.top_z))
     title = "Logits of the direction through final norm and unembedding"
-    return draw.finish(figure, title=title, about=about, height=height, top=104)
+    return draw.finish(figure, title=title, about=about, height=height, look=look)
 
 
-def plot_logits_by_layer(result: LogitsResult) -> go.Figure:
+def plot_logits_by_layer(result: LogitsResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Mean z-score of the refusal tokens for the candidate of every layer, over the 95% range of random directions."""
     layers = range(len(result.layer_z))
     low, middle, high = (result.control_z.quantile(q).item() for q in (0.025, 0.5, 0.975))
@@ -184,13 +184,13 @@ def plot_logits_by_layer(result: LogitsResult) -> go.Figure:
     name, hover = "candidate of the layer", "layer %{x}<br>%{y:.2f} standard deviations"
     draw.add_line(figure, layers, draw.gaps(result.layer_z), name, draw.group_style(0), hover)
     draw.zero_line(figure)
-    draw.layer_axis(figure, len(layers), "layer of the candidate (stream entering the block)")
+    draw.layer_axis(figure, "layer of the candidate (stream entering the block)")
     figure.update_yaxes(title="mean over refusal tokens (SD)")
     tokens = ", ".join(f"'{draw.token_text(text)}'" for text in result.refusal_texts)
     where = f"position {draw.signed(result.direction_position)}"
     about = draw.subtitle(result.model_name, where, f"n = {len(result.refusal_tokens)} refusal tokens: {tokens}")
     title = "Direct effect of each layer's candidate on the refusal tokens"
-    return draw.finish(figure, title=title, about=about, height=340)
+    return draw.finish(figure, title=title, about=about, height=340, look=look)
 
 
 def _bars(z: list[float], texts: tuple[str, ...], ids: list[int], refusal: list[bool]) -> go.Bar:
@@ -201,8 +201,8 @@ def _bars(z: list[float], texts: tuple[str, ...], ids: list[int], refusal: list[
         orientation="h",
         showlegend=False,
         marker={
-            "color": ["#c9d3ea" if flag else "#33508f" for flag in refusal],
-            "pattern": {"shape": ["/" if flag else "" for flag in refusal], "fgcolor": draw.INK},
+            "color": ["#e2b3ae" if flag else "#d9d9d9" for flag in refusal],
+            "pattern": {"shape": ["/" if flag else "" for flag in refusal], "fgcolor": draw.WARM},
             "line": {"color": draw.INK, "width": 1},
         },
         hovertemplate="%{y}<br>%{x:.2f} standard deviations<extra></extra>",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Unpack, get_args
 
 import plotly.graph_objects as go
 import torch
@@ -185,7 +185,7 @@ _MAX_COLUMNS_WITH_TEXT = 12
 _NAMES = {"resid": "stream", "attn": "attention", "mlp": "MLP", "resid_mid": "stream between", "heads": "heads"}
 
 
-def plot_patching(result: PatchingResult) -> go.Figure:
+def plot_patching(result: PatchingResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Normalized effect at every layer and post-instruction position: both ways, and the control."""
     sites: list[Site] = [site for site in result.sites if site != "heads"] or ["heads"]
     titles = [f"<b>{_NAMES[site]}</b>, {what}" for what in (*map(_way_text, WAYS), "control") for site in sites]
@@ -214,10 +214,10 @@ def plot_patching(result: PatchingResult) -> go.Figure:
     height = 3 * max(150, 30 * len(result.positions)) + 80
     about = _about(result, f"control: another harmless prompt · no number: below {_SHOWN:g}")
     title = "Activation patching: share of the refusal score that one activation carries over"
-    return draw.finish(figure, title=title, about=about, height=height, top=104)
+    return draw.finish(figure, title=title, about=about, height=height, look=look)
 
 
-def plot_patching_heads(result: PatchingResult) -> go.Figure:
+def plot_patching_heads(result: PatchingResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Normalized effect of every head, patched at all post-instruction positions; beside it the control.
 
     Raises:
@@ -241,10 +241,10 @@ def plot_patching_heads(result: PatchingResult) -> go.Figure:
     height = max(240, 30 * tables[0].shape[0])
     about = _about(result, "heads patched at all post-instruction positions; control: another harmless prompt")
     title = "Activation patching of single heads"
-    return draw.finish(figure, title=title, about=about, height=height, top=104)
+    return draw.finish(figure, title=title, about=about, height=height, look=look)
 
 
-def plot_directional(result: PatchingResult) -> go.Figure:
+def plot_directional(result: PatchingResult, **look: Unpack[draw.Look]) -> go.Figure:
     """At each layer's best position: effect of the whole stream, and of its component along the direction alone.
 
     Raises:
@@ -262,18 +262,18 @@ def plot_directional(result: PatchingResult) -> go.Figure:
         for index, (name, values) in enumerate((("whole stream", whole), ("component along the direction", along))):
             hover = f"<b>{name}</b>, layer %{{x}}, position %{{customdata}}<br>effect %{{y:.3f}}"
             chosen = values[rows, best].tolist()
-            draw.add_line(figure, layers, chosen, name, draw.group_style(index), hover, names, **place)
+            draw.add_line(figure, layers, chosen, name, draw.other_style(index), hover, names, **place)
         if way == "into harmless":
             hover = "control, layer %{x}<br>effect %{y:.3f}"
             control = result.control_effects("resid")[rows, best].tolist()
             draw.add_line(figure, layers, control, "another harmless prompt", draw.CONTROL, hover, **place)
         draw.zero_line(figure, **place)
         draw.zero_line(figure, 1.0, **place)
-    draw.layer_axis(figure, len(whole), n_ticks=10)
+    draw.layer_axis(figure)
     figure.update_yaxes(title=_UNIT, row=1, col=1)
     about = _about(result, "position with the largest effect at each layer")
     title = "Directional patching: what of the effect goes through the direction"
-    return draw.finish(figure, title=title, about=about, height=340, top=104)
+    return draw.finish(figure, title=title, about=about, height=340, look=look)
 
 
 def _map(

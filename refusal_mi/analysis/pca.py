@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import plotly.graph_objects as go
 import torch
@@ -202,7 +202,7 @@ _FILLED = {"refused": True, "answered": False, None: True}
 _SHAPES = ("circle", "square", "diamond", "triangle-up", "cross")
 
 
-def plot_pca(result: PcaResult) -> go.Figure:
+def plot_pca(result: PcaResult, **look: Unpack[draw.Look]) -> go.Figure:
     """One panel per layer: shape and color are the group, filled is refused, open is answered.
 
     Raises:
@@ -210,36 +210,39 @@ def plot_pca(result: PcaResult) -> go.Figure:
     """
     if result.coordinates.shape[2] < 2:
         raise UserError("a picture needs 2 components; call residual_pca with n_components=2")
-    n = len(result.layers)
-    figure = draw.panels([_panel(result, row) for row in range(n)], gap=0.09, shares_y=False)
-    for row in range(n):
-        for index, group in enumerate(dict.fromkeys(result.groups)):
+    spread = [row for row in range(len(result.layers)) if bool(result.coordinates[row].any())]
+    shown, groups = spread or [0], list(dict.fromkeys(result.groups))
+    figure = draw.panels([_panel(result, row) for row in shown], gap=0.09, shares_y=False)
+    for column, row in enumerate(shown, start=1):
+        for index, (group, style) in enumerate(zip(groups, draw.group_styles(groups), strict=True)):
             for outcome in dict.fromkeys(result.outcomes):
                 kinds = zip(result.groups, result.outcomes, strict=True)
                 rows = [prompt for prompt, each in enumerate(kinds) if each == (group, outcome)]
                 if rows:
                     kind = f"{group}, {outcome}" if outcome else group
                     name = f"{draw.plain(kind)} (n = {len(rows)})"
-                    trace = _points(result, row, rows, name, index, is_filled=_FILLED[outcome])
-                    figure.add_trace(trace, row=1, col=row + 1)
+                    shape = _SHAPES[index % len(_SHAPES)]
+                    trace = _points(result, row, rows, name, style.color, shape, is_filled=_FILLED[outcome])
+                    figure.add_trace(trace, row=1, col=column)
         first, second = (100 * float(value) for value in result.explained[row, :2])
         cosine = float(result.direction_cosines[row, 0])
-        figure.update_xaxes(title=f"component 1 ({first:.0f}%, cosine with r {draw.number(cosine)})", col=row + 1)
-        figure.update_yaxes(title=f"component 2 ({second:.0f}%)", col=row + 1)
+        figure.update_xaxes(title=f"component 1 ({first:.0f}%, cosine with r {draw.number(cosine)})", col=column)
+        figure.update_yaxes(title=f"component 2 ({second:.0f}%)", col=column)
     about = draw.subtitle(
         result.model_name,
         f"n = {len(result.prompts)} prompts",
         f"position {draw.signed(result.position)}",
         "residual stream units",
         "percent: share of variance",
+        _left_out([result.layers[row] for row in range(len(result.layers)) if row not in shown]),
     )
     title = "Principal components of the stream"
-    return draw.finish(figure, title=title, about=about, height=360, top=122)
+    return draw.finish(figure, title=title, about=about, height=360, look=look)
 
 
-def _points(result: PcaResult, row: int, rows: list[int], name: str, index: int, *, is_filled: bool) -> go.Scatter:
-    color = draw.group_style(index).color
-    shape = _SHAPES[index % len(_SHAPES)]
+def _points(
+    result: PcaResult, row: int, rows: list[int], name: str, color: str, shape: str, *, is_filled: bool
+) -> go.Scatter:
     return go.Scatter(
         x=result.coordinates[row, rows, 0].tolist(),
         y=result.coordinates[row, rows, 1].tolist(),
@@ -256,6 +259,10 @@ def _points(result: PcaResult, row: int, rows: list[int], name: str, index: int,
         customdata=[draw.shortened(result.prompts[i]) for i in rows],
         hovertemplate=f"<b>{name}</b><br>%{{customdata}}<br>(%{{x:.3g}}, %{{y:.3g}})<extra></extra>",
     )
+
+
+def _left_out(layers: Sequence[int]) -> str:
+    return f"no variance at layer {', '.join(map(str, layers))}, which is left out" if layers else ""
 
 
 def _panel(result: PcaResult, row: int) -> str:

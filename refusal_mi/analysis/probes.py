@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import plotly.graph_objects as go
 import torch
@@ -176,7 +176,7 @@ def _cosine(weight: Float[Tensor, " d_model"], unit: Float[Tensor, " d_model"]) 
     return weight @ unit / norm if norm > 0 else torch.tensor(torch.nan, dtype=torch.float64)
 
 
-def plot_probes(result: ProbesResult) -> go.Figure:
+def plot_probes(result: ProbesResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Cross-validated AUC of both probes at every position, over the range that shuffled labels reach."""
     layers = range(result.auc.shape[2])
     figure = draw.panels([draw.plain(method) for method in result.methods])
@@ -197,15 +197,15 @@ def plot_probes(result: ProbesResult) -> go.Figure:
             columns = (result.auc_sd, result.null_low, result.null_high)
             custom = list(zip(*(table[row, index].tolist() for table in columns), strict=True))
             draw.add_line(figure, layers, result.auc[row, index].tolist(), name, style, hover, custom, **place)
-    draw.layer_axis(figure, len(layers), n_ticks=10)
+    draw.layer_axis(figure)
     figure.update_yaxes(range=[-0.03, 1.05], dtick=0.25)
     figure.update_yaxes(title=f"AUC, {result.n_folds}-fold cross-validation", col=1)
     title = "Linear probes: harmful against harmless"
     about = draw.subtitle(result.model_name, _counts(result), f"{result.n_shuffles} shuffles")
-    return draw.finish(figure, title=title, about=about, height=380, top=104)
+    return draw.finish(figure, title=title, about=about, height=380, look=look)
 
 
-def plot_probe_cosines(result: ProbesResult) -> go.Figure:
+def plot_probe_cosines(result: ProbesResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Cosine of each probe, fitted on all prompts, with the direction."""
     layers = range(result.auc.shape[2])
     figure = draw.panels([draw.plain(method) for method in result.methods])
@@ -215,11 +215,11 @@ def plot_probe_cosines(result: ProbesResult) -> go.Figure:
             values = draw.gaps(result.cosines[column - 1, index])
             draw.add_line(figure, layers, values, name, style, hover, row=1, col=column)
         draw.zero_line(figure, row=1, col=column)
-    draw.layer_axis(figure, len(layers), n_ticks=10)
+    draw.layer_axis(figure)
     figure.update_yaxes(title="cosine with the direction", col=1)
     about = draw.subtitle(result.model_name, _counts(result))
     title = "Cosine of the probes with the direction"
-    return draw.finish(figure, title=title, about=about, height=340, top=104)
+    return draw.finish(figure, title=title, about=about, height=340, look=look)
 
 
 def _counts(result: ProbesResult) -> str:

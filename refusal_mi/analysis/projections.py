@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Unpack
 
 import plotly.graph_objects as go
 import torch
@@ -134,17 +134,17 @@ def from_run(run: RunInputs) -> ProjectionsResult:
 Measure = Literal["projections", "cosines"]
 
 
-def plot_projections(result: ProjectionsResult) -> go.Figure:
+def plot_projections(result: ProjectionsResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Mean ± SD of ⟨x, r̂⟩ against layer: last instruction token, the direction's own position, last position."""
-    return _lines(result, "projections", "⟨x, r̂⟩ (residual stream units)", "Projection on the direction")
+    return _lines(result, "projections", "⟨x, r̂⟩ (residual stream units)", "Projection on the direction", look)
 
 
-def plot_cosines(result: ProjectionsResult) -> go.Figure:
+def plot_cosines(result: ProjectionsResult, **look: Unpack[draw.Look]) -> go.Figure:
     """The same for the cosine, which does not grow with the stream."""
-    return _lines(result, "cosines", "cos(x, r̂)", "Cosine with the direction")
+    return _lines(result, "cosines", "cos(x, r̂)", "Cosine with the direction", look)
 
 
-def plot_projection_map(result: ProjectionsResult) -> go.Figure:
+def plot_projection_map(result: ProjectionsResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Difference of the first two groups' mean cosines at every position and layer; beside it a random direction."""
     first, second = (result.group_names * 2)[:2]
     layers = [str(layer) for layer in range(result.cosines.shape[2])]
@@ -165,10 +165,10 @@ def plot_projection_map(result: ProjectionsResult) -> go.Figure:
     about = draw.subtitle(result.model_name, _counts(result), f"mean cosine, {first} − {second}")
     height = max(220, 34 * len(labels))
     title = "Where the groups differ along the direction"
-    return draw.finish(figure, title=title, about=about, height=height, top=100)
+    return draw.finish(figure, title=title, about=about, height=height, look=look)
 
 
-def _lines(result: ProjectionsResult, measure: Measure, unit: str, title: str) -> go.Figure:
+def _lines(result: ProjectionsResult, measure: Measure, unit: str, title: str, look: draw.Look) -> go.Figure:
     values, control = getattr(result, measure), getattr(result, f"control_{measure}")
     wanted = sorted({result.positions[0], result.direction_position or -1, -1})
     labels = dict(zip(result.positions, _labels(result), strict=True))
@@ -176,9 +176,9 @@ def _lines(result: ProjectionsResult, measure: Measure, unit: str, title: str) -
     layers = range(values.shape[2])
     for column, position in enumerate(wanted, start=1):
         place, slot = {"row": 1, "col": column}, result.positions.index(position)
-        for index, group in enumerate(result.group_names):
+        for group, style in zip(result.group_names, draw.group_styles(result.group_names), strict=True):
             rows = result.rows(group)
-            name, style = f"{draw.plain(group)} (n = {len(rows)})", draw.group_style(index)
+            name = f"{draw.plain(group)} (n = {len(rows)})"
             hover = f"<b>{draw.plain(group)}</b>, layer %{{x}}<br>%{{y:.4f}} ± %{{customdata:.4f}}"
             draw.add_spread(figure, values[rows, slot], name, style, hover, **place)
         mean, hover = control[:, slot].mean(0).tolist(), "random direction, layer %{x}<br>%{y:.4f}"
@@ -186,11 +186,11 @@ def _lines(result: ProjectionsResult, measure: Measure, unit: str, title: str) -
         draw.zero_line(figure, **place)
         if position == result.direction_position:
             draw.cut_line(figure, result.direction_layer, **place)
-    draw.layer_axis(figure, len(layers), "layer", n_ticks=10)
+    draw.layer_axis(figure, "layer")
     figure.update_yaxes(title=unit, col=1)
     where = f"{draw.read_at(result.direction_position, result.direction_layer)} (dotted line)"
     about = draw.subtitle(result.model_name, where, "bands: ± 1 SD over prompts")
-    return draw.finish(figure, title=title, about=about, height=360, top=104)
+    return draw.finish(figure, title=title, about=about, height=360, look=look)
 
 
 def _labels(result: ProjectionsResult) -> list[str]:

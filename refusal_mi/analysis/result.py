@@ -9,13 +9,14 @@ from importlib import import_module
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, get_args, get_origin
+from typing import Any, ClassVar, Unpack, get_args, get_origin
 
 import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..figures.style import Look
 from ..files import as_json, at_home, checked, read_json, read_tensors, sha256_json, write_json, write_tensors
 from ..interventions import check_width
 from ..loaded import Run, load_run
@@ -219,7 +220,7 @@ def provenance_of(
 ) -> dict[str, Any]:
     """What a result was computed from: the model, the template, prompts by count and hash, settings, versions."""
     source = model_source(model)
-    name = "embedded model" if source == str(ORGANISM) else Path(source).name if Path(source).is_dir() else source
+    name = "the embedded model" if source == str(ORGANISM) else Path(source).name if Path(source).is_dir() else source
     record = describe_model(model, source)
     return {
         "model": {**as_json(record), "name": name, "source": "embedded" if source == str(ORGANISM) else source},
@@ -376,9 +377,9 @@ class Drawn(Value):
     """Name -> why the result has no such figure."""
 
 
-def plot(result: AnalysisResult) -> go.Figure | str:
+def plot(result: AnalysisResult, **look: Unpack[Look]) -> go.Figure | str:
     """The main figure of a result; a complete HTML page where plotly has no such view."""
-    return next(iter(_figures_of(result).values()))(result)
+    return next(iter(_figures_of(result).values()))(result, **look)
 
 
 def figures(result: AnalysisResult) -> dict[str, go.Figure | str]:
@@ -400,5 +401,5 @@ def draw_all(result: AnalysisResult) -> Drawn:
     return Drawn(drawn, left_out)
 
 
-def _figures_of(result: AnalysisResult) -> dict[str, Callable[[AnalysisResult], go.Figure | str]]:
+def _figures_of(result: AnalysisResult) -> dict[str, Callable[..., go.Figure | str]]:
     return analysis_module(result.kind).FIGURES

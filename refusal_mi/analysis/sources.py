@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import circuitsvis
 import plotly.graph_objects as go
@@ -163,7 +163,7 @@ _UNIT = "⟨write, r̂⟩ (residual stream units)"
 _MAX_LABELLED = 60
 
 
-def plot_sources(result: SourcesResult) -> go.Figure:
+def plot_sources(result: SourcesResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Contribution of each head by source token, for the first prompt."""
     tokens, values = _unpadded(result, 0)
     columns = [f"{index}" for index in range(len(tokens))]
@@ -188,8 +188,7 @@ def plot_sources(result: SourcesResult) -> go.Figure:
     )
     title = "Where in the prompt the heads read the direction from"
     height = max(200, 34 * len(rows))
-    figure = draw.finish(figure, title=title, about=about, height=height)
-    return draw.with_room_below(figure, [draw.token_text(token) for token in tokens], 0.87)
+    return draw.finish(figure, title=title, about=about, height=height, look=look)
 
 
 def sources_page(result: SourcesResult) -> Page:

@@ -1,9 +1,8 @@
 """One prompt, every token, every layer: where along the text the direction appears."""
 
-import html
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import plotly.graph_objects as go
 import torch
@@ -76,7 +75,7 @@ def from_run(run: RunInputs) -> TokenMapResult:
     return map_tokens(run.model, run.chat, run.direction, run.prompts("harmful")[0], seed=run.seed)
 
 
-def plot_token_map(result: TokenMapResult) -> go.Figure:
+def plot_token_map(result: TokenMapResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Cosine of the stream with the direction at every token and layer; hover has the projection and the control."""
     n_tokens, n_layers = result.cosines.shape
     labels = [f"{index} {draw.plain(draw.token_text(token))}" for index, token in enumerate(result.tokens)]
@@ -99,11 +98,10 @@ def plot_token_map(result: TokenMapResult) -> go.Figure:
     figure.add_vline(n_tokens - result.n_template - 0.5, line={"color": "#1a1a1a", "width": 2, "dash": "dash"})
     figure.update_xaxes(title="token (right of the dashed line: the template after the instruction)", type="category")
     figure.update_xaxes(tickangle=-90)
-    figure.update_yaxes(title="layer (stream entering the block)", type="category")
+    figure.update_yaxes(title="layer (stream entering the block)", type="category", autorange="reversed")
     about = draw.subtitle(result.model_name, "1 prompt") + f": “{draw.shortened(result.prompt)}”"
     title = "The direction along one prompt"
-    figure = draw.finish(figure, title=title, about=about, height=max(260, 30 * n_layers))
-    return draw.with_room_below(figure, [html.unescape(label) for label in labels])
+    return draw.finish(figure, title=title, about=about, height=max(260, 30 * n_layers), look=look)
 
 
 FIGURES = {"token_map": plot_token_map}

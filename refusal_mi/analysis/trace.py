@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import circuitsvis
 import plotly.graph_objects as go
@@ -166,7 +166,7 @@ _UNIT = "⟨x, r̂⟩ (residual stream units)"
 _MAX_VIEWS = 12
 
 
-def plot_trace(result: TraceResult) -> go.Figure:
+def plot_trace(result: TraceResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Mean ± SD of the projection at every token of the answer, one panel a group; the template's tokens come first."""
     groups = list(dict.fromkeys(result.groups))
     figure = draw.panels([f"<b>{draw.plain(group)} prompts</b> (n = {result.groups.count(group)})" for group in groups])
@@ -178,10 +178,10 @@ def plot_trace(result: TraceResult) -> go.Figure:
             mean, sd, count = result.means(condition, group)
             shown = int((count > 0).sum())
             low, high = (mean - sd)[:shown].tolist(), (mean + sd)[:shown].tolist()
-            figure.add_trace(draw.band(x[:shown], low, high, name, draw.group_style(index)), **place)
+            figure.add_trace(draw.band(x[:shown], low, high, name, draw.other_style(index)), **place)
             hover = f"<b>{name}</b>, token %{{x}}<br>%{{y:.3f}}, %{{customdata:.0f}} answers<extra></extra>"
             means, counts = mean[:shown].tolist(), count[:shown].tolist()
-            trace = draw.line(x[:shown], means, name, draw.group_style(index), customdata=counts, hovertemplate=hover)
+            trace = draw.line(x[:shown], means, name, draw.other_style(index), customdata=counts, hovertemplate=hover)
             trace.marker.size = 5
             figure.add_trace(trace, **place)
         _mark_start(figure, **place)
@@ -190,7 +190,7 @@ def plot_trace(result: TraceResult) -> go.Figure:
         result.model_name, f"stream entering layer {result.layer}", "bands: ± 1 SD over the answers that long"
     )
     title = "The direction through the answer"
-    return draw.finish(figure, title=title, about=about, height=360, top=104)
+    return draw.finish(figure, title=title, about=about, height=360, look=look)
 
 
 def trace_page(result: TraceResult) -> Page:
@@ -211,7 +211,7 @@ def trace_page(result: TraceResult) -> Page:
     return page("The direction through the answer", about, views)
 
 
-def plot_trace_single(result: TraceResult) -> go.Figure:
+def plot_trace_single(result: TraceResult, **look: Unpack[draw.Look]) -> go.Figure:
     """The projection at every token of the first prompt's answers, with the tokens on hover."""
     figure = go.Figure()
     for index, condition in enumerate(result.conditions):
@@ -221,7 +221,7 @@ def plot_trace_single(result: TraceResult) -> go.Figure:
         labels = [draw.shortened(draw.token_text(token)) for token in tokens]
         name = draw.plain(condition)
         hover = f"<b>{name}</b>, token %{{x}} '%{{customdata}}'<br>%{{y:.3f}}"
-        draw.add_line(figure, x, y, name, draw.group_style(index), hover, labels)
+        draw.add_line(figure, x, y, name, draw.other_style(index), hover, labels)
     _mark_start(figure)
     figure.update_yaxes(title=_UNIT)
     about = (
@@ -229,14 +229,14 @@ def plot_trace_single(result: TraceResult) -> go.Figure:
         + f": “{draw.shortened(result.prompts[0])}” ({draw.plain(result.groups[0])})"
     )
     title = "The direction through one answer"
-    return draw.finish(figure, title=title, about=about, height=340)
+    return draw.finish(figure, title=title, about=about, height=340, look=look)
 
 
 def _mark_start(figure: go.Figure, **place: int) -> None:
     """Zero, and where the answer begins."""
     draw.zero_line(figure, **place)
     draw.cut_line(figure, 0.5, **place)
-    figure.update_xaxes(title="token of the answer (template tokens up to 0)", **place)
+    figure.update_xaxes(title="token of the answer (template tokens up to 0)", tick0=0, dtick=1, **place)
 
 
 FIGURES = {"trace": plot_trace, "trace_single": plot_trace_single, "trace_tokens": trace_page}

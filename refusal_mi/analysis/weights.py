@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, Unpack, get_args
 
 import plotly.graph_objects as go
 import torch
@@ -137,7 +137,7 @@ def _together(norms: Sequence[Float[Tensor, " vector"]]) -> Float[Tensor, " vect
     return torch.stack(list(norms)).square().sum(0).sqrt()
 
 
-def plot_weights(result: WeightsResult) -> go.Figure:
+def plot_weights(result: WeightsResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Norm of every writer and every reader along the direction, over that of random directions."""
     titles = ["<b>writes</b>: ‖r̂ᵀW_O[h]‖, ‖r̂ᵀW_out‖", "<b>reads</b>: ‖W r̂‖"]
     share = max(0.5, min(0.75, len(result.writer_names) / (len(result.writer_names) + len(result.reader_names))))
@@ -150,7 +150,7 @@ def plot_weights(result: WeightsResult) -> go.Figure:
     figure.update_xaxes(type="category", tickangle=0)
     figure.update_xaxes(title="attention head, MLP", col=1)
     figure.update_xaxes(title="q, k, v of the attention; inputs of the MLP", col=2)
-    figure.update_yaxes(type="category")
+    figure.update_yaxes(type="category", autorange="reversed")
     figure.update_yaxes(title="block", col=1)
     about = draw.subtitle(
         result.model_name,
@@ -160,7 +160,7 @@ def plot_weights(result: WeightsResult) -> go.Figure:
     )
     height = max(240, 30 * len(result.writes))
     title = "Weights along the direction, relative to a random direction"
-    return draw.finish(figure, title=title, about=about, height=height, top=104)
+    return draw.finish(figure, title=title, about=about, height=height, look=look)
 
 
 def _table(result: WeightsResult, side: Side, limits: tuple[float, float]) -> go.Heatmap:

@@ -127,7 +127,6 @@ def _analyze(kind: str, inputs: "RunInputs", batch_size: int | None) -> "Analysi
 
 
 STATIC = (".png", ".svg", ".pdf")
-WIDTH = 1200
 
 
 class FigureName(StrEnum):
@@ -151,7 +150,9 @@ def plot(
         FigureName,
         typer.Option(help="Of a run. scores: the three per-layer scores; one of them; rates; loss.", metavar="NAME"),
     ] = FigureName.scores,
-    width: Annotated[int, typer.Option(help="Of a static image, in pixels (a PNG has twice as many).")] = WIDTH,
+    width: Annotated[
+        int | None, typer.Option(help="Of a static image, in pixels (a PNG has twice as many). Default 1200.")
+    ] = None,
 ) -> int:
     """Draw a saved run or analysis again, without a model.
 
@@ -161,7 +162,7 @@ def plot(
     from ..figures.save import save_figure
     from ..loaded import load_run
 
-    if not 100 <= width <= 10_000:
+    if width is not None and not 100 <= width <= 10_000:
         raise UserError(f"--width is from 100 to 10000 pixels, not {width}")
     file = output if output is not None and output.suffix in (".html", *STATIC) else None
     if saved.suffix in (".json", ".pt"):

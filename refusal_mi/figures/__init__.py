@@ -6,5 +6,6 @@ from .effects import plot_losses as plot_losses
 from .effects import plot_rates as plot_rates
 from .scores import Measure as Measure
 from .scores import plot_norms as plot_norms
+from .scores import plot_score_lines as plot_score_lines
 from .scores import plot_score_panels as plot_score_panels
 from .scores import plot_scores as plot_scores

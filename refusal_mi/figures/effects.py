@@ -1,9 +1,10 @@
 """What directions do to answers and cost in CE loss: rates, losses, combinations, layers and multipliers of CAA."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Unpack
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -12,10 +13,12 @@ from ..measures import ABSweep, LossResult
 from ..run.answers import Side, SideEffects
 from ..run.combos import CombosResult, ValidationRow
 from ..stats import Rate
+from .fit import text_width
 from .save import save_figure
-from .style import ACCENT, INK, MUTED, finish, plain
+from .style import CHOSEN, COOL, INK, MUTED, WARM, WIDTH, Look, finish, interval_bars, plain
 
-_WIDE, _NARROW = 1080, 360
+_NARROW = 360
+"""What a single column of panels is laid out for (px)."""
 _BAR = 46
 
 
@@ -28,53 +31,70 @@ def intervention_name(label: str, side: Side) -> str:
     return {"baseline": "plain model", "ablation": "ablated", "actadd": added}.get(label, label)
 
 
-def plot_rates(sides: Sequence[SideEffects], *, model: str = "", columns: Literal[1, 2] = 2) -> go.Figure:
-    """Fraction of answers that refuse and that are degenerate text, with 95% Wilson intervals."""
-    rows = 1 if columns == 2 else max(1, len(sides))
+def plot_rates(
+    sides: Sequence[SideEffects], *, model: str = "", columns: Literal[1, 2] = 2, **look: Unpack[Look]
+) -> go.Figure:
+    """Fraction of answers that refuse and that are degenerate text, with 95% Wilson intervals.
+
+    Args:
+        columns: 1 is for a narrow page, as a width of 360 is.
+    """
+    if columns == 1:
+        look = {"width": _NARROW, **look}
     titles = [
         f"<b>{side.side} prompts</b><br>"
         + ("" if side.set_name == side.side else f"{plain(side.set_name)}, ")
         + f"n = {_n(side)}"
         for side in sides
     ]
-    figure = make_subplots(
-        rows, max(1, min(columns, len(sides))), subplot_titles=titles, horizontal_spacing=0.2, vertical_spacing=0.2
-    )
-    for index, side in enumerate(sides):
-        place = {"row": index // columns + 1, "col": index % columns + 1}
-        for name, color, pattern in (("refused", "#33508f", ""), ("degenerate text", "#ffffff", "/")):
+    figure = make_subplots(1, max(1, len(sides)), subplot_titles=titles)
+    for column, side in enumerate(sides, start=1):
+        place = {"row": 1, "col": column}
+        for name, shift, marker in _RATES:
             rates = [effect.refusal if name == "refused" else effect.degenerate for effect in side.effects]
-            figure.add_trace(_bars(side, name, rates, color, pattern, is_first=index == 0), **place)
-        figure.update_xaxes(title="fraction of answers", range=[0, 1.04], dtick=0.25, **place)
-        figure.update_yaxes(autorange="reversed", automargin=True, **place)
-    figure.update_layout(bargap=0.25, bargroupgap=0.08)
+            figure.add_trace(_rates(side, name, rates, shift, marker, is_first=column == 1), **place)
+        names = [plain(intervention_name(effect.label, side.side)) for effect in side.effects]
+        figure.update_xaxes(title="fraction of answers", range=[-0.04, 1.04], tick0=0, dtick=0.25, **place)
+        rows = {"tickvals": list(range(len(names))), "ticktext": names, "range": [len(names) - 0.5, -0.5]}
+        figure.update_yaxes(**rows, showgrid=False, **place)
+        for edge in range(1, len(names)):
+            figure.add_hline(edge - 0.5, line={"color": MUTED, "width": 0.5}, **place)
     figure.update_annotations(font_size=13)
-    height = rows * (_BAR * max((len(side.effects) for side in sides), default=1) + 24) + (rows - 1) * 80
     return finish(
         figure,
         title="Refusals and degenerate text",
-        about=" · ".join(part for part in (plain(model), "bars with 95% Wilson intervals") if part),
-        height=height,
+        about=" · ".join(part for part in (plain(model), "with 95% Wilson intervals") if part),
+        height=_BAR * max((len(side.effects) for side in sides), default=1) + 24,
         legend_names=["refused", "degenerate text"],
-        top=116,
-        width=_WIDE if columns == 2 else _NARROW,
+        look=look,
     )
 
 
-def plot_losses(losses: Mapping[str, Mapping[str, LossResult]], *, model: str = "", width: int = _WIDE) -> go.Figure:
+_RATES = (
+    ("refused", -0.17, {"symbol": "circle", "size": 11, "color": WARM}),
+    ("degenerate text", 0.17, {"symbol": "square-open", "size": 9, "color": INK}),
+)
+"""Name, place within the row and marker: a rate of zero is seen too."""
+
+
+_CHANGES = (("#6a3d9a", ""), ("#b5a8cc", ""), ("#ffffff", "/"), ("#ffffff", "."))
+_GREYS = (("#d9d9d9", ""), ("#d9d9d9", "/"), ("#d9d9d9", "x"), ("#d9d9d9", "."))
+"""Color and hatching of bars of interventions, and of random ones."""
+
+
+def plot_losses(losses: Mapping[str, Mapping[str, LossResult]], *, model: str = "", **look: Unpack[Look]) -> go.Figure:
     """Change of CE loss from the plain model under each intervention, for each set of texts.
 
     Args:
         losses: `[label][text set]`; the label `baseline` is the plain model.
-        width: the width (px) that the legend is laid out for.
     """
     base = losses["baseline"]
     figure, names = go.Figure(), []
-    fills = [("#33508f", ""), ("#c9d3ea", ""), ("#ffffff", "/"), ("#ffffff", "x"), ("#ffffff", "."), ("#8a8a8a", "")]
     for index, label in enumerate(label for label in losses if label != "baseline"):
         deltas = [losses[label][name].ce_loss - base[name].ce_loss for name in base]
         names.append(plain(intervention_name(label, "harmful")))
-        color, pattern = fills[min(index, len(fills) - 1)]
+        fills = _GREYS if label.startswith("random") else _CHANGES
+        color, pattern = fills[index % len(fills)]
         figure.add_trace(
             go.Bar(
                 x=[f"{'<br>'.join(plain(name).split('_'))}<br>{base[name].n_tokens:,} tokens" for name in base],
@@ -90,40 +110,36 @@ def plot_losses(losses: Mapping[str, Mapping[str, LossResult]], *, model: str = 
     figure.update_layout(barmode="group", bargap=0.3)
     figure.update_yaxes(title="change of CE loss (nats per token)", tickformat="+.3~f")
     about = " · ".join(part for part in (plain(model), "difference from the plain model") if part)
-    lines = max(len(name.split("_")) for name in base) + 1
     return finish(
         figure,
         title="Cost in cross-entropy loss",
         about=about,
         height=320,
         legend_names=names,
-        width=width,
-        label_lines=lines,
+        look=look,
     )
 
 
-def _bars(side: SideEffects, name: str, rates: Sequence[Rate], color: str, pattern: str, *, is_first: bool) -> go.Bar:
-    intervals = [rate.interval for rate in rates]
-    return go.Bar(
-        y=[plain(intervention_name(effect.label, side.side)) for effect in side.effects],
+def _rates(
+    side: SideEffects, name: str, rates: Sequence[Rate], shift: float, marker: dict[str, Any], *, is_first: bool
+) -> go.Scatter:
+    rows = [
+        [plain(intervention_name(effect.label, side.side)), rate.count, rate.n, *rate.interval]
+        for effect, rate in zip(side.effects, rates, strict=True)
+    ]
+    intervals = [(rate.value, *rate.interval) for rate in rates]
+    return go.Scatter(
         x=[rate.value for rate in rates],
-        orientation="h",
+        y=[row + shift for row in range(len(rates))],
+        mode="markers",
         name=name,
         legendgroup=name,
         showlegend=is_first,
-        marker={"color": color, "line": {"color": INK, "width": 1}, "pattern": {"shape": pattern, "fgcolor": MUTED}},
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [high - rate.value for rate, (_, high) in zip(rates, intervals, strict=True)],
-            "arrayminus": [rate.value - low for rate, (low, _) in zip(rates, intervals, strict=True)],
-            "color": INK,
-            "thickness": 1.3,
-            "width": 4,
-        },
-        customdata=[[rate.count, rate.n, *interval] for rate, interval in zip(rates, intervals, strict=True)],
-        hovertemplate=f"<b>%{{y}}</b><br>{name}: %{{customdata[0]}} of %{{customdata[1]}} = %{{x:.3f}}"
-        "<br>95% interval %{customdata[2]:.3f} to %{customdata[3]:.3f}<extra></extra>",
+        marker=marker,
+        error_x={"type": "data", "symmetric": False, "color": marker["color"], **interval_bars(intervals, 4)},
+        customdata=rows,
+        hovertemplate=f"<b>%{{customdata[0]}}</b><br>{name}: %{{customdata[1]}} of %{{customdata[2]}} = %{{x:.3f}}"
+        "<br>95% interval %{customdata[3]:.3f} to %{customdata[4]:.3f}<extra></extra>",
     )
 
 
@@ -133,9 +149,9 @@ def _n(side: SideEffects) -> int:
 
 Kind = Literal["combination", "random", "plain model"]
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
-_FILLS = ("#ffffff", "#33508f", "#c9d3ea", "#8a8a8a", "#1a1a1a")
-_NARROW_PLOT = 700
-"""Width (px) of the plot that labels are kept apart for; in a wider one they lie further apart."""
+_FILLS = ("#ffffff", "#6a3d9a", "#b5a8cc", "#e9e3f2", "#1a1a1a")
+_BESIDE = 130
+"""What of a figure's width is not plot, at most (px)."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +183,12 @@ class CombinationPoint:
 
 
 def plot_combos(
-    points: Sequence[CombinationPoint], *, text_set: str, kl_max: float | None, model: str = ""
+    points: Sequence[CombinationPoint],
+    *,
+    text_set: str,
+    kl_max: float | None,
+    model: str = "",
+    **look: Unpack[Look],
 ) -> go.Figure:
     """Refusal rate (with 95% Wilson intervals) against CE loss on plain text; the winner is ringed.
 
@@ -176,16 +197,17 @@ def plot_combos(
         kl_max: the limit that decides which combinations may win (nats); None is none.
     """
     figure = go.Figure()
-    groups = list(dict.fromkeys(point.group for point in points))
+    # Small markers over large ones: of equal points none is hidden.
+    groups = list(dict.fromkeys(point.group for point in sorted(points, key=_drawn_before)))
     for group in groups:
         figure.add_trace(_trace(group, [point for point in points if point.group == group]))
     for winner in (point for point in points if point.is_winner):
-        ring = {"color": "rgba(0,0,0,0)", "size": 21, "symbol": "circle", "line": {"color": ACCENT, "width": 2}}
+        ring = {"color": CHOSEN, "size": 22, "symbol": "circle-open", "line": {"width": 3.5}}
         place = {"x": [winner.ce_loss], "y": [winner.refusal.value], "hoverinfo": "skip"}
         groups.append(f"winner, {plain(winner.label)}")
         figure.add_trace(go.Scatter(**place, mode="markers", name=groups[-1], marker=ring))
-    _label(figure, points)
-    figure.update_xaxes(title=f"CE loss on {plain(text_set)} (nats per token)", tickformat=".3~f")
+    _label(figure, points, look.get("width", WIDTH) - _BESIDE)
+    figure.update_xaxes(title=f"CE loss on {plain(text_set)} (nats per token)", tickformat=f".{_digits(points)}~f")
     figure.update_yaxes(title="fraction of validation answers that refuse", range=[-0.05, 1.07], dtick=0.25)
     n = points[0].refusal.n if points else 0
     rule = "" if kl_max is None else f"winners need KL ≤ {kl_max:g} nats"
@@ -196,14 +218,31 @@ def plot_combos(
         about=" · ".join(part for part in parts if part),
         height=420,
         legend_names=groups,
-        width=1080,
+        look=look,
     )
+
+
+def _drawn_before(point: CombinationPoint) -> int:
+    """Order of drawing and in the legend: the plain model, many directions, few, random spans."""
+    return {"plain model": -1000, "random": 0}.get(point.kind, -point.n_directions)
+
+
+def _is_high(point: CombinationPoint) -> bool:
+    """Whether its label stands below it."""
+    return point.refusal.value > 0.7
+
+
+def _digits(points: Sequence[CombinationPoint]) -> int:
+    """Decimals that tell the losses of an axis apart."""
+    losses = [point.ce_loss for point in points]
+    spread = max(losses, default=1.0) - min(losses, default=0.0)
+    return max(2, 1 - math.floor(math.log10(spread))) if spread > 0 else 3
 
 
 def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
     size = min(points[0].n_directions, len(_SYMBOLS))
     symbol = {"random": "x", "plain model": "star"}.get(points[0].kind, _SYMBOLS[size - 1])
-    fill = {"random": MUTED, "plain model": ACCENT}.get(points[0].kind, _FILLS[size % len(_FILLS)])
+    fill = {"random": MUTED, "plain model": INK}.get(points[0].kind, _FILLS[size % len(_FILLS)])
     if not points[0].is_allowed:
         symbol, fill = f"{symbol}-open", INK
     return go.Scatter(
@@ -212,7 +251,12 @@ def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
         mode="markers",
         text=[plain(point.label) for point in points],
         name=group,
-        marker={"symbol": symbol, "size": 11, "color": fill, "line": {"color": INK, "width": 1}},
+        marker={
+            "symbol": symbol,
+            "size": 8 + 3 * size if points[0].kind == "combination" else 11,
+            "color": fill,
+            "line": {"color": INK, "width": 1},
+        },
         error_y={
             "type": "data",
             "symmetric": False,
@@ -229,23 +273,30 @@ def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
     )
 
 
-def _label(figure: go.Figure, points: Sequence[CombinationPoint]) -> None:
+def _label(figure: go.Figure, points: Sequence[CombinationPoint], width: int) -> None:
     """Name the allowed combinations above their intervals (below, near the top), each clear of its right neighbors."""
     if not points:
         return
     losses = [point.ce_loss for point in points]
-    per_pixel = (max(losses) - min(losses)) / _NARROW_PLOT
+    per_pixel = (max(losses) - min(losses)) / max(width, 100)
     placed: list[tuple[float, bool, int]] = []
     named = [point for point in points if point.kind == "combination" and point.is_allowed]
+    # Labels of one side begin at one height, so that levels keep them apart.
+    edges = {
+        is_high: (min if is_high else max)(
+            (each.refusal.interval[0 if is_high else 1] for each in named if _is_high(each) == is_high), default=0.0
+        )
+        for is_high in (True, False)
+    }
     for point in sorted(named, key=lambda each: -each.ce_loss):
-        is_high = point.refusal.value > 0.7
-        end = point.ce_loss + per_pixel * (7 * len(point.label) + 8)
+        is_high = _is_high(point)
+        end = point.ce_loss + per_pixel * (text_width(point.label, 11) + 8)
         level = 1 + max((at for x, side, at in placed if side == is_high and x <= end), default=-1)
         placed.append((point.ce_loss, is_high, level))
         shift = 9 + 14 * level
         figure.add_annotation(
             x=point.ce_loss,
-            y=point.refusal.interval[0 if is_high else 1],
+            y=edges[is_high],
             text=plain(point.label),
             ax=0,
             ay=shift if is_high else -shift,
@@ -259,10 +310,12 @@ def _label(figure: go.Figure, points: Sequence[CombinationPoint]) -> None:
         )
 
 
-_STYLES = {1: ("#33508f", "solid", "circle"), -1: (ACCENT, "dash", "square")}
+_STYLES = {1: (WARM, "solid", "circle"), -1: (COOL, "6px,2px", "square")}
 
 
-def plot_layer_sweep(sweep: ABSweep, *, model: str = "", multipliers: tuple[float, ...] = (1.0, -1.0)) -> go.Figure:
+def plot_layer_sweep(
+    sweep: ABSweep, *, model: str = "", multipliers: tuple[float, ...] = (1.0, -1.0), **look: Unpack[Look]
+) -> go.Figure:
     """Change of p(matching answer) against CAA's layer, one line per multiplier, with 95% intervals."""
     figure, names = go.Figure(), []
     for multiplier in multipliers:
@@ -293,17 +346,17 @@ def plot_layer_sweep(sweep: ABSweep, *, model: str = "", multipliers: tuple[floa
             )
         )
     figure.add_hline(0, line={"color": MUTED, "width": 1})
-    figure.update_xaxes(title="layer (output of block)", dtick=1 if len(sweep.points) <= 48 else None)
+    figure.update_xaxes(title="layer (output of block)", tick0=0, dtick=1)
     figure.update_yaxes(title="change of p(matching answer)")
     n = sweep.points[0].n_pairs if sweep.points else 0
     parts = [plain(model), f"{plain(sweep.pairs)}, n = {n} pairs", f"plain p = {sweep.plain:.3f}", "95% intervals"]
     return finish(
         figure,
-        title="Steering by layer: p(matching answer)",
+        title="Change of p(matching answer) by layer of the steering vector",
         about=" · ".join(part for part in parts if part),
         height=380,
         legend_names=names,
-        width=900,
+        look=look,
     )
 
 

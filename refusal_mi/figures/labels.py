@@ -1,10 +1,11 @@
 """What the refusal score says of prompts that the model itself refused or answered."""
 
 from collections.abc import Mapping, Sequence
+from typing import Unpack
 
 import plotly.graph_objects as go
 
-from .style import ACCENT, INK, MUTED, counted, finish, group_style, number, plain, subtitle
+from .style import INK, MUTED, Look, counted, finish, group_style, number, plain, subtitle
 
 _GOLDEN = 0.6180339887
 """Multiples of it, modulo 1, fill a line evenly: neighbors in score lie apart, the same in every run."""
@@ -18,6 +19,7 @@ def plot_label_scores(
     *,
     zero_point: float = 0.0,
     model: str = "",
+    **look: Unpack[Look],
 ) -> go.Figure:
     """Refusal score of every prompt, in one row for each group and outcome; heights within a row mean nothing.
 
@@ -27,9 +29,9 @@ def plot_label_scores(
         zero_point: the score above which a prompt is best told to be refused (`refusal_mi.zero_point`).
     """
     figure, rows = go.Figure(), [(group, refused) for group in scores for refused in (True, False)]
-    marks = [("0, where P = 0.5", 0.0, INK, "dash")]
+    marks = [("0, where P = 0.5", 0.0, INK, "6px,2px")]
     if zero_point != 0:
-        marks.append((f"zero point {number(zero_point)}", zero_point, ACCENT, "solid"))
+        marks.append((f"zero point {number(zero_point)}", zero_point, INK, "solid"))
     for name, at, color, dash in marks:
         mark = {"color": color, "dash": dash, "width": 1.8}
         figure.add_trace(go.Scatter(x=[at, at], y=[-0.5, len(rows) - 0.5], mode="lines", name=name, line=mark))
@@ -57,5 +59,4 @@ def plot_label_scores(
     about = subtitle(model, counted({group: len(values) for group, values in scores.items()}), "one point a prompt")
     title = "Refusal score of prompts that the model refused and answered"
     names = [name for name, *_ in marks]
-    figure = finish(figure, title=title, about=about, height=72 * len(rows), legend_names=names)
-    return figure.update_layout(margin_l=150)
+    return finish(figure, title=title, about=about, height=72 * len(rows), legend_names=names, look=look)

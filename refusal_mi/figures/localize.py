@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Unpack, runtime_checkable
 
 import plotly.graph_objects as go
 import torch
@@ -27,7 +27,9 @@ class Point(Protocol):
     def kl_nats(self) -> float: ...
 
 
-def plot_writes(writes: Mapping[str, tuple[float, float]], plain: float, *, model: str = "") -> go.Figure:
+def plot_writes(
+    writes: Mapping[str, tuple[float, float]], plain: float, *, model: str = "", **look: Unpack[draw.Look]
+) -> go.Figure:
     """Change of the harmful prompts' refusal score, and KL, where one write alone loses the direction.
 
     Args:
@@ -52,33 +54,43 @@ def plot_writes(writes: Mapping[str, tuple[float, float]], plain: float, *, mode
             "nats",
             hover="%{y} of block %{x}<br>%{z:.4f} nats",
             digits=digits,
+            limits=draw.symmetric(values[~values.isnan()]) if index == 0 else None,
             colorbar={"len": 0.45, "y": 0.79 - 0.57 * index},
         )
         figure.add_trace(trace, row=index + 1, col=1)
     figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(dtick=max(1, len(layers) // 12))
     figure.update_xaxes(title="block", row=2, col=1)
     figure.update_annotations(font_size=13)
     about = draw.subtitle(model, "each cell: the direction removed from this write alone")
-    return draw.finish(figure, title="One write at a time", about=about, height=400, top=104)
+    return draw.finish(figure, title="One write at a time", about=about, height=240, look=look)
 
 
 def plot_front(
-    measured: Sequence[Point], front: Sequence[Point], whole: Point, least: Point, *, model: str = "", n: int = 0
+    measured: Sequence[Point],
+    front: Sequence[Point],
+    whole: Point,
+    least: Point,
+    *,
+    model: str = "",
+    n: int = 0,
+    **look: Unpack[draw.Look],
 ) -> go.Figure:
     """Expected share of refusals against KL, on validation prompts: every removal, the front, the whole ablation."""
     figure, ink = go.Figure(), draw.INK
     named = (
-        ("measured", measured, {"mode": "markers", "marker": {"size": 6, "color": "#c9d3ea"}}),
-        ("none beats it in both", front, {"mode": "lines+markers", "line": {"color": "#33508f", "shape": "hv"}}),
+        ("measured", measured, {"mode": "markers", "marker": {"size": 6, "color": "#b5a8cc"}}),
+        ("none beats it in both", front, {"mode": "lines+markers", "line": {"color": "#6a3d9a", "shape": "hv"}}),
         ("all writes", [whole], {"mode": "markers", "marker": {"size": 12, "symbol": "square", "color": ink}}),
         (
             "least intervention",
             [least],
-            {"mode": "markers", "marker": {"size": 15, "symbol": "star", "color": draw.ACCENT}},
+            {
+                "mode": "markers",
+                "marker": {"size": 16, "symbol": "star", "color": draw.CHOSEN, "line": {"color": ink, "width": 1.2}},
+            },
         ),
     )
-    for name, points, look in named:
+    for name, points, drawn in named:
         figure.add_trace(
             go.Scatter(
                 x=[max(point.kl_nats, _LEAST_KL) for point in points],
@@ -86,11 +98,13 @@ def plot_front(
                 text=[draw.plain(point.label) for point in points],
                 name=name,
                 hovertemplate="%{text}<br>KL %{x:.5f} nats<br>refused %{y:.3f}<extra></extra>",
-                **look,
+                **drawn,
             )
         )
-    figure.update_xaxes(title="KL of harmless prompts (nats)", type="log", exponentformat="e")
+    figure.update_xaxes(title="KL of harmless prompts (nats)", type="log", dtick=1, exponentformat="e")
     figure.update_yaxes(title="harmful prompts refused, expected share", range=[-0.04, 1.04])
     about = draw.subtitle(model, f"{n} validation prompts a side")
     names = [name for name, _, _ in named]
-    return draw.finish(figure, title="Refusals and cost of removals", about=about, height=460, legend_names=names)
+    return draw.finish(
+        figure, title="Refusals and cost of removals", about=about, height=360, legend_names=names, look=look
+    )

@@ -8,16 +8,20 @@ from plotly.offline import get_plotlyjs
 
 from ..errors import UserError
 from ..files import write_text, write_whole
+from .fit import laid_out
 
 PLOTLY_FILE = "plotly.min.js"
 _SCALE = {".png": 2.0}
+_WIDTH = 1200
+"""Of an image, where nobody says it (px)."""
 
 
-def save_figure(figure: go.Figure, path: Path, *, width: int = 1200) -> None:
+def save_figure(figure: go.Figure, path: Path, *, width: int | None = None) -> None:
     """Write one figure as a self-contained .html, or as .png, .svg or .pdf.
 
     Args:
-        width: of an image, in pixels; a PNG has twice as many.
+        width: of an image, in pixels; a PNG has twice as many. The figure is laid out for it. None is the width that
+            the figure was made with, or 1200.
 
     Raises:
         UserError: an image is asked for and kaleido or the browser that it needs is not there.
@@ -26,7 +30,9 @@ def save_figure(figure: go.Figure, path: Path, *, width: int = 1200) -> None:
     if path.suffix == ".html":
         write_text(path, _html(figure, include_plotlyjs=True))
         return
-    picture = _picture(figure, path.suffix.removeprefix("."), width, _SCALE.get(path.suffix, 1.0))
+    wide = width or figure.layout.width or _WIDTH
+    fitting = laid_out(go.Figure(figure), width=wide)
+    picture = _picture(fitting, path.suffix.removeprefix("."), wide, _SCALE.get(path.suffix, 1.0))
     write_whole(path, lambda temporary: temporary.write_bytes(picture))
 
 

@@ -1,36 +1,40 @@
 """Per-layer refusal scores: every candidate by source layer, one line per post-instruction position."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..errors import UserError
 from ..search.grid import ScoreGrid
 from ..search.thresholds import NO_THRESHOLDS, CandidateScore, Thresholds
 from ..stats import mean_interval
 from ..values import check_named
 from .style import (
-    ACCENT,
+    CHOSEN,
     INK,
     MUTED,
     SHADE,
-    WIDTH,
+    Look,
     SeriesStyle,
     finish,
     interval_bars,
     line,
+    other_style,
     plain,
     position_label,
     series_styles,
+    signed,
 )
 
 Measure = Literal["bypass", "induce", "kl"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 _KL_FLOOR = 1e-4
 _NARROW = 360
+"""What a single column of panels is laid out for (px)."""
 _THIN = 1.6
 """Width of lines that stand close together (px)."""
 _FAINT = 0.4
@@ -75,17 +79,18 @@ def plot_scores(
     thresholds: Thresholds | None = None,
     tokens: Sequence[str] | None = None,
     model: str = "",
+    **look: Unpack[Look],
 ) -> go.Figure:
     """One score of every candidate against its source layer; a candidate without a score is a gap.
 
     Candidates that a search left out are faint: the mean over the prompts that they were screened on, with its 95%
     interval; a faint line joins all candidates of a position that were measured.
-    Filled markers satisfy every threshold, open ones do not; layers that the thresholds leave out are shaded. The
-    chosen candidate carries the 95% interval of its mean over prompts (Student's t) where the grid has the
-    scores of every prompt. KL is on a log scale from 1e-4 nats, so candidates that change nothing fall off its bottom.
+    Filled markers satisfy every threshold, open ones do not; layers that the thresholds leave out are shaded.
+    Candidates carry the 95% interval of their mean over prompts (Student's t) where the grid has the scores of every
+    prompt. KL is on a log scale from 1e-4 nats, so candidates that change nothing fall off its bottom.
 
     Args:
-        chosen: marked with a star.
+        chosen: ringed.
         tokens: text of the post-instruction tokens, the last one at position −1.
         model: named under the title.
     """
@@ -93,8 +98,8 @@ def plot_scores(
     figure = go.Figure()
     names = _draw(figure, scores, measure, chosen, thresholds, tokens, place={}, is_first=True)
     _label_axes(figure, scores, measure, thresholds, {})
-    about = _about(scores, [measure], model) + _marker_note(thresholds, " · ")
-    return finish(figure, title=_AXES[measure].title, about=about, height=400, legend_names=names)
+    about = _about(scores, [measure], model) + _marker_note(thresholds)
+    return finish(figure, title=_AXES[measure].title, about=about, height=400, legend_names=names, look=look)
 
 
 def plot_score_panels(
@@ -105,23 +110,106 @@ def plot_score_panels(
     tokens: Sequence[str] | None = None,
     model: str = "",
     columns: Literal[1, 3] = 3,
+    **look: Unpack[Look],
 ) -> go.Figure:
-    """`plot_scores` for the three measures, side by side or (one column) below each other, with one legend."""
-    rows = 3 // columns
+    """`plot_scores` for the three measures, side by side or, where there is no room, below each other; one legend.
+
+    Args:
+        columns: 1 is for a narrow page, as a width of 360 is.
+    """
+    if columns == 1:
+        look = {"width": _NARROW, **look}
     titles = [f"<b>{name}</b><br>{_AXES[measure].short}" for name, measure in _PANELS]
-    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.085, vertical_spacing=0.12)
+    figure = make_subplots(1, 3, subplot_titles=titles)
     figure.update_annotations(font_size=13)
     names: list[str] = []
     for index, (_, measure) in enumerate(_PANELS):
-        place = {"row": index // columns + 1, "col": index % columns + 1}
+        place = {"row": 1, "col": index + 1}
         drawn = _draw(figure, scores, measure, chosen, thresholds, tokens, place=place, is_first=index == 0)
         names.extend(name for name in drawn if name not in names)
         _label_axes(figure, scores, measure, thresholds, place)
-    separator = "<br>" if columns == 1 else " · "
-    about = _about(scores, list(MEASURES), model, separator) + _marker_note(thresholds, separator)
-    height, width, top = (330, WIDTH, 122) if columns == 3 else (960, _NARROW, 158)
-    title = f"Refusal scores by source layer{'<br>' if columns == 1 else ' '}and position"
-    return finish(figure, title=title, about=about, height=height, legend_names=names, width=width, top=top)
+    about = _about(scores, list(MEASURES), model) + _marker_note(thresholds)
+    title = "Refusal scores by source layer and position"
+    return finish(figure, title=title, about=about, height=330, legend_names=names, look=look)
+
+
+def plot_score_lines(
+    grids: Mapping[str, ScoreGrid],
+    *,
+    measure: Measure = "bypass",
+    position: int | None = None,
+    model: str = "",
+    **look: Unpack[Look],
+) -> go.Figure:
+    """One score of several models, runs or sets of refusal tokens against the source layer, one line each.
+
+    At each layer stands the candidate of `position`, or else the one that bypasses best, with its 95% interval over
+    prompts where the grid has them. Models of unequal depth share an axis from 0 to 1. The plain models' scores are
+    dotted.
+
+    Args:
+        grids: name -> scores of every candidate.
+        position: the same for all; None takes the best of each layer.
+        model: named under the title.
+
+    Raises:
+        UserError: there is no grid, or none has the position.
+    """
+    check_named("measure", measure, get_args(Measure))
+    if not grids:
+        raise UserError("give at least one score grid: {'name': sweep(...)}")
+    depths = {grid.n_layers for grid in grids.values()}
+    figure = go.Figure()
+    for index, (name, grid) in enumerate(grids.items()):
+        rows = _of_layers(grid, position)
+        if not rows:
+            raise UserError(f"{name} has no scores at position {position}: its positions are {list(grid.positions)}")
+        style, label = other_style(index), plain(name)
+        x = [row.layer / grid.n_layers if len(depths) > 1 else row.layer for row in rows]
+        custom = [[row.position, row.layer] for row in rows]
+        hover = (
+            f"<b>{label}</b>, position %{{customdata[0]}}, layer %{{customdata[1]}}<br>%{{y:.4g}} nats<extra></extra>"
+        )
+        trace = line(x, [_value(row, measure) for row in rows], label, style, customdata=custom, hovertemplate=hover)
+        figure.add_trace(_with_intervals(trace, [_interval(grid, row, measure) for row in rows], style, measure))
+        base = {"bypass": grid.baseline_harmful, "induce": grid.baseline_harmless, "kl": None}[measure]
+        if base is not None:
+            mark = {"color": style.color, "dash": "2px,2px", "width": 1.2}
+            figure.add_trace(
+                go.Scatter(
+                    x=[x[0], x[-1]],
+                    y=[base, base],
+                    mode="lines",
+                    line=mark,
+                    name=f"{label}, plain",
+                    legendgroup=label,
+                    showlegend=False,
+                    hovertemplate=f"{label}, plain model %{{y:.4g}} nats<extra></extra>",
+                )
+            )
+    at = "the best position of each layer" if position is None else f"position {signed(position)}"
+    is_shared = len(depths) == 1
+    figure.update_xaxes(title="source layer" if is_shared else "source layer / number of layers")
+    if is_shared:
+        figure.update_xaxes(range=[-0.5, max(depths) - 0.5], tick0=0, dtick=1)
+    figure.update_yaxes(title=_AXES[measure].label)
+    if measure == "kl":
+        figure.update_yaxes(type="log", tickformat="~g", dtick=1)
+    parts = (plain(model), at, "95% intervals", "" if measure == "kl" else "dotted: plain model")
+    about = " · ".join(part for part in parts if part)
+    return finish(figure, title=_AXES[measure].title, about=about, height=400, look=look)
+
+
+def _of_layers(grid: ScoreGrid, position: int | None) -> list[CandidateScore]:
+    """One measured candidate for each layer, in order."""
+    best: dict[int, CandidateScore] = {}
+    for row in grid.rows:
+        if not row.is_finite or row.bypass is None or position not in (None, row.position):
+            continue
+        known = best.get(row.layer)
+        if known is None or known.bypass is None or row.bypass < known.bypass:
+            best[row.layer] = row
+    return [best[layer] for layer in sorted(best)]
 
 
 _PANELS: tuple[tuple[str, Measure], ...] = (("Bypass", "bypass"), ("Induce", "induce"), ("KL", "kl"))
@@ -134,24 +222,23 @@ def plot_norms(
     tokens: Sequence[str] | None = None,
     model: str = "",
     n_prompts: int | None = None,
-    width: int = WIDTH,
+    **look: Unpack[Look],
 ) -> go.Figure:
     """Length of the candidate directions against layer, one line per position.
 
     Args:
         norms: `[position][layer]`.
-        width: the width (px) that the legend is laid out for.
     """
     figure = go.Figure()
     names = _position_names(positions, tokens)
     for name, row, style in zip(names, norms, series_styles(len(positions)), strict=True):
         hover = f"position {name}<br>layer %{{x}}<br>norm %{{y:.3g}}<extra></extra>"
         figure.add_trace(line(range(len(row)), row, name, style, hovertemplate=hover).update(line_width=_THIN))
-    figure.update_xaxes(title="layer (stream entering the block)")
+    figure.update_xaxes(title="layer (stream entering the block)", tick0=0, dtick=1)
     figure.update_yaxes(title="‖candidate direction‖ (residual stream units)", rangemode="tozero")
     about = " · ".join(part for part in (plain(model), f"n = {n_prompts} prompts" if n_prompts else "") if part)
     title = "Length of the candidate directions"
-    return finish(figure, title=title, about=about, height=420, legend_names=names, width=width)
+    return finish(figure, title=title, about=about, height=420, legend_names=names, look=look)
 
 
 def _draw(
@@ -215,7 +302,26 @@ def _position_line(
     trace = line([row.layer for row in rows], values, name, style, customdata=custom, hovertemplate=hover)
     trace.line.width = _THIN
     trace.marker.symbol = [style.symbol + ("-open" if reasons else "") for reasons in broken]
-    return trace
+    return _with_intervals(trace, [_interval(scores, row, measure) for row in rows], style, measure)
+
+
+def _interval(scores: ScoreGrid, row: CandidateScore, measure: Measure) -> tuple[float, float, float] | None:
+    """Mean and 95% interval over prompts, of a candidate with the scores of every prompt."""
+    values = _of_each_prompt(scores, row, measure) if _value(row, measure) is not None else []
+    return mean_interval(values) if len(values) > 1 else None
+
+
+def _with_intervals(
+    trace: go.Scatter, found: Sequence[tuple[float, float, float] | None], style: SeriesStyle, measure: Measure
+) -> go.Scatter:
+    """Thin intervals on a line; on a log axis they end above zero."""
+    if not any(found):
+        return trace
+    least = _KL_FLOOR / 100 if measure == "kl" else -math.inf
+    known = [
+        (0.0, 0.0, 0.0) if each is None else (each[0], max(each[1], min(each[0], least)), each[2]) for each in found
+    ]
+    return trace.update(error_y={**interval_bars(known, 2), "color": style.color, "thickness": 1})
 
 
 def _screened(scores: ScoreGrid, measure: Measure) -> dict[tuple[int, int], tuple[float, float, float, int]]:
@@ -274,9 +380,9 @@ def _references(scores: ScoreGrid, measure: Measure, thresholds: Thresholds | No
     edges = [-0.5, scores.n_layers - 0.5]
     zero_point = None if measure == "kl" else scores.zero_point
     levels = (
-        ("plain model", plain_score, INK, "dash", _THIN),
-        ("threshold", limit, ACCENT, "dot", 1.8),
-        ("counts as refused above", zero_point, MUTED, "dot", 1.8),
+        ("plain model", plain_score, INK, "6px,2px", _THIN),
+        ("threshold", limit, INK, "2px,2px", 1.8),
+        ("counts as refused above", zero_point, MUTED, "2px,2px", 1.8),
     )
     return [
         go.Scatter(
@@ -318,13 +424,13 @@ def _star(scores: ScoreGrid, chosen: CandidateScore, measure: Measure) -> go.Sca
     if values:
         mean, low, high = mean_interval(values)
         text += f"<br>95% interval {low:.3g} to {high:.3g} (Student's t, n = {len(values)})"
-        error = {"type": "data", "array": [high - mean], "arrayminus": [mean - low], "color": INK, "thickness": 1.6}
+        error = {"type": "data", "array": [high - mean], "arrayminus": [mean - low], "color": INK, "thickness": 1.8}
     return go.Scatter(
         x=[chosen.layer],
         y=[value],
         error_y=error,
         mode="markers",
-        marker={"symbol": "star", "size": 17, "color": "#ffd54a", "line": {"color": INK, "width": 1.4}},
+        marker={"symbol": "circle-open", "size": 19, "color": CHOSEN, "line": {"width": 3.5}},
         name="chosen" + (", 95% interval" if values else ""),
         hovertemplate=f"<b>chosen: position {chosen.position}, layer {chosen.layer}</b><br>{text}<extra></extra>",
     )
@@ -333,9 +439,8 @@ def _star(scores: ScoreGrid, chosen: CandidateScore, measure: Measure) -> go.Sca
 def _label_axes(
     figure: go.Figure, scores: ScoreGrid, measure: Measure, thresholds: Thresholds | None, place: dict[str, int]
 ) -> None:
-    step = max(1, math.ceil(scores.n_layers / (8 if place else 16)))
     edges = [-0.5, scores.n_layers - 0.5]
-    figure.update_xaxes(title="source layer", range=edges, tick0=0, dtick=step, **place)
+    figure.update_xaxes(title="source layer", range=edges, tick0=0, dtick=1, **place)
     figure.update_yaxes(title=_AXES[measure].label, **place)
     if measure == "kl":
         limit = 0.0 if thresholds is None else thresholds.kl_max or 0.0
@@ -365,11 +470,11 @@ def _position_names(positions: Sequence[int], tokens: Sequence[str] | None) -> l
     return [position_label(position, known.get(position, "")) for position in positions]
 
 
-def _marker_note(thresholds: Thresholds | None, separator: str) -> str:
-    return "" if thresholds in (None, NO_THRESHOLDS) else f"{separator}filled markers pass every threshold"
+def _marker_note(thresholds: Thresholds | None) -> str:
+    return "" if thresholds in (None, NO_THRESHOLDS) else " · filled markers pass every threshold"
 
 
-def _about(scores: ScoreGrid, measures: Sequence[Measure], model: str, separator: str = " · ") -> str:
+def _about(scores: ScoreGrid, measures: Sequence[Measure], model: str) -> str:
     """Model and numbers of prompts, as far as they are known."""
     counts: dict[str, int] = {}
     scored = next((row for row in scores.rows if row.is_finite), None)
@@ -378,4 +483,4 @@ def _about(scores: ScoreGrid, measures: Sequence[Measure], model: str, separator
         if n:
             counts[_AXES[measure].side] = n
     prompts = "n = " + ", ".join(f"{n} {side}" for side, n in counts.items()) + " prompts" if counts else ""
-    return separator.join(part for part in (plain(model), prompts) if part)
+    return " · ".join(part for part in (plain(model), prompts) if part)

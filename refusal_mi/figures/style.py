@@ -1,10 +1,9 @@
 """The look that all figures share: white ground, told apart without color, labels that cannot carry markup."""
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import plotly.graph_objects as go
 from jaxtyping import Float
@@ -12,6 +11,9 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from ..errors import UserError
+from ..values import named_near
+from .fit import BASE, laid_out, prepared
 from .text import plain as plain
 from .text import quoted as quoted
 from .text import shortened as shortened
@@ -21,11 +23,8 @@ INK, MUTED, GRID, ACCENT, SHADE = "#1a1a1a", "#6b6b6b", "#e4e4e4", "#b3261e", "r
 WIDTH = 1080
 """What a figure is laid out for (px)."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', 'DejaVu Sans', sans-serif"
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_DASHES = ("solid", "6px,2px", "2px,2px", "6px,2px,2px,2px", "9px,3px", "6px,2px,2px,2px,2px,2px")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "triangle-down", "cross")
-_LEGEND_ROW = 30
-_LINE = 18
-_CHARACTER = 7.2
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,31 @@ class SeriesStyle:
 
 
 def series_styles(n: int) -> list[SeriesStyle]:
-    """One style for each of `n` ordered series, from light to dark; no two share both dash and symbol up to 42."""
+    """One style for each of `n` ordered series, from light to dark; no two share both dash and symbol up to 42.
+
+    The last one, the position that the answer is read at, is dark and solid.
+    """
     places = [0.72 * (1 - index / max(1, n - 1)) for index in range(n)]
     colors = sample_colorscale("Viridis", places) if n else []
     return [
-        SeriesStyle(color, _DASHES[index % len(_DASHES)], _SYMBOLS[index % len(_SYMBOLS)])
-        for index, color in enumerate(colors)
+        SeriesStyle(color, _DASHES[back % len(_DASHES)], _SYMBOLS[back % len(_SYMBOLS)])
+        for color, back in zip(colors, reversed(range(n)), strict=True)
     ]
+
+
+class Look(TypedDict, total=False):
+    """What every `plot_*` takes beside its result, as keywords; sizes follow from the width."""
+
+    title: str
+    """In place of the figure's own; "" is none."""
+    width: int
+    """The figure's width (px); without one it is laid out for 1080 and as wide as what it stands in."""
+    height: int
+    """The whole figure's height (px); by default what its words and a plot of the usual height need."""
+    font_size: int | float
+    """Of labels (px), 13 by default; titles and small print follow."""
+    template: str | go.layout.Template
+    """A template of plotly in place of the white page, such as "plotly_dark"."""
 
 
 def finish(
@@ -55,81 +72,138 @@ def finish(
     height: int,
     legend_names: Sequence[str] | None = None,
     width: int = WIDTH,
-    top: int = 76,
-    label_lines: int = 1,
+    look: Look | None = None,
 ) -> go.Figure:
-    """Apply the shared look; the legend stands below the plot, with room for as many rows as it needs.
+    """Apply the shared look and lay the figure out; the legend stands below the plot.
 
     Args:
         about: model and n, under the title.
-        height: of the plotting area (px).
+        height: of the plotting area (px) with its panels as they were made.
         legend_names: by default of all lines and bars, the first of each name.
-        width: the width (px) that the legend is laid out for; the figure itself stays as wide as its container.
-        top: room for the title (px).
-        label_lines: lines of the longest tick label on the x axis.
+        width: the width (px) that the figure is laid out for where `look` says none.
+
+    Raises:
+        UserError: `look` holds something that is no part of a look, or leaves no room for the plot.
     """
+    look = {} if look is None else look
+    if unknown := sorted(look.keys() - Look.__annotations__.keys()):
+        raise UserError(f"figures take no {unknown[0]!r}; {named_near(unknown[0], list(Look.__annotations__))}")
+    for name in ("width", "height", "font_size"):
+        if not 0 < look.get(name, 1) < math.inf:  # type: ignore[operator]
+            raise UserError(f"{name} is a number of pixels above 0, not {look[name]!r}")  # type: ignore[literal-required]
     names = _name_once_(figure) if legend_names is None else list(legend_names)
-    longest = max((len(html.unescape(name)) for name in names), default=0) * _CHARACTER + 60
-    rows = math.ceil(len(names) / max(1, int((width - 80) // longest)))
-    bottom = 64 + _LINE * (label_lines - 1) + _LEGEND_ROW * rows
+    size = look.get("font_size", BASE)
+    shown_title = plain(look["title"]) if "title" in look else title
     figure.update_layout(
-        template="none",
+        template=look.get("template", "none"),
         title={
-            "text": title,
             "x": 0,
             "xref": "container",
             "y": 1,
             "yanchor": "top",
             "pad": {"t": 16, "l": 14},
-            "font": {"size": 17},
-            "subtitle": {"text": about, "font": {"color": MUTED, "size": 12}},
+            "font": {"size": size * 17 / BASE},
+            "subtitle": {"font": {"size": size * 12 / BASE}},
         },
-        font={"family": FONT, "size": 13, "color": INK},
-        height=top + height + bottom,
-        margin={"l": 74, "r": 16, "t": top, "b": bottom},
-        legend={
-            "orientation": "h",
-            "yref": "container",
-            "y": 0,
-            "yanchor": "bottom",
-            "x": 0,
-            "entrywidth": longest - 34,
-            "entrywidthmode": "pixels",
-        },
-        hoverlabel={"align": "left", "bgcolor": "white", "font": {"color": INK}},
-        paper_bgcolor="white",
-        plot_bgcolor="white",
+        font={"family": FONT, "size": size},
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "tracegroupgap": 2},
+        hoverlabel={"align": "left"},
     )
-    axis = {"gridcolor": GRID, "zeroline": False, "showline": True, "linecolor": MUTED, "ticks": "outside"}
-    figure.update_xaxes(**axis, title_standoff=8, title_font_size=13)
-    figure.update_yaxes(**axis, title_standoff=8, title_font_size=13)
-    return figure
+    axis: dict[str, Any] = {"zeroline": False, "showline": True, "ticks": "outside"}
+    if "template" not in look:
+        _paint_(figure)
+        axis |= {"gridcolor": GRID, "linecolor": MUTED}
+    for note in figure.layout.annotations:
+        note.font.size = (note.font.size or BASE) * size / BASE
+    figure.update_xaxes(**axis, title_standoff=8, title_font_size=size, tickfont_size=size)
+    figure.update_yaxes(**axis, title_standoff=8, title_font_size=size, tickfont_size=size)
+    if any(trace.type == "heatmap" for trace in figure.data):
+        figure.update_xaxes(showgrid=False)
+        figure.update_yaxes(showgrid=False)
+    return laid_out(
+        prepared(
+            figure,
+            title=shown_title,
+            about=about,
+            names=names,
+            width=look.get("width", width),
+            is_fixed="width" in look,
+            fixed_height=look.get("height"),
+            height=height,
+            font_size=size,
+        )
+    )
 
 
-SCALE = "Cividis"
-"""Lightness grows with the value, also across zero, so that a printed copy reads the same."""
-CONTROL = SeriesStyle("#8a8a8a", "dot", "x")
+def _paint_(figure: go.Figure) -> None:
+    """The colors of a white page; cells without a number are grey, which no number is."""
+    has_table = any(trace.type == "heatmap" for trace in figure.data)
+    figure.update_layout(
+        font_color=INK,
+        title_subtitle_font_color=MUTED,
+        hoverlabel={"bgcolor": "white", "font": {"color": INK}},
+        paper_bgcolor="white",
+        plot_bgcolor=NO_NUMBER if has_table else "white",
+    )
+
+
+WARM, COOL, CHOSEN, NO_NUMBER = "#8c1c13", "#2f75b5", "#c98a00", "#dddddd"
+"""Harmful prompts and refusing, harmless ones, the chosen candidate, a cell of a table without a number."""
+DIVERGING = ((0.0, "#5a97cf"), (0.5, "#ffffff"), (1.0, "#ea7455"))
+"""Cool below zero, white at zero, warm above; light enough for dark numbers (contrast at least 4.5) everywhere."""
+SEQUENTIAL = ((0.0, "#ffffff"), (1.0, "#a58fc4"))
+CONTROL = SeriesStyle("#8a8a8a", "2px,2px", "x")
+_CONTROLS = (CONTROL, SeriesStyle("#6b6b6b", "6px,2px", "square-open"), SeriesStyle("#8a8a8a", "2px,2px", "diamond"))
 _GROUPS = (
-    SeriesStyle("#8c1c13", "solid", "circle"),
-    SeriesStyle("#2f75b5", "dash", "square-open"),
-    SeriesStyle("#1a1a1a", "dashdot", "diamond"),
-    SeriesStyle("#b8860b", "longdash", "triangle-up"),
-    SeriesStyle("#5b3f8c", "longdashdot", "cross"),
+    SeriesStyle(WARM, "solid", "circle"),
+    SeriesStyle(COOL, "6px,2px", "square-open"),
+)
+_OTHERS = (
+    SeriesStyle(INK, "solid", "diamond"),
+    SeriesStyle("#6a3d9a", "6px,2px", "triangle-up"),
+    SeriesStyle("#00796b", "6px,2px,2px,2px", "triangle-down"),
+    SeriesStyle("#9a6b00", "3px,2px", "hexagon"),
 )
 
 _MAX_CELLS_WITH_TEXT = 130
-_WIDE_CHARACTER = 7.4
-"""Width of a character of a tick label (px)."""
+
+
+def group_styles(names: Sequence[str]) -> list[SeriesStyle]:
+    """The look of each group of prompts: harmful ones warm and harmless ones cool, by name, or else the first two."""
+    named = [1 if "harmless" in name.lower() else 0 if "harmful" in name.lower() else None for name in names]
+    if None in named and not set(named) & {0, 1}:
+        named[:2] = [0, 1][: len(named)]
+    taken: set[int] = set()
+    others = 0
+    styles = []
+    for index in named:
+        if index is not None and index not in taken:
+            taken.add(index)
+            styles.append(_GROUPS[index])
+        else:
+            styles.append(other_style(others))
+            others += 1
+    return styles
 
 
 def group_style(index: int) -> SeriesStyle:
-    """The look of one group of prompts; the first two are harmful and harmless."""
-    return _GROUPS[index % len(_GROUPS)]
+    """The look of one of several groups of prompts; the first two are harmful and harmless."""
+    return _GROUPS[index] if index < len(_GROUPS) else other_style(index - len(_GROUPS))
 
 
-def bars(index: int) -> dict[str, Any]:
+def other_style(index: int) -> SeriesStyle:
+    """The look of one of several lines that are no group of prompts."""
+    return _OTHERS[index % len(_OTHERS)]
+
+
+def control_style(index: int) -> SeriesStyle:
+    """The look of random directions on the first group of prompts, and on the second."""
+    return _CONTROLS[index % len(_CONTROLS)]
+
+
+def bars(index: int, style: SeriesStyle) -> dict[str, Any]:
     """The marker of the bars of one group: a tint that leaves error bars visible, told apart by its hatching."""
-    color = group_style(index).color
+    color = style.color
     shape = ("", "/", ".", "x", "\\")[index % 5]
     pattern = {"shape": shape, "fillmode": "overlay", "fgcolor": color, "size": 7, "solidity": 0.3}
     return {"color": _tint(color), "line": {"color": color, "width": 1.2}, "pattern": pattern}
@@ -162,11 +236,9 @@ def panels(
     return figure.update_annotations(font_size=13)
 
 
-def layer_axis(
-    figure: go.Figure, n_layers: int, title: str = "layer (stream entering the block)", n_ticks: int = 18, **place: int
-) -> None:
-    """An x axis of layers, with few enough ticks."""
-    figure.update_xaxes(title=title, dtick=max(1, math.ceil(n_layers / n_ticks)), **place)
+def layer_axis(figure: go.Figure, title: str = "layer (stream entering the block)", **place: int) -> None:
+    """An x axis of layers, a tick for each where there is room."""
+    figure.update_xaxes(title=title, tick0=0, dtick=1, **place)
 
 
 def categories(figure: go.Figure) -> None:
@@ -231,8 +303,10 @@ def number(value: float, digits: int = 2) -> str:
 
 
 def position_label(position: int, token: str) -> str:
-    """−1 '\\n'."""
-    return f"{signed(position)} {quoted(token)}" if token else signed(position)
+    """A position and the token that stands there: −1 ⏎, −2 'assistant'."""
+    text = token_text(token)
+    shown = text.replace("\\n", "⏎") if text and not text.replace("\\n", "") else quoted(token)
+    return f"{signed(position)} {shown}" if token else signed(position)
 
 
 def position_styles(positions: Sequence[int], tokens: Sequence[str]) -> list[tuple[str, SeriesStyle]]:
@@ -312,7 +386,10 @@ def heatmap(
     digits: int = 2,
     colorbar: dict[str, Any] | None = None,
 ) -> go.Heatmap:
-    """A table of numbers in tones of one scale, printed in the cells where they fit; NaN stays white."""
+    """A table of numbers, printed in the cells where they fit; without one a cell is grey.
+
+    Limits that are as far below zero as above make the scale diverge, with white at zero.
+    """
     shows_text = values.numel() <= _MAX_CELLS_WITH_TEXT
     rows = gaps(values)
     text = [["" if value is None else number(value, digits) for value in row] for row in rows]
@@ -320,12 +397,12 @@ def heatmap(
         z=rows,
         x=list(x),
         y=list(y),
-        colorscale=SCALE,
+        colorscale=[list(stop) for stop in (DIVERGING if limits and limits[0] == -limits[1] else SEQUENTIAL)],
         zmin=limits[0] if limits else None,
         zmax=limits[1] if limits else None,
         text=text if shows_text else None,
         texttemplate="%{text}" if shows_text else None,
-        textfont={"size": 11},
+        textfont={"size": 11, "color": INK},
         customdata=custom,
         hovertemplate=f"{hover}<extra></extra>",
         colorbar={
@@ -338,12 +415,6 @@ def heatmap(
         xgap=1,
         ygap=1,
     )
-
-
-def with_room_below(figure: go.Figure, labels: Sequence[str], slope: float = 1.0) -> go.Figure:
-    """Grow a figure by what its slanted labels on the x axis need (`slope`: 1 is upright, 0.5 is at 30°)."""
-    room = round(slope * _WIDE_CHARACTER * max(map(len, labels), default=0))
-    return figure.update_layout(height=figure.layout.height + room, margin_b=figure.layout.margin.b + room)
 
 
 def zero_line(figure: go.Figure, value: float = 0.0, **place: Any) -> None:

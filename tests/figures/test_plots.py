@@ -165,7 +165,7 @@ def test_lines_differ_without_color():
 def test_tokens_are_shown_as_text():
     figure = plot_scores(make_scores(), tokens=TOKENS)
     assert "−3 '&lt;|im_start|&gt;'" in names(figure)  # plotly would drop an unescaped tag
-    assert "−4 '\\n'" in names(figure)
+    assert "−4 ⏎" in names(figure) and "−1 ⏎" in names(figure)
     assert token_text("Ġa▁b\x07") == " a b\\x07"
     assert token_text("\u202ea") == "\\u202ea"
     assert plain("<a href='x'>&") == "&lt;a href='x'&gt;&amp;"
@@ -253,5 +253,8 @@ def test_an_svg_holds_the_labels(tmp_path):
         pytest.skip("no chromium on PATH")
     save_figure(plot_scores(make_scores(), model="some model"), tmp_path / "f.svg")
     text = (tmp_path / "f.svg").read_text()
-    assert text.startswith("<svg") and "some model" in text and "source layer" in text
+    assert text.startswith("<svg") and "some model" in text and "source layer" in text and 'width="1200"' in text
+    for width in (350, 1080):
+        save_figure(plot_scores(make_scores()), tmp_path / "f.svg", width=width)
+        assert f'width="{width}"' in (tmp_path / "f.svg").read_text()
     assert N_LAYERS == 8

@@ -21,7 +21,7 @@ import pytest
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.model.points import resid_hook
-from refusal_mi.notebook import placed, show_static, side_by_side, splits, table
+from refusal_mi.notebook import placed, scaling, show_static, side_by_side, splits, table
 from refusal_mi.text.chat import ChatFormat
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
@@ -242,3 +242,13 @@ def test_a_change_cannot_take_the_column_of_prompts(tiny_model, monkeypatch: pyt
     assert not shown
     side_by_side(model, chat, ["Say hi"], {"plain": ()}, 2)
     assert shown[0].splitlines()[0] == "| prompt | plain |" and "| Say hi | " in shown[0]
+
+
+@pytest.mark.parametrize("box", ["", ' viewBox="0 0 1080 476"'])
+def test_a_static_figure_scales_with_the_page(box: str) -> None:
+    svg = f'<svg class="main-svg" width="1080" height="476" style=""{box}><rect width="3" height="4"/></svg>'
+    head, _, rest = scaling(svg).partition(">")
+    assert 'viewBox="0 0 1080 476"' in head and 'style="width:100%;max-width:1080px;height:auto"' in head
+    assert not re.search(r' (width|height)="', head) and rest == '<rect width="3" height="4"/></svg>'
+    with pytest.raises(ValueError, match="does not say its size"):
+        scaling("<svg></svg>")

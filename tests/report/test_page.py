@@ -300,6 +300,11 @@ def test_a_browser_without_network_draws_it_at_every_width(browser, tmp_path, wi
     assert browser.evaluate("document.querySelectorAll('[data-figure=scores] .scatterlayer .trace').length") > 15
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     assert browser.evaluate("innerWidth") == width
+    tables = "[...document.querySelectorAll('.scroll')].map(t => [t.scrollWidth > t.clientWidth + 1, "
+    tables += "getComputedStyle(t, '::before').content.includes('scroll to the right')])"
+    hints = browser.evaluate(tables)
+    assert all(is_wider == has_hint for is_wider, has_hint in hints)
+    assert any(is_wider for is_wider, _ in hints) == (width == 390)
     legend = "[...document.querySelectorAll('[data-figure=scores] .legendtext')].map(t => t.textContent).join(' ')"
     assert TOKENS[0] in browser.evaluate(legend)  # the token is drawn as text, not dropped as a tag
 

@@ -11,11 +11,11 @@
     layout.height = source.layout.height - source.layout.margin.t + top;
     layout.margin = Object.assign({}, source.layout.margin, { t: top });
     if (narrow.matches) {
-      layout.margin.l = 68;
-      layout.margin.r = 6;
       layout.dragmode = false; // a finger on a plot scrolls the page
     }
     delete layout.title;
+    delete layout.width; // as wide as its place
+    delete layout.meta;
     return { data: source.data, layout: layout };
   }
 
@@ -29,6 +29,16 @@
         displayModeBar: narrow.matches ? false : "hover",
         modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
       });
+    }
+  }
+
+  // Columns beyond the edge are announced, and reached with the keyboard too.
+  function hint() {
+    for (const table of document.querySelectorAll(".scroll")) {
+      const wider = table.scrollWidth > table.clientWidth + 1;
+      table.classList.toggle("wider", wider);
+      if (wider) table.tabIndex = 0;
+      else table.removeAttribute("tabindex");
     }
   }
 
@@ -84,4 +94,7 @@
     });
   }
   for (const section of document.querySelectorAll(".answers")) filtered(section);
+  hint();
+  window.addEventListener("resize", hint);
+  for (const part of document.querySelectorAll("details")) part.addEventListener("toggle", hint);
 })();

@@ -1,0 +1,129 @@
+"""Every figure of the package, small, and what a browser shows of them."""
+
+import inspect
+import json
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import plotly.graph_objects as go
+
+import refusal_mi.analysis
+import refusal_mi.figures
+from refusal_mi.analysis.result import AnalysisResult, analysis_module
+from refusal_mi.figures.effects import CombinationPoint, plot_combos, plot_layer_sweep, plot_losses, plot_rates
+from refusal_mi.figures.labels import plot_label_scores
+from refusal_mi.figures.localize import plot_front, plot_writes
+from refusal_mi.figures.scores import plot_norms, plot_score_lines, plot_score_panels, plot_scores
+from refusal_mi.measures import ABPoint, ABSweep, LossResult
+from refusal_mi.run.answers import Effect, SideEffects
+from refusal_mi.search.grid import select
+from refusal_mi.search.thresholds import Thresholds
+from refusal_mi.stats import Rate
+from tests.helpers.browser import Page
+from tests.helpers.runs import TOKENS, make_scores
+
+MODEL = "Qwen2.5-Coder-0.5B-Instruct"
+
+
+def plot_functions() -> set[str]:
+    """The names of all public `plot_*` functions in the rooms that draw."""
+    found = set()
+    for room in (refusal_mi.figures, refusal_mi.analysis):
+        for module in pkgutil.iter_modules(room.__path__):
+            for name, value in vars(import_module(f"{room.__name__}.{module.name}")).items():
+                if name.startswith("plot_") and inspect.isfunction(value):
+                    found.add(name)
+    return found
+
+
+def every_figure(results: Mapping[str, AnalysisResult], **look: Any) -> dict[str, go.Figure]:
+    """`plot_*` function -> what it draws with a look, of results by analysis and of made-up runs."""
+    drawn = _of_runs(**look)
+    for kind, result in results.items():
+        for draw in analysis_module(kind).FIGURES.values():
+            if draw.__name__.startswith("plot_"):
+                drawn[draw.__name__] = draw(result, **look)
+    return drawn
+
+
+def _of_runs(**look: Any) -> dict[str, go.Figure]:
+    scores = make_scores()
+    shared = {"chosen": select(scores).best, "thresholds": Thresholds(), "tokens": TOKENS, "model": MODEL, **look}
+    labels = {"harmful": [0.5, -0.7, -2.0], "harmless": [-3.0, -0.9]}
+    refused = {"harmful": [True, True, False], "harmless": [False, True]}
+    texts = ("organism_plain_text", "chat_answers")
+    losses = {
+        label: {name: LossResult(loss + index, 7.4, 12_345) for index, name in enumerate(texts)}
+        for label, loss in (("baseline", 1.0), ("ablation", 1.1), ("actadd", 1.2), ("random_ablation_0", 1.05))
+    }
+    effects = tuple(
+        Effect(label, Rate(count, 40), Rate(2, 40))
+        for label, count in (("baseline", 38), ("ablation", 0), ("actadd", 3), ("random_ablation_0", 38))
+    )
+    sides = [SideEffects("harmful", "jailbreakbench_harmful", effects), SideEffects("harmless", "alpaca", effects)]
+    writes = {"blocks.0.hook_resid_pre": (5.0, 0.001)} | {
+        f"blocks.{block}.{end}": (6.0 - block, 0.01 * block)
+        for block in range(12)
+        for end in ("hook_attn_out", "hook_mlp_out")
+    }
+    points = [
+        ABPoint(layer, sign, 0.5, 0.4, 0.6, 0.1 * sign, 0.05 * sign - 0.02, 0.2, 50)
+        for layer in range(24)
+        for sign in (1.0, -1.0)
+    ]
+    return {
+        "plot_scores": plot_scores(scores, **shared),
+        "plot_score_panels": plot_score_panels(scores, **shared),
+        "plot_score_lines": plot_score_lines({MODEL: scores, "another run": make_scores(kl=0.05)}, **look),
+        "plot_norms": plot_norms([[0.0, 1.0, 2.0]] * 5, range(-5, 0), tokens=TOKENS, model=MODEL, n_prompts=64, **look),
+        "plot_rates": plot_rates(sides, model=MODEL, **look),
+        "plot_losses": plot_losses(losses, model=MODEL, **look),
+        "plot_combos": plot_combos(_combinations(), text_set="plain_text", kl_max=0.1, model=MODEL, **look),
+        "plot_layer_sweep": plot_layer_sweep(ABSweep("held-out pairs", 0.4, tuple(points), 50), model=MODEL, **look),
+        "plot_label_scores": plot_label_scores(labels, refused, zero_point=-0.8, model=MODEL, **look),
+        "plot_writes": plot_writes(writes, 6.2, model=MODEL, **look),
+        "plot_front": plot_front(*_front(), model=MODEL, n=32, **look),
+    }
+
+
+def _combinations() -> list[CombinationPoint]:
+    kinds = [("plain model", "plain", 1, 1.0), ("random", "random 0", 1, 1.002)]
+    found = [CombinationPoint(label, kind, n, Rate(38, 40), 5.0, 0.1, loss, True) for kind, label, n, loss in kinds]
+    for index, label in enumerate(("0", "1", "2", "0-1", "0-2", "1-2", "0-1-2")):
+        n, loss = 1 + label.count("-"), 1.0004 + 0.0001 * (index * 7 % 5)
+        rate = Rate(2 * (index % 2), 40)
+        found.append(CombinationPoint(label, "combination", n, rate, -3.0, 0.01, loss, index != 3, index == 0))
+    return found
+
+
+def _front() -> tuple[Any, ...]:
+    """Removals, the front, the whole and the least one, as `plot_front` takes them."""
+    removals = [Removed(f"layers {layer}–{layer + 4}", 1 / (1 + layer), 1e-4 * 2**layer) for layer in range(10)]
+    return removals, removals[3:6], removals[-1], removals[5]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A removal, as far as a figure sees it."""
+
+    label: str
+    refused: float
+    kl_nats: float
+
+
+def text_boxes(page: Page) -> list[dict[str, Any]]:
+    """Text, place and visibility of every piece of text in the page's figures (px from the figure's corner)."""
+    return json.loads(page.evaluate(_BOXES))
+
+
+_BOXES = """JSON.stringify(Array.from(document.querySelectorAll('.js-plotly-plot')).flatMap(plot => {
+  const whole = plot.querySelector('.main-svg').getBoundingClientRect();
+  return Array.from(plot.querySelectorAll('svg text')).filter(text => text.textContent.trim()).map(text => {
+    const box = text.getBoundingClientRect();
+    return {figure: plot.id, text: text.textContent, left: box.left - whole.left, right: box.right - whole.left,
+      top: box.top - whole.top, bottom: box.bottom - whole.top, width: whole.width, height: whole.height};
+  }).filter(box => box.right > box.left);
+}))"""
