@@ -1,7 +1,7 @@
 """One direction or several: refusals against cost of every method, and the cost at equal refusal."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Unpack, runtime_checkable
 
 import plotly.graph_objects as go
 
@@ -73,7 +73,7 @@ class Compared(Protocol):
     def n_held_out(self) -> int: ...
 
 
-def plot_cost(found: Compared, *, model: str = "") -> go.Figure:
+def plot_cost(found: Compared, *, model: str = "", **look: Unpack[draw.Look]) -> go.Figure:
     """Share of refused short answers against KL on held-out prompts: a line for each method, over strengths."""
     figure = go.Figure()
     for row, style in zip(found.rows, draw.series_styles(len(found.rows)), strict=True):
@@ -102,13 +102,13 @@ def plot_cost(found: Compared, *, model: str = "") -> go.Figure:
             )
         )
     draw.zero_line(figure, found.target)
-    figure.update_xaxes(title="KL of harmless prompts (nats)", type="log", exponentformat="e")
+    figure.update_xaxes(title="KL of harmless prompts (nats)", type="log", dtick=1, exponentformat="e")
     figure.update_yaxes(title="harmful prompts refused, share", range=[-0.04, 1.04])
     about = draw.subtitle(model, f"{found.n_held_out} held-out prompts a side", "the line across: refusals to match")
-    return draw.finish(figure, title="Refusals and cost of methods", about=about, height=480)
+    return draw.finish(figure, title="Refusals and cost of methods", about=about, height=400, look=look)
 
 
-def plot_ratios(found: Compared, *, model: str = "") -> go.Figure:
+def plot_ratios(found: Compared, *, model: str = "", **look: Unpack[draw.Look]) -> go.Figure:
     """KL of every method over that of one difference of means, where both leave as many refusals."""
     there = [(row, row.matched.ratio) for row in found.rows[1:]]
     reached = [(plain(row.label), value, low, high) for row, (value, low, high) in there if value is not None]
@@ -137,4 +137,4 @@ def plot_ratios(found: Compared, *, model: str = "") -> go.Figure:
     notes += [f"never as few refusals: {', '.join(never)}"] if never else []
     about = draw.subtitle(model, *notes)
     height = 80 + 24 * len(names)
-    return draw.finish(figure, title="Cost at equal refusal", about=about, height=height, legend_names=[])
+    return draw.finish(figure, title="Cost at equal refusal", about=about, height=height, legend_names=[], look=look)

@@ -4,7 +4,7 @@ import inspect
 import json
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from importlib import import_module
 from typing import Any
 
@@ -16,6 +16,7 @@ from refusal_mi.analysis.result import AnalysisResult, analysis_module
 from refusal_mi.figures.effects import CombinationPoint, plot_combos, plot_layer_sweep, plot_losses, plot_rates
 from refusal_mi.figures.labels import plot_label_scores
 from refusal_mi.figures.localize import plot_front, plot_writes
+from refusal_mi.figures.methods import plot_cost, plot_ratios
 from refusal_mi.figures.scores import plot_norms, plot_score_lines, plot_score_panels, plot_scores
 from refusal_mi.measures import ABPoint, ABSweep, LossResult
 from refusal_mi.run.answers import Effect, SideEffects
@@ -86,6 +87,8 @@ def _of_runs(**look: Any) -> dict[str, go.Figure]:
         "plot_label_scores": plot_label_scores(labels, refused, zero_point=-0.8, model=MODEL, **look),
         "plot_writes": plot_writes(writes, 6.2, model=MODEL, **look),
         "plot_front": plot_front(*_front(), model=MODEL, n=32, **look),
+        "plot_cost": plot_cost(_compared(), model=MODEL, **look),
+        "plot_ratios": plot_ratios(_compared(), model=MODEL, **look),
     }
 
 
@@ -103,6 +106,26 @@ def _front() -> tuple[Any, ...]:
     """Removals, the front, the whole and the least one, as `plot_front` takes them."""
     removals = [Removed(f"layers {layer}–{layer + 4}", 1 / (1 + layer), 1e-4 * 2**layer) for layer in range(10)]
     return removals, removals[3:6], removals[-1], removals[5]
+
+
+def _compared() -> Any:
+    """Methods at several strengths, one of which never stops refusals, and controls."""
+    rows = []
+    for index, label in enumerate(("mean:1", "projected:1", "peel:1", "peel:2", "peel:3", "lda:1")):
+        curve = [At(step / 5, Rate(max(0, 40 - 10 * step), 40), (1e-4 * step * (1 + index),) * 3) for step in range(7)]
+        ratio = (
+            (None, None, None) if label == "lda:1" else (0.5 + index, 0.3 + index, None if index == 2 else 1.0 + index)
+        )
+        rows.append(Method(label, curve, AtMatch(ratio)))
+    controls = [Control(name, k, 0.97, 1e-3 * k) for name in ("random", "within harmful") for k in (1, 2, 3)]
+    return Compared(rows, controls, 0.05, 40)
+
+
+At = make_dataclass("At", ("strength", "refused", "kl_nats"), frozen=True)
+AtMatch = make_dataclass("AtMatch", ("ratio",), frozen=True)
+Method = make_dataclass("Method", ("label", "curve", "matched"), frozen=True)
+Control = make_dataclass("Control", ("label", "k", "refused_by_score", "kl_nats"), frozen=True)
+Compared = make_dataclass("Compared", ("rows", "controls", "target", "n_held_out"), frozen=True)
 
 
 @dataclass(frozen=True)

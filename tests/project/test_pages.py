@@ -19,10 +19,10 @@ import refusal_mi
 from refusal_mi.analysis import KINDS
 from refusal_mi.estimators import rdo
 from refusal_mi.interventions import Ablate
+from refusal_mi.loaded import load_run
 from refusal_mi.measures import next_token_logits
 from refusal_mi.model.loading import ORGANISM, load_model
 from refusal_mi.recipes import options
-from refusal_mi.run.loaded import load_run
 from tests.helpers.pages import PAGES, ROOT, blocks, broken_links, run_blocks
 
 DOCS = ROOT / "docs"

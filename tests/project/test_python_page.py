@@ -5,9 +5,9 @@ import torch
 
 from refusal_mi.analysis.lens import refusal_lens
 from refusal_mi.interventions import Ablate
+from refusal_mi.loaded import load_run
 from refusal_mi.measures import next_token_logits
 from refusal_mi.reading import mean_activations
-from refusal_mi.run.loaded import load_run
 from tests.helpers.pages import ROOT, blocks, run_blocks
 from tests.helpers.runs import finished_run
 

@@ -14,6 +14,7 @@ from refusal_mi.export.export import export_checkpoint
 from refusal_mi.figures.scores import plot_scores
 from refusal_mi.files import read_json, read_tensors
 from refusal_mi.interventions import Ablate
+from refusal_mi.loaded import load_run
 from refusal_mi.measures import next_token_logits
 from refusal_mi.model.loading import load_model
 from refusal_mi.reading import sample_activations
@@ -21,7 +22,6 @@ from refusal_mi.recipes.arditi import run
 from refusal_mi.recipes.combinations import run_combos
 from refusal_mi.recipes.search import named_estimator
 from refusal_mi.run.folder import RunRecord
-from refusal_mi.run.loaded import load_run
 from refusal_mi.run.options import CombosOptions, RunOptions, command_line
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.search.thresholds import NO_THRESHOLDS
