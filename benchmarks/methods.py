@@ -5,6 +5,7 @@ from pathlib import Path
 
 from refusal_mi.files import write_text
 from refusal_mi.recipes.methods import MethodRow, MethodsResult
+from refusal_mi.stats import signed
 
 PAGE = Path(__file__).parent.parent / "docs" / "one-or-several.md"
 HEADERS = ("method", "layer", "refused at 1", "KL at 1", "strength", "KL there", "ratio", "refused there", "CE")
@@ -53,7 +54,7 @@ def cells(row: MethodRow) -> list[str]:
         kl,
         *there,
         str(row.refused_by_text),
-        f"{row.ce_change:+.3f}",
+        signed(row.ce_change, 3),
     ]
 
 
