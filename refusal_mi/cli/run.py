@@ -42,6 +42,9 @@ def run(
     given: Given[RunOptions],
     directions: Ranks = None,
     multi: Multi = None,
+    images: Annotated[
+        bool, typer.Option("--images", help="Score plots as .png and .pdf beside the .html; needs Chromium.")
+    ] = False,
     fresh: Fresh = False,
     output_dir: OutputDir = None,
     as_json: AsJson = False,
@@ -51,6 +54,7 @@ def run(
     What it does to answers and to CE loss is measured beside random directions, and written into a report.
     """
     from .. import files
+    from ..figures.save import check_images
     from ..recipes.arditi import run
     from ..recipes.combinations import check_multi
     from ..recipes.options import default_folder, default_options
@@ -68,6 +72,8 @@ def run(
     path = output_dir or default_folder(model.source, quick=options.quick)
     folder = RunFolder(path, fresh, say)
     folder.check_writable()
+    if images:
+        check_images()
     if ranks:
         say(f"ablated together: {in_words(ranks)}")
     before = identity_of(path)
@@ -82,11 +88,25 @@ def run(
     report = write_report(path if summary.combination is None else path / summary.combination.label)
     if summary.combination is not None:
         list_combinations(path, before)
+    if images:
+        _draw_images(path)
     if as_json:
         print_json({**files.as_json(summary), "report": str(report)})
     else:
         print_summary(summary, report)
     return SCIENCE_FAILED if summary.status in ("no candidate survives", DOES_NOT_REFUSE) else 0
+
+
+def _draw_images(path: Path) -> None:
+    from ..figures.save import save_figure
+    from ..loaded import load_run
+    from ..recipes.search import FOLDER, PLOTS
+
+    figures = load_run(path).figures
+    for stem, measure in PLOTS.items():
+        if measure in figures:
+            for kind in ("png", "pdf"):
+                save_figure(figures[measure], path / FOLDER / f"{stem}.{kind}")
 
 
 @flat

@@ -36,6 +36,15 @@ def save_figure(figure: go.Figure, path: Path, *, width: int | None = None) -> N
     write_whole(path, lambda temporary: temporary.write_bytes(picture))
 
 
+def check_images() -> None:
+    """Draw an empty one, before the work whose images are asked for.
+
+    Raises:
+        UserError: kaleido or the browser that it needs is not there.
+    """
+    _picture(go.Figure(), "png", 100, 1.0)
+
+
 def save_figures(figures: Mapping[str, go.Figure], folder: Path) -> list[str]:
     """Write `{name}.html` for each figure and plotly once beside them; return the names of all files."""
     write_text(folder / PLOTLY_FILE, get_plotlyjs())
