@@ -8,7 +8,18 @@ from refusal_mi.recipes.methods import MethodRow, MethodsResult
 from refusal_mi.stats import signed
 
 PAGE = Path(__file__).parent.parent / "docs" / "one-or-several.md"
-HEADERS = ("method", "layer", "refused at 1", "KL at 1", "strength", "KL there", "ratio", "refused there", "CE")
+HEADERS = (
+    "method",
+    "layer",
+    "refused at 1",
+    "KL at 1",
+    "strength",
+    "KL there",
+    "ratio",
+    "to k = 1",
+    "refused there",
+    "CE",
+)
 
 
 def main(runs: list[str]) -> None:
@@ -33,18 +44,16 @@ def table(found: MethodsResult) -> list[str]:
         ranks = sorted({each.k for each in of_kind})
         what = f"{len(of_kind)} controls, {name}, of {ranks[0]} to {ranks[-1]}"
         spans = f"{min(shares):.2f} to {max(shares):.2f} (score)", f"{min(kl):.4f} to {max(kl):.4f}"
-        lines.append("| " + " | ".join([what, "", *spans, "", "", "", "", ""]) + " |")
+        lines.append("| " + " | ".join([what, "", *spans, "", "", "", "", "", ""]) + " |")
     return lines
 
 
 def cells(row: MethodRow) -> list[str]:
     """One method."""
     whole, matched = row.at(1.0), row.matched
-    value, low, high = matched.ratio
-    limits = "[unbounded]" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
-    there = ["–", "–", "never as few"]
-    if matched.strength is not None and matched.kl_nats is not None and value is not None:
-        there = [f"{matched.strength:.2f}", f"{matched.kl_nats:.4f}", f"{value:.2f} {limits}"]
+    there = ["–", "–", "never as few", ""]
+    if matched.strength is not None and matched.kl_nats is not None:
+        there = [f"{matched.strength:.2f}", f"{matched.kl_nats:.4f}", ratio(matched.ratio), ratio(row.over_single)]
     name = f"`{row.label}`"
     kl = f"{whole.kl_nats[0]:.4f}"
     return [
@@ -56,6 +65,13 @@ def cells(row: MethodRow) -> list[str]:
         str(row.refused_by_text),
         signed(row.ce_change, 3),
     ]
+
+
+def ratio(found: tuple[float | None, float | None, float | None]) -> str:
+    """With its interval; nothing where there is none."""
+    value, low, high = found
+    limits = "[unbounded]" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
+    return "" if value is None else f"{value:.2f} {limits}"
 
 
 if __name__ == "__main__":

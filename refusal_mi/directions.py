@@ -23,7 +23,7 @@ from .files import (
     write_tensors,
     write_vector,
 )
-from .model.points import block_hook, is_in_stream, place_of_hook, resid_hook, stream_after
+from .model.points import block_hook, is_between_blocks, is_in_stream, place_of_hook, resid_hook, stream_after
 from .precision import with_float64
 from .values import Value, frame, html_table, text_table
 from .vectors import at_layer, is_whole, layer_by_name, one_vector, read_vectors, unit_of, vectors_in
@@ -257,8 +257,9 @@ class DirectionGrid(Value):
             n_layers: of the model.
 
         Raises:
-            UserError: there is no such place among them.
+            UserError: there is no such place among them, or it was not read in the stream between two blocks.
         """
+        check_between_blocks(direction)
         places = tuple(positions)
         position = -1 if direction.position is None else direction.position
         if position not in places or not direction.layer < n_layers:
@@ -440,6 +441,18 @@ def difference_in_means(harmful: ActivationMeans, harmless: ActivationMeans) -> 
     degenerate = (vectors.norm(dim=-1) <= MIN_RELATIVE_NORM * scale).tolist()
     counts = {"method": "difference in means", "n_harmful": harmful.n_prompts, "n_harmless": harmless.n_prompts}
     return DirectionGrid(vectors, harmful.positions, tuple(map(tuple, degenerate)), counts, harmful.hook_name)
+
+
+def check_between_blocks(direction: Direction) -> None:
+    """Refuse a direction of another place than the stream that enters or leaves a block, which a layer is.
+
+    Raises:
+        UserError: it is one.
+    """
+    if not is_between_blocks(direction.hook_name):
+        raise UserError(
+            f"this direction was read at {direction.hook_name}; wanted here is one of the stream that enters a block"
+        )
 
 
 def check_in_stream(direction: Direction) -> None:

@@ -43,6 +43,7 @@ def compare_methods(
     many refusals on held-out prompts as one difference of means. What was killed goes on where it was.
     """
     from ..model.provenance import display_name
+    from ..recipes.methods import check_methods
     from ..recipes.methods import compare_methods as compute
     from ..recipes.options import default_folder
     from ..run.folder import RunInputs, check_model_of_run
@@ -58,6 +59,7 @@ def compare_methods(
     check_model_of_run(path, source)
     folder = RunFolder(output_dir or path / FOLDER, fresh, say)
     folder.check_writable()
+    check_methods(asked)
     found = compute(
         RunInputs(model.load(), path, at_most),
         asked,

@@ -334,6 +334,11 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
             signed(row.ce_change, 3),
         )
     Console().print(table)
+    for row in found.rows:
+        value, low, high = row.over_single
+        if value is not None:
+            limits = "[unbounded]" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
+            print_lines(f"{row.label} / one direction of it: {value:.2f} {limits}")
     for name in dict.fromkeys(each.label for each in found.controls):
         of_kind = [each for each in found.controls if each.label == name]
         shares = [each.refused_by_score for each in of_kind]

@@ -1,5 +1,6 @@
 """What the estimators are called on the command line; no torch, so that help is printed at once."""
 
+import re
 from difflib import get_close_matches
 
 from ..errors import UserError
@@ -54,7 +55,7 @@ def parse_methods(text: str, most: int) -> tuple[tuple[str, int], ...]:
                 raise UserError(f"--methods {each}: {name} has 1 to {limit} directions, such as {name}:2")
             counts = [int(number)] if number else range(1, min(most, limit) + 1)
             found += [(name, count) for count in counts]
-        elif number and not number.isdecimal():
+        elif re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", each) and name not in (*NAMES, *FITTED):
             found.append((each, 1))  # module:function
         else:
             if number not in ("", "1"):

@@ -72,8 +72,8 @@ class RDOOptions(DescentOptions):
             raise UserError("the weights of the losses must not be negative, and ablation or addition needs one")
 
 
-@dataclass(frozen=True)
-class Term:
+@dataclass(frozen=True, eq=False, repr=False)
+class Term(Value):
     """A loss, its weight, and the texts that it is a mean over."""
 
     name: str

@@ -112,6 +112,7 @@ def plot_ratios(found: Compared, *, model: str = "", **look: Unpack[draw.Look]) 
     """KL of every method over that of one difference of means, where both leave as many refusals."""
     there = [(row, row.matched.ratio) for row in found.rows[1:]]
     reached = [(plain(row.label), value, low, high) for row, (value, low, high) in there if value is not None]
+    open_ended = [name for name, _, low, high in reached if low is None or high is None]
     never = [plain(row.label) for row, (value, _, _) in there if value is None]
     figure, names = go.Figure(), [name for name, *_ in reached]
     figure.add_trace(
@@ -119,7 +120,11 @@ def plot_ratios(found: Compared, *, model: str = "", **look: Unpack[draw.Look]) 
             x=[value for _, value, _, _ in reached],
             y=names,
             mode="markers",
-            marker={"size": 9, "color": draw.INK},
+            marker={
+                "size": 9,
+                "color": draw.INK,
+                "symbol": ["circle-open" if name in open_ended else "circle" for name in names],
+            },
             error_x={
                 "type": "data",
                 "symmetric": False,
@@ -134,6 +139,7 @@ def plot_ratios(found: Compared, *, model: str = "", **look: Unpack[draw.Look]) 
     figure.update_xaxes(title="KL / KL of one difference of means, at equal refusal", type="log")
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1])
     notes = [f"{found.n_held_out} held-out prompts a side, 95% intervals"]
+    notes += [f"open: no bounds ({', '.join(open_ended)})"] if open_ended else []
     notes += [f"never as few refusals: {', '.join(never)}"] if never else []
     about = draw.subtitle(model, *notes)
     height = 80 + 24 * len(names)

@@ -1,8 +1,9 @@
 """One direction or several, by which method: each chosen on validation prompts, compared at equal refusal on others."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..directions import DirectionGrid, difference_in_means
 from ..errors import UserError
 from ..estimators.cones import fit_cone
-from ..estimators.names import FITTED, NAMES, NUMBERED, POOLS
+from ..estimators.named import Named
+from ..estimators.names import FITTED, N_CLUSTERS, NAMES, NUMBERED, POOLS
+from ..estimators.pools import cluster_differences, peel
 from ..estimators.rdo import RDOOptions, RDOTexts, fit_rdo
 from ..estimators.samples import ActivationSamples, needs_prompts
-from ..files import read_record, read_tensors, sha256_json, write_json, write_record, write_tensors
-from ..interventions import Ablate
+from ..files import read_record, read_tensors, sha256_file, sha256_json, write_json, write_record, write_tensors
+from ..interventions import NEAR_DUPLICATE, Ablate
 from ..measures import ScoredText, ce_loss, texts_to_score
 from ..model.points import write_hooks
-from ..model.provenance import ModelRecord
-from ..reading import template_residuals
+from ..model.provenance import ModelRecord, describe_model, versions
+from ..reading import mean_activations, sample_activations, template_residuals
 from ..run.answers import SIDES
 from ..run.folder import RunInputs, load_ranked
-from ..run.record import RUN, RunInfo
+from ..run.record import DIRECTION, EVALUATIONS, MEAN_DIFFS, PROMPTS, RUN, RunInfo
 from ..run.stages import RunFolder
 from ..search.grid import select
 from ..search.localize import expected_refused
-from ..search.methods import STRENGTHS, Curve, Matched, match, overlap
+from ..search.methods import N_HALVINGS, STRENGTHS, Curve, Matched, crossing_ends, match, overlap
 from ..search.passes import Basis
 from ..search.removals import RemovalScorer
 from ..stats import Paired, Rate, mean_interval
@@ -37,7 +41,7 @@ from ..text.prompts import load_prompts
 from ..values import Value, frame
 from .localize import KL_TOKENS, NEW_TOKENS, judged_answers, removal_scorer
 from .rdo import own_texts
-from .search import AnyEstimator, named_estimator
+from .search import estimated, named_estimator
 
 FILE, REFERENCE, N_PLACES, N_RANDOM = "methods.json", "mean", 4, 5
 N_TEXTS = 64
@@ -70,6 +74,8 @@ class MethodRow(Value):
     """Of the first direction, for ranks, which come from several places."""
     curve: tuple[AtStrength, ...]
     matched: Matched
+    over_single: tuple[float | None, float | None, float | None]
+    """Of several directions: KL over that of one direction of the same method, matched in the same way."""
     read_at: float
     """Strength at which longer answers were read: the matched one, or 1."""
     refused_by_text: Rate
@@ -154,7 +160,7 @@ class _Chosen(Value):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _HeldOut(Value):
-    """`{label}/held_out.json`: every prompt at every strength."""
+    """`{label}/held_out.json`: every prompt at every strength, and at more where the share falls to the target."""
 
     strengths: tuple[float, ...]
     refused: tuple[tuple[bool, ...], ...]
@@ -211,6 +217,7 @@ def compare_methods(
     """
     work = _Comparison(run, folder or RunFolder(run.path / "methods"), kl_tokens, n_places, max_new_tokens, batch_size)
     asked = dict.fromkeys([(REFERENCE, 1), *methods])
+    RunFolder(run.path).check_weights(work.model)
     chosen: dict[str, _Chosen] = {}
     skipped: dict[str, str] = {}
     for name, k in asked:
@@ -223,9 +230,20 @@ def compare_methods(
     if reference not in chosen:
         raise UserError(f"{run.path}: the difference of means gives no direction to compare with")
     bases = {label: work.basis(label) for label in chosen}
-    measured = {label: work.held_out_of(label, basis) for label, basis in bases.items()}
-    first = measured[reference].curve
-    matches = {label: match(each.curve, first) for label, each in measured.items()}
+    plain_short, first = work.plain_refused(), None
+    measured: dict[str, _HeldOut] = {}
+    for label, basis in bases.items():
+        measured[label] = work.held_out_of(label, basis, plain_short, first)
+        first = measured[label].curve if first is None else first
+    assert first is not None
+    curves = {label: each.curve for label, each in measured.items()}
+    matches = {label: match(each, first) for label, each in curves.items()}
+    singles = {label: f"{label.rpartition(':')[0]}:1" for label, basis in bases.items() if len(basis) > 1}
+    over = {
+        label: match(curves[label], curves[single], first).ratio
+        for label, single in singles.items()
+        if single in curves
+    }
     read_at = {label: 1.0 if each.strength is None else each.strength for label, each in matches.items()}
     answers = {label: work.answers(label, bases[label], read_at[label]) for label in chosen}
     plain = work.answers("plain", None, 0.0)
@@ -234,7 +252,7 @@ def compare_methods(
         read_record(run.path / RUN, RunInfo).model,
         kl_tokens,
         work.zero,
-        len(run.prompts("harmful", "val")),
+        len(work.prompts("harmful", "val")),
         first.refused.shape[1],
         Rate.of(plain.refused),
         first.target.item(),
@@ -246,6 +264,7 @@ def compare_methods(
                 each.position,
                 measured[label].at_strengths(work.zero),
                 matches[label],
+                over.get(label, (None, None, None)),
                 read_at[label],
                 Rate.of(answers[label].refused),
                 Rate.of(answers[label].degenerate),
@@ -263,6 +282,17 @@ def compare_methods(
     return result
 
 
+def check_methods(methods: Sequence[tuple[str, int]]) -> None:
+    """Make sure that every method is there, before a model is loaded.
+
+    Raises:
+        UserError: a function of the user's own cannot be imported, or there is no such estimator.
+    """
+    for name, _ in methods:
+        if name not in (*POOLS, *FITTED):
+            named_estimator(name)
+
+
 class _Nothing(Exception):
     """A method gives no directions here."""
 
@@ -278,6 +308,7 @@ class _Comparison:
     max_new_tokens: int
     batch_size: int | None
     hashes: dict[str, str] = field(default_factory=dict)
+    _grids: dict[int, DirectionGrid] = field(default_factory=dict)
 
     @property
     def zero(self) -> float:
@@ -285,24 +316,39 @@ class _Comparison:
 
     @cached_property
     def validation(self) -> RemovalScorer:
-        return removal_scorer(self.run, "val", self.kl_tokens, self.batch_size)
+        return removal_scorer(self.whole, "val", self.kl_tokens, self.batch_size)
 
     @cached_property
     def held_out(self) -> RemovalScorer:
         return removal_scorer(self.run, "test", self.kl_tokens, self.batch_size)
 
     @cached_property
+    def model(self) -> ModelRecord:
+        """The weights that are held."""
+        run = self.run
+        return describe_model(run.model, read_record(run.path / RUN, RunInfo).model.source)
+
+    def prompts(self, side: str, part: str) -> list[str]:
+        """All for training and validation; of the held-out ones as many as the run's inputs allow."""
+        return (self.run if part == "test" else self.whole).prompts(side, part)
+
+    @cached_property
+    def whole(self) -> RunInputs:
+        """The run with all of its prompts."""
+        return replace(self.run, max_prompts=sys.maxsize)
+
+    @cached_property
     def inputs(self) -> dict[str, Any]:
         """What every stage depends on."""
         run = self.run
-        prompts = {f"{side} {part}": run.prompts(side, part) for side in SIDES for part in ("train", "val", "test")}
-        info = read_record(run.path / RUN, RunInfo)
+        files = [MEAN_DIFFS, EVALUATIONS, DIRECTION, PROMPTS]
         return {
-            "model": info.model.fingerprint,
-            "template": [run.options.system, run.record.response_prefix, run.options.template_kwargs],
-            "prompts": sha256_json(prompts),
-            "tokens": run.refusal_prefixes,
-            "direction": sha256_json(run.direction.vector.tolist()),
+            "model": self.model,
+            "chat": run.chat.record(),
+            "versions": versions(),
+            "files": {file: sha256_file(run.path / file) for file in files},
+            "prompts": {side: sha256_json(self.prompts(side, "test")) for side in SIDES},
+            "thresholds": asdict(run.options.thresholds),
             "kl_tokens": self.kl_tokens,
         }
 
@@ -310,7 +356,8 @@ class _Comparison:
     def places(self) -> list[tuple[int, int]]:
         """Position and layer of the best survivors, one for each layer, the run's own first; then its neighbours."""
         run, layer, position = self.run, self.run.direction.layer, self.run.direction.position
-        assert position is not None
+        if position is None:
+            raise UserError(f"{run.path}: its direction does not say at which position it was read")
         best = {layer: position}
         for row in select(run.scores, run.options.thresholds).survivors:
             best.setdefault(row.layer, row.position)
@@ -324,7 +371,7 @@ class _Comparison:
         layers = [layer for _, layer in self.places]
         return {
             side: template_residuals(
-                self.run.model, self.run.chat, self.run.prompts(side, "train"), layers=layers, batch_size=8
+                self.run.model, self.run.chat, self.prompts(side, "train"), layers=layers, batch_size=8
             )
             for side in SIDES
         }
@@ -333,7 +380,7 @@ class _Comparison:
     def own_texts(self) -> RDOTexts:
         """What directions are fitted to by gradients."""
         run = self.run
-        sides = [run.prompts(side, "train")[:N_FITTED] for side in SIDES]
+        sides = [self.prompts(side, "train")[:N_FITTED] for side in SIDES]
         return own_texts(run.model, run.chat, run.direction, *sides)
 
     def chosen(self, name: str, k: int) -> _Chosen:
@@ -345,7 +392,10 @@ class _Comparison:
             inputs |= {"call": str(uuid4())}  # a function of the user's own, which may have changed
 
         def compute() -> None:
-            trials = self._trials(name, k)
+            try:
+                trials = self._trials(name, k)
+            except UserError as error:
+                raise _Nothing(str(error)) from error
             whole = [dict.fromkeys(write_hooks(self.run.model.cfg.n_layers), 1.0)] * (len(trials) + 1)
             bases = [self.run.direction.unit[None], *(basis for _, basis in trials)]
             scorer = self.validation
@@ -368,22 +418,37 @@ class _Comparison:
         basis: Tensor = read_tensors(self.folder.path / f"{_folder(label)}/basis.pt")
         return basis
 
-    def held_out_of(self, label: str, basis: Basis) -> _HeldOut:
-        """Answers, scores and KL of held-out prompts at every strength."""
+    def held_out_of(self, label: str, basis: Basis, plain: tuple[bool, ...], reference: Curve | None) -> _HeldOut:
+        """Answers, scores and KL of held-out prompts at every strength.
+
+        And at more of them, halving `N_HALVINGS` times where the share of refusals falls to the reference's target:
+        between two strengths of the first it may fall from all to none.
+        """
         where, n_tokens = f"{_folder(label)}/held_out.json", self.run.options.label_tokens
 
         def compute() -> None:
-            scorer, names, every = self.held_out, write_hooks(self.run.model.cfg.n_layers), (0.0, *STRENGTHS)
-            weights, bases = [dict.fromkeys(names, strength) for strength in every], [basis] * len(every)
-            scores = scorer.score(bases, weights, range(scorer.n_harmful)).tolist()
-            kl = scorer.kl(bases, weights, range(scorer.n_harmless)).tolist()
-            answered = judged_answers(self.run, self.run.prompts("harmful"), n_tokens)
-            changed = [answered([Ablate(basis, strength)]).refused for strength in STRENGTHS]
-            refused = (self.plain_refused(), *changed)
-            write_record(self.folder.path / where, _HeldOut(every, refused, _rows(scores), _rows(kl)))
+            scorer, names = self.held_out, write_hooks(self.run.model.cfg.n_layers)
+            answered = judged_answers(self.run, self.prompts("harmful", "test"), n_tokens)
 
-        inputs = self.inputs | {"basis": self.hashes[label], "strengths": STRENGTHS, "n": n_tokens}
-        about = f"{len(STRENGTHS)} strengths, held-out prompts"
+            def at(strengths: Sequence[float]) -> dict[float, _Row]:
+                weights, bases = [dict.fromkeys(names, each) for each in strengths], [basis] * len(strengths)
+                scores = scorer.score(bases, weights, range(scorer.n_harmful)).tolist()
+                kl = scorer.kl(bases, weights, range(scorer.n_harmless)).tolist()
+                refused = [plain if each == 0 else answered([Ablate(basis, each)]).refused for each in strengths]
+                return dict(zip(strengths, zip(refused, map(tuple, scores), map(tuple, kl), strict=True), strict=True))
+
+            rows = at((0.0, *STRENGTHS))
+            for _ in range(N_HALVINGS):
+                found = _held_out(rows).curve
+                ends = crossing_ends(found, (found if reference is None else reference).target.item())
+                if ends is None:
+                    break
+                rows |= at([sum(ends) / 2])
+            write_record(self.folder.path / where, _held_out(rows))
+
+        target = None if reference is None else reference.target.item()
+        inputs = self.inputs | {"basis": self.hashes[label], "strengths": STRENGTHS, "n": n_tokens, "target": target}
+        about = f"{len(STRENGTHS)} strengths and {N_HALVINGS} between, held-out prompts"
         self.folder.stage(f"{_folder(label)}-held-out", inputs, [where], compute, about=about)
         return read_record(self.folder.path / where, _HeldOut)
 
@@ -392,7 +457,7 @@ class _Comparison:
         where, n_tokens = "plain.json", self.run.options.label_tokens
 
         def compute() -> None:
-            judged = judged_answers(self.run, self.run.prompts("harmful"), n_tokens)([])
+            judged = judged_answers(self.run, self.prompts("harmful", "test"), n_tokens)([])
             write_json(self.folder.path / where, judged.refused)
 
         self.folder.stage("plain", self.inputs | {"n": n_tokens}, [where], compute, about="short answers")
@@ -405,12 +470,13 @@ class _Comparison:
         def compute() -> None:
             run = self.run
             steps = [] if basis is None else [Ablate(basis, strength)]
-            judged = judged_answers(run, run.prompts("harmful"), self.max_new_tokens)(steps)
+            judged = judged_answers(run, self.prompts("harmful", "test"), self.max_new_tokens)(steps)
             loss = ce_loss(run.model, run.chat, self._texts(), interventions=steps)
             record = _Answers(judged.refused, judged.degenerate, loss.ce_loss)
             write_record(self.folder.path / where, record)
 
         inputs = self.inputs | {"basis": self.hashes.get(label), "strength": strength, "n": self.max_new_tokens}
+        inputs |= {"texts": self.run.options.text_set, "seed": self.run.options.seed}
         about = f"answers of {self.max_new_tokens} tokens and CE at strength {strength:.3g}"
         self.folder.stage(f"{_folder(label)}-answers", inputs, [where], compute, about=about)
         return read_record(self.folder.path / where, _Answers)
@@ -442,9 +508,10 @@ class _Comparison:
                 found.append(("random", seed, _basis(torch.randn(k, width, generator=drawn, dtype=torch.float64))))
             for seed, side in enumerate(SIDES):
                 rows, drawn = column[side], torch.Generator().manual_seed(1000 * k + seed)
-                halves = [torch.randperm(len(rows), generator=drawn).chunk(2) for _ in range(k)]
-                spans = torch.stack([rows[one].mean(0) - rows[other].mean(0) for one, other in halves])
-                found.append((f"within {side}", seed, _basis(spans)))
+                if k < len(rows):
+                    halves = [torch.randperm(len(rows), generator=drawn).chunk(2) for _ in range(k)]
+                    spans = torch.stack([rows[one].mean(0) - rows[other].mean(0) for one, other in halves])
+                    found.append((f"within {side}", seed, _basis(spans)))
         return found
 
     def _texts(self) -> list[ScoredText]:
@@ -468,36 +535,49 @@ class _Comparison:
         if name in FITTED:
             direction = self.run.direction
             return [((direction.position, direction.layer), _basis(self._fitted(name, k)))]
-        names = [f"{name}-{index + 1}" for index in range(k)] if name in NUMBERED else [name]
-        estimators = [named_estimator(each) for each in names]
+        pool = _POOLS.get(name)
+        estimator = None if pool else named_estimator(name)
         found: list[tuple[tuple[int | None, int], Basis]] = []
         for place in self.places:
-            vectors = [self._vector(each, *place) for each in estimators]
-            if all(bool(vector.any()) for vector in vectors):
-                found.append((place, _basis(torch.stack(vectors))))
+            vectors = self._vector(estimator, *place)[None] if pool is None else pool(*self._column(*place).values(), k)
+            if bool(vectors.any(-1).all()):
+                found.append((place, _basis(vectors)))
         if not found:
             raise _Nothing("it gives fewer directions at every place")
         return found
 
     def _fitted(self, name: str, k: int) -> Float[Tensor, "k d_model"]:
         """Directions found by gradients from the run's own; what was killed goes on from its last step."""
-        run, checkpoint = self.run, self.folder.path / _folder(f"{name}:{k}") / "checkpoint.pt"
+        run, key = self.run, sha256_json(self.inputs)[:16]
+        checkpoint = self.folder.path / _folder(f"{name}:{k}") / f"checkpoint-{key}.pt"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder.fresh:
+            checkpoint.unlink(missing_ok=True)
         held = (run.model, run.chat, run.direction, self.own_texts, RDOOptions(retention_form="code"))
         fit = (
             fit_rdo(*held, checkpoint=checkpoint)
             if name == "rdo"
             else fit_cone(*held, n_directions=k, checkpoint=checkpoint)
         )
-        checkpoint.unlink(missing_ok=True)
+        for each in checkpoint.parent.glob("checkpoint-*.pt"):
+            each.unlink()
         return torch.stack([each.unit for each in fit.directions])
 
-    def _vector(self, estimator: AnyEstimator, position: int, layer: int) -> Float[Tensor, " d_model"]:
-        """An estimator's direction at one place, which it is given as the only one."""
-        sides = [ActivationSamples(rows[:, None, None], (-1,)) for rows in self._column(position, layer).values()]
-        given = sides if needs_prompts(estimator) else [each.means for each in sides]
-        vector: Tensor = estimator(*given).vectors[0, 0]  # type: ignore[arg-type]
-        return vector.double()
+    def _vector(self, estimator: Any, position: int, layer: int) -> Float[Tensor, " d_model"]:
+        """An estimator's direction at a place: of the package from that place alone, of a user from all."""
+        if isinstance(estimator, Named) or estimator is difference_in_means:
+            sides = [ActivationSamples(rows[:, None, None], (-1,)) for rows in self._column(position, layer).values()]
+            given = sides if needs_prompts(estimator) else [each.means for each in sides]
+            vector: Tensor = estimator(*given).vectors[0, 0]
+            return vector.double()
+        grid = self._grids.get(id(estimator))
+        if grid is None:
+            reader = sample_activations if needs_prompts(estimator) else mean_activations
+            read = [reader(self.run.model, self.run.chat, self.prompts(side, "train")) for side in SIDES]
+            grid = self._grids[id(estimator)] = estimated(estimator, read)
+        if grid.is_degenerate[grid.positions.index(position)][layer]:
+            return torch.zeros(grid.vectors.shape[-1], dtype=torch.float64)
+        return grid.vectors[grid.positions.index(position), layer].double()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -505,14 +585,29 @@ class _Controls(Value):
     rows: tuple[ControlRow, ...]
 
 
+_POOLS: Mapping[str, Callable[..., Tensor]] = {
+    "peel": peel,
+    "kmeans": lambda harmful, harmless, k: cluster_differences(harmful, harmless, N_CLUSTERS)[:k],
+}
+"""Rows of both classes at one place, and how many -> `[k d_model]`."""
+
+
 def _basis(vectors: Float[Tensor, "k d_model"]) -> Basis:
     """Orthonormal rows that span the vectors."""
-    return torch.linalg.qr(torch.nn.functional.normalize(vectors.double(), dim=-1).T).Q.T.contiguous()
+    units = torch.nn.functional.normalize(vectors.double(), dim=-1)
+    found = torch.linalg.qr(units.T)
+    if found.R.diagonal().abs().min() < NEAR_DUPLICATE:
+        raise _Nothing("its directions are all but dependent")
+    return found.Q.T.contiguous()
 
 
 def _folder(label: str) -> str:
     return re.sub(r"\W+", "-", label)
 
 
-def _rows(table: list[list[float]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(map(tuple, table))
+_Row = tuple[tuple[bool, ...], tuple[float, ...], tuple[float, ...]]
+
+
+def _held_out(rows: Mapping[float, _Row]) -> _HeldOut:
+    ordered = sorted(rows)
+    return _HeldOut(tuple(ordered), *zip(*(rows[strength] for strength in ordered), strict=True))

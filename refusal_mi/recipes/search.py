@@ -77,7 +77,7 @@ def find_directions(run: Prepared, estimator: AnyEstimator | None = None) -> Dir
 
         sides = run.timed("pass", len(harmful) + len(harmless), lambda: [read(harmful), read(harmless)])
         means = [side.means if isinstance(side, ActivationSamples) else side for side in sides]
-        grid = difference_in_means(*means) if estimator is difference_in_means else _estimated(estimator, sides)
+        grid = difference_in_means(*means) if estimator is difference_in_means else estimated(estimator, sides)
         write_tensors(run.path / files[0], grid.vectors)
         write_tensors(run.path / files[2], {"harmful": means[0].means, "harmless": means[1].means})
         record = GridRecord(
@@ -130,7 +130,7 @@ def named_estimator(name: str) -> AnyEstimator:
     return function_named
 
 
-def _estimated(estimator: AnyEstimator, sides: Sequence[Any]) -> DirectionGrid:
+def estimated(estimator: AnyEstimator, sides: Sequence[Any]) -> DirectionGrid:
     """What an estimator gives, if it is a grid of the positions and layers that it was given."""
     harmful, harmless = sides
     try:

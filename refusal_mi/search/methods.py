@@ -17,6 +17,8 @@ STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 """Fractions of the component in the subspace that are removed; the plain model is 0."""
 TOLERATED = 0.05
 """Of the plain model's refusals, where a whole removal leaves fewer: a few prompts would decide otherwise."""
+N_HALVINGS = 3
+"""Of the interval between two strengths in which the share of refusals falls to the target."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,6 +37,10 @@ class Curve(Value):
             raise UserError(f"strengths rise from 0, the plain model, not {self.strengths}")
         if len(self.refused) != n or len(self.kl) != n:
             raise UserError(f"{n} strengths need as many rows, not {len(self.refused)} and {len(self.kl)}")
+
+    def of_first(self, n: int) -> "Curve":
+        """Of the first prompts of both sides."""
+        return Curve(self.strengths, self.refused[:, :n], self.kl[:, :n])
 
     def share(self, strength: float) -> Float[Tensor, "*rest"]:
         """Refused answers at one strength."""
@@ -57,28 +63,42 @@ class Matched:
     """KL over that of the reference, with its 95% interval (BCa over prompts); no limits where they are unbounded."""
 
 
-def match(method: Curve, reference: Curve) -> Matched:
-    """The least strength at which a method leaves as few refusals as the reference does at strength 1.
+def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matched:
+    """The least strength at which a method leaves as few refusals as the reference does at strength 1, and its cost.
 
-    Between two strengths the share of refusals is taken to be linear, and the square root of each prompt's KL. The
-    reference's cost is that at its own least strength. The interval draws prompts, of both sides and for both methods
-    the same, and does everything else again.
+    Between two strengths the share of refusals is taken to be linear, and the square root of each prompt's KL: where
+    the share falls, strengths should lie close. The interval draws prompts, for all methods the same, and does
+    everything else again. Where the sides differ in number, as many of each count as there are of both.
+
+    Args:
+        other: whose cost, at its own least strength, the ratio is to.
+        reference: None is `other`.
     """
-    strength, kl = _crossing(method, reference.target)
+    n = min(each for curve in (method, other) for each in (curve.refused.shape[1], curve.kl.shape[1]))
+    curves = [each.of_first(n) for each in (method, other, other if reference is None else reference)]
+    strength, kl = _crossing(curves[0], curves[2].target)
     if not strength.isfinite():
         return Matched(None, None, (None, None, None))
-    n = min(method.refused.shape[1], method.kl.shape[1])
-    tables = (method.refused, method.kl, reference.refused, reference.kl)
-    samples = [row[:n].tolist() for table in tables for row in table]
+    tables = [table for each in curves for table in (each.refused, each.kl)]
     ends = [0, *accumulate(map(len, tables))]
 
     def ratio(*drawn: Any) -> Any:
-        tables = [torch.stack([torch.as_tensor(row) for row in drawn[a:b]]) for a, b in pairwise(ends)]
-        own, other = Curve(method.strengths, *tables[:2]), Curve(reference.strengths, *tables[2:])
-        return (_crossing(own, other.target)[1] / _crossing(other, other.target)[1]).numpy()
+        parts = [torch.stack([torch.as_tensor(row) for row in drawn[a:b]]) for a, b in pairwise(ends)]
+        again = [Curve(each.strengths, *parts[2 * i : 2 * i + 2]) for i, each in enumerate(curves)]
+        own, others = (_crossing(each, again[2].target)[1] for each in again[:2])
+        return (own / others).numpy()
 
+    samples = [row.tolist() for table in tables for row in table]
     value, low, high = (each if each == each else None for each in bootstrap_interval(*samples, statistic=ratio))
     return Matched(strength.item(), kl.item(), (value, low, high))
+
+
+def crossing_ends(method: Curve, target: float) -> tuple[float, float] | None:
+    """The strengths between which the share of refusals first falls to a target; None where it never does."""
+    for (low, high), share in zip(pairwise(method.strengths), method.refused[1:].mean(-1).tolist(), strict=True):
+        if share <= target:
+            return low, high
+    return None
 
 
 def overlap(one: Basis, other: Basis) -> float:

@@ -211,6 +211,7 @@ def test_colab_keeps_the_way_in_which_it_shows_figures(monkeypatch: pytest.Monke
     import plotly.io as pio
 
     monkeypatch.setitem(sys.modules, "kaleido", None)
+    monkeypatch.setattr("plotly.io._kaleido._KALEIDO_AVAILABLE", None)  # what plotly remembers goes with the test
     before = pio.renderers.default
     try:
         pio.renderers.default = "colab"

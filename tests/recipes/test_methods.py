@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from refusal_mi.cli import exit_status
+from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.estimators.names import parse_methods
 from refusal_mi.files import read_json, read_tensors
@@ -12,11 +13,14 @@ from refusal_mi.interventions import Ablate
 from refusal_mi.judges.substring import SubstringJudge
 from refusal_mi.measures import kl_nats, next_token_logits
 from refusal_mi.model.loading import ORGANISM, load_model
+from refusal_mi.model.points import write_hooks
+from refusal_mi.reading import mean_activations
 from refusal_mi.recipes.methods import MethodsResult
 from refusal_mi.run.folder import RunInputs, load_ranked
+from refusal_mi.search.removals import RemovalScorer
 
 N = 24
-MINE = "tests.recipes.test_methods:backwards"
+MINE, ONE = (f"tests.recipes.test_methods:{name}" for name in ("backwards", "on_one_layer"))
 LINE = [f"--methods=mean,ranks:1,ranks:2,peel:2,{MINE}", f"--n-prompts={N}", "--max-new-tokens=8", "--n-random=2"]
 LINE += ["--n-places=2"]
 on_the_embedded = pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")
@@ -27,6 +31,14 @@ def backwards(harmful, harmless):
     from refusal_mi.directions import difference_in_means
 
     return difference_in_means(harmless, harmful)
+
+
+def on_one_layer(harmful, harmless):
+    """Nothing but the difference of means of layer 3, as directions that were fitted are given."""
+    from refusal_mi.directions import DirectionGrid, difference_in_means
+
+    direction = difference_in_means(harmful, harmless).direction(-1, 3)
+    return DirectionGrid.of(direction, harmful.positions, harmful.means.shape[1])
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +73,14 @@ def test_the_numbers_are_those_of_the_ablations(compared):
     path, found = compared
     run = RunInputs(load_model(device="cpu"), path, N)
     assert found.row("mean:1").matched.ratio == (1.0, 1.0, 1.0)
-    assert found.rows[3].matched.ratio == pytest.approx((1, 1, 1), abs=1e-3), "the same line costs the same"
+    assert found.row(f"{MINE}:1").matched.ratio == pytest.approx((1, 1, 1), abs=1e-3), "the same line costs the same"
+    row, train = found.row("mean:1"), {side: run.record.side(side).kept("train") for side in ("harmful", "harmless")}
+    means = [mean_activations(run.model, run.chat, each) for each in train.values()]
+    own = difference_in_means(*means).direction(row.position, row.layer).unit
+    held = read_tensors(path / "methods/mean-1/basis.pt")[0]
+    assert (held @ own).abs().item() == pytest.approx(1, abs=1e-6)
+    elsewhere = difference_in_means(*means).direction(row.position, row.layer + 1).unit
+    assert (held @ elsewhere).abs().item() < 0.999, "the control: the next layer's is another one"
     span = Ablate(load_ranked(path, (0,)), 0.8)
     harmful, harmless = run.prompts("harmful"), run.prompts("harmless")
     plain, changed = (next_token_logits(run.model, run.chat, harmless, interventions=each) for each in ((), span))
@@ -75,7 +94,38 @@ def test_the_numbers_are_those_of_the_ablations(compared):
     table = torch.tensor(found.overlaps)
     assert torch.allclose(table.diag(), torch.ones(4, dtype=table.dtype), atol=1e-6) and torch.allclose(table, table.T)
     assert table[0, 3] > 1 - 1e-6 and table[0, 2] < 0.99
-    assert len(found.to_frame()) == 4 * 7
+    assert len(found.to_frame()) == sum(len(row.curve) for row in found.rows) > 4 * 7
+    near = [each.strength for each in row.curve if abs(each.strength - row.matched.strength) < 0.03]
+    assert near, "it was measured where it is matched"
+
+
+@pytest.mark.slow
+@on_the_embedded
+def test_the_place_is_the_best_on_validation_prompts_and_not_on_held_out_ones(compared):
+    path, found = compared
+    run, row = RunInputs(load_model(device="cpu"), path, 10**6), found.row("mean:1")
+    means = [mean_activations(run.model, run.chat, run.prompts(side, "train")) for side in ("harmful", "harmless")]
+    grid, near = difference_in_means(*means), run.direction.layer
+    layers = {near} | ({near - 1, near + 1} - {row.layer} if row.layer == near else {row.layer})
+    scorer = RemovalScorer(
+        run.model, run.chat, run.prompts("harmful", "val"), run.prompts("harmless", "val"), run.refusal_prefixes
+    )
+    whole = [dict.fromkeys(write_hooks(run.model.cfg.n_layers), 1.0)] * len(layers)
+    directions = [grid.direction(row.position, layer) for layer in layers]
+    kl = dict(zip(layers, scorer.kl(directions, whole, range(scorer.n_harmless)).mean(-1).tolist(), strict=True))
+    chosen = read_json(path / "methods/mean-1/chosen.json")
+    assert chosen["kl_nats"] == pytest.approx(kl[row.layer], rel=1e-4)
+    assert chosen["kl_nats"] != pytest.approx(row.at(1.0).kl_nats[0], rel=1e-3), "the control: held-out KL differs"
+
+
+@pytest.mark.slow
+@on_the_embedded
+def test_a_function_of_all_layers_is_read_at_the_place(compared, capsys):
+    path, _ = compared
+    line = ["compare-methods", f"--run={path}", *LINE[1:], f"--methods={ONE}", "--n-places=9"]
+    assert exit_status([*line, f"--output-dir={path / 'other'}"]) == 0
+    row = MethodsResult.load(path / "other").row(f"{ONE}:1")
+    assert row.layer == 3 and row.at(1.0).refused.value <= 0.1
 
 
 @pytest.mark.slow
@@ -106,6 +156,8 @@ def test_methods_are_read_as_they_are_written():
         ("peel:0", "1 to 16"),
         ("mean:2", "has one direction"),
         ("rdo:2", "has one direction"),
+        ("mean:foo", "has one direction"),
+        (":f", "has one direction"),
         ("meen", "did you mean mean"),
         ("kmeans:5", "1 to 4"),
     ):

@@ -8,7 +8,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate
 from refusal_mi.measures import kl_nats, next_token_logits, refusal_scores
 from refusal_mi.model.points import write_hooks
-from refusal_mi.search.methods import STRENGTHS, TOLERATED, Curve, match, overlap
+from refusal_mi.search.methods import STRENGTHS, TOLERATED, Curve, crossing_ends, match, overlap
 from refusal_mi.search.removals import RemovalScorer
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.models import D_MODEL, N_LAYERS
@@ -18,13 +18,13 @@ AT = (0.0, *STRENGTHS)
 N = 60
 
 
-def planted(falls_at, cost, n=N, spread=0.0, seed=0):
+def planted(falls_at, cost, n=N, spread=0.0, seed=0, at=AT):
     """Prompts are refused up to strengths around `falls_at`; KL is cost · strength², times a prompt's own factor."""
     rng = np.random.default_rng(seed)
     ends = falls_at + spread * rng.standard_normal(n)
-    refused = torch.tensor([[float(strength < end) for end in ends] for strength in AT], dtype=torch.float64)
+    refused = torch.tensor([[float(strength < end) for end in ends] for strength in at], dtype=torch.float64)
     factors = torch.from_numpy(rng.lognormal(0, 0.5, n))
-    return Curve(AT, refused, cost * torch.tensor(AT, dtype=torch.float64)[:, None] ** 2 * factors)
+    return Curve(at, refused, cost * torch.tensor(at, dtype=torch.float64)[:, None] ** 2 * factors)
 
 
 def test_a_known_curve_crosses_where_it_should():
@@ -46,6 +46,28 @@ def test_twice_the_cost_at_equal_strength_is_a_ratio_of_two_and_so_is_a_later_fa
     assert late.strength == pytest.approx(at[0]) and late.ratio[0] == pytest.approx((at[0] / at[1]) ** 2)
     assert match(planted(9.0, 0.01), reference).strength is None, "what never stops refusals has no cost"
     assert match(planted(9.0, 0.01), reference).ratio == (None, None, None)
+
+
+def test_the_cost_over_another_is_matched_where_the_reference_says():
+    reference, other = planted(0.5, 0.01), planted(0.9, 0.01)
+    half = Curve(AT, other.refused, 0.5 * other.kl)
+    assert match(half, other, reference).ratio == pytest.approx((0.5, 0.5, 0.5))
+    assert match(half, reference).ratio[0] > 1, "the control: over the reference, which stops them earlier, it is dear"
+
+
+def test_where_a_share_falls_is_bracketed():
+    assert crossing_ends(planted(0.5, 0.01), 0.05) == (0.4, 0.6) and crossing_ends(planted(9.0, 0.01), 0.05) is None
+    fine = (0.0, 0.2, 0.4, 0.475, 0.5, 0.525, 0.6, 0.8, 1.0, 1.2)
+    coarse, exact = planted(0.51, 0.01), planted(0.51, 0.01, at=fine)
+    found = [match(each, each).strength for each in (coarse, exact)]
+    assert abs(found[1] - 0.51) < 0.015 < 0.07 < abs(found[0] - 0.51), "the control: strengths far apart are wrong"
+
+
+def test_sides_of_different_numbers_are_cut_alike():
+    whole = planted(0.5, 0.01)
+    uneven = Curve(AT, whole.refused, whole.kl[:, :40])
+    found = match(Curve(AT, whole.refused, 2 * whole.kl[:, :40]), uneven)
+    assert found.ratio == pytest.approx((2, 2, 2)) and found.kl_nats == pytest.approx(2 * match(uneven, uneven).kl_nats)
 
 
 def test_the_reference_that_leaves_some_is_matched_there():
