@@ -121,7 +121,7 @@ def combos(
     output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Choose which directions to ablate together, and test them.
+    """Choose directions to ablate together, and test them.
 
     Every single direction and combination is ablated on validation prompts, the winner on held-out ones.
 
@@ -269,7 +269,7 @@ def select_saved(
     top: Annotated[int, typer.Option(help="Survivors to show.")] = 10,
     as_json: AsJson = False,
 ) -> int:
-    """Select a direction from saved scores, ours or published."""
+    """Select a direction from saved scores."""
     if top < 1:
         raise UserError(f"--top must be at least 1, not {top}")
     from ..run.folder import load_evaluations, scored_layers

@@ -140,5 +140,5 @@ def test_a_model_in_the_cache_needs_no_hub(found):
 
 def test_values_outside_the_choices_are_named(found):
     assert "--device takes auto, cuda, mps or cpu, not 'tpu'" in found["bad device"]["stderr"][0]
-    assert "--dtype takes one of" in found["bad dtype"]["stderr"][0]
+    assert "--dtype takes auto, float32, bfloat16, float16 or float64, not" in found["bad dtype"]["stderr"][0]
     assert "dance" in found["bad step"]["stderr"][0]
