@@ -1,6 +1,6 @@
 """The hub, asked once: where it does not answer, its cache is read instead of trying again and again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock, Thread
@@ -83,23 +83,42 @@ def check_repository(name: str) -> None:
         raise UserError(f"--push-to-hub takes NAME or OWNER/NAME: {cause(error)}") from None
 
 
-def push(folder: Path, name: str, *, private: bool = True) -> str:
-    """Upload a folder as a model of the hub, in one commit; return its address.
+def push(files: Mapping[str, Path | bytes], name: str, *, private: bool = True, mark: str, kept: Path) -> str:
+    """Upload files as a model of the hub, in one commit that takes older weights away; return its address.
 
     Args:
+        files: name in the repository -> file or its contents.
         name: NAME in your own space, or OWNER/NAME; a repository that is there gets another commit, and stays as
             visible as it is.
         private: of a new repository.
+        mark: the file that a repository must have before its weights are replaced.
+        kept: the folder of the files, which an error names.
 
     Raises:
-        UserError: the hub does not answer, or does not let you; nothing of the folder is lost.
+        UserError: the hub does not answer, or does not let you, or the repository has weights and no mark; nothing
+            of the folder is lost.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     try:
         hub = HfApi()
         made = hub.create_repo(name, private=private, exist_ok=True)
-        hub.upload_folder(folder_path=folder, repo_id=made.repo_id, commit_message="An export of refusal_mi")
+        there = hub.list_repo_files(made.repo_id)
+        old = [each for each in there if _is_weights(each)]
+        if old and mark not in there:
+            raise UserError(
+                f"{made.repo_id} has weights ({old[0]}) and no {mark}: it is no upload of this program and is not "
+                f"replaced; choose another name for --push-to-hub; the export is in {kept}"
+            )
+        commit: list[Any] = [CommitOperationAdd(path, content) for path, content in files.items()]
+        commit += [CommitOperationDelete(each) for each in old if each not in files]
+        hub.create_commit(made.repo_id, commit, commit_message="An export of refusal_mi")
+    except UserError:
+        raise
     except Exception as error:  # foreign code: the transports have classes of their own
-        raise UserError(f"the hub did not take it ({cause(error)}); the export is in {folder}") from None
+        raise UserError(f"the hub did not take it ({cause(error)}); the export is in {kept}") from None
     return str(made)
+
+
+def _is_weights(path: str) -> bool:
+    return path.endswith((".safetensors", ".bin", ".index.json")) or path.rpartition("/")[2].startswith("adapter_")

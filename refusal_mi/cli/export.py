@@ -69,7 +69,9 @@ def export(
     How closely it does is measured.
     """
     from .. import hub
+    from ..export.checkpoint import RECORD
     from ..export.export import export_adapter, export_checkpoint
+    from ..export.published import published
     from ..files import at_home
     from ..model.provenance import check_origin
     from .tables import print_export, print_json
@@ -78,6 +80,8 @@ def export(
     _quiet()
     if push_to_hub is not None:
         hub.check_repository(push_to_hub)
+        if verify == "none":
+            raise UserError("--push-to-hub uploads what passed its verification: leave out --verify none")
     elif public:
         raise UserError("--public is about a repository of the hub: name it with --push-to-hub")
     what = _intervention(source, revision, direction, directions, strength, layer, layers, components, affine, add)
@@ -107,8 +111,10 @@ def export(
             revision=revision,
             force=force,
         )
-    is_sound = report.is_verified is not False
-    address = hub.push(report.path, push_to_hub, private=not public) if push_to_hub and is_sound else None
+    address = None
+    if push_to_hub and report.is_verified:
+        files = published(report.path)
+        address = hub.push(files, push_to_hub, private=not public, mark=RECORD, kept=report.path)
     if as_json:
         print_json({**report.describe(), "path": str(report.path)} | ({"hub": address} if address else {}))
     else:

@@ -154,7 +154,9 @@ _OWN = re.compile(r"(README|refusal_mi|UNVERIFIED)((?:\.source)*)(\.md|\.json|)"
 
 
 def copy_companions(source: Checkpoint, target: Path) -> list[str]:
-    """Copy everything beside the weights; weights in other formats would be the unedited model and stay behind.
+    """Copy what lies beside the weights, but no dotfiles and no folders with a dot, which may hold secrets.
+
+    Weights in other formats would be the unedited model and stay behind.
 
     Returns:
         What was left behind.
@@ -163,7 +165,7 @@ def copy_companions(source: Checkpoint, target: Path) -> list[str]:
     for path in sorted(entry for entry in source.directory.rglob("*") if entry.is_file()):
         name = path.relative_to(source.directory)
         is_rewritten = str(name) in source.shards or (str(name) == INDEX and source.index is not None)
-        if is_rewritten or name.parts[0] in (".git", ".cache"):
+        if is_rewritten or any(part.startswith(".") for part in name.parts):
             continue
         if path.name.endswith((*OTHER_WEIGHTS, *_OTHER_INDICES)):
             left.append(str(name))

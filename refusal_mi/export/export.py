@@ -219,8 +219,8 @@ def export_checkpoint(
 
     Args:
         source: what `load_model` takes: a local directory, a hub id, None for the embedded model, an HF model or a
-            bridge. A model is exported as the checkpoint that it was loaded from, and where it holds other weights
-            than that (it was trained, edited or merged) as it is.
+            bridge. A model is exported as the checkpoint that it was loaded from, and where it has other weights than
+            that (it was trained, edited or merged), another config, chat template or vocabulary, as it is.
         interventions: `Ablate` and `Add` objects, the same that drive the hooks.
         out: the new directory.
         keep_tied: leave a tied token embedding alone, so that it can stay tied.

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import UserError
 from ..model.families import family_of
+from ..model.guards import guarded
 from ..model.held import Parts, parts_of
 from ..model.loading import hub_commit
 from ..model.writers import build_skeleton
@@ -24,7 +25,7 @@ def files_of(source: Any, revision: str | None) -> Iterator[tuple[str | Path | N
     """A directory, hub id or None as it is; of a model its files, and what it is called where they are made for this.
 
     Files are made in the system's folder for temporary files (TMPDIR) where the model was not loaded from a checkpoint,
-    or its weights were changed since.
+    or its weights, config, chat template or vocabulary were changed since.
 
     Raises:
         UserError: it is no model, or none whose weights can be written.
@@ -36,7 +37,7 @@ def files_of(source: Any, revision: str | None) -> Iterator[tuple[str | Path | N
         raise UserError("a model that is loaded already has no revision: leave it out")
     parts = parts_of(source)
     commit = getattr(parts.config, "_commit_hash", None)
-    if _is_in_files(parts, commit):
+    if _is_in_files(parts, commit) and _is_described_there(parts, commit):
         yield parts.name, None if Path(parts.name).is_dir() else commit, None
         return
     with TemporaryDirectory() as folder:
@@ -62,6 +63,50 @@ def _is_in_files(parts: Parts, commit: str | None) -> bool:
     except (UserError, KeyError, StopIteration):  # other files than a checkpoint that can be exported
         return False
     return True
+
+
+_BOOKKEEPING = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
+_SHOWN = ("output_attentions", "output_hidden_states")
+"""Neither where a model comes from nor what a call of it returns changes what it computes."""
+
+
+def _is_described_there(parts: Parts, commit: str | None) -> bool:
+    """Whether config, generation config, chat template and vocabulary there are those that the model has."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    name, revision = parts.name, commit or "main"
+    try:
+        with guarded(name, is_hub_asked=False):
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+            try:
+                generation = GenerationConfig.from_pretrained(name, revision=revision)
+            except OSError:  # it has none of its own, and a model that is loaded there makes one of its config
+                generation = GenerationConfig.from_model_config(config)
+    except Exception:  # foreign code: what cannot be read cannot be the same
+        return False
+    if type(config) is not type(parts.config):  # the language model of one that reads images too
+        config = config.get_text_config()
+    held = parts.generation_config
+    return (
+        _said(config) == _said(parts.config)
+        and (held is None or _said(generation) == _said(held))
+        and tokenizer.chat_template == parts.tokenizer.chat_template
+        and tokenizer.get_vocab() == parts.tokenizer.get_vocab()
+    )
+
+
+def _said(config: Any) -> dict[str, Any]:
+    """A config without bookkeeping and what is not set, at any depth."""
+
+    def without(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        skipped = (*_BOOKKEEPING, *_SHOWN)
+        return {key: without(entry) for key, entry in value.items() if entry is not None and key not in skipped}
+
+    said: dict[str, Any] = without(config.to_dict())
+    return said
 
 
 def _write(parts: Parts, folder: Path) -> None:

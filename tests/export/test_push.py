@@ -1,11 +1,14 @@
-"""--push-to-hub, against a hub on localhost: what arrives is what was written, private unless it is said."""
+"""--push-to-hub, against a hub on localhost: what arrives loads, and gives nothing away."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from refusal_mi.cli import exit_status
 from tests.helpers.directions import random_direction
+from tests.helpers.exports import plain_logits
 from tests.helpers.hub import run_with_hub
 from tests.helpers.models import save_tiny
 
@@ -29,33 +32,46 @@ def command(name, *arguments):
 from refusal_mi.export import verify
 found = {
     "private": command("private", "--push-to-hub", "private-one"),
-    "public": command("public", "--verify", "none", "--adapter", "--push-to-hub", "team/open", "--public", "--json"),
-    "closed": command("closed", "--verify", "none", "--push-to-hub", "stranger/one"),
+    "public": command("public", "--adapter", "--push-to-hub", "team/open", "--public", "--json"),
+    "closed": command("closed", "--push-to-hub", "stranger/one"),
+    "again": command("again", "--push-to-hub", "me/older"),
+    "foreign": command("foreign", "--push-to-hub", "me/foreign"),
 }
-verify.MAX_RELATIVE_DIFFERENCE = 0.0
+LIMIT, verify.MAX_RELATIVE_DIFFERENCE = verify.MAX_RELATIVE_DIFFERENCE, 0.0
 found["outside"] = command("outside", "--push-to-hub", "me/outside")
 urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/__stop__").read()
 time.sleep(0.3)
-found["no hub"] = command("kept", "--verify", "none", "--push-to-hub", "me/gone")
+verify.MAX_RELATIVE_DIFFERENCE = LIMIT
+found["no hub"] = command("kept", "--push-to-hub", "me/gone")
 print(json.dumps(found))
 """
+
+
+SECRETS = (".env", ".ssh/id", "wandb/debug.log", "notes.txt")
+OLD = ("model-00001-of-00002.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "adapter_config.json")
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     root = tmp_path_factory.mktemp("push")
     save_tiny("qwen2", root / "model")
-    random_direction(1).save(root / "r.pt")
-    (root / "uploads").mkdir()
+    fill(root / "model", (*SECRETS, "LICENSE", "modeling_own.py"))
+    direction = random_direction(1)
+    provenance = {**direction.provenance, "model": {"source": str(root / "model")}}
+    replace(direction, provenance=provenance).save(root / "r.pt")
+    fill(root / "uploads" / "me" / "older", (*OLD, "refusal_mi.json", "mine.txt"))
+    fill(root / "uploads" / "me" / "foreign", OLD)
     return run_with_hub({}, root, SCRIPT, uploads=root / "uploads") | {"root": root}
 
 
-def same_files(written, uploaded):
-    """The files of both, without the names that only the hub has."""
-    files = {path.relative_to(written) for path in written.rglob("*") if path.is_file()}
-    there = {path.relative_to(uploaded) for path in uploaded.rglob("*") if path.is_file()}
-    assert files <= there and {path.name for path in there - files} <= {".gitattributes"}
-    return all((written / path).read_bytes() == (uploaded / path).read_bytes() for path in files)
+def fill(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("of mine")
+
+
+def names_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def is_private(record):
@@ -70,8 +86,13 @@ def test_a_verified_export_arrives_whole_and_private(hub):
     found = hub["private"]
     assert found["status"] == 0 and "uploaded: http://127.0.0.1" in found["out"], found
     uploads = hub["root"] / "uploads"
-    assert same_files(hub["root"] / "work" / "private", uploads / "me" / "private-one")
-    assert (uploads / "me" / "private-one" / "model.safetensors").is_file()
+    written, uploaded = hub["root"] / "work" / "private", uploads / "me" / "private-one"
+    assert names_in(uploaded) == names_in(written) - set(SECRETS)
+    assert (uploaded / "LICENSE").is_file() and (uploaded / "modeling_own.py").is_file()
+    record = {"README.md", "refusal_mi.json"}
+    for name in names_in(uploaded) - record:
+        assert (uploaded / name).read_bytes() == (written / name).read_bytes(), name
+    assert torch.equal(plain_logits(uploaded), plain_logits(written))
     assert is_private(uploads / "me" / "private-one.json")
     assert any(line.startswith("PUT /large/") and line.endswith(" 200") for line in hub["requests"])
 
@@ -80,7 +101,38 @@ def test_a_verified_export_arrives_whole_and_private(hub):
 def test_public_only_where_it_is_said(hub):
     assert hub["public"]["status"] == 0 and json.loads(hub["public"]["out"])["hub"].endswith("/team/open")
     assert not is_private(hub["root"] / "uploads" / "team" / "open.json")
-    assert same_files(hub["root"] / "work" / "public", hub["root"] / "uploads" / "team" / "open")
+    uploaded = hub["root"] / "uploads" / "team" / "open"
+    assert names_in(uploaded) == names_in(hub["root"] / "work" / "public")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("folder", "name"), [("private", "me/private-one"), ("public", "team/open")])
+def test_an_upload_says_no_path_of_this_machine(hub, folder, name):
+    root = str(hub["root"]).encode()
+    uploaded = hub["root"] / "uploads" / name
+    assert not [path for path in uploaded.rglob("*") if path.is_file() and root in path.read_bytes()]
+    assert b"`model`" in (uploaded / "README.md").read_bytes()
+    record = json.loads((uploaded / "refusal_mi.json").read_text())
+    assert record["source"] == "model" and record["interventions"][0]["directions"][0]["norm"] > 0
+    written = hub["root"] / "work" / folder
+    assert root in (written / "refusal_mi.json").read_bytes(), "the control: what stays here says where it is from"
+
+
+@pytest.mark.slow
+def test_secrets_beside_the_weights_are_not_even_copied(hub):
+    written = names_in(hub["root"] / "work" / "private")
+    assert {"wandb/debug.log", "notes.txt", "LICENSE"} <= written and not {".env", ".ssh/id"} & written
+
+
+@pytest.mark.slow
+def test_older_weights_of_a_repository_go_and_those_of_others_stay(hub):
+    uploads = hub["root"] / "uploads" / "me"
+    assert hub["again"]["status"] == 0
+    assert not set(OLD) & names_in(uploads / "older") and (uploads / "older" / "mine.txt").read_text() == "of mine"
+    assert plain_logits(uploads / "older").isfinite().all()
+    errors = hub["foreign"]["stderr"]
+    assert hub["foreign"]["status"] == 2 and any("has weights" in line for line in errors)
+    assert names_in(uploads / "foreign") == set(OLD)
 
 
 @pytest.mark.slow
@@ -104,6 +156,7 @@ def test_a_hub_that_does_not_take_it_is_one_line_and_the_export_stays(hub, case,
     [
         (["--push-to-hub", "a/b/c"], "--push-to-hub takes NAME or OWNER/NAME"),
         (["--public"], "name it with --push-to-hub"),
+        (["--push-to-hub", "me/x", "--verify", "none"], "uploads what passed its verification"),
     ],
 )
 def test_a_mistake_shows_before_anything_is_written(tiny_dir, tmp_path, capsys, words, message):

@@ -127,6 +127,15 @@ def test_streamed_adapter_in_memory_and_weights_agree(model_type, source, hooked
     assert weights.head_rows(1).shape == (4, 16, 64) and weights.unembedding.shape[1] == 64
 
 
+def test_a_held_tower_is_exported_as_its_folder_until_its_config_changes(source, tmp_path):
+    model = load_model(source("qwen3_vl"), device="cpu")
+    report = export_checkpoint(model, ablation(), tmp_path / "same", verify="none")
+    assert report.source == str(source("qwen3_vl"))
+    model.original_model.config.text_config.rms_norm_eps = 0.5
+    report = export_checkpoint(model, ablation(), tmp_path / "changed", verify="none")
+    assert report.source.endswith("as it was in memory")
+
+
 def test_names_of_before_are_read_and_written_as_they_are(source, hooked, tmp_path):
     """Published folders have `language_model.model.*`, and a tied head that is saved gets a name of that kind."""
     folder = tied(source("gemma3"), tmp_path / "source")

@@ -37,7 +37,9 @@ class FakeHub:
                 self.send_body(status, body, headers)
 
             def repository(self, kind: str, name: str) -> Path | None:
-                return hub.repositories.get(f"{kind}/{name}")
+                uploaded = None if hub.uploads is None else hub.uploads / name
+                is_uploaded = uploaded is not None and uploaded.is_dir() and kind == "models"
+                return uploaded if is_uploaded else hub.repositories.get(f"{kind}/{name}")
 
             def stop(self) -> None:
                 hub.close()
@@ -153,7 +155,10 @@ class _Handler(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     (place / value["path"]).parent.mkdir(parents=True, exist_ok=True)
                     (place / value["path"]).write_bytes(base64.b64decode(value["content"]))
+                elif line["key"] == "deletedFile":
+                    (place / value["path"]).unlink()
                 elif line["key"] == "lfsFile":
+                    (place / value["path"]).parent.mkdir(parents=True, exist_ok=True)
                     (place / value["path"]).write_bytes((folder / value["oid"]).read_bytes())
             self._json({"commitOid": COMMIT, "commitUrl": f"{address}/commit/{COMMIT}"})
         else:
