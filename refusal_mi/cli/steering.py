@@ -208,10 +208,20 @@ def ab(
     check_vectors(path)
     _, default_test, default_questions = default_pairs(model.source)
     reported = other = load_pairs(pairs or default_test)
+    known = [reported]
     if choose_on is not None:
         other = load_pairs(choose_on)
+        known.append(other)
     elif n_asked:
         other, reported = halves(reported)
+        if not other.pairs or not reported.pairs:
+            raise UserError(
+                f"{known[0].name} has too few pairs to choose on one half and report on the other: it takes two with "
+                "one matching letter; name more with --pairs, others with --choose-on, or choose nothing with "
+                "--n-questions 0"
+            )
+    if settings.generation is not None and settings.generation.is_file():
+        known.append(load_pairs(settings.generation))
     asked = load_questions(questions or settings.test or default_questions)[:n_asked] if n_asked else []
     folder, wanted = _folder(output_dir or _default(model, CAA), fresh), layer_numbers(layers)
     loaded = model.load()
@@ -222,7 +232,12 @@ def ab(
         wanted = tuple(range(loaded.cfg.n_layers))
     controls = load_controls(path, model.source, loaded.cfg.n_layers, by_layer)
     chat = template.chat(loaded)
-    behind = pairs_behind(path, by_layer)
+    behind = pairs_behind(path, by_layer, known)
+    if n_fitted := len(behind & set(reported.pairs)):
+        say(
+            f"warning: {n_fitted} of the {len(reported)} pairs of {reported.name}, which are reported on, made the "
+            "vectors: effects on them are too large; name others with --pairs"
+        )
     given = loaded, chat, by_layer, controls, reported, other, asked, folder
     results = with_smaller_batches(
         lambda size: evaluate_choices(*given, ABTask(times, wanted, where, size, tokens, str(path)), behind),
