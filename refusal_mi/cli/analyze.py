@@ -156,8 +156,8 @@ def plot(
 ) -> int:
     """Draw a saved run or analysis again, without a model.
 
-    Of a run, one figure (--figure) to --output FILE.html, or .png, .svg or .pdf through a local Chromium. Of a result,
-    its main figure, or without --output all of them, beside it or into --output-dir.
+    Of a run, one figure (--figure) to --output FILE.html, or .png, .svg or .pdf through a local Chromium; without it to
+    RUN_DIR/{figure}.html. Of a result, its main figure, or without --output all of them, beside it or in --output-dir.
     """
     from ..figures.save import save_figure
     from ..loaded import load_run
@@ -171,9 +171,11 @@ def plot(
         for drawn in redraw(saved, output_dir or output) if file is None else [file]:
             tell(drawn)
         return 0
-    if file is None:
+    if output is not None and file is None:
         raise UserError(f"--output is a file ending in .html, {', '.join(STATIC)}, not {output}")
-    save_figure(load_run(saved).figures[figure.value], file, width=width)
+    shown = load_run(saved)
+    file = file or (output_dir or shown.path) / f"{figure.value}.html"
+    save_figure(shown.figures[figure.value], file, width=width)
     tell(file)
     return 0
 

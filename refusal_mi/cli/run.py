@@ -175,7 +175,8 @@ def reproduce(
 ) -> int:
     """Run a finished run again, and compare every file.
 
-    MATCH, and what was not repeated (combinations, combos), or the first difference and status 1. The second run is thrown away, or kept in --output-dir.
+    MATCH, and what was not repeated (combinations, combos), or the first difference and status 1. The second run is
+    thrown away, or kept in --output-dir.
     """
     import tempfile
     from contextlib import nullcontext

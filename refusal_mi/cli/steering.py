@@ -32,6 +32,8 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..directions import Direction
+    from ..model.points import HookedModel
+    from ..model.provenance import ModelRecord
     from ..recipes.options import CAAConfig
     from ..run.stages import RunFolder
 
@@ -76,7 +78,7 @@ def vectors(
     pair_set = load_pairs(pairs or settings.generation or default_pairs(model.source)[0])
     folder = _folder(output_dir or settings.save_vector_path or _default(model, CAA))
     wanted, target = layer_numbers(layers), settings.target_layer
-    loaded = model.load()
+    loaded, record = _loaded(model, folder)
     if target is not None:
         our_layer(target, loaded.cfg.n_layers)
     needed = wanted if wanted is None or target is None else tuple(sorted({*wanted, target}))
@@ -87,6 +89,7 @@ def vectors(
     )
     if target is not None and settings.steering_vector_path is not None:
         made[target].save(settings.steering_vector_path)
+    folder.sign(record)
     if as_json:
         rows = [{"layer": layer, "means": explain_layer(layer), "norm": each.norm} for layer, each in made.items()]
         print_json({"pairs": pair_set.name, "n_pairs": len(pair_set), "folder": str(folder.path), "vectors": rows})
@@ -137,7 +140,7 @@ def test(
     check_vectors(path)
     folder, verdict = _folder(output_dir or _default(model, CAA), fresh), judge.build("refusal")
     named = layer if layer is not None else settings.target_layer
-    loaded = model.load()
+    loaded, record = _loaded(model, folder)
     by_layer = _vectors(path, model, loaded.cfg.n_layers, named, hook)
     chosen = _only_layer(by_layer, folder.path) if named is None else named
     direction = vector_for(by_layer, chosen)
@@ -148,6 +151,7 @@ def test(
         lambda size: open_ended(*given, positions=where, max_new_tokens=tokens, batch_size=size, judge=verdict),
         size_or(batch_size, 8),
     )
+    folder.sign(record)
     if as_json:
         print_json(answers)
         return 0
@@ -224,7 +228,7 @@ def ab(
         known.append(load_pairs(settings.generation))
     asked = load_questions(questions or settings.test or default_questions)[:n_asked] if n_asked else []
     folder, wanted = _folder(output_dir or _default(model, CAA), fresh), layer_numbers(layers)
-    loaded = model.load()
+    loaded, record = _loaded(model, folder)
     by_layer = _vectors(path, model, loaded.cfg.n_layers, wanted[0] if wanted and len(wanted) == 1 else None, hook)
     made = [vector.provenance for vector in by_layer.values()]
     check_origin(made, model.source, model.revision, allowed=allow_other_model)
@@ -243,6 +247,7 @@ def ab(
         lambda size: evaluate_choices(*given, ABTask(times, wanted, where, size, tokens, str(path)), behind),
         size_or(batch_size, 16),
     )
+    folder.sign(record)
     save_figure(plot_layer_sweep(results.sweep, model=display_name(model.source)), folder.path / "layer_sweep.html")
     print_json(results) if as_json else print_sweep(results)
     return 0
@@ -310,6 +315,16 @@ def _folder(path: Path, fresh: bool = False) -> "RunFolder":
     folder = RunFolder(path, fresh, say)
     folder.check_writable()
     return folder
+
+
+def _loaded(model: ModelOptions, folder: "RunFolder") -> "tuple[HookedModel, ModelRecord]":
+    """The model and its record, and the folder claimed for it; what is made there signs it."""
+    from ..model.provenance import describe_model
+
+    loaded = model.load()
+    record = describe_model(loaded, model.source)
+    folder.claim(record)
+    return loaded, record
 
 
 def _only_layer(by_layer: "dict[int, Direction]", directory: Path) -> int:

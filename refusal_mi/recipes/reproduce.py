@@ -31,7 +31,7 @@ class Reproduction:
     notes: tuple[str, ...]
     """What was not the same to begin with: versions, device."""
     not_repeated: tuple[str, ...] = ()
-    """Files and folders that lie there and were not compared: combinations, combos, steps that `run.json` leaves out."""
+    """Files and folders that lie there and were not compared: combinations, combos, steps that `run.json` omits."""
 
     @property
     def matches(self) -> bool:

@@ -180,9 +180,7 @@ def test_a_run_folder_stands_for_its_vector(tmp_path, capsys):
         (["a/v.pt", "b/w.pt"], ["v", "w"]),
     ],
 )
-def test_every_vector_has_a_row_and_different_ones_have_different_names(
-    tmp_path, monkeypatch, capsys, places, labels
-):
+def test_every_vector_has_a_row_and_different_ones_have_different_names(tmp_path, monkeypatch, capsys, places, labels):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     for place in map(Path, places):

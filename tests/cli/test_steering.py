@@ -1,6 +1,7 @@
 """What `caa` prints: layers in both ways of counting them, and the layer that was chosen."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,27 @@ def test_too_few_pairs_for_two_halves_are_one_line_before_the_model_is_loaded(pl
         assert ("few has too few pairs" in capsys.readouterr().err) is not is_enough
     Path("few.json").write_text(json.dumps(given[:1]))
     assert exit_status([*ab, "--n-questions", "0"]) == 0
+
+
+def test_two_models_of_one_name_have_folders_of_their_own(place, tiny_dir, capsys):
+    models = [shutil.copytree(tiny_dir("gpt2"), Path(parent) / "m") for parent in ("a", "b")]
+    assert exit_status(["caa", "vectors", str(models[0]), "--pairs=pairs.json", "--layers=1", "--output-dir=v"]) == 0
+    one = ["--vector=v/vec_layer_1_m.pt", "--allow-other-model"]
+    ab = [*one, "--pairs=pairs.json", "--n-questions=0"]
+    test = [*one, "--questions=queries.json", "--multipliers=1", "--max-new-tokens=2", "--layer=1"]
+    for words, made in ((["ab", *ab], "ab_results.json"), (["test", *test], "test_summary.json")):
+        for model in (*models, models[0]):
+            assert exit_status(["caa", words[0], str(model), *words[1:], "--device=cpu"]) == 0
+        found = sorted(Path("runs").glob(f"*/caa/{made}"))
+        assert len(found) == 2 and found[0].parts[1] == "m"
+        shutil.rmtree("runs")
+        given = ["--device=cpu", "--output-dir=here"]
+        assert exit_status(["caa", words[0], str(models[0]), *words[1:], *given]) == 0
+        capsys.readouterr()
+        assert exit_status(["caa", words[0], str(models[1]), *words[1:], *given]) == 2
+        assert "here holds a run of" in capsys.readouterr().err
+    words = ["--pairs=pairs.json", "--layers=1", "--device=cpu", "--output-dir=v"]
+    assert [exit_status(["caa", "vectors", str(model), *words]) for model in models] == [0, 2]
 
 
 def test_where_a_vector_was_read_is_said_only_where_it_is_added_elsewhere(place, tiny_dir, capsys):
