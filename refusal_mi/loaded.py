@@ -125,6 +125,9 @@ class Figures(Mapping[str, go.Figure]):
         measure: Any = name
         return plot_scores(record.scores, measure=measure, chosen=chosen, thresholds=rule, tokens=tokens, model=model)
 
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
+
     def __iter__(self) -> Iterator[str]:
         has = {"rates": bool(self.record.sides), "loss": bool(self.record.losses)}
         return (name for name in FIGURES if has.get(name, self.record.selection is not None))

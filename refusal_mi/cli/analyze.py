@@ -156,8 +156,8 @@ def plot(
 ) -> int:
     """Draw a saved run or analysis again, without a model.
 
-    Of a run, one figure (--figure) to --output FILE.html, or .png, .svg or .pdf through a local Chromium. Of a result,
-    its main figure, or without --output all of them, beside it or into --output-dir.
+    Of a run, one figure (--figure) to --output FILE.html, or .png, .svg or .pdf through a local Chromium; without it to
+    RUN_DIR/{figure}.html. Of a result, its main figure, or without --output all of them, beside it or in --output-dir.
     """
     from ..figures.save import save_figure
     from ..loaded import load_run
@@ -171,9 +171,11 @@ def plot(
         for drawn in redraw(saved, output_dir or output) if file is None else [file]:
             tell(drawn)
         return 0
-    if file is None:
+    if output is not None and file is None:
         raise UserError(f"--output is a file ending in .html, {', '.join(STATIC)}, not {output}")
-    save_figure(load_run(saved).figures[figure.value], file, width=width)
+    shown = load_run(saved)
+    file = file or (output_dir or shown.path) / f"{figure.value}.html"
+    save_figure(shown.figures[figure.value], file, width=width)
     tell(file)
     return 0
 
@@ -217,7 +219,10 @@ def compare(
         raise UserError("--normalize-across writes vectors: say where with --output-dir")
     if output_dir is not None and not normalize_across:
         raise UserError("--output-dir is for --normalize-across; cosines go to the terminal (--json for a file)")
-    stacks = _named_apart([replace(read_vectors(_vector_file(file)), name=file.stem) for file in files], files)
+    stacks = [
+        replace(read_vectors(_vector_file(file)), name=name)
+        for file, name in zip(files, _names_apart(files), strict=True)
+    ]
     if normalize_across and output_dir is not None:
         names = [f"{file.name}.pt" if file.is_dir() else file.name for file in files]
         if len(set(names)) < len(names):
@@ -244,17 +249,14 @@ def _vector_file(path: Path) -> Path:
     return found
 
 
-def _named_apart(stacks: "list[LabelledVectors]", files: list[Path]) -> "list[LabelledVectors]":
-    """The same with the folder in the names, where two files have one name."""
-    from dataclasses import replace
-
-    names = [stack.name for stack in stacks]
-    if len(set(names)) == len(names):
-        return stacks
-    return [
-        replace(stack, name=f"{file.resolve().parent.name}/{stack.name}")
-        for stack, file in zip(stacks, files, strict=True)
-    ]
+def _names_apart(files: list[Path]) -> list[str]:
+    """Names of files and folders, with as many of the folders above them as tell them apart."""
+    places = [file.resolve() if file.is_dir() else file.absolute() for file in files]
+    short = [place if place.is_dir() else place.with_suffix("") for place in places]
+    paths = short if len(set(short)) == len(set(places)) else places
+    depths = range(1, max(len(path.parts) for path in paths) + 1)
+    named = (["/".join(path.parts[-depth:]) for path in paths] for depth in depths)
+    return next(names for names in named if len(set(names)) == len(set(paths)))
 
 
 def _print(comparison: "Comparison", stacks: "list[LabelledVectors]") -> None:
@@ -263,20 +265,19 @@ def _print(comparison: "Comparison", stacks: "list[LabelledVectors]") -> None:
     cosines, norms = comparison.cosines.tolist(), comparison.norms.tolist()
     if len(comparison.labels) <= WHOLE_MATRIX:
         numbers = [[*map(_number, row), f"{norm:.4g}"] for row, norm in zip(cosines, norms, strict=True)]
-        rows = dict(zip(comparison.labels, numbers, strict=True))
-        print_matrix("cosine", [*comparison.labels, "norm"], rows)
+        named = list(zip(comparison.labels, numbers, strict=True))
+        print_matrix("cosine", [*comparison.labels, "norm"], named)
         return
     starts = [sum(len(stack.rows) for stack in stacks[:index]) for index in range(len(stacks))]
-    rows = {}
+    rows = []
     for row in range(max(len(stack.rows) for stack in stacks)):
         places = [
             start + min(row, len(stack.rows) - 1) if row < len(stack.rows) or len(stack.rows) == 1 else None
             for start, stack in zip(starts, stacks, strict=True)
         ]
         first = places[0]
-        rows[str(row)] = [
-            "" if first is None or place is None else _number(cosines[first][place]) for place in places[1:]
-        ]
+        cells = ["" if first is None or place is None else _number(cosines[first][place]) for place in places[1:]]
+        rows.append((str(row), cells))
     print_lines(f"{len(comparison.labels)} vectors; cosine of every layer with {stacks[0].name}; all of them: --json")
     print_matrix("layer", [stack.name for stack in stacks[1:]], rows)
 

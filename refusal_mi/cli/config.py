@@ -1,14 +1,15 @@
 """`--config FILE.toml` or `.yaml`: options of a command from a file; what stands on the command line wins."""
 
+import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files import at_home
 from ..values import named_near
-from .spelling import own_spelling, split_command
+from .spelling import RENAMED, own_spelling, split_command
 
 WRITE_UP = frozenset({"model_path", "data_path", "save_vector_path", "steering_vector_path", "target_layer"})
 """Keys of the CAA write-up's config, which `caa` reads itself."""
@@ -39,18 +40,45 @@ def with_config(words: Sequence[str], root: Any) -> list[str]:
             return own_spelling(rest)  # which is told that there is no such command
     spelled = own_spelling(rest)
     given = {word.partition("=")[0] for word in spelled}
-    has_model = any(not word.startswith("-") for word in spelled[len(path) : len(path) + 1])
+    has_model = _has_model(spelled[len(path) :], command)
+    renamed = RENAMED.get(tuple(path), {})
     known = {each.opts[0].removeprefix("--").replace("-", "_"): each for each in command.params if each.opts}
     added: list[str] = []
-    for key, value in _of(held, " ".join(path), root).items():
-        name = "model_path" if key in ("model", "model-path") else key.replace("-", "_")
+    for key, value in _of(file, held, " ".join(path), root, known).items():
+        dashed = f"--{key.replace('_', '-')}"
+        name = "model_path" if key == "model" else renamed.get(dashed, dashed)[2:].replace("-", "_")
         if name not in known or known[name].param_type_name != "option":
             raise UserError(f"{file} has the unknown option {key!r}; {named_near(name, sorted(known))}")
         option = known[name]
         if given & {*option.opts, *option.secondary_opts} or (name == "model_path" and has_model):
             continue
         added += _said(file, option, value)
-    return own_spelling([*path, *spelled[len(path) :], *added])
+    end = spelled.index("--") if "--" in spelled else len(spelled)
+    return own_spelling([*path, *spelled[len(path) : end], *added, *spelled[end:]])
+
+
+def _has_model(words: Sequence[str], command: Any) -> bool:
+    """Whether MODEL is among the words behind a command: its place among those that are no options or their values."""
+    places = [each.name for each in command.params if each.param_type_name == "argument"]
+    if "model" not in places:
+        return False
+    takes_value = {
+        flag
+        for each in command.params
+        if each.param_type_name == "option" and not each.is_flag
+        for flag in (*each.opts, *each.secondary_opts)
+    }
+    n_given, rest = 0, list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            n_given += len(rest)
+            break
+        if not word.startswith("-"):
+            n_given += 1
+        elif word in takes_value:
+            del rest[:1]
+    return n_given > places.index("model")
 
 
 def _taken(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -97,18 +125,30 @@ def _read(path: Path) -> dict[str, Any]:
     return held
 
 
-def _of(held: Mapping[str, Any], name: str, root: Any) -> dict[str, Any]:
-    """What a file says of a command: the top level, and over it the command's own table."""
+def _of(file: str, held: Mapping[str, Any], name: str, root: Any, options: Collection[str]) -> dict[str, Any]:
+    """What a file says of a command: the top level, and over it the command's own table.
+
+    Args:
+        options: of the command; "judge" is one, and a command too.
+    """
     groups = {word: each for word, each in root.commands.items()}
     tables = {word for word in groups} | {
         f"{group} {word}" for group, each in groups.items() for word in getattr(each, "commands", {})
     }
-    general = {key: value for key, value in held.items() if not (key in tables and isinstance(value, dict))}
-    own: Any = held.get(name, {})
+    general = {
+        key: value for key, value in held.items() if not (key in tables and (value is None or isinstance(value, dict)))
+    }
     group, _, word = name.partition(" ")
-    if word and isinstance(held.get(group), dict):
-        own = {**held[group].get(word, {}), **own}
-    return general | own
+    inner = {} if not word else _table(file, group, held.get(group))
+    own = {} if name in options and name in general else _table(file, name, held.get(name))
+    return general | _table(file, f"{group}.{word}", inner.get(word)) | own
+
+
+def _table(file: str, key: str, value: Any) -> dict[str, Any]:
+    """The options of a table; one with nothing in it has none."""
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{file}: {key} is a command, so it takes a table of options and their values, not {value!r}")
+    return value or {}
 
 
 def _said(file: str, option: Any, value: Any) -> Iterator[str]:
@@ -122,6 +162,8 @@ def _said(file: str, option: Any, value: Any) -> Iterator[str]:
         if value or option.secondary_opts:
             yield flag if value else option.secondary_opts[0]
         return
+    if isinstance(value, dict) and flag == "--device-map":
+        value = json.dumps(value)
     if isinstance(value, dict):
         value = [
             f"{key}={'true' if each is True else 'false' if each is False else each}" for key, each in value.items()

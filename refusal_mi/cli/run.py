@@ -175,7 +175,8 @@ def reproduce(
 ) -> int:
     """Run a finished run again, and compare every file.
 
-    MATCH, or the first difference and status 1. The second run is thrown away, or kept in --output-dir.
+    MATCH, and what was not repeated (combinations, combos), or the first difference and status 1. The second run is
+    thrown away, or kept in --output-dir.
     """
     import tempfile
     from contextlib import nullcontext
@@ -203,8 +204,10 @@ def reproduce(
     else:
         for note in found.notes:
             say(f"note: {note}")
-        verdict = f"MATCH: {found.n_files} files hold what they held" if found.matches else str(found.difference)
-        print_lines(verdict if found.matches else f"DIFFERENT: {verdict}")
+        same_files = f"MATCH: {found.n_files} files hold what they held"
+        print_lines(same_files if found.matches else f"DIFFERENT: {found.difference}")
+        if found.not_repeated:
+            print_lines(f"not repeated: {', '.join(found.not_repeated)}")
     return 0 if found.matches else SCIENCE_FAILED
 
 

@@ -32,6 +32,8 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..directions import Direction
+    from ..model.points import HookedModel
+    from ..model.provenance import ModelRecord
     from ..recipes.options import CAAConfig
     from ..run.stages import RunFolder
 
@@ -76,7 +78,7 @@ def vectors(
     pair_set = load_pairs(pairs or settings.generation or default_pairs(model.source)[0])
     folder = _folder(output_dir or settings.save_vector_path or _default(model, CAA))
     wanted, target = layer_numbers(layers), settings.target_layer
-    loaded = model.load()
+    loaded, record = _loaded(model, folder)
     if target is not None:
         our_layer(target, loaded.cfg.n_layers)
     needed = wanted if wanted is None or target is None else tuple(sorted({*wanted, target}))
@@ -87,6 +89,7 @@ def vectors(
     )
     if target is not None and settings.steering_vector_path is not None:
         made[target].save(settings.steering_vector_path)
+    folder.sign(record)
     if as_json:
         rows = [{"layer": layer, "means": explain_layer(layer), "norm": each.norm} for layer, each in made.items()]
         print_json({"pairs": pair_set.name, "n_pairs": len(pair_set), "folder": str(folder.path), "vectors": rows})
@@ -137,7 +140,7 @@ def test(
     check_vectors(path)
     folder, verdict = _folder(output_dir or _default(model, CAA), fresh), judge.build("refusal")
     named = layer if layer is not None else settings.target_layer
-    loaded = model.load()
+    loaded, record = _loaded(model, folder)
     by_layer = _vectors(path, model, loaded.cfg.n_layers, named, hook)
     chosen = _only_layer(by_layer, folder.path) if named is None else named
     direction = vector_for(by_layer, chosen)
@@ -148,6 +151,7 @@ def test(
         lambda size: open_ended(*given, positions=where, max_new_tokens=tokens, batch_size=size, judge=verdict),
         size_or(batch_size, 8),
     )
+    folder.sign(record)
     if as_json:
         print_json(answers)
         return 0
@@ -208,13 +212,23 @@ def ab(
     check_vectors(path)
     _, default_test, default_questions = default_pairs(model.source)
     reported = other = load_pairs(pairs or default_test)
+    known = [reported]
     if choose_on is not None:
         other = load_pairs(choose_on)
+        known.append(other)
     elif n_asked:
         other, reported = halves(reported)
+        if not other.pairs or not reported.pairs:
+            raise UserError(
+                f"{known[0].name} has too few pairs to choose on one half and report on the other: it takes two with "
+                "one matching letter; name more with --pairs, others with --choose-on, or choose nothing with "
+                "--n-questions 0"
+            )
+    if settings.generation is not None and settings.generation.is_file():
+        known.append(load_pairs(settings.generation))
     asked = load_questions(questions or settings.test or default_questions)[:n_asked] if n_asked else []
     folder, wanted = _folder(output_dir or _default(model, CAA), fresh), layer_numbers(layers)
-    loaded = model.load()
+    loaded, record = _loaded(model, folder)
     by_layer = _vectors(path, model, loaded.cfg.n_layers, wanted[0] if wanted and len(wanted) == 1 else None, hook)
     made = [vector.provenance for vector in by_layer.values()]
     check_origin(made, model.source, model.revision, allowed=allow_other_model)
@@ -222,12 +236,18 @@ def ab(
         wanted = tuple(range(loaded.cfg.n_layers))
     controls = load_controls(path, model.source, loaded.cfg.n_layers, by_layer)
     chat = template.chat(loaded)
-    behind = pairs_behind(path, by_layer)
+    behind = pairs_behind(path, by_layer, known)
+    if n_fitted := len(behind & set(reported.pairs)):
+        say(
+            f"warning: {n_fitted} of the {len(reported)} pairs of {reported.name}, which are reported on, made the "
+            "vectors: effects on them are too large; name others with --pairs"
+        )
     given = loaded, chat, by_layer, controls, reported, other, asked, folder
     results = with_smaller_batches(
         lambda size: evaluate_choices(*given, ABTask(times, wanted, where, size, tokens, str(path)), behind),
         size_or(batch_size, 16),
     )
+    folder.sign(record)
     save_figure(plot_layer_sweep(results.sweep, model=display_name(model.source)), folder.path / "layer_sweep.html")
     print_json(results) if as_json else print_sweep(results)
     return 0
@@ -295,6 +315,16 @@ def _folder(path: Path, fresh: bool = False) -> "RunFolder":
     folder = RunFolder(path, fresh, say)
     folder.check_writable()
     return folder
+
+
+def _loaded(model: ModelOptions, folder: "RunFolder") -> "tuple[HookedModel, ModelRecord]":
+    """The model and its record, and the folder claimed for it; what is made there signs it."""
+    from ..model.provenance import describe_model
+
+    loaded = model.load()
+    record = describe_model(loaded, model.source)
+    folder.claim(record)
+    return loaded, record
 
 
 def _only_layer(by_layer: "dict[int, Direction]", directory: Path) -> int:

@@ -70,11 +70,11 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     Console().print(table, markup=False)
 
 
-def print_matrix(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+def print_matrix(corner: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> None:
     """A table whose cells are never shortened: columns that do not fit beside the others go into a table below."""
     console = Console()
-    label = min(max(map(len, [corner, *rows])), console.width // 2) + 4
-    widths = [max(8, *(len(cells[index]) for cells in rows.values())) + 3 for index in range(len(columns))]
+    label = min(max(map(len, [corner, *(name for name, _ in rows)])), console.width // 2) + 4
+    widths = [max(8, *(len(cells[index]) for _, cells in rows)) + 3 for index in range(len(columns))]
     start = 0
     while start < len(columns):
         end = start + 1
@@ -84,7 +84,7 @@ def print_matrix(corner: str, columns: Sequence[str], rows: Mapping[str, Sequenc
         table.add_column(corner, min_width=label - 4, overflow="fold")
         for name, width in zip(columns[start:end], widths[start:end], strict=True):
             table.add_column(name, min_width=width - 3, overflow="fold", justify="right")
-        for row, cells in rows.items():
+        for row, cells in rows:
             table.add_row(row, *cells[start:end])
         console.print(table)
         start = end

@@ -121,17 +121,18 @@ def write_vectors(
     return made[""]
 
 
-def pairs_behind(path: Path, vectors: Mapping[int, Direction]) -> frozenset[ABPair]:
+def pairs_behind(path: Path, vectors: Mapping[int, Direction], also: Sequence[PairSet] = ()) -> frozenset[ABPair]:
     """The pairs that vectors were made from; none where that is not known.
 
     Args:
         path: where the vectors lie: one file, or a folder.
         vectors: as they were loaded from there; what they say of their pairs decides.
+        also: sets that it may have been, beside the bundled ones and the one that lies with the vectors.
     """
     hashes = {vector.provenance.get("pairs_sha256") for vector in vectors.values()}
     beside = (path if path.is_dir() else path.parent) / PAIRS
     sources: list[str | Path] = [*PAIR_SETS, *([beside] if beside.is_file() else [])]
-    sets = map(load_pairs, sources)
+    sets = [*also, *map(load_pairs, sources)]
     return frozenset(pair for pairs in sets if pairs.sha256 in hashes for pair in pairs.pairs)
 
 

@@ -105,7 +105,7 @@ def read_instructions(texts: "list[str]") -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class VectorOptions(Value):
-    """Options of `vector`, with the published defaults."""
+    """Options of `responses extract`, with the published defaults."""
 
     dataset: Dataset = "alpaca"
     """TRAIN is used here."""

@@ -1,6 +1,6 @@
 """A finished run, run again from its `run.json` in another folder, and compared with what lies there."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,15 @@ from ..errors import UserError
 from ..files import read_json, read_record, read_tensors, sha256_file
 from ..model.points import HookedModel
 from ..model.provenance import describe_model, is_embedded, versions
-from ..run.record import RUN, RunInfo
+from ..run.record import RUN, SUMMARY, RunInfo
 from ..run.stages import RunFolder, StageRecord
 from .arditi import run
 
 DRAWN = (".html", ".js")
 """Figures and pages: they are drawn from the files that are compared."""
-IGNORED = ("versions",)
-"""Keys whose differences are said as notes: they are no results."""
+IGNORED = ("versions", "seconds", "peak_mib")
+"""Keys that are no results: other versions are said as notes, time and memory are the machine's."""
+COMBOS = "combos.json"
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,12 @@ class Reproduction:
     """The first one, in the order in which the stages ran; None: everything matches."""
     notes: tuple[str, ...]
     """What was not the same to begin with: versions, device."""
+    not_repeated: tuple[str, ...] = ()
+    """Files and folders that lie there and were not compared: combinations, combos, steps that `run.json` omits."""
 
     @property
     def matches(self) -> bool:
-        """Whether every file holds what it held."""
+        """Whether every file that was compared holds what it held."""
         return self.difference is None
 
 
@@ -54,9 +57,10 @@ def read_run(path: Path) -> RunInfo:
 
 
 def reproduce(model: HookedModel, source: str, path: Path, folder: RunFolder) -> Reproduction:
-    """Run the run of `path` again in `folder`, and compare every file that its stages wrote.
+    """Run the run of `path` again in `folder`, and compare every file that its stages wrote, and `summary.json`.
 
-    Tensors must be equal bit for bit, JSON in every value but versions; figures are not compared.
+    Tensors must be equal bit for bit, JSON in every value but versions, seconds and memory; figures are not compared.
+    Where there is no `summary.json`, as after `run --directions` alone, what both have is compared.
 
     Args:
         model: from `load_model`, loaded as `read_run(path).model` says.
@@ -71,22 +75,38 @@ def reproduce(model: HookedModel, source: str, path: Path, folder: RunFolder) ->
     if info.model.fingerprint != now.fingerprint:
         return Reproduction(0, f"the weights of {now.name} are others than those of the run", tuple(notes))
     run(model, source, info.options, folder)
+    before, after = _outputs(path), _outputs(folder.path)
+    is_whole = (path / SUMMARY).is_file()
+    compared = {file: stage for file, stage in after.items() if is_whole or file in before}
+    left = _not_repeated(path, before, after)
+    if not compared:
+        return Reproduction(0, f"{path} holds no stage of its run", tuple(notes), left)
     n_files = 0
-    for name, file in _outputs(folder.path):
+    for file, stage in compared.items():
         n_files += 1
         difference = _difference(path / file, folder.path / file)
         if difference is not None:
-            return Reproduction(n_files, f"{file} (stage {name}): {difference}", tuple(notes))
-    return Reproduction(n_files, None, tuple(notes))
+            return Reproduction(n_files, f"{file} (stage {stage}): {difference}", tuple(notes), left)
+    if is_whole:
+        n_files += 1
+        held, made = ({**read_json(place / SUMMARY), "model": None} for place in (path, folder.path))
+        if (difference := _first_unequal(held, made)) is not None:
+            return Reproduction(n_files, f"{SUMMARY}: {difference}", tuple(notes), left)
+    return Reproduction(n_files, None, tuple(notes), left)
 
 
-def _outputs(folder: Path) -> Iterator[tuple[str, str]]:
-    """Stage and file, in the order in which the stages were done."""
+def _outputs(folder: Path) -> dict[str, str]:
+    """File -> stage, in the order in which the stages were done."""
     records = sorted((folder / ".stages").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-    for record in records:
-        for file in read_record(record, StageRecord).outputs:
-            if not file.endswith(DRAWN):
-                yield record.stem, file
+    outputs = [(file, record.stem) for record in records for file in read_record(record, StageRecord).outputs]
+    return {file: stage for file, stage in outputs if not file.endswith(DRAWN)}
+
+
+def _not_repeated(path: Path, before: Mapping[str, str], after: Mapping[str, str]) -> tuple[str, ...]:
+    """What stages of the original wrote and the repeat did not; a folder where that is all of it."""
+    repeated = {Path(file).parts[0] for file in after}
+    left = [file if Path(file).parts[0] in repeated else Path(file).parts[0] for file in before if file not in after]
+    return tuple(dict.fromkeys([*left, *([COMBOS] if (path / COMBOS).is_file() else [])]))
 
 
 def _difference(before: Path, after: Path) -> str | None:

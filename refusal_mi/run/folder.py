@@ -48,6 +48,7 @@ from .record import (
     RunInfo,
     RunSummary,
 )
+from .stages import SIGNED
 
 
 def load_grid(folder: Path) -> DirectionGrid:
@@ -367,9 +368,10 @@ class RunInputs:
 
 
 def models_of(path: Path) -> set[str]:
-    """The models that the files of a folder name: of its runs, and of its CAA vectors; a damaged file names none."""
+    """The models that the files of a folder name: of its runs, and of what CAA made; a damaged file names none."""
     found: set[str] = set()
-    for file in [path / RUN, *sorted(path.glob(f"*/{RUN}")), *sorted(path.glob("caa/vec_layer_*_metadata.json"))[:1]]:
+    records = [place for name in (RUN, SIGNED) for place in (path / name, *sorted(path.glob(f"*/{name}")))]
+    for file in [*records, *sorted(path.glob("caa/vec_layer_*_metadata.json"))[:1]]:
         with suppress(UserError):
             held = read_json(file)
             named = held.get("model") if isinstance(held, dict) else None

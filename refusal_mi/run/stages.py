@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import clear_leftovers, read_record, sha256_file, sha256_json, write_json
+from ..files import clear_leftovers, read_record, sha256_file, sha256_json, write_json, write_record
 from ..model.provenance import ModelRecord
 from ..values import Value
 
@@ -19,6 +19,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+SIGNED = "model.json"
+"""The model that a folder is about where no recipe wrote a `run.json`."""
 _HELD: set[Path] = set()
 """Locks of this process, which may have several objects for one folder."""
 
@@ -77,7 +79,7 @@ class RunFolder:
         """Make sure that this folder is new or about this model.
 
         Raises:
-            UserError: its `run.json` names another model or revision, or another process works in it.
+            UserError: its `run.json` or `model.json` names another model or revision, or another process works in it.
         """
         if os.access(self._records, os.W_OK):  # a folder that is only read needs neither
             with self.locked():
@@ -91,6 +93,15 @@ class RunFolder:
                     f"{self.path} holds a run of {before.source} (revision {before.revision}), not of "
                     f"{model.source} (revision {model.revision}); choose another --output-dir"
                 )
+
+    def sign(self, model: ModelRecord) -> None:
+        """Claim this folder, and write the model into it for those who come after: `model.json`.
+
+        Raises:
+            UserError: as `claim`.
+        """
+        self.claim(model)
+        write_record(self.path / SIGNED, {"model": model})
 
     def check_weights(self, model: ModelRecord) -> None:
         """Make sure that what lies in this folder was computed from these very weights, before it is used.
@@ -221,8 +232,8 @@ class RunFolder:
 
     def _model(self) -> "_Model | None":
         """The model of the run that lies here."""
-        record = self.path / "run.json"
-        return read_record(record, _Run).model if record.exists() else None
+        records = (self.path / name for name in ("run.json", SIGNED))
+        return next((read_record(record, _Run).model for record in records if record.exists()), None)
 
     def _done_stages(self) -> dict[str, StageRecord]:
         return {path.stem: read_record(path, StageRecord) for path in sorted(self._records.glob("*.json"))}

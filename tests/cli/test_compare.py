@@ -1,6 +1,7 @@
 """Vectors from other projects: read, compared, brought to one norm."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,3 +168,27 @@ def test_a_run_folder_stands_for_its_vector(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert exit_status(["compare", folders[0], str(tmp_path / "empty")]) == 2
     assert "empty holds neither direction.pt nor refusal_vector.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("places", "labels"),
+    [
+        (["runs/m-v0.2", "runs/m-v0.3"], ["m-v0.2", "m-v0.3"]),
+        (["a/x/direction.pt", "b/x/direction.pt"], ["a/x/direction", "b/x/direction"]),
+        (["a/v.pt", "a/v.bin"], ["v.pt", "v.bin"]),
+        (["a/v.pt", "a/v.pt"], ["v", "v"]),  # one file twice has one name, and two rows
+        (["a/v.pt", "b/w.pt"], ["v", "w"]),
+    ],
+)
+def test_every_vector_has_a_row_and_different_ones_have_different_names(tmp_path, monkeypatch, capsys, places, labels):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    for place in map(Path, places):
+        file = place if place.suffix in (".pt", ".bin") else place / "direction.pt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _save(file, torch.randn(4))
+    assert exit_status(["compare", *places, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["labels"] == labels
+    assert exit_status(["compare", *places]) == 0
+    shown = [line.strip("│").split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in shown] == labels

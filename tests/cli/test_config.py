@@ -95,6 +95,8 @@ def test_several_values_and_pairs(tmp_path):
         ("a.yaml", "quick: 3", "--quick is on or off"),
         ("a.yaml", "seed: true", "--seed takes N"),
         ("a.json", "{}", "ending in .toml"),
+        ("a.toml", "run = 3", "run is a command, so it takes a table"),
+        ("a.yaml", "run: [seed]", "run is a command, so it takes a table"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_line(tmp_path, name, text, problem):
@@ -109,3 +111,66 @@ def test_the_write_ups_config_stays_what_caa_reads_itself(tmp_path):
     file = str(tmp_path / "config.yaml")
     assert with_config(["caa", "test", "--config", file], ROOT) == ["caa", "test", "--config", file]
     assert with_config(["run"], ROOT) == ["run"]
+
+
+def words_of(path, text, *words):
+    path.write_text(text)
+    return with_config([*words, "--config", str(path)], ROOT)
+
+
+def test_tables_may_be_empty_and_nothing_else_stands_for_one(tmp_path):
+    file = tmp_path / "a.yaml"
+    assert words_of(file, "seed: 3\nrun:\n", "run") == ["run", "--seed=3"]
+    assert words_of(file, "seed: 3\ncombos:\n", "run") == ["run", "--seed=3"]  # another command's
+    for text in ("caa:\n", "caa: {ab: }\n", "caa ab:\n"):
+        assert words_of(file, text, "caa", "ab") == ["caa", "ab"]
+    assert words_of(file, "caa: {ab: {layers: 3}}", "caa", "ab") == ["caa", "ab", "--layers=3"]
+    for text, key in (("caa: {ab: 3}", "caa.ab"), ("caa ab: 3", "caa ab"), ("caa: 3", "caa")):
+        with pytest.raises(UserError, match=f"{key} is a command"):
+            words_of(file, text, "caa", "ab")
+
+
+def test_a_command_that_is_an_option_too_is_read_as_either(tmp_path):
+    file = tmp_path / "a.yaml"
+    words = ["judge", "rows.json"]
+    assert words_of(file, "judge: substring", *words) == [*words, "--judge=substring"]
+    assert words_of(file, "judge: {judge: substring}", *words) == [*words, "--judge=substring"]
+
+
+def test_a_device_map_is_a_table(tmp_path):
+    text = '[device_map]\n"" = "cpu"\n"model.layers.0" = 1\n'
+    (flag, given) = words_of(tmp_path / "a.toml", text, "run")[1].split("=", 1)
+    assert flag == "--device-map" and json.loads(given) == {"": "cpu", "model.layers.0": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "is_given"),
+    [
+        (["run", "--seed", "3", "x/y"], True),
+        (["run", "--seed=3", "--quick", "x/y"], True),
+        (["run", "x/y", "--seed", "3"], True),
+        (["run", "--", "x/y"], True),
+        (["run", "--seed", "3"], False),  # the value of an option is no model
+        (["run", "--quick"], False),
+        (["caa", "ab", "--multipliers", "-1", "1"], False),
+    ],
+)
+def test_a_model_on_the_command_line_wins_wherever_it_stands(tmp_path, words, is_given):
+    found = words_of(tmp_path / "a.toml", 'model = "a/b"', *words)
+    assert ("--model-path=a/b" in found) is not is_given
+
+
+def test_what_the_file_says_stays_among_the_options(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text("seed = 3")
+    assert with_config(["run", "--config", str(file), "--", "x/y"], ROOT) == ["run", "--seed=3", "--", "x/y"]
+
+
+def test_names_of_before_are_keys_too(tmp_path):
+    assert words_of(tmp_path / "a.toml", 'what = "kl"', "plot", "run") == ["plot", "run", "--figure=kl"]
+    assert words_of(tmp_path / "a.toml", 'ablate = "0-2"', "chat") == ["chat", "--directions=0-2"]
+    assert words_of(tmp_path / "a.toml", 'what = "kl"', "plot", "run", "--figure", "kl") == [
+        *("plot", "run", "--figure", "kl")
+    ]
+    with pytest.raises(UserError, match="unknown option 'what'"):
+        words_of(tmp_path / "a.toml", 'what = "kl"', "run")

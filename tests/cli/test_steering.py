@@ -1,6 +1,7 @@
 """What `caa` prints: layers in both ways of counting them, and the layer that was chosen."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,69 @@ def test_the_table_counts_layers_as_the_vectors_say(place, tiny_dir, capsys):
         ("blocks.1.hook_resid_post", "blocks.2.hook_resid_pre"),
         ("blocks.4.hook_resid_post", "blocks.4.hook_resid_post"),
     }
+
+
+def test_pairs_that_made_a_vector_are_known_by_their_hash_wherever_it_lies(place, tiny_dir, capsys):
+    given = json.loads(Path("pairs.json").read_text())
+    for name, start in (("others", 8), ("held", 16)):
+        longer = [{**pair, "question": "x" * start + pair["question"]} for pair in given]
+        Path(f"{name}.json").write_text(json.dumps(longer))
+    paths = "steering_vector_path: v/one.pt\nsave_vector_path: made\ntarget_layer: 1\n"
+    Path("config.yaml").write_text(f"data_path:\n  generation: pairs.json\n{paths}")
+    model = [str(tiny_dir("gpt2")), "--device", "cpu", "--config", "config.yaml"]
+    assert exit_status(["caa", "vectors", *model]) == 0
+    assert not Path("v/made_from_pairs.json").exists()
+    ab = ["caa", "ab", *model, "--questions", "queries.json", "--max-new-tokens", "2", "--multipliers", "-1", "1"]
+    for bare in (False, True):  # without the config's pairs those of --choose-on are enough
+        if bare:
+            Path("config.yaml").write_text(paths)
+        capsys.readouterr()
+        assert exit_status([*ab, "--pairs", "held.json", "--choose-on", "pairs.json", "--output-dir", "a"]) == 2
+        assert "8 of the 8 pairs of pairs made the vectors" in capsys.readouterr().err
+        assert exit_status([*ab, "--pairs", "held.json", "--choose-on", "others.json", "--output-dir", "b"]) == 0
+        assert "made the vectors" not in capsys.readouterr().err
+        assert exit_status([*ab, "--pairs", "pairs.json", "--choose-on", "others.json", "--output-dir", "c"]) == 0
+        told = capsys.readouterr().err
+        assert "warning: 8 of the 8 pairs of pairs, which are reported on, made the vectors" in told
+
+
+def test_too_few_pairs_for_two_halves_are_one_line_before_the_model_is_loaded(place, tiny_dir, capsys, monkeypatch):
+    model = [str(tiny_dir("gpt2")), "--device", "cpu", "--output-dir", "caa"]
+    assert exit_status(["caa", "vectors", *model, "--pairs", "pairs.json", "--layers", "1"]) == 0
+    given = json.loads(Path("pairs.json").read_text())
+    ab = ["caa", "ab", *model, "--vector", "caa", "--pairs", "few.json", "--questions", "queries.json"]
+    ab += ["--max-new-tokens", "2"]
+    for n, is_enough in ((1, False), (2, False), (3, True)):  # the vectors were made from them: no choice on any
+        Path("few.json").write_text(json.dumps(given[:n]))
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            if not is_enough:
+                patch.setattr("refusal_mi.model.loading.quiet_load", None)
+            assert exit_status(ab) == 2
+        assert ("few has too few pairs" in capsys.readouterr().err) is not is_enough
+    Path("few.json").write_text(json.dumps(given[:1]))
+    assert exit_status([*ab, "--n-questions", "0"]) == 0
+
+
+def test_two_models_of_one_name_have_folders_of_their_own(place, tiny_dir, capsys):
+    models = [shutil.copytree(tiny_dir("gpt2"), Path(parent) / "m") for parent in ("a", "b")]
+    assert exit_status(["caa", "vectors", str(models[0]), "--pairs=pairs.json", "--layers=1", "--output-dir=v"]) == 0
+    one = ["--vector=v/vec_layer_1_m.pt", "--allow-other-model"]
+    ab = [*one, "--pairs=pairs.json", "--n-questions=0"]
+    test = [*one, "--questions=queries.json", "--multipliers=1", "--max-new-tokens=2", "--layer=1"]
+    for words, made in ((["ab", *ab], "ab_results.json"), (["test", *test], "test_summary.json")):
+        for model in (*models, models[0]):
+            assert exit_status(["caa", words[0], str(model), *words[1:], "--device=cpu"]) == 0
+        found = sorted(Path("runs").glob(f"*/caa/{made}"))
+        assert len(found) == 2 and found[0].parts[1] == "m"
+        shutil.rmtree("runs")
+        given = ["--device=cpu", "--output-dir=here"]
+        assert exit_status(["caa", words[0], str(models[0]), *words[1:], *given]) == 0
+        capsys.readouterr()
+        assert exit_status(["caa", words[0], str(models[1]), *words[1:], *given]) == 2
+        assert "here holds a run of" in capsys.readouterr().err
+    words = ["--pairs=pairs.json", "--layers=1", "--device=cpu", "--output-dir=v"]
+    assert [exit_status(["caa", "vectors", str(model), *words]) for model in models] == [0, 2]
 
 
 def test_where_a_vector_was_read_is_said_only_where_it_is_added_elsewhere(place, tiny_dir, capsys):

@@ -5,6 +5,7 @@ import struct
 import pytest
 
 from refusal_mi.cli import exit_status
+from refusal_mi.loaded import load_run
 from tests.helpers.browser import find_chromium
 
 WORDS = [
@@ -27,6 +28,17 @@ def test_score_plots_are_drawn_beside_their_pages(tiny_dir, tmp_path):
     before = (out / "select_direction/kl_div_scores.png").read_bytes()
     assert exit_status(["run", str(tiny_dir("llama")), *WORDS, f"--output-dir={out}"]) == 0
     assert (out / "select_direction/kl_div_scores.png").read_bytes() == before, "a run without it leaves them"
+
+
+@pytest.mark.slow
+def test_a_run_without_scores_draws_none_and_ends_well(tiny_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("plotly.graph_objects.Figure.to_image", lambda *_, **__: b"an image")
+    for steps, n_drawn in (("directions", 0), ("directions,selection", 6)):
+        words = [*WORDS[:-2], "--quick", f"--steps={steps}", f"--output-dir={tmp_path / steps}"]
+        assert exit_status(["run", str(tiny_dir("llama")), *words, "--images"]) == 0
+        assert len([*tmp_path.glob(f"{steps}/select_direction/*.p[nd][gf]")]) == n_drawn
+        figures = load_run(tmp_path / steps).figures
+        assert ("kl" in figures) is bool(n_drawn) and "no such figure" not in figures
 
 
 def test_without_a_browser_it_says_so_before_any_work(tiny_dir, tmp_path, monkeypatch, capsys):

@@ -214,6 +214,16 @@ def test_plot_redraws_a_run(tmp_path, what, capsys):
     assert "Plotly.newPlot" in (tmp_path / "f.html").read_text()
 
 
+def test_a_figure_of_a_run_lies_in_it_or_where_it_is_told(tmp_path, capsys):
+    run = make_run(tmp_path / "run", n_test=4)
+    before = {path.name for path in run.iterdir()}
+    assert exit_status(["plot", str(run), "--figure", "kl"]) == 0
+    assert "Plotly.newPlot" in (run / "kl.html").read_text()
+    assert {path.name for path in run.iterdir()} - before == {"kl.html"}
+    assert exit_status(["plot", str(run), "--output-dir", str(tmp_path / "other")]) == 0
+    assert (tmp_path / "other" / "scores.html").is_file() and not (run / "scores.html").exists()
+
+
 def test_plot_says_in_one_line_what_is_missing(tmp_path, capsys):
     run = make_run(tmp_path / "run", reached="directions")
     cases = [

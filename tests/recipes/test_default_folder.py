@@ -25,6 +25,8 @@ def record(source):
     [
         ("run.json", record),
         ("harmless_refusal_vectors/run.json", record),
+        ("model.json", record),
+        ("caa/model.json", record),
         ("caa/vec_layer_3_model_metadata.json", lambda source: {"model": source}),
     ],
 )

@@ -104,3 +104,40 @@ def test_what_cannot_be_run_again_is_one_line(folder, capsys):
     assert status == 1 and "the weights of llama are others" in shown
     (folder / "run.json").write_text('{"recipe": "response-averaged vector"}')
     assert again(folder, capsys)[0] == 2
+
+
+def test_a_folder_of_a_combination_alone_matches_in_what_it_has(tiny_dir, tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["run", str(tiny_dir("llama")), *RUN, "--output-dir", str(folder), "--directions", "0-1"]
+    assert exit_status(words) == 0 and not (folder / "summary.json").exists()
+    status, shown, _ = again(folder, capsys)
+    assert status == 0 and shown.startswith("MATCH: ") and "not repeated: 0-1" in shown.splitlines()
+    change(folder / "select_direction/direction_evaluations.json", (2, "refusal_score"), 9.5)
+    assert again(folder, capsys)[0] == 1
+    shutil.rmtree(folder / ".stages")
+    status, shown, _ = again(folder, capsys)
+    assert status == 1 and "holds no stage of its run" in shown
+
+
+def test_the_summary_is_compared_but_for_time_and_memory(folder, capsys):
+    change(folder / "summary.json", ("seconds", "directions"), 1e6)
+    change(folder / "summary.json", ("peak_mib",), 1e6)
+    status, shown, _ = again(folder, capsys)
+    assert status == 0 and "not repeated" not in shown
+    change(folder / "summary.json", ("selection", "explanation"), "none")
+    status, shown, _ = again(folder, capsys)
+    assert status == 1 and shown.startswith("DIFFERENT: summary.json: selection.explanation is")
+
+
+def test_what_is_not_repeated_is_named(folder, tiny_dir, capsys):
+    words = ["run", str(tiny_dir("llama")), *RUN, "--output-dir", str(folder)]
+    assert exit_status([*words, "--directions", "0-1"]) == 0
+    (folder / "combos.json").write_text("{}")
+    status, shown, _ = again(folder, capsys)
+    assert status == 0 and shown.splitlines()[1:] == ["not repeated: 0-1, combos.json"]
+    assert exit_status([*words, "--steps", "directions"]) == 0
+    status, shown, _ = again(folder, capsys, "--json")
+    found = json.loads(shown)
+    assert status == 0 and found["n_files"] < 8
+    assert {"0-1", "combos.json", "completions", "loss_evals", "direction.pt"} <= set(found["not_repeated"])
+    assert not {"prompts.json", "generate_directions"} & set(found["not_repeated"])
