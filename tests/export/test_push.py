@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from refusal_mi.cli import exit_status
+from refusal_mi.export.published import published
+from refusal_mi.files import write_json
 from tests.helpers.directions import random_direction
 from tests.helpers.exports import plain_logits
 from tests.helpers.hub import run_with_hub
@@ -149,6 +151,33 @@ def test_a_hub_that_does_not_take_it_is_one_line_and_the_export_stays(hub, case,
     assert hub[case]["status"] == 2 and len(errors) == 1
     assert "the hub did not take it" in errors[0] and errors[0].endswith(f"/work/{folder}")
     assert (hub["root"] / "work" / folder / "model.safetensors").is_file()
+
+
+def test_what_is_published_loads_and_names_no_local_path(tmp_path):
+    sources = {"refusal_mi.json": "/home/me/runs/base", "refusal_mi.source.json": "/home/me/older"}
+    for name, source in sources.items():
+        provenance = {"model": {"source": source}, "prompts": "/home/me/asks.jsonl", "hook": "blocks.1.hook_resid_pre"}
+        write_json(tmp_path / name, {"source": source, "interventions": [provenance]})
+    write_json(tmp_path / "config.json", {"_name_or_path": "/home/me/older", "rope": {"kind": "/"}, "auto_map": "a.py"})
+    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "/home/me/runs/base", "r": 2})
+    (tmp_path / "README.md").write_text("Made from `/home/me/runs/base`; ask /v1/chat")
+    (tmp_path / "README.source.md").write_text("Made from `/home/me/older`")
+    wanted = ("model-00001-of-00002.safetensors", "tokenizer.json", "preprocessor_config.json", "merges.txt")
+    wanted += ("embedding/adapter_model.safetensors", "chat_template.jinja", "LICENSE", "own.py")
+    unwanted = (".env", ".hidden.py", "wandb/debug.log", "optimizer.pt", "scripts/own.py", "credentials.json")
+    fill(tmp_path, unwanted)
+    fill(tmp_path, wanted)
+    write_json(tmp_path / "preprocessor_config.json", {"size": 1})
+    files = published(tmp_path)
+    rewritten = {name: value.decode() for name, value in files.items() if isinstance(value, bytes)}
+    assert {name for name in files if name not in rewritten} == set(wanted)
+    assert not any("/home" in text for text in rewritten.values())
+    assert rewritten["README.md"] == "Made from `base`; ask /v1/chat"
+    assert rewritten["README.source.md"] == "Made from `older`"
+    assert json.loads(rewritten["config.json"]) == {"_name_or_path": "older", "rope": {"kind": "/"}, "auto_map": "a.py"}
+    assert json.loads(rewritten["adapter_config.json"])["base_model_name_or_path"] == "base"
+    record = json.loads(rewritten["refusal_mi.json"])["interventions"][0]
+    assert record == {"model": {"source": "base"}, "prompts": "asks.jsonl", "hook": "blocks.1.hook_resid_pre"}
 
 
 @pytest.mark.parametrize(

@@ -361,6 +361,7 @@ def test_the_write_up_from_the_command_line(tiny_dir, tmp_path, monkeypatch, cap
     shown = capsys.readouterr().out
     assert explain_layer(2) in shown and "add steering" in shown and "Why?" in shown
     assert {path.name for path in Path("out").iterdir() if path.is_file()} == {
+        "model.json",
         "test_results_x1.json",
         "test_results_x2.json",
         "test_summary.json",
