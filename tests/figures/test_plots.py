@@ -252,7 +252,6 @@ def test_an_image_without_a_browser_is_one_line(tmp_path, monkeypatch):
 
 def test_an_image_without_kaleido_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "kaleido", None)
-    monkeypatch.setattr("plotly.io._kaleido._KALEIDO_AVAILABLE", None)  # what plotly remembers goes with the test
     with pytest.raises(UserError, match="pip install"):
         save_figure(plot_norms([[0.0, 1.0]], [-1]), tmp_path / "f.svg")
 

@@ -210,8 +210,9 @@ def test_placed_keeps_only_where_a_direction_points() -> None:
 def test_colab_keeps_the_way_in_which_it_shows_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     import plotly.io as pio
 
+    for name in ("kaleido", "_KALEIDO_AVAILABLE"):  # imported before it is hidden, and forgotten with the test
+        monkeypatch.setattr(f"plotly.io._kaleido.{name}", None)
     monkeypatch.setitem(sys.modules, "kaleido", None)
-    monkeypatch.setattr("plotly.io._kaleido._KALEIDO_AVAILABLE", None)  # what plotly remembers goes with the test
     before = pio.renderers.default
     try:
         pio.renderers.default = "colab"
