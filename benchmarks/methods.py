@@ -1,8 +1,10 @@
-"""The tables of docs/one-or-several.md, from runs that were compared: `python -m benchmarks.methods RUN`."""
+"""Tables and picture of docs/one-or-several.md, from runs that were compared: `python -m benchmarks.methods RUN`."""
 
 import sys
 from pathlib import Path
 
+from refusal_mi.figures.methods import plot_ratios
+from refusal_mi.figures.save import save_figure
 from refusal_mi.files import write_text
 from refusal_mi.recipes.methods import MethodRow, MethodsResult
 from refusal_mi.stats import signed
@@ -31,6 +33,8 @@ def main(runs: list[str]) -> None:
         before, marker, rest = page.partition(start)
         if not marker:
             raise SystemExit(f"{PAGE} has no line {start.strip()}")
+        if found.model.name == "the embedded model":
+            save_figure(plot_ratios(found, model=found.model.name), PAGE.with_suffix(".png"), width=900)
         write_text(PAGE, before + start + "\n" + "\n".join(table(found)) + "\n\n" + end + rest.partition(end)[2])
 
 

@@ -1,6 +1,7 @@
 """One direction or several: refusals against cost of every method, and the cost at equal refusal."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol, Unpack, runtime_checkable
 
 import plotly.graph_objects as go
@@ -75,8 +76,8 @@ class Compared(Protocol):
 
 def plot_cost(found: Compared, *, model: str = "", **look: Unpack[draw.Look]) -> go.Figure:
     """Share of refused short answers against KL on held-out prompts: a line for each method, over strengths."""
-    figure = go.Figure()
-    for row, style in zip(found.rows, draw.series_styles(len(found.rows)), strict=True):
+    figure, styles = go.Figure(), _styles([row.label for row in found.rows])
+    for row, style in zip(found.rows, styles, strict=True):
         points = [each for each in row.curve if each.strength > 0]
         trace = draw.line(
             [max(each.kl_nats[0], _LEAST_KL) for each in points],
@@ -136,7 +137,9 @@ def plot_ratios(found: Compared, *, model: str = "", **look: Unpack[draw.Look]) 
         )
     )
     figure.add_vline(1, line={"color": draw.MUTED, "dash": "dash"})
+    ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]
     figure.update_xaxes(title="KL / KL of one difference of means, at equal refusal", type="log")
+    figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1])
     notes = [f"{found.n_held_out} held-out prompts a side, 95% intervals"]
     notes += [f"open: no bounds ({', '.join(open_ended)})"] if open_ended else []
@@ -144,3 +147,16 @@ def plot_ratios(found: Compared, *, model: str = "", **look: Unpack[draw.Look]) 
     about = draw.subtitle(model, *notes)
     height = 80 + 24 * len(names)
     return draw.finish(figure, title="Cost at equal refusal", about=about, height=height, legend_names=[], look=look)
+
+
+def _styles(labels: Sequence[str]) -> list[draw.SeriesStyle]:
+    """A colour and symbol for each method, a dash for each number of directions: "peel:2"."""
+    names = list(dict.fromkeys(label.rpartition(":")[0] for label in labels))
+    of_name = dict(zip(names, draw.series_styles(len(names)), strict=True))
+    dashes = ("solid", "dash", "dot", "dashdot")
+    found = []
+    for label in labels:
+        name, _, k = label.rpartition(":")
+        dash = dashes[(int(k) - 1) % len(dashes)] if k.isdecimal() else "solid"
+        found.append(replace(of_name[name], dash=dash))
+    return found
