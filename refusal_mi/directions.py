@@ -77,8 +77,9 @@ class Direction(Value):
     ) -> "Direction":
         """A direction of your own: `Direction.of(tensor, layer=12)`.
 
-        >>> Direction.of([3.0, 0.0, 4.0], layer=12)
-        Direction(layer 12, norm 5, d_model 3, blocks.12.hook_resid_pre)
+        Examples:
+            >>> Direction.of([3.0, 0.0, 4.0], layer=12)
+            Direction(layer 12, norm 5, d_model 3, blocks.12.hook_resid_pre)
 
         Args:
             vector: `[d_model]` or `[1, d_model]`; a tensor, an array or a list of numbers.
@@ -126,8 +127,9 @@ class Direction(Value):
     def of_head(self, head: int, n_heads: int) -> "Direction":
         """The part of one head, zero elsewhere, of a direction read where heads are apart (`attn.hook_z`, `hook_v`).
 
-        >>> Direction.of([1.0, 2.0, 3.0, 4.0], hook_name="blocks.1.attn.hook_z").of_head(1, 2).vector
-        tensor([0., 0., 3., 4.])
+        Examples:
+            >>> Direction.of([1.0, 2.0, 3.0, 4.0], hook_name="blocks.1.attn.hook_z").of_head(1, 2).vector
+            tensor([0., 0., 3., 4.])
 
         Args:
             n_heads: at that hook point: of `hook_k` and `hook_v` there may be fewer than of `hook_z`.
@@ -145,8 +147,9 @@ class Direction(Value):
     def random_like(self, seed: int) -> "Direction":
         """A random direction of the same norm, place and dtype: the control for every effect of this one.
 
-        >>> direction.random_like(seed=0).norm == pytest.approx(direction.norm)
-        True
+        Examples:
+            >>> direction.random_like(seed=0).norm == pytest.approx(direction.norm)
+            True
         """
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(self.vector.shape, generator=generator, dtype=torch.float64)
@@ -321,8 +324,9 @@ class DirectionGrid(Value):
     def direction(self, position: int, layer: int | None = None) -> Direction:
         """The candidate at a position (−n .. −1) and layer; of one hook point there is only its own.
 
-        >>> grid.direction(position=-1, layer=2).hook_name
-        'blocks.2.hook_resid_pre'
+        Examples:
+            >>> grid.direction(position=-1, layer=2).hook_name
+            'blocks.2.hook_resid_pre'
 
         Raises:
             UserError: there is no such candidate, or its means do not differ.
@@ -430,8 +434,9 @@ class Estimator(Protocol):
 def difference_in_means(harmful: ActivationMeans, harmless: ActivationMeans) -> DirectionGrid:
     """r[i, l] = mean over harmful prompts − mean over harmless prompts (Arditi et al. 2024, section 2.3).
 
-    >>> difference_in_means(means, other_means).direction(-1, 2).layer
-    2
+    Examples:
+        >>> difference_in_means(means, other_means).direction(-1, 2).layer
+        2
     """
     is_same = (harmful.positions, harmful.hook_name) == (harmless.positions, harmless.hook_name)
     if not is_same or harmful.means.shape != harmless.means.shape:
@@ -471,8 +476,9 @@ def check_in_stream(direction: Direction) -> None:
 def cosine(a: Direction, b: Direction) -> float:
     """Cosine similarity of two directions, in float64.
 
-    >>> round(cosine(direction, direction), 6)
-    1.0
+    Examples:
+        >>> round(cosine(direction, direction), 6)
+        1.0
     """
     return math.fsum((a.unit * b.unit).tolist())
 

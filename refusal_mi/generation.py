@@ -55,9 +55,10 @@ def generate(
 
     An answer that would run past the model's context ends there. Raises a UserError for a prompt that fills it.
 
-    >>> answers = generate(model, chat, ["Hi", "Bye"], interventions=Ablate(direction), max_new_tokens=3)
-    >>> [len(answer.token_ids) <= 3 for answer in answers]
-    [True, True]
+    Examples:
+        >>> answers = generate(model, chat, ["Hi", "Bye"], interventions=Ablate(direction), max_new_tokens=3)
+        >>> [len(answer.token_ids) <= 3 for answer in answers]
+        [True, True]
 
     Args:
         instructions: user messages (a string is one), or whole conversations that end with one.

@@ -63,8 +63,9 @@ class Ablate(Value):
     projections put back part of what the earlier ones removed, unless the directions are orthogonal. `AblateInTurn`
     is the published form of that.
 
-    >>> len(Ablate(direction).hooks(model)) == 1 + 2 * model.cfg.n_layers
-    True
+    Examples:
+        >>> len(Ablate(direction).hooks(model)) == 1 + 2 * model.cfg.n_layers
+        True
     """
 
     directions: Direction | Tensor | Sequence[Direction | Tensor]
@@ -228,8 +229,9 @@ class Add(Value):
 
     x ← x + coefficient · r. Coefficient 1 is one raw difference of means, −1 subtracts it; 0 changes no bit.
 
-    >>> [name for name, _ in Add(direction, 2.0).hooks(model)]
-    ['blocks.2.hook_resid_pre']
+    Examples:
+        >>> [name for name, _ in Add(direction, 2.0).hooks(model)]
+        ['blocks.2.hook_resid_pre']
     """
 
     direction: Direction
@@ -402,8 +404,9 @@ class Leace(Value):
 def all_hooks(model: HookedModel, interventions: Interventions, prompt_width: PromptWidth = None) -> list[Hook]:
     """The hooks of several interventions, in the order in which they act.
 
-    >>> with model.hooks(fwd_hooks=all_hooks(model, [Ablate(direction), Add(other)])):
-    ...     logits = model(chat.batch("Hi").tokens)
+    Examples:
+        >>> with model.hooks(fwd_hooks=all_hooks(model, [Ablate(direction), Add(other)])):
+        ...     logits = model(chat.batch("Hi").tokens)
     """
     return [hook for each in as_interventions(interventions) for hook in each.hooks(model, prompt_width)]
 

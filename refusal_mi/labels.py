@@ -52,8 +52,9 @@ def label_prompts(
 ) -> list[Label]:
     """Answer every instruction greedily with up to `n_tokens` tokens, and judge the text by the substring judge.
 
-    >>> [label.is_refused for label in label_prompts(model, chat, ["Hi", "Bye"], n_tokens=2)]
-    [False, False]
+    Examples:
+        >>> [label.is_refused for label in label_prompts(model, chat, ["Hi", "Bye"], n_tokens=2)]
+        [False, False]
     """
     answers = generate(
         model,
@@ -100,9 +101,10 @@ def zero_point(scores: Float[Tensor, " prompt"], is_refused: Sequence[bool]) -> 
     scores, the one nearest to 0 of several. None where the scores do not tell the two kinds apart (one-sided
     Kolmogorov-Smirnov test at 1%), or there is only one.
 
-    >>> scores = torch.linspace(-9, 11, 20)
-    >>> zero_point(scores, [score > 0 for score in scores.tolist()])
-    0.0
+    Examples:
+        >>> scores = torch.linspace(-9, 11, 20)
+        >>> zero_point(scores, [score > 0 for score in scores.tolist()])
+        0.0
     """
     flags = torch.tensor(list(is_refused))
     n_refused, n_answered = int(flags.sum()), int((~flags).sum())

@@ -33,8 +33,9 @@ def refusal_score(logits: Float[Tensor, "batch d_vocab"], refusal_tokens: Sequen
 
     P is the summed probability of `refusal_tokens`; the score saturates at ±18.4 (Arditi et al. 2024, section 2.5).
 
-    >>> refusal_score(torch.zeros(1, 2), [0]).item()  # even odds
-    0.0
+    Examples:
+        >>> refusal_score(torch.zeros(1, 2), [0]).item()  # even odds
+        0.0
     """
     return log_odds(as_double(logits).softmax(-1)[:, list(refusal_tokens)].sum(-1))
 
@@ -51,9 +52,10 @@ def kl_nats(
 ) -> Float[Tensor, " batch"]:
     """KL(base ‖ changed) of the next-token distribution, in float64 nats.
 
-    >>> logits = torch.tensor([[0.0, 0.0]])
-    >>> kl_nats(logits, torch.tensor([[0.0, 50.0]])).item() > 20 > kl_nats(logits, logits).item() == 0
-    True
+    Examples:
+        >>> logits = torch.tensor([[0.0, 0.0]])
+        >>> kl_nats(logits, torch.tensor([[0.0, 50.0]])).item() > 20 > kl_nats(logits, logits).item() == 0
+        True
 
     Args:
         formula: the published one loses what lies in a long tail, and can fall below zero: over 150,000 tokens it has
@@ -138,8 +140,9 @@ def refusal_scores(
 ) -> Float[Tensor, " prompt"]:
     """Refusal score (nats) of the answer to each instruction, on the CPU, under interventions.
 
-    >>> refusal_scores(model, chat, ["Hi", "Bye"], [5, 6]).shape
-    torch.Size([2])
+    Examples:
+        >>> refusal_scores(model, chat, ["Hi", "Bye"], [5, 6]).shape
+        torch.Size([2])
 
     Args:
         first: logits of the first token, where they have been read; only what follows it is read then.
@@ -169,9 +172,10 @@ def next_token_logits(
 ) -> Float[Tensor, "prompt d_vocab"]:
     """Logits of the first token of the answer to each instruction, on the CPU, under interventions.
 
-    >>> plain = next_token_logits(model, chat, "Hi")
-    >>> plain.equal(next_token_logits(model, chat, "Hi", interventions=Ablate(direction)))
-    False
+    Examples:
+        >>> plain = next_token_logits(model, chat, "Hi")
+        >>> plain.equal(next_token_logits(model, chat, "Hi", interventions=Ablate(direction)))
+        False
 
     Args:
         after: token ids that every answer is made to begin with; the logits are those of the token after them.

@@ -29,11 +29,12 @@ def mean_activations(
 ) -> ActivationMeans:
     """Mean over prompts of the stream entering every block, at every post-instruction position.
 
-    >>> means = mean_activations(model, chat, ["Hi", "Bye"])
-    >>> means.means.shape == (len(chat.positions), model.cfg.n_layers, model.cfg.d_model)
-    True
-    >>> mean_activations(model, chat, "Hi", hook="blocks.3.attn.hook_z").means.shape[1]
-    1
+    Examples:
+        >>> means = mean_activations(model, chat, ["Hi", "Bye"])
+        >>> means.means.shape == (len(chat.positions), model.cfg.n_layers, model.cfg.d_model)
+        True
+        >>> mean_activations(model, chat, "Hi", hook="blocks.3.attn.hook_z").means.shape[1]
+        1
 
     Args:
         instructions: user messages, one prompt each; a string is one.
@@ -61,8 +62,9 @@ def sample_activations(
 ) -> ActivationSamples:
     """The stream of every prompt entering every block, at every post-instruction position, in float32.
 
-    >>> sample_activations(model, chat, ["Hi", "Bye"]).n_prompts
-    2
+    Examples:
+        >>> sample_activations(model, chat, ["Hi", "Bye"]).n_prompts
+        2
 
     Args:
         instructions: user messages, one prompt each.

@@ -112,8 +112,9 @@ def is_refusal(text: str) -> bool:
 
     Of a model that thinks aloud, what it thinks is not its answer (`answer_of`).
 
-    >>> is_refusal("I cannot help with that."), is_refusal("First, boil water.")
-    (True, False)
+    Examples:
+        >>> is_refusal("I cannot help with that."), is_refusal("First, boil water.")
+        (True, False)
     """
     plain = answer_of(text).translate(_APOSTROPHES).lower()
     return any(needle in plain for needle in _NEEDLES)
@@ -128,8 +129,9 @@ def is_degenerate(text: str) -> bool:
     without spaces), or a letter ten times. Runs without a letter (rules, table borders), laughter and humming up to
     60 characters, and nucleic acids do not count.
 
-    >>> is_degenerate("I'mI'mI'mI'm"), is_degenerate("First, boil water.")
-    (True, False)
+    Examples:
+        >>> is_degenerate("I'mI'mI'mI'm"), is_degenerate("First, boil water.")
+        (True, False)
     """
     answer = answer_of(text)
     words = answer.split()

@@ -174,9 +174,10 @@ class Selection(Value):
 def select(scores: ScoreGrid, thresholds: Thresholds = PUBLISHED) -> Selection:
     """Apply the thresholds, then rank by bypass score; ties keep the order of the grid.
 
-    >>> rows = (CandidateScore(-1, 2, -5.0, 3.0, 0.01), CandidateScore(-1, 3, -4.0, 3.0, 0.5))
-    >>> select(ScoreGrid(rows, n_layers=8)).best.layer
-    2
+    Examples:
+        >>> rows = (CandidateScore(-1, 2, -5.0, 3.0, 0.01), CandidateScore(-1, 3, -4.0, 3.0, 0.5))
+        >>> select(ScoreGrid(rows, n_layers=8)).best.layer
+        2
     """
     judged = [(row, thresholds.reasons(row, scores.n_layers, scores.zero_point)) for row in scores.rows]
     kept = [row for row, reasons in judged if not reasons]

@@ -166,8 +166,9 @@ class Splits(Value):
 def load_prompts(source: str | Path, *, column: str | None = None, limit: int | None = None) -> PromptSet:
     """Load a set of prompts; repeated instructions are kept once.
 
-    >>> load_prompts("harmless", limit=3).instructions == load_prompts("harmless").instructions[:3]
-    True
+    Examples:
+        >>> load_prompts("harmless", limit=3).instructions == load_prompts("harmless").instructions[:3]
+        True
 
     Args:
         source: a bundled name ("harmful", "harmless", ...), a known hub set ("advbench", "harmbench",
