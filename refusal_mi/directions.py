@@ -415,8 +415,9 @@ class ActivationMeans(Value):
                 "the cache needs blocks.{l}.hook_resid_pre of every block l = 0..n_layers-1, and has those of "
                 f"{', '.join(map(str, sorted(names))) or 'none'}"
             )
-        streams = [cache[names[layer]] for layer in range(len(names))] if hook is None else [cache[hook].flatten(2)]
-        streams = [stream[None] if stream.ndim == 2 else stream for stream in streams]
+        streams = [cache[name] for name in ([names[layer] for layer in range(len(names))] if hook is None else [hook])]
+        is_one = not getattr(cache, "has_batch_dim", True)  # of an ActivationCache without its first axis
+        streams = [(stream[None] if is_one or stream.ndim == 2 else stream).flatten(2) for stream in streams]
         wanted, width = tuple(positions), streams[0].shape[1]
         if not wanted or not all(-width <= position < 0 for position in wanted):
             raise UserError(f"positions count from the end, -{width}..-1 here, not {list(wanted)}")

@@ -205,6 +205,19 @@ def test_the_means_of_a_cache_at_a_hook_point(tiny_model):
         ActivationMeans.from_cache(cache, hook="blocks.2.attn.hook_z")
 
 
+def test_a_cache_without_its_first_axis_is_one_prompt(tiny_model):
+    model = tiny_model("llama")
+    batch = ChatFormat(model.tokenizer).batch(ASKS[:1])
+    for hook in (f"blocks.{BLOCK}.attn.hook_z", f"blocks.{BLOCK}.hook_mlp_out"):
+        one, bare = (
+            ActivationMeans.from_cache(
+                model.run_with_cache(batch.tokens, names_filter=hook, remove_batch_dim=removed)[1], hook=hook
+            )
+            for removed in (False, True)
+        )
+        assert bare.n_prompts == 1 and torch.equal(bare.means, one.means)
+
+
 def test_the_hook_point_is_kept_in_files(tmp_path):
     direction = Direction.of(vector_for("attn.hook_v"), hook_name=f"blocks.{BLOCK}.attn.hook_v", position=-1)
     direction.save(tmp_path / "mine.safetensors")
