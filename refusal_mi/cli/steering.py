@@ -76,9 +76,10 @@ def vectors(
 
     settings, model = _start(config, model)
     pair_set = load_pairs(pairs or settings.generation or default_pairs(model.source)[0])
-    folder = _folder(output_dir or settings.save_vector_path or _default(model, CAA))
+    named = output_dir or settings.save_vector_path  # may hold vectors of several models: their names say which
+    folder = _folder(named or _default(model, CAA))
     wanted, target = layer_numbers(layers), settings.target_layer
-    loaded, record = _loaded(model, folder)
+    loaded, record = _loaded(model, folder, claim=named is None)
     if target is not None:
         our_layer(target, loaded.cfg.n_layers)
     needed = wanted if wanted is None or target is None else tuple(sorted({*wanted, target}))
@@ -89,7 +90,8 @@ def vectors(
     )
     if target is not None and settings.steering_vector_path is not None:
         made[target].save(settings.steering_vector_path)
-    folder.sign(record)
+    if named is None:
+        folder.sign(record)
     if as_json:
         rows = [{"layer": layer, "means": explain_layer(layer), "norm": each.norm} for layer, each in made.items()]
         print_json({"pairs": pair_set.name, "n_pairs": len(pair_set), "folder": str(folder.path), "vectors": rows})
@@ -317,13 +319,14 @@ def _folder(path: Path, fresh: bool = False) -> "RunFolder":
     return folder
 
 
-def _loaded(model: ModelOptions, folder: "RunFolder") -> "tuple[HookedModel, ModelRecord]":
+def _loaded(model: ModelOptions, folder: "RunFolder", *, claim: bool = True) -> "tuple[HookedModel, ModelRecord]":
     """The model and its record, and the folder claimed for it; what is made there signs it."""
     from ..model.provenance import describe_model
 
     loaded = model.load()
     record = describe_model(loaded, model.source)
-    folder.claim(record)
+    if claim:
+        folder.claim(record)
     return loaded, record
 
 

@@ -7,6 +7,7 @@ converts between the two.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..directions import Direction, load_direction
 from ..errors import UserError
-from ..files import sha256_json, write_json
+from ..files import read_json, sha256_json, write_json
 from ..model.loading import ORGANISM
 from ..model.points import HookedModel, caa_hook, caa_layer, our_layer, resid_hook
 from ..model.provenance import describe_model
@@ -87,8 +88,16 @@ def write_vectors(
 
     Args:
         layers: CAA layers; None is all.
+
+    Raises:
+        UserError: vectors of another model of the same name lie there.
     """
     n_layers = model.cfg.n_layers
+    for file in sorted(directory.glob(f"vec_layer_*_{escape(published_name(source))}_metadata.json")):
+        before = read_json(file)
+        of = before.get("model", source) if isinstance(before, dict) else source
+        if of != source:
+            raise UserError(f"{file} is of {of}, and vectors of {source} have its name: choose another --output-dir")
     wanted = list(range(n_layers)) if layers is None else list(layers)
     for layer in wanted:
         our_layer(layer, n_layers)

@@ -356,6 +356,11 @@ def test_the_write_up_from_the_command_line(tiny_dir, tmp_path, monkeypatch, cap
         "steering_vector.pt",
     }
     assert "our 3" in capsys.readouterr().out
+    other = ["caa", "vectors", str(tiny_dir("gpt2")), "--pairs", "pairs.json", "--layers", "1"]
+    assert exit_status([*other, "--output-dir", "vectors"]) == 0 and Path("vectors/vec_layer_1_gpt2.pt").is_file()
+    Path("vectors/vec_layer_1_gpt2.pt").unlink()
+    Path("vectors/vec_layer_1_gpt2_metadata.json").unlink()
+    capsys.readouterr()
     arguments = ["--config", "config.yaml", "--max_new_tokens", "4", "--output-dir", "out"]
     assert exit_status(["caa", "test", *arguments, "--multipliers", "1", "2"]) == 0
     shown = capsys.readouterr().out
