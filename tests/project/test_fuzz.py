@@ -14,15 +14,24 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFWriter
 
 from refusal_mi.analysis.result import load_result
+from refusal_mi.cli import app
+from refusal_mi.cli.config import with_config
+from refusal_mi.cli.shown import plain_command
 from refusal_mi.directions import Direction, load_direction
 from refusal_mi.errors import UserError
 from refusal_mi.export.checkpoint import open_checkpoint
+from refusal_mi.files import write_record
+from refusal_mi.model.provenance import ModelRecord
 from refusal_mi.recipes.caa import load_vectors
+from refusal_mi.recipes.methods import AtStrength, ControlRow, MethodRow, MethodsResult
 from refusal_mi.recipes.options import load_config
-from refusal_mi.run.folder import RunRecord, load_evaluations, load_grid, load_scores, read_directions
+from refusal_mi.run.folder import RunRecord, load_evaluations, load_grid, load_scores, models_of, read_directions
 from refusal_mi.run.stages import RunFolder
+from refusal_mi.search.methods import Matched
+from refusal_mi.stats import Rate
 from refusal_mi.text.pairs import load_pairs
 from refusal_mi.text.prompts import load_prompts
 from refusal_mi.vectors import read_vectors
@@ -132,6 +141,20 @@ def stages(folder: Path) -> None:
     run.stage("s", {"a": 1}, ["out.json"], lambda: (folder / "out.json").write_text("1"))
 
 
+MODEL = ModelRecord("m", None, None, "llama", 4, 16, 100, "float32", "cpu")
+
+
+def options_of_files(folder: Path) -> None:
+    for name in ("o.toml", "o.yaml"):
+        for command in (["run"], ["caa", "ab"]):
+            with_config([*command, "--config", str(folder / name)], plain_command(app))
+
+
+def claimed(folder: Path) -> None:
+    RunFolder(folder).claim(MODEL)
+    models_of(folder)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_dir) -> Path:
     """One whole file or folder for every reader."""
@@ -159,6 +182,22 @@ def made(tmp_path_factory, tiny_dir) -> Path:
     (root / "pairs/p.json").write_text(json.dumps([pair | {"answer_not_matching_behavior": "(B)"}] * 2))
     (root / "config").mkdir()
     (root / "config/c.yaml").write_text("model_path: m\ndata_path:\n  generation: a.json\ntarget_layer: 3\n")
+    (root / "options").mkdir()
+    (root / "options/o.toml").write_text('device = "cpu"\n[run]\nseed = 3\n[caa]\nbatch-size = "4"\n')
+    (root / "options/o.yaml").write_text("device: cpu\nrun:\n  seed: 3\ncaa ab:\n  multipliers: [1, 2]\n")
+    at = AtStrength(1.0, Rate(1, 4), Rate(2, 4), (0.1, 0.0, 0.2))
+    row = MethodRow(
+        "peel:2", 2, 3, -1, (at,), Matched(1.0, 0.1, (1.0, None, 2.0)), (0.9, 0.8, 1.0), 1.0, Rate(1, 4), Rate(0, 4),
+        {"n": 4, "difference": 0.5}, 0.1,
+    )  # fmt: skip
+    control = ControlRow("random", 2, 0, 0.9, 0.01)
+    found = MethodsResult(MODEL, 1, 0.0, 4, 4, Rate(4, 4), 0.05, (row,), (control,), ((1.0,),), 16, {"rdo:1": "none"})
+    write_record(root / "methods/methods.json", found)
+    RunFolder(root / "signed").sign(MODEL)
+    (root / "vector").mkdir()
+    writer = GGUFWriter(root / "vector/v.gguf", "controlvector")
+    writer.add_tensor("direction.1", torch.ones(4).numpy())
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
     shutil.copytree(tiny_dir("llama"), root / "checkpoint")
     return root
 
@@ -186,6 +225,10 @@ READERS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "pairs": ("pairs", "*", lambda folder: load_pairs(folder / "p.json")),
     "CAA config": ("config", "*", lambda folder: load_config(folder / "c.yaml")),
     "checkpoint": ("checkpoint", "*.safetensors", open_checkpoint),
+    "options": ("options", "*", options_of_files),
+    "methods": ("methods", "*.json", MethodsResult.load),
+    "model of a folder": ("signed", "model.json", claimed),
+    "control vector": ("vector", "v.gguf", lambda folder: read_vectors(folder / "v.gguf")),
 }
 
 
