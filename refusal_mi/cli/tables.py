@@ -347,9 +347,9 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
             f"{name}, {min(each.k for each in of_kind)} to {max(each.k for each in of_kind)} directions: refused by "
             f"score {min(shares):.3f} to {max(shares):.3f}, KL {min(kl):.4f} to {max(kl):.4f}"
         )
+    where = f"costs are matched where {found.target:.3f} of {found.n_held_out} held-out prompts are refused"
     print_lines(
-        f"plain: refused {found.plain_refused_by_text}; costs are matched where {found.target:.3f} of "
-        f"{found.n_held_out} held-out prompts are refused",
+        f"plain: refused {found.plain_refused_by_text}; {where if found.target else 'there is nothing to match'}",
         *(f"{label}: left out, {reason}" for label, reason in found.skipped.items()),
         f"{folder}",
     )

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -511,7 +512,8 @@ class _Comparison:
                 if k < len(rows):
                     halves = [torch.randperm(len(rows), generator=drawn).chunk(2) for _ in range(k)]
                     spans = torch.stack([rows[one].mean(0) - rows[other].mean(0) for one, other in halves])
-                    found.append((f"within {side}", seed, _basis(spans)))
+                    with suppress(_Nothing):  # of few prompts two halves can be the same
+                        found.append((f"within {side}", seed, _basis(spans)))
         return found
 
     def _texts(self) -> list[ScoredText]:

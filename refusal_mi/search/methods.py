@@ -57,7 +57,7 @@ class Matched:
     """Where a method leaves as few refusals as the reference, and what that costs."""
 
     strength: float | None
-    """The least; None where no strength is enough."""
+    """The least; None where no strength is enough, or the plain model refuses no more already."""
     kl_nats: float | None
     ratio: tuple[float | None, float | None, float | None]
     """KL over that of the reference, with its 95% interval (BCa over prompts); no limits where they are unbounded."""
@@ -94,10 +94,10 @@ def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matche
 
 
 def crossing_ends(method: Curve, target: float) -> tuple[float, float] | None:
-    """The strengths between which the share of refusals first falls to a target; None where it never does."""
-    for (low, high), share in zip(pairwise(method.strengths), method.refused[1:].mean(-1).tolist(), strict=True):
-        if share <= target:
-            return low, high
+    """The strengths between which the share of refusals first falls to a target; None where there is no such fall."""
+    for (low, high), shares in zip(pairwise(method.strengths), pairwise(method.refused.mean(-1).tolist()), strict=True):
+        if shares[1] <= target:
+            return (low, high) if shares[0] > target else None
     return None
 
 
@@ -110,9 +110,10 @@ def overlap(one: Basis, other: Basis) -> float:
 
 
 def _crossing(method: Curve, target: Float[Tensor, "*rest"]) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
-    """The strength at which the share of refusals first falls to the target, and the KL there; NaN where it never does.
+    """The strength at which the share of refusals first falls to the target, and the KL there.
 
-    Tables may have axes between strengths and prompts.
+    NaN where it never does, or the plain model refuses no more than that: there is nothing to match. Tables may
+    have axes between strengths and prompts.
     """
     shares, roots = method.refused.mean(-1), method.kl.clamp(min=0).sqrt()
     reached = shares <= target
@@ -125,5 +126,5 @@ def _crossing(method: Curve, target: Float[Tensor, "*rest"]) -> tuple[Float[Tens
     strength = torch.lerp(low_strength, high_strength, part)
     low_root, high_root = (roots.gather(0, each[..., None].expand(1, *roots.shape[1:]))[0] for each in (start, end))
     kl = torch.lerp(low_root, high_root, part[..., None]).square().mean(-1)
-    never = torch.full_like(strength, torch.nan)
-    return torch.where(reached.any(0), strength, never), torch.where(reached.any(0), kl, never)
+    falls, never = reached.any(0) & ~reached[0], torch.full_like(strength, torch.nan)
+    return torch.where(falls, strength, never), torch.where(falls, kl, never)

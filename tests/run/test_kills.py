@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-N_KILLS = int(os.environ.get("REFUSAL_MI_KILLS", "5"))
+N_KILLS = int(os.environ.get("REFUSAL_MI_KILLS", "6"))
 RUN = "--n-train=6 --n-val=4 --n-test=3 --n-ce=3 --max-new-tokens=6 --kl-max=inf --induce-min=-inf --no-filter"
 COMMANDS = {
     "run": f"run MODEL {RUN} --refusal-tokens=40 --harmful=harmful.json --harmless=harmless.json --output-dir=out",
     "caa vectors": "caa vectors MODEL --device cpu --pairs pairs.json --output-dir out",
     "export": "export MODEL --direction direction.pt --output-dir out --verify none",
+    "compare-methods": "compare-methods MODEL --run searched --methods mean,median,peel:2 --n-prompts 3 --n-places 2 "
+    "--max-new-tokens 4 --n-random 1 --output-dir out",
 }
 MEASURED = ("seconds", "peak_mib", "created")
 """What differs between two runs that do the same."""
@@ -39,6 +41,9 @@ def place(tiny_dir, tmp_path_factory):
     ]
     (folder / "pairs.json").write_text(json.dumps(pairs))
     random_direction().save(folder / "direction.pt")
+    words = f"{COMMANDS['run'].removesuffix('--output-dir=out')} --steps=directions,selection --output-dir=searched"
+    line = [sys.executable, "-m", "refusal_mi", *words.replace("MODEL", str(tiny_dir("gpt2"))).split()]
+    subprocess.run(line, cwd=folder, check=True, capture_output=True)
     return folder
 
 
@@ -94,7 +99,7 @@ def whole(start, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(N_KILLS))
 def test_a_killed_process_is_taken_up_where_it_was(number, start, whole, tmp_path):
-    command = ("run", "caa vectors", "run", "export", "run")[number % 5]
+    command = ("run", "caa vectors", "run", "export", "run", "compare-methods")[number % 6]
     expected, seconds = whole(command)
     rng = random.Random(number)
     for _ in range(rng.choice((1, 2))):

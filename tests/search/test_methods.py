@@ -63,6 +63,16 @@ def test_where_a_share_falls_is_bracketed():
     assert abs(found[1] - 0.51) < 0.015 < 0.07 < abs(found[0] - 0.51), "the control: strengths far apart are wrong"
 
 
+def test_a_model_that_refuses_nothing_has_nothing_to_match():
+    silent = planted(-1.0, 0.01)
+    assert silent.target.item() == 0 and crossing_ends(silent, 0.0) is None
+    found = match(silent, silent)
+    assert (found.strength, found.kl_nats, found.ratio) == (None, None, (None, None, None))
+    refusing = planted(0.5, 0.01)
+    assert match(silent, refusing).strength is None, "nor has one beside a model that does"
+    assert match(refusing, refusing).strength is not None, "the control"
+
+
 def test_sides_of_different_numbers_are_cut_alike():
     whole = planted(0.5, 0.01)
     uneven = Curve(AT, whole.refused, whole.kl[:, :40])
