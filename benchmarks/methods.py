@@ -6,7 +6,7 @@ from pathlib import Path
 from refusal_mi.figures.methods import plot_ratios
 from refusal_mi.figures.save import save_figure
 from refusal_mi.files import write_text
-from refusal_mi.recipes.methods import MethodRow, MethodsResult
+from refusal_mi.run.methods import MethodRow, MethodsResult
 from refusal_mi.stats import signed
 
 PAGE = Path(__file__).parent.parent / "docs" / "one-or-several.md"

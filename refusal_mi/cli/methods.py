@@ -11,7 +11,7 @@ from ..terminal import say
 from .options import AsJson, BatchSize, Fresh, ModelOptions, NewTokens, NPrompts, NRandom, OutputDir, at_least, flat
 
 if TYPE_CHECKING:
-    from ..recipes.methods import MethodsResult
+    from ..run.methods import MethodsResult
 
 FOLDER, METHODS = "methods", "mean,projected,median,pca,lda,ranks,peel,kmeans"
 

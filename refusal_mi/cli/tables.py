@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from ..measures import LossResult
     from ..recipes.caa_eval import ABResults, Changes, OpenAnswers, TextRates
     from ..recipes.localize import LeastIntervention
-    from ..recipes.methods import MethodsResult
     from ..recipes.responses_eval import EvalSummary
     from ..run.answers import Effect
+    from ..run.methods import MethodsResult
     from ..run.record import CombinationRecord, DirectionRecord, RunSummary
     from ..search.grid import Selection
 

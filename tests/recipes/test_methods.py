@@ -15,8 +15,8 @@ from refusal_mi.measures import kl_nats, next_token_logits
 from refusal_mi.model.loading import ORGANISM, load_model
 from refusal_mi.model.points import write_hooks
 from refusal_mi.reading import mean_activations
-from refusal_mi.recipes.methods import MethodsResult
 from refusal_mi.run.folder import RunInputs, load_ranked
+from refusal_mi.run.methods import MethodsResult
 from refusal_mi.search.removals import RemovalScorer
 
 N = 24

@@ -1,0 +1,111 @@
+"""`methods.json`: what methods of removing refusal cost where all leave as few refusals."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..files import read_record
+from ..model.provenance import ModelRecord
+from ..search.methods import Matched
+from ..stats import Rate
+from ..values import Value, frame
+
+FILE = "methods.json"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AtStrength(Value):
+    """What a removal does on held-out prompts."""
+
+    strength: float
+    refused: Rate
+    """Short answers (the run's `label_tokens`), judged by text."""
+    refused_by_score: Rate
+    kl_nats: tuple[float, float, float]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MethodRow(Value):
+    """A method with so many directions, at the place where it was best on validation prompts."""
+
+    label: str
+    """Method and number of directions: "peel:2"."""
+    k: int
+    """Dimensions of what is removed."""
+    layer: int
+    position: int | None
+    """Of the first direction, for ranks, which come from several places."""
+    curve: tuple[AtStrength, ...]
+    matched: Matched
+    over_single: tuple[float | None, float | None, float | None]
+    """Of several directions: KL over that of one direction of the same method, matched in the same way."""
+    read_at: float
+    """Strength at which longer answers were read: the matched one, or 1."""
+    refused_by_text: Rate
+    degenerate: Rate
+    text_change: Mapping[str, float | int]
+    """Refused answers minus those of the reference at its own matched strength, the same prompts."""
+    ce_change: float
+    """CE on plain texts minus that of the plain model (nats per token)."""
+
+    def at(self, strength: float) -> AtStrength:
+        """What was measured at one strength."""
+        return next(each for each in self.curve if each.strength == strength)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ControlRow(Value):
+    """A subspace that no method chose, at strength 1."""
+
+    label: str
+    """random: isotropic; within: random halves of one class."""
+    k: int
+    seed: int
+    refused_by_score: float
+    """Counted smoothly (`search.localize.expected_refused`)."""
+    kl_nats: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MethodsResult(Value):
+    """`methods.json`."""
+
+    model: ModelRecord
+    kl_tokens: int
+    zero_point_nats: float
+    n_validation: int
+    n_held_out: int
+    plain_refused_by_text: Rate
+    """As `MethodRow.refused_by_text`."""
+    target: float
+    """The share of refused short answers that is matched: `Curve.target` of the reference."""
+    rows: tuple[MethodRow, ...]
+    """The reference, mean:1, first."""
+    controls: tuple[ControlRow, ...]
+    overlaps: tuple[tuple[float, ...], ...]
+    """Of the rows' subspaces: ‖Q₁Q₂ᵀ‖² / min(k₁, k₂)."""
+    d_model: int
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Methods that gave no directions, and why."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> "MethodsResult":
+        """Read `methods.json`, or the one in this folder."""
+        path = Path(path)
+        return read_record(path / FILE if path.is_dir() else path, cls)
+
+    def row(self, label: str) -> MethodRow:
+        """One method's, such as "peel:2"."""
+        return next(each for each in self.rows if each.label == label)
+
+    def to_frame(self) -> Any:
+        """A pandas table with a row for each method and strength."""
+        rows = [(row, each) for row in self.rows for each in row.curve]
+        return frame(
+            [
+                {"label": row.label, "k": row.k, "strength": each.strength, "refused": each.refused.value}
+                | {"refused_by_score": each.refused_by_score.value, "kl": each.kl_nats[0]}
+                for row, each in rows
+            ]
+        )
