@@ -67,7 +67,7 @@ def hub(tmp_path_factory):
 @pytest.mark.parametrize("name", ("single", "sharded"))
 def test_a_model_of_the_hub_is_exported_and_its_commit_recorded(hub, name):
     assert hub[name]["status"] == 0, hub[name]["stderr"]
-    out = hub["root"] / "work" / name
+    out = hub["root"] / "desk" / name
     record = read_json(out / "refusal_mi.json")
     assert record["source"] == f"someone/{name}"
     assert record["revision"] == COMMIT
@@ -80,15 +80,15 @@ def test_a_model_of_the_hub_is_exported_and_its_commit_recorded(hub, name):
 
 
 def test_other_files_come_along_and_weights_in_other_formats_are_not_even_downloaded(hub):
-    assert (hub["root"] / "work" / "single" / "notes.txt").read_text() == "kept"
+    assert (hub["root"] / "desk" / "single" / "notes.txt").read_text() == "kept"
     assert any("model.safetensors" in line for line in hub["requests"])
     assert not any("pytorch_model.bin" in line or "consolidated" in line for line in hub["requests"])
-    assert not list((hub["root"] / "work" / "single").glob("**/*consolidated*"))
+    assert not list((hub["root"] / "desk" / "single").glob("**/*consolidated*"))
 
 
 def test_a_downloaded_model_needs_no_hub(hub):
     assert hub["cached"]["status"] == 0, hub["cached"]["stderr"]
-    record = read_json(hub["root"] / "work" / "cached" / "adapter_config.json")
+    record = read_json(hub["root"] / "desk" / "cached" / "adapter_config.json")
     assert (record["base_model_name_or_path"], record["revision"]) == ("someone/single", COMMIT)
 
 

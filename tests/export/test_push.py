@@ -88,7 +88,7 @@ def test_a_verified_export_arrives_whole_and_private(hub):
     found = hub["private"]
     assert found["status"] == 0 and "uploaded: http://127.0.0.1" in found["out"], found
     uploads = hub["root"] / "uploads"
-    written, uploaded = hub["root"] / "work" / "private", uploads / "me" / "private-one"
+    written, uploaded = hub["root"] / "desk" / "private", uploads / "me" / "private-one"
     assert names_in(uploaded) == names_in(written) - set(SECRETS)
     assert (uploaded / "LICENSE").is_file() and (uploaded / "modeling_own.py").is_file()
     record = {"README.md", "refusal_mi.json"}
@@ -104,7 +104,7 @@ def test_public_only_where_it_is_said(hub):
     assert hub["public"]["status"] == 0 and json.loads(hub["public"]["out"])["hub"].endswith("/team/open")
     assert not is_private(hub["root"] / "uploads" / "team" / "open.json")
     uploaded = hub["root"] / "uploads" / "team" / "open"
-    assert names_in(uploaded) == names_in(hub["root"] / "work" / "public")
+    assert names_in(uploaded) == names_in(hub["root"] / "desk" / "public")
 
 
 @pytest.mark.slow
@@ -116,13 +116,13 @@ def test_an_upload_says_no_path_of_this_machine(hub, folder, name):
     assert b"`model`" in (uploaded / "README.md").read_bytes()
     record = json.loads((uploaded / "refusal_mi.json").read_text())
     assert record["source"] == "model" and record["interventions"][0]["directions"][0]["norm"] > 0
-    written = hub["root"] / "work" / folder
+    written = hub["root"] / "desk" / folder
     assert root in (written / "refusal_mi.json").read_bytes(), "the control: what stays here says where it is from"
 
 
 @pytest.mark.slow
 def test_secrets_beside_the_weights_are_not_even_copied(hub):
-    written = names_in(hub["root"] / "work" / "private")
+    written = names_in(hub["root"] / "desk" / "private")
     assert {"wandb/debug.log", "notes.txt", "LICENSE"} <= written and not {".env", ".ssh/id"} & written
 
 
@@ -149,8 +149,8 @@ def test_what_misses_its_limits_is_not_uploaded(hub):
 def test_a_hub_that_does_not_take_it_is_one_line_and_the_export_stays(hub, case, folder):
     errors = [line for line in hub[case]["stderr"] if line.startswith("error: ")]
     assert hub[case]["status"] == 2 and len(errors) == 1
-    assert "the hub did not take it" in errors[0] and errors[0].endswith(f"/work/{folder}")
-    assert (hub["root"] / "work" / folder / "model.safetensors").is_file()
+    assert "the hub did not take it" in errors[0] and errors[0].endswith(f"/desk/{folder}")
+    assert (hub["root"] / "desk" / folder / "model.safetensors").is_file()
 
 
 def test_what_is_published_loads_and_names_no_local_path(tmp_path):

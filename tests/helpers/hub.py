@@ -67,17 +67,17 @@ class FakeHub:
 def run_with_hub(
     repositories: dict[str, Path], root: Path, script: str, *arguments: str, uploads: Path | None = None
 ) -> dict[str, Any]:
-    """What a script prints as JSON in its last line, run in `root/work` with a hub, and under "requests" what it asked.
+    """What a script prints as JSON in its last line, run in `root/desk` with a hub, and under "requests" what it asked.
 
     It needs a process of its own: the hub's address is read when huggingface_hub is imported.
     """
-    (root / "work").mkdir()
+    (root / "desk").mkdir()
     with FakeHub(repositories, uploads=uploads) as hub:
         address = {"HF_ENDPOINT": hub.url, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run(
             [sys.executable, "-c", script, *arguments],
             env={key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"} | address,
-            cwd=root / "work",
+            cwd=root / "desk",
             capture_output=True,
             text=True,
             timeout=300,
