@@ -18,6 +18,7 @@ from .precision import as_double, finite, with_float64
 from .text.batches import Span, TokenBatch
 from .text.chat import ChatFormat
 from .text.given import Prompts, as_prompts
+from .text.prompts import PromptSet
 
 STREAMS = "the model's residual streams"
 MAX_TABLE_BYTES = 2**31
@@ -67,7 +68,7 @@ def sample_activations(
         2
 
     Args:
-        instructions: user messages, one prompt each.
+        instructions: user messages, one prompt each; the categories of a `PromptSet` are kept.
         batch_size: prompts per forward pass; the result does not depend on it.
 
     Raises:
@@ -76,7 +77,8 @@ def sample_activations(
     """
     layers = range(model.cfg.n_layers)
     table = template_residuals(model, chat, instructions, layers=layers, batch_size=batch_size)
-    return ActivationSamples(table, chat.positions)
+    categories = instructions.categories if isinstance(instructions, PromptSet) else ()
+    return ActivationSamples(table, chat.positions, categories if any(categories) else ())
 
 
 def combine_spans(

@@ -22,10 +22,12 @@ def compare_methods(
     run: Annotated[Path | None, typer.Option(help="Run folder with the direction; default runs/{alias}.")] = None,
     methods: Annotated[
         str,
-        typer.Option(help="Estimators, ranks, peel:3, kmeans:2, rdo, cone:2, module:function; separated by commas."),
+        typer.Option(
+            help="Estimators, ranks, peel:3, kmeans:2, category:2, rdo, cone:2, module:function; separated by commas."
+        ),
     ] = METHODS,
     k: Annotated[
-        int, typer.Option("--k", help="Most directions of ranks, peel, kmeans and cone without a number.")
+        int, typer.Option("--k", help="Most directions of ranks, peel, kmeans, category and cone without a number.")
     ] = 4,
     kl_tokens: Annotated[int, typer.Option(help="Tokens of the plain answers that the KL goes over.")] = 1,
     n_places: Annotated[int, typer.Option(help="Layers at which every method is tried.")] = 4,

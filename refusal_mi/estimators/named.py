@@ -10,8 +10,8 @@ import torch
 from ..directions import ActivationMeans, DirectionGrid, Estimator, difference_in_means
 from .linear import lda, logistic, pca_of_differences
 from .location import clipped_difference, median_difference, projected_difference, winsorised_difference
-from .names import N_CLUSTERS, parse_name
-from .pools import cluster_difference, peeled
+from .names import CATEGORY, N_CLUSTERS, parse_name
+from .pools import cluster_difference, of_category, peeled
 from .samples import EveryPlace, PlaceEstimator, SampleEstimator, along
 
 
@@ -52,7 +52,7 @@ _PLACES: dict[str, tuple[str, PlaceEstimator]] = {
 
 
 def estimator_named(name: str) -> Estimator | SampleEstimator:
-    """The estimator of this name: "median", "kmeans-2", …; "mean" is `difference_in_means` itself.
+    """The estimator of this name: "median", "kmeans-2", "category-drugs", …; "mean" is `difference_in_means` itself.
 
     Raises:
         UserError: there is none; the message names a near one.
@@ -62,6 +62,8 @@ def estimator_named(name: str) -> Estimator | SampleEstimator:
         return difference_in_means
     if stem == "projected":
         return Named(name, projected, sees_prompts=False)
+    if stem == CATEGORY:
+        return Named(name, partial(of_category, category=name.partition("-")[2]), sees_prompts=True)
     if stem == "peel":
         function: PlaceEstimator = partial(peeled, number=number)
         return Named(name, EveryPlace(function, f"peeled logistic probe {number}"), sees_prompts=True)

@@ -11,15 +11,20 @@ NUMBERED = ("kmeans", "peel")
 N_CLUSTERS = 4
 MOST = {"kmeans": N_CLUSTERS, "peel": 16}
 """How many there are of each."""
-POOLS = ("ranks", *NUMBERED, "cone")
+CATEGORY = "category"
+"""Directions of the prompts' own categories: category-drugs is that of one."""
+POOLS = ("ranks", *NUMBERED, CATEGORY, "cone")
 """Methods of several directions that are removed together; "ranks" are the best survivors of the search."""
 FITTED = ("rdo", "cone")
 """Methods that take the model itself."""
-HELP = f"{', '.join(NAMES)}, kmeans-1 to kmeans-{N_CLUSTERS}, peel-1 to peel-{MOST['peel']}"
+HELP = (
+    f"{', '.join(NAMES)}, kmeans-1 to kmeans-{N_CLUSTERS}, peel-1 to peel-{MOST['peel']}, {CATEGORY}-NAME (of prompts "
+    "that have one)"
+)
 
 
 def parse_name(name: str) -> tuple[str, int]:
-    """The estimator's name and its number, 0 where it has none: "peel-2" is peel and 2.
+    """The estimator's name and its number, 0 where it has none: "peel-2" is peel and 2; category-drugs has 0.
 
     Raises:
         UserError: there is no such estimator; the message names a near one.
@@ -29,6 +34,8 @@ def parse_name(name: str) -> tuple[str, int]:
         return name, 0
     if stem in NUMBERED and number.isdecimal() and number.isascii() and 1 <= int(number) <= MOST[stem]:
         return stem, int(number)
+    if stem == CATEGORY and number.strip():
+        return stem, 0
     numbered = [f"{each}-{index}" for each in NUMBERED for index in range(1, MOST[each] + 1)]
     near = get_close_matches(name.lower(), [*NAMES, *numbered], n=1)
     meant = f" (did you mean {near[0]}?)" if near else ""

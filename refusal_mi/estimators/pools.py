@@ -1,14 +1,19 @@
-"""Several directions for one place: peeled off one after the other, or one for each cluster of the harmful prompts."""
+"""Several directions for one place: peeled off one by one, or of each cluster or category of the harmful prompts."""
 
+import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..directions import DirectionGrid
 from ..errors import UserError
+from ..values import named_near
 from .linear import logistic
-from .samples import PlaceEstimator, at_one_place
+from .samples import ActivationSamples, EveryPlace, PlaceEstimator, at_one_place
 
 
 def peel(
@@ -90,3 +95,58 @@ def cluster_difference(
 ) -> Float[Tensor, " d_model"]:
     """That of cluster `number`, from 1."""
     return cluster_differences(harmful, harmless, n_clusters)[number - 1]
+
+
+def by_size(categories: Sequence[str | None]) -> dict[str, list[int]]:
+    """Category -> its prompts, the largest first, of equal ones the first by name; prompts without one are left out."""
+    counts = Counter(each for each in categories if each is not None)
+    ordered = sorted(counts, key=lambda name: (-counts[name], name))
+    return {name: [index for index, each in enumerate(categories) if each == name] for name in ordered}
+
+
+def category_differences(
+    harmful: Float[Tensor, "a d_model"],
+    harmless: Float[Tensor, "b d_model"],
+    categories: Sequence[str | None],
+    n_categories: int,
+) -> Float[Tensor, "category d_model"]:
+    """Mean of each of the largest categories of the harmful prompts − mean of all harmless ones, the largest first.
+
+    Args:
+        categories: of every harmful prompt.
+
+    Raises:
+        UserError: there are fewer categories.
+    """
+    found = by_size(categories)
+    if len(found) < n_categories:
+        raise UserError(f"{n_categories} categories were asked for, and the harmful prompts have {len(found)}")
+    means = [harmful.double()[rows].mean(0) for rows in list(found.values())[:n_categories]]
+    return torch.stack(means) - harmless.double().mean(0)
+
+
+def of_category(harmful: ActivationSamples, harmless: ActivationSamples, *, category: str) -> DirectionGrid:
+    """Mean of one category of the harmful prompts − mean of all harmless ones, at every place.
+
+    Args:
+        category: as it is written, or in small letters with - for what is no letter or digit.
+
+    Raises:
+        UserError: no harmful prompt is of it; the message says which there are.
+    """
+    found = by_size(harmful.categories)
+    rows = [row for name, some in found.items() if category in (name, plain_name(name)) for row in some]
+    if not rows:
+        there = [plain_name(name) for name in found]
+        about = named_near(category, there) if there else "these prompts have no categories"
+        raise UserError(f"no harmful prompt is of the category {category!r}: {about}")
+
+    def difference(a: Tensor, b: Tensor) -> Tensor:
+        return a[rows].mean(0) - b.mean(0)
+
+    return EveryPlace(difference, f"mean of category {category}, harmful - harmless")(harmful, harmless)
+
+
+def plain_name(category: str) -> str:
+    """A category as options name it: "Physical harm" is physical-harm."""
+    return re.sub(r"[\W_]+", "-", category.lower()).strip("-")

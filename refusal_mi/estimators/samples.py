@@ -28,8 +28,12 @@ class ActivationSamples(Value):
     """On the CPU; layer `l` is the stream entering block `l`, `l = 0..n_layers-1`."""
     positions: tuple[int, ...]
     """Of the second axis, counted from the end: −n .. −1."""
+    categories: tuple[str | None, ...] = ()
+    """Of every prompt; empty where nothing said them."""
 
     def __post_init__(self) -> None:
+        if self.categories and len(self.categories) != len(self.prompts):
+            raise UserError(f"{len(self.categories)} categories were given for {len(self.prompts)} prompts")
         if self.prompts.shape[1] != len(self.positions) or not len(self.prompts):
             raise UserError(
                 f"activations of shape {list(self.prompts.shape)} do not fit {len(self.positions)} positions: expected "
@@ -64,7 +68,11 @@ class ActivationSamples(Value):
 
     def take(self, prompts: Sequence[int]) -> "ActivationSamples":
         """Some of the prompts, such as one category's."""
-        return replace(self, prompts=self.prompts[list(prompts)])
+        return replace(
+            self,
+            prompts=self.prompts[list(prompts)],
+            categories=tuple(self.categories[each] for each in prompts) if self.categories else (),
+        )
 
 
 @runtime_checkable

@@ -1,38 +1,28 @@
 """One direction or several, by which method: each chosen on validation prompts, compared at equal refusal on others."""
 
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import DirectionGrid, difference_in_means
 from ..errors import UserError
-from ..estimators.cones import fit_cone
-from ..estimators.named import Named
-from ..estimators.names import FITTED, N_CLUSTERS, NAMES, NUMBERED, POOLS
-from ..estimators.pools import cluster_differences, peel
-from ..estimators.rdo import RDOOptions, RDOTexts, fit_rdo
-from ..estimators.samples import ActivationSamples, needs_prompts
+from ..estimators.names import FITTED, POOLS
 from ..files import read_record, read_tensors, sha256_file, sha256_json, write_json, write_record, write_tensors
-from ..interventions import NEAR_DUPLICATE, Ablate
+from ..interventions import Ablate
 from ..measures import ScoredText, ce_loss, texts_to_score
 from ..model.points import write_hooks
 from ..model.provenance import ModelRecord, describe_model, versions
-from ..reading import mean_activations, sample_activations, template_residuals
 from ..run.answers import SIDES
-from ..run.folder import RunInputs, load_ranked
+from ..run.folder import RunInputs
 from ..run.methods import FILE, AtStrength, ControlRow, MethodRow, MethodsResult
 from ..run.record import DIRECTION, EVALUATIONS, MEAN_DIFFS, PROMPTS, RUN, RunInfo
 from ..run.stages import RunFolder
-from ..search.grid import select
 from ..search.localize import expected_refused
 from ..search.methods import N_HALVINGS, STRENGTHS, Curve, crossing_ends, match, overlap
 from ..search.passes import Basis
@@ -41,14 +31,12 @@ from ..stats import Paired, Rate, mean_interval
 from ..text.prompts import load_prompts
 from ..values import Value
 from .localize import KL_TOKENS, NEW_TOKENS, judged_answers, removal_scorer
-from .rdo import own_texts
-from .search import estimated, named_estimator
+from .search import named_estimator
+from .spans import NoDirections, Spans
 
 REFERENCE, N_PLACES, N_RANDOM = "mean", 4, 5
 N_TEXTS = 64
 """Plain texts that CE is measured on."""
-N_FITTED = 64
-"""Training prompts a side that RDO and cones are fitted to."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -128,7 +116,7 @@ def compare_methods(
         label = f"{name}:{k}"
         try:
             chosen[label] = work.chosen(name, k)
-        except _Nothing as error:
+        except NoDirections as error:
             skipped[label] = str(error)
     reference = f"{REFERENCE}:1"
     if reference not in chosen:
@@ -156,7 +144,7 @@ def compare_methods(
         read_record(run.path / RUN, RunInfo).model,
         kl_tokens,
         work.zero,
-        len(work.prompts("harmful", "val")),
+        work.validation.n_harmful,
         first.refused.shape[1],
         Rate.of(plain.refused),
         first.target.item(),
@@ -197,10 +185,6 @@ def check_methods(methods: Sequence[tuple[str, int]]) -> None:
             named_estimator(name)
 
 
-class _Nothing(Exception):
-    """A method gives no directions here."""
-
-
 @dataclass
 class _Comparison:
     """The stages: each written whole, and kept while what it was computed from is the same."""
@@ -212,7 +196,6 @@ class _Comparison:
     max_new_tokens: int
     batch_size: int | None
     hashes: dict[str, str] = field(default_factory=dict)
-    _grids: dict[int, DirectionGrid] = field(default_factory=dict)
 
     @property
     def zero(self) -> float:
@@ -220,7 +203,7 @@ class _Comparison:
 
     @cached_property
     def validation(self) -> RemovalScorer:
-        return removal_scorer(self.whole, "val", self.kl_tokens, self.batch_size)
+        return removal_scorer(self.spans.run, "val", self.kl_tokens, self.batch_size)
 
     @cached_property
     def held_out(self) -> RemovalScorer:
@@ -232,14 +215,18 @@ class _Comparison:
         run = self.run
         return describe_model(run.model, read_record(run.path / RUN, RunInfo).model.source)
 
-    def prompts(self, side: str, part: str) -> list[str]:
-        """All for training and validation; of the held-out ones as many as the run's inputs allow."""
-        return (self.run if part == "test" else self.whole).prompts(side, part)
-
     @cached_property
-    def whole(self) -> RunInputs:
-        """The run with all of its prompts."""
-        return replace(self.run, max_prompts=sys.maxsize)
+    def spans(self) -> Spans:
+        """What is removed."""
+        return Spans(self.run, self.n_places, self._checkpoint)
+
+    def _checkpoint(self, label: str) -> Path:
+        """The file that a fit goes on from."""
+        path = self.folder.path / _folder(label) / f"checkpoint-{sha256_json(self.inputs)[:16]}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder.fresh:
+            path.unlink(missing_ok=True)
+        return path
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -251,55 +238,24 @@ class _Comparison:
             "chat": run.chat.record(),
             "versions": versions(),
             "files": {file: sha256_file(run.path / file) for file in files},
-            "prompts": {side: sha256_json(self.prompts(side, "test")) for side in SIDES},
+            "prompts": {side: sha256_json(self.run.prompts(side)) for side in SIDES},
             "thresholds": asdict(run.options.thresholds),
             "kl_tokens": self.kl_tokens,
         }
-
-    @cached_property
-    def places(self) -> list[tuple[int, int]]:
-        """Position and layer of the best survivors, one for each layer, the run's own first; then its neighbours."""
-        run, layer, position = self.run, self.run.direction.layer, self.run.direction.position
-        if position is None:
-            raise UserError(f"{run.path}: its direction does not say at which position it was read")
-        best = {layer: position}
-        for row in select(run.scores, run.options.thresholds).survivors:
-            best.setdefault(row.layer, row.position)
-        for near in sorted(range(run.grid.n_layers), key=lambda each: abs(each - layer)):
-            best.setdefault(near, position)
-        return [(position, layer) for layer, position in best.items()][: self.n_places]
-
-    @cached_property
-    def streams(self) -> dict[str, Float[Tensor, "prompt pos layer d_model"]]:
-        """Of the training prompts, at the layers of `places`."""
-        layers = [layer for _, layer in self.places]
-        return {
-            side: template_residuals(
-                self.run.model, self.run.chat, self.prompts(side, "train"), layers=layers, batch_size=8
-            )
-            for side in SIDES
-        }
-
-    @cached_property
-    def own_texts(self) -> RDOTexts:
-        """What directions are fitted to by gradients."""
-        run = self.run
-        sides = [self.prompts(side, "train")[:N_FITTED] for side in SIDES]
-        return own_texts(run.model, run.chat, run.direction, *sides)
 
     def chosen(self, name: str, k: int) -> _Chosen:
         """The best place of a method on validation prompts."""
         label = f"{name}:{k}"
         where = f"{_folder(label)}/chosen.json", f"{_folder(label)}/basis.pt"
-        inputs = self.inputs | {"label": label, "places": self.places}
-        if name not in (*NAMES, *POOLS, *FITTED) and name.partition("-")[0] not in NUMBERED:
+        inputs = self.inputs | {"label": label, "places": self.spans.places}
+        if ":" in name:
             inputs |= {"call": str(uuid4())}  # a function of the user's own, which may have changed
 
         def compute() -> None:
             try:
-                trials = self._trials(name, k)
+                trials = self.spans.trials(name, k)
             except UserError as error:
-                raise _Nothing(str(error)) from error
+                raise NoDirections(str(error)) from error
             whole = [dict.fromkeys(write_hooks(self.run.model.cfg.n_layers), 1.0)] * (len(trials) + 1)
             bases = [self.run.direction.unit[None], *(basis for _, basis in trials)]
             scorer = self.validation
@@ -312,7 +268,7 @@ class _Comparison:
             write_tensors(self.folder.path / where[1], basis)
             write_record(self.folder.path / where[0], _Chosen(layer, position, shares[best].item(), kl[best].item()))
 
-        about = f"{k} direction{'s' * (k > 1)} at up to {len(self.places)} places, validation prompts"
+        about = f"{k} direction{'s' * (k > 1)} at up to {len(self.spans.places)} places, validation prompts"
         done = self.folder.stage(f"{_folder(label)}-chosen", inputs, where, compute, about=about)
         self.hashes[label] = done[where[1]]
         return read_record(self.folder.path / where[0], _Chosen)
@@ -332,7 +288,7 @@ class _Comparison:
 
         def compute() -> None:
             scorer, names = self.held_out, write_hooks(self.run.model.cfg.n_layers)
-            answered = judged_answers(self.run, self.prompts("harmful", "test"), n_tokens)
+            answered = judged_answers(self.run, self.run.prompts("harmful"), n_tokens)
 
             def at(strengths: Sequence[float]) -> dict[float, _Row]:
                 weights, bases = [dict.fromkeys(names, each) for each in strengths], [basis] * len(strengths)
@@ -361,7 +317,7 @@ class _Comparison:
         where, n_tokens = "plain.json", self.run.options.label_tokens
 
         def compute() -> None:
-            judged = judged_answers(self.run, self.prompts("harmful", "test"), n_tokens)([])
+            judged = judged_answers(self.run, self.run.prompts("harmful"), n_tokens)([])
             write_json(self.folder.path / where, judged.refused)
 
         self.folder.stage("plain", self.inputs | {"n": n_tokens}, [where], compute, about="short answers")
@@ -374,7 +330,7 @@ class _Comparison:
         def compute() -> None:
             run = self.run
             steps = [] if basis is None else [Ablate(basis, strength)]
-            judged = judged_answers(run, self.prompts("harmful", "test"), self.max_new_tokens)(steps)
+            judged = judged_answers(run, self.run.prompts("harmful"), self.max_new_tokens)(steps)
             loss = ce_loss(run.model, run.chat, self._texts(), interventions=steps)
             record = _Answers(judged.refused, judged.degenerate, loss.ce_loss)
             write_record(self.folder.path / where, record)
@@ -390,7 +346,7 @@ class _Comparison:
         where = "controls.json"
 
         def compute() -> None:
-            named = [(name, len(basis), seed, basis) for name, seed, basis in self._controls(ranks, n_random)]
+            named = [(name, len(basis), seed, basis) for name, seed, basis in self.spans.controls(ranks, n_random)]
             whole = [dict.fromkeys(write_hooks(self.run.model.cfg.n_layers), 1.0)] * len(named)
             bases, scorer = [basis for *_, basis in named], self.held_out
             shares = expected_refused(scorer.score(bases, whole, range(scorer.n_harmful)), self.zero).tolist()
@@ -403,107 +359,15 @@ class _Comparison:
         self.folder.stage("controls", inputs, [where], compute, about=about)
         return read_record(self.folder.path / where, _Controls).rows
 
-    def _controls(self, ranks: Sequence[int], n_random: int) -> list[tuple[str, int, Basis]]:
-        width, found = self.run.model.cfg.d_model, []
-        column = self._column(*self.places[0])
-        for k in ranks:
-            for seed in range(n_random):
-                drawn = torch.Generator().manual_seed(1000 * k + seed)
-                found.append(("random", seed, _basis(torch.randn(k, width, generator=drawn, dtype=torch.float64))))
-            for seed, side in enumerate(SIDES):
-                rows, drawn = column[side], torch.Generator().manual_seed(1000 * k + seed)
-                if k < len(rows):
-                    halves = [torch.randperm(len(rows), generator=drawn).chunk(2) for _ in range(k)]
-                    spans = torch.stack([rows[one].mean(0) - rows[other].mean(0) for one, other in halves])
-                    with suppress(_Nothing):  # of few prompts two halves can be the same
-                        found.append((f"within {side}", seed, _basis(spans)))
-        return found
-
     def _texts(self) -> list[ScoredText]:
         run = self.run
         texts = load_prompts(run.options.text_set, limit=N_TEXTS)
         return texts_to_score(run.chat, texts.sample(min(N_TEXTS, len(texts)), run.options.seed).instructions)
 
-    def _column(self, position: int, layer: int) -> dict[str, Float[Tensor, "prompt d_model"]]:
-        index = [each for _, each in self.places].index(layer)
-        return {side: self.streams[side][:, position, index].double() for side in SIDES}
-
-    def _trials(self, name: str, k: int) -> list[tuple[tuple[int | None, int], Basis]]:
-        """Place and basis of every place where the method gives all of its directions."""
-        if name == "ranks":
-            n_there = len(select(self.run.scores, self.run.options.thresholds).survivors)
-            if k > n_there:
-                raise _Nothing(f"the search has {n_there} survivor(s)")
-            directions = load_ranked(self.run.path, range(k))
-            first = directions[0]
-            return [((first.position, first.layer), _basis(torch.stack([each.unit for each in directions])))]
-        if name in FITTED:
-            direction = self.run.direction
-            return [((direction.position, direction.layer), _basis(self._fitted(name, k)))]
-        pool = _POOLS.get(name)
-        estimator = None if pool else named_estimator(name)
-        found: list[tuple[tuple[int | None, int], Basis]] = []
-        for place in self.places:
-            vectors = self._vector(estimator, *place)[None] if pool is None else pool(*self._column(*place).values(), k)
-            if bool(vectors.any(-1).all()):
-                found.append((place, _basis(vectors)))
-        if not found:
-            raise _Nothing("it gives fewer directions at every place")
-        return found
-
-    def _fitted(self, name: str, k: int) -> Float[Tensor, "k d_model"]:
-        """Directions found by gradients from the run's own; what was killed goes on from its last step."""
-        run, key = self.run, sha256_json(self.inputs)[:16]
-        checkpoint = self.folder.path / _folder(f"{name}:{k}") / f"checkpoint-{key}.pt"
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        if self.folder.fresh:
-            checkpoint.unlink(missing_ok=True)
-        held = (run.model, run.chat, run.direction, self.own_texts, RDOOptions(retention_form="code"))
-        fit = (
-            fit_rdo(*held, checkpoint=checkpoint)
-            if name == "rdo"
-            else fit_cone(*held, n_directions=k, checkpoint=checkpoint)
-        )
-        for each in checkpoint.parent.glob("checkpoint-*.pt"):
-            each.unlink()
-        return torch.stack([each.unit for each in fit.directions])
-
-    def _vector(self, estimator: Any, position: int, layer: int) -> Float[Tensor, " d_model"]:
-        """An estimator's direction at a place: of the package from that place alone, of a user from all."""
-        if isinstance(estimator, Named) or estimator is difference_in_means:
-            sides = [ActivationSamples(rows[:, None, None], (-1,)) for rows in self._column(position, layer).values()]
-            given = sides if needs_prompts(estimator) else [each.means for each in sides]
-            vector: Tensor = estimator(*given).vectors[0, 0]
-            return vector.double()
-        grid = self._grids.get(id(estimator))
-        if grid is None:
-            reader = sample_activations if needs_prompts(estimator) else mean_activations
-            read = [reader(self.run.model, self.run.chat, self.prompts(side, "train")) for side in SIDES]
-            grid = self._grids[id(estimator)] = estimated(estimator, read)
-        if grid.is_degenerate[grid.positions.index(position)][layer]:
-            return torch.zeros(grid.vectors.shape[-1], dtype=torch.float64)
-        return grid.vectors[grid.positions.index(position), layer].double()
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Controls(Value):
     rows: tuple[ControlRow, ...]
-
-
-_POOLS: Mapping[str, Callable[..., Tensor]] = {
-    "peel": peel,
-    "kmeans": lambda harmful, harmless, k: cluster_differences(harmful, harmless, N_CLUSTERS)[:k],
-}
-"""Rows of both classes at one place, and how many -> `[k d_model]`."""
-
-
-def _basis(vectors: Float[Tensor, "k d_model"]) -> Basis:
-    """Orthonormal rows that span the vectors."""
-    units = torch.nn.functional.normalize(vectors.double(), dim=-1)
-    found = torch.linalg.qr(units.T)
-    if found.R.diagonal().abs().min() < NEAR_DUPLICATE:
-        raise _Nothing("its directions are all but dependent")
-    return found.Q.T.contiguous()
 
 
 def _folder(label: str) -> str:

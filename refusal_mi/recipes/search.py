@@ -14,6 +14,7 @@ import torch
 from ..directions import ActivationMeans, DirectionGrid, Estimator, difference_in_means
 from ..errors import UserError
 from ..estimators.named import Named, estimator_named
+from ..estimators.names import CATEGORY
 from ..estimators.samples import ActivationSamples, EveryPlace, SampleEstimator, needs_prompts
 from ..figures.save import PLOTLY_FILE, save_figures
 from ..figures.scores import Measure, plot_scores
@@ -48,6 +49,7 @@ from ..search.staged import DEFAULT_SCREENING, MOST, staged_token_sets, usual_co
 from ..search.sweep import exact_items, sweep_token_sets
 from ..search.thresholds import layer_limit
 from ..stats import Rate
+from ..text.prompts import PromptSet
 from .context import Prepared
 
 METHOD = "difference in means, harmful - harmless"
@@ -66,16 +68,17 @@ def find_directions(run: Prepared, estimator: AnyEstimator | None = None) -> Dir
     """
     if estimator is None:
         estimator = difference_in_means if run.options.estimator is None else named_estimator(run.options.estimator)
-    harmful, harmless = run.kept("harmful", "train"), run.kept("harmless", "train")
+    sets = [run.prompts.side(side).kept_set("train") for side in SIDES]
+    harmful, harmless = (each.instructions for each in sets)
     files = [MEAN_DIFFS, MEAN_DIFFS_RECORD, MEANS]
 
     def compute() -> None:
         reader = sample_activations if needs_prompts(estimator) else mean_activations
 
-        def read(instructions: list[str]) -> ActivationMeans | ActivationSamples:
+        def read(instructions: PromptSet) -> ActivationMeans | ActivationSamples:
             return run.batched(lambda size: reader(run.model, run.chat, instructions, batch_size=size))
 
-        sides = run.timed("pass", len(harmful) + len(harmless), lambda: [read(harmful), read(harmless)])
+        sides = run.timed("pass", len(harmful) + len(harmless), lambda: [read(each) for each in sets])
         means = [side.means if isinstance(side, ActivationSamples) else side for side in sides]
         grid = difference_in_means(*means) if estimator is difference_in_means else estimated(estimator, sides)
         write_tensors(run.path / files[0], grid.vectors)
@@ -98,6 +101,7 @@ def find_directions(run: Prepared, estimator: AnyEstimator | None = None) -> Dir
     inputs = run.inputs(harmful=harmful, harmless=harmless)
     if isinstance(estimator, Named):
         inputs |= {"estimator": estimator.name}
+        inputs |= {"categories": sets[0].categories} if estimator.name.startswith(CATEGORY) else {}
     elif estimator is not difference_in_means:
         # What a function does depends on more than can be hashed: its candidates are made anew every time.
         inputs |= {"estimator": name_of(estimator), "call": str(uuid4())}
@@ -136,6 +140,8 @@ def estimated(estimator: AnyEstimator, sides: Sequence[Any]) -> DirectionGrid:
     try:
         grid: Any = estimator(harmful, harmless)
     except Exception as error:  # whatever a stranger's function does
+        if isinstance(error, UserError) and isinstance(estimator, Named):
+            raise
         about = f"the estimator {name_of(estimator)} failed: {type(error).__name__}: {error}"
         if isinstance(error, AttributeError) and error.obj is harmful and not needs_prompts(estimator):
             about += "; it was given means: to see single prompts, mark it with estimators.samples.sees_prompts"

@@ -12,6 +12,7 @@ from ..search.grid import Selection
 from ..search.thresholds import CandidateScore, Thresholds
 from ..stats import Rate
 from ..text.chat import ChatRecord
+from ..text.prompts import Prompt, PromptSet
 from ..values import Value
 from .answers import Completion, Side, SideEffects, read_sides
 from .options import RunOptions
@@ -105,7 +106,12 @@ class SplitRows(Value):
 
     def kept(self, part: str) -> list[str]:
         """Instructions of "train", "val" (those that passed the filter) or "test"."""
-        return [row.instruction for row in getattr(self, part) if row.kept is not False]
+        return self.kept_set(part).instructions
+
+    def kept_set(self, part: str) -> PromptSet:
+        """The same with their categories and reference answers."""
+        rows = [row for row in getattr(self, part) if row.kept is not False]
+        return PromptSet(part, tuple(Prompt(row.instruction, row.category, row.output) for row in rows))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

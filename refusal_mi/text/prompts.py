@@ -122,6 +122,11 @@ class PromptSet(Sequence[str]):
         return [prompt.instruction for prompt in self.prompts]
 
     @property
+    def categories(self) -> tuple[str | None, ...]:
+        """Of every prompt; None where it has none."""
+        return tuple(prompt.category for prompt in self.prompts)
+
+    @property
     def sha256(self) -> str:
         """Hash of the prompts in order."""
         return sha256_json([[prompt.instruction, prompt.category, prompt.output] for prompt in self.prompts])

@@ -1,5 +1,6 @@
 """Estimators over positions and layers, what they are given, and their names."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.estimators.linear import lda
 from refusal_mi.estimators.named import estimator_named
 from refusal_mi.estimators.names import NAMES, parse_name
+from refusal_mi.estimators.pools import by_size, category_differences
 from refusal_mi.estimators.samples import (
     ActivationSamples,
     EveryPlace,
@@ -117,10 +119,47 @@ def test_a_name_that_is_none_is_told_what_was_meant(name, near):
     assert parse_name("peel-2") == ("peel", 2) and parse_name("mean") == ("mean", 0)
 
 
+def test_a_category_is_the_mean_of_its_prompts_alone():
+    harmful, harmless = samples(12), samples(seed=1, gap=0.0)
+    harmful = replace(harmful, categories=("Physical harm", "drugs", None) * 4)
+    rows = [0, 3, 6, 9]
+    apart = harmful.prompts.clone()
+    apart[rows, ..., 3] += 6  # what this category has of its own
+    harmful = replace(harmful, prompts=apart)
+    grid = estimator_named("category-physical-harm")(harmful, harmless)
+    difference = harmful.at(-1, 2)[rows].mean(0) - harmless.at(-1, 2).mean(0)
+    torch.testing.assert_close(grid.direction(-1, 2).unit, difference / difference.norm())
+    other = estimator_named("category-drugs")(harmful, harmless)
+    assert grid.direction(-1, 2).unit[3] > 0.5 > other.direction(-1, 2).unit[3].abs()
+    assert torch.equal(estimator_named("category-Physical harm")(harmful, harmless).vectors, grid.vectors)
+    assert harmful.take([1, 0]).categories == ("drugs", "Physical harm")
+    with pytest.raises(UserError, match="of the category 'durgs': did you mean 'drugs'"):
+        estimator_named("category-durgs")(harmful, harmless)
+    with pytest.raises(UserError, match="these prompts have no categories"):
+        estimator_named("category-drugs")(samples(), harmless)
+    with pytest.raises(UserError, match="3 categories were given for 20 prompts"):
+        replace(samples(), categories=("a", "b", "c"))
+
+
+def test_the_largest_categories_come_first_and_are_weighted_to_the_difference_of_means():
+    harmful, harmless = samples(10).at(-1, 2), samples(10, seed=1, gap=0.0).at(-1, 2)
+    categories = [*"bbbaaaccca"]
+    found = category_differences(harmful, harmless, categories, 3)
+    assert list(by_size(categories)) == ["a", "b", "c"], "the largest, then by name"
+    weighted = (found * torch.tensor([4.0, 3, 3])[:, None]).sum(0) / 10
+    torch.testing.assert_close(weighted, harmful.mean(0) - harmless.mean(0))
+    assert torch.equal(category_differences(harmful, harmless, categories, 2), found[:2])
+    with pytest.raises(UserError, match="4 categories were asked for, and the harmful prompts have 3"):
+        category_differences(harmful, harmless, [*"bbbaaaccc", None], 4)
+
+
 def test_the_default_is_the_difference_of_means_itself():
     assert estimator_named("mean") is difference_in_means
 
 
 def test_the_page_names_them_all():
     page = (Path(__file__).parents[2] / "docs/estimators.md").read_text("utf-8")
-    assert all(f"| `{name}`" in page for name in (*NAMES, "kmeans-1", "peel-1")) and "| `nothing`" not in page
+    assert (
+        all(f"| `{name}`" in page for name in (*NAMES, "kmeans-1", "peel-1", "category-NAME"))
+        and "| `nothing`" not in page
+    )

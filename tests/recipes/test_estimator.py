@@ -172,9 +172,11 @@ def test_named_estimators_and_a_function_of_single_prompts_go_through_a_run(tiny
     model, record = tiny_model("llama"), RunRecord.load(tmp_path / "plain")
     chat = ChatFormat(model.tokenizer)
     sides = [
-        sample_activations(model, chat, record.prompts.side(side).kept("train")) for side in ("harmful", "harmless")
+        sample_activations(model, chat, record.prompts.side(side).kept_set("train")) for side in ("harmful", "harmless")
     ]
-    for name in ("median", "lda"):
+    kind = next(each for each in sides[0].categories if each)
+    assert exit_status(["run", source, *WORDS, f"--estimator=category-{kind}", f"--output-dir=category-{kind}"]) == 0
+    for name in ("median", "lda", f"category-{kind}"):
         found, method = candidates(tmp_path / name)
         torch.testing.assert_close(found, estimator_named(name)(*sides).vectors, rtol=1e-3, atol=1e-4)
         assert method == name and not torch.allclose(found, candidates(tmp_path / "plain")[0], atol=1e-3)
@@ -213,6 +215,7 @@ def test_candidates_of_a_named_estimator_are_kept_and_another_name_makes_new_one
     [
         ("mine_there:unmarked_samples", "it was given means: to see single prompts, mark it with"),
         ("scaled", "no estimator is called 'scaled'"),
+        ("category-xyz", "no harmful prompt is of the category 'xyz': expected one of"),
         ("no_such_module_here:scaled", "cannot import the estimator no_such_module_here:scaled"),
         ("mine_there:absent", "mine_there has no function 'absent'"),
         ("mine_there:number", "mine_there has no function 'number'"),

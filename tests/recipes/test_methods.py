@@ -21,7 +21,12 @@ from refusal_mi.search.removals import RemovalScorer
 
 N = 24
 MINE, ONE = (f"tests.recipes.test_methods:{name}" for name in ("backwards", "on_one_layer"))
-LINE = [f"--methods=mean,ranks:1,ranks:2,peel:2,{MINE}", f"--n-prompts={N}", "--max-new-tokens=8", "--n-random=2"]
+LINE = [
+    f"--methods=mean,ranks:1,ranks:2,peel:2,category:2,category:9,{MINE}",
+    f"--n-prompts={N}",
+    "--max-new-tokens=8",
+    "--n-random=2",
+]
 LINE += ["--n-places=2"]
 on_the_embedded = pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")
 
@@ -54,8 +59,9 @@ def compared(tmp_path_factory):
 @on_the_embedded
 def test_all_stop_refusals_and_the_controls_do_not(compared):
     _, found = compared
-    assert [row.label for row in found.rows] == ["mean:1", "ranks:1", "peel:2", f"{MINE}:1"]
-    assert found.skipped == {"ranks:2": "the search has 1 survivor(s)"}
+    assert [row.label for row in found.rows] == ["mean:1", "ranks:1", "peel:2", "category:2", f"{MINE}:1"]
+    few = "9 categories were asked for, and the harmful prompts have 8"
+    assert found.skipped == {"ranks:2": "the search has 1 survivor(s)", "category:9": few}
     assert found.plain_refused_by_text.value > 0.9 and found.n_held_out == N
     for row in found.rows:
         assert row.at(0.0).refused.value > 0.9 and row.at(0.0).kl_nats[0] < 1e-9
@@ -92,9 +98,9 @@ def test_the_numbers_are_those_of_the_ablations(compared):
     basis = read_tensors(path / "methods/peel-2/basis.pt")
     assert torch.allclose(basis @ basis.T, torch.eye(2, dtype=basis.dtype), atol=1e-6)
     table = torch.tensor(found.overlaps)
-    assert torch.allclose(table.diag(), torch.ones(4, dtype=table.dtype), atol=1e-6) and torch.allclose(table, table.T)
-    assert table[0, 3] > 1 - 1e-6 and table[0, 2] < 0.99
-    assert len(found.to_frame()) == sum(len(row.curve) for row in found.rows) > 4 * 7
+    assert torch.allclose(table.diag(), torch.ones(5, dtype=table.dtype), atol=1e-6) and torch.allclose(table, table.T)
+    assert table[0, 4] > 1 - 1e-6 and table[0, 2] < 0.99
+    assert len(found.to_frame()) == sum(len(row.curve) for row in found.rows) > 5 * 7
     near = [each.strength for each in row.curve if abs(each.strength - row.matched.strength) < 0.03]
     assert near, "it was measured where it is matched"
 
