@@ -42,7 +42,8 @@ _HOME = {
     **{name: kind for kind, names in KINDS.items() for name in names},
 }
 
-__all__ = ["KINDS", *KINDS, *_HOME]
+__all__ = ["KINDS", *_HOME]
+"""Functions and results; the modules, which are called like common words, are asked for by name."""
 
 
 def __getattr__(name: str) -> Any:
@@ -54,4 +55,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *KINDS])

@@ -17,13 +17,24 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..figures.style import Look
-from ..files import as_json, at_home, checked, read_json, read_tensors, sha256_json, write_json, write_tensors
+from ..files import (
+    as_json,
+    at_home,
+    checked,
+    read_json,
+    read_record,
+    read_tensors,
+    sha256_json,
+    write_json,
+    write_tensors,
+)
 from ..interventions import check_width
 from ..loaded import Run, load_run
 from ..model.loading import ORGANISM
 from ..model.points import HookedModel, model_source
-from ..model.provenance import describe_model, versions
+from ..model.provenance import check_same_weights, describe_model, versions
 from ..run.folder import RunInputs
+from ..run.record import RUN, RunInfo
 from ..text.batches import with_smaller_batches
 from ..text.chat import ChatFormat
 from ..values import Value, frame, html_table, named_near, short
@@ -334,6 +345,7 @@ class CalledWithARun(ModuleType):
             found = run if isinstance(run, Run) else load_run(run)
             inputs = found.inputs(model, max_prompts=max_prompts, seed=seed)
         check_width(len(inputs.direction.vector), model.cfg.d_model)
+        check_same_weights(read_record(inputs.path / RUN, RunInfo).model, model, str(inputs.path))
         return with_smaller_batches(lambda size: self.from_run(replace(inputs, batch_size=size)), batch_size)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UserError, cause
 from ..terminal import printable, say
-from . import analyze, chat, export, localize, methods, run, steering
+from . import analyze, chat, export, localize, methods, run, select, steering
 from .config import with_config
 from .shown import plain_command
 
@@ -47,7 +47,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "combos": run.combos,
     "reproduce": run.reproduce,
     "chat": chat.chat,
-    "select": run.select_saved,
+    "select": select.select_saved,
     "localize": localize.localize,
     "compare-methods": methods.compare_methods,
     "analyze": analyze.analyze,

@@ -31,6 +31,7 @@ from ..values import Value
 if TYPE_CHECKING:
     from ..judges.substring import Judge
     from ..model.points import HookedModel
+    from ..model.provenance import ModelRecord
     from ..text.chat import ChatFormat
 
 Options = TypeVar("Options")
@@ -201,6 +202,21 @@ class ModelOptions:
     max_memory: MaxMemory = None
     quantization: QuantizationOption = None
     trust_remote_code: TrustRemoteCode = False
+
+    @classmethod
+    def of_run(cls, made: "ModelRecord", device: str) -> "ModelOptions":
+        """The model that a run was made of, loaded in the same way."""
+        from ..model.provenance import is_embedded
+
+        return cls(
+            model=None if is_embedded(made.source) else made.source,
+            revision=made.revision,
+            device=device,
+            dtype=made.dtype,
+            device_map="auto" if made.is_split else None,
+            quantization=made.quantization if made.quantization in get_args(Quantization) else None,
+            trust_remote_code=made.remote_code,
+        )
 
     @cached_property
     def source(self) -> str:

@@ -1,7 +1,7 @@
-"""`refusal-mi run`, `combos`, `select`, `judge`, `model-info`: from a model to its refusal direction, with evidence."""
+"""`refusal-mi run`, `combos`, `reproduce`, `judge`, `model-info`: from a model to its direction, with evidence."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +23,6 @@ from .options import (
     OutputDir,
     Ranks,
     TemplateOptions,
-    ThresholdOptions,
     flat,
 )
 
@@ -181,19 +180,12 @@ def reproduce(
     import tempfile
     from contextlib import nullcontext
 
-    from ..model.provenance import is_embedded
-    from ..options import Quantization
     from ..recipes.reproduce import read_run
     from ..recipes.reproduce import reproduce as run_again
     from ..run.stages import RunFolder
     from .tables import print_json, print_lines
 
-    of = read_run(run_dir).model
-    known = of.quantization if of.quantization in get_args(Quantization) else None
-    same = {"dtype": of.dtype, "quantization": known, "trust_remote_code": of.remote_code, "revision": of.revision}
-    split = {"device_map": "auto"} if of.is_split else {}
-    named = None if is_embedded(of.source) else of.source
-    again = ModelOptions(model=named, device=device, **same, **split)  # type: ignore[arg-type]
+    again = ModelOptions.of_run(read_run(run_dir).model, device)
     if output_dir is not None and any(output_dir.glob("*")):
         raise UserError(f"{output_dir} is not empty: the second run needs a folder of its own")
     place = tempfile.TemporaryDirectory() if output_dir is None else nullcontext(str(output_dir))
@@ -257,40 +249,6 @@ def _print_test(console: Any, result: "CombosResult", test: "CombosTest") -> Non
     if gap is not None:
         shown = f"{gap.refusal_rate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
         console.print(f"winner minus best single, refusal rate: {shown}", highlight=False, markup=False)
-
-
-@flat
-def select_saved(
-    *,
-    grid: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR|GRID.json", help="A run folder, or a direction_evaluations.json.")
-    ],
-    n_layers: Annotated[
-        int | None, typer.Option(help="Blocks of the model that was scored; default: as the run folder says.")
-    ] = None,
-    asked: ThresholdOptions,
-    top: Annotated[int, typer.Option(help="Survivors to show.")] = 10,
-    as_json: AsJson = False,
-) -> int:
-    """Select a direction from saved scores."""
-    if top < 1:
-        raise UserError(f"--top must be at least 1, not {top}")
-    from ..run.folder import load_evaluations, scored_layers
-    from ..run.record import EVALUATIONS
-    from ..search.grid import select
-    from .tables import print_json, print_survivors
-
-    file = grid / EVALUATIONS if grid.is_dir() else grid
-    blocks = n_layers if n_layers is not None else scored_layers(file)
-    if blocks is None:
-        raise UserError(f"{grid} does not say how many blocks the model has: give --n-layers")
-    chosen = select(load_evaluations(file, blocks), asked.thresholds)
-    if as_json:
-        survivors = [row.describe() for row in chosen.survivors]
-        print_json({"explanation": chosen.explain(), "survivors": survivors})
-    else:
-        print_survivors(chosen, top)
-    return 0 if chosen.survivors else 1
 
 
 COMPLETIONS = "_completions.json"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..run.answers import Effect
     from ..run.methods import MethodsResult
     from ..run.record import CombinationRecord, DirectionRecord, RunSummary
+    from ..search.cosmic import CosmicSelection
     from ..search.grid import Selection
 
 ROUNDING_NATS = 1e-9
@@ -106,6 +107,27 @@ def print_survivors(chosen: "Selection", top: int) -> None:
         table.add_row(str(rank), str(row.position), str(row.layer), *numbers)
     Console().print(table) if chosen.survivors else None
     Console().print(chosen.explain(), highlight=False)
+
+
+def print_cosmic(
+    chosen: "CosmicSelection", published: "Selection", layers: Sequence[int], between: float | None, top: int
+) -> None:
+    """The best candidates by COSMIC with their rank by the published rule, and both choices."""
+    ranks = {(row.position, row.layer): rank for rank, row in enumerate(published.survivors)}
+    table = Table("rank", "position", "layer", "comply", "refuse", "sum", "KL (nats)", "published rank")
+    for rank, row in enumerate(chosen.survivors[:top]):
+        numbers = [
+            "–" if value is None else f"{value:.4f}" for value in (row.comply, row.refuse, row.total, row.kl_nats)
+        ]
+        other = ranks.get((row.position, row.layer))
+        table.add_row(str(rank), str(row.position), str(row.layer), *numbers, "–" if other is None else str(other))
+    console = Console()
+    console.print(table) if chosen.survivors else None
+    console.print(f"COSMIC, cosines at layer(s) {', '.join(map(str, layers))}: {chosen.explain()}", highlight=False)
+    best = published.survivors[0] if published.survivors else None
+    there = "none" if best is None else f"position {best.position}, layer {best.layer}"
+    beside = "" if between is None else f"; cosine with COSMIC's {between:.3f}"
+    console.print(f"published rule: {there}{beside}", highlight=False)
 
 
 def print_summary(summary: "RunSummary", report: Path) -> None:

@@ -19,6 +19,7 @@ from .points import (
     is_from_files,
     is_split,
     model_revision,
+    model_source,
     model_type,
     quantization_of,
     ran_remote_code,
@@ -98,6 +99,35 @@ def _fingerprint(model: HookedModel, source: str) -> str | None:
     if not is_from_files(model):
         return _HELD + parameters_fingerprint(model)
     return fingerprint(Path(source)) if Path(source).exists() else None
+
+
+def check_same_weights(made: ModelRecord, model: HookedModel, where: str) -> None:
+    """Make sure that a model holds the weights that something was computed from.
+
+    A model in memory and one by name cannot be told apart, nor can a directory and a hub id.
+
+    Args:
+        made: the record of the model that it was computed from.
+        where: what it is called, in the error.
+
+    Raises:
+        UserError: the files, the parameters in memory, or the hub's commit are others.
+    """
+    if made.is_held == is_from_files(model):
+        return
+    source = model_source(model)
+    there, here = made.fingerprint, _fingerprint(model, source)
+    if there is None and here is None:
+        there, here = made.revision, model_revision(model)
+    if None not in (there, here) and there != here:
+        raise UserError(
+            f"{where} was computed from other weights, {made.name} ({_short(there)}), than those of {source} "
+            f"({_short(here)}): load that model, or make a run of this one"
+        )
+
+
+def _short(name: str | None) -> str:
+    return (name or "").removeprefix(_HELD)[:12]
 
 
 def parameters_fingerprint(model: HookedModel) -> str:

@@ -17,7 +17,7 @@ from ..files import read_record, read_tensors, sha256_file, sha256_json, write_j
 from ..interventions import Ablate
 from ..measures import ScoredText, ce_loss, texts_to_score
 from ..model.points import write_hooks
-from ..model.provenance import ModelRecord, describe_model, versions
+from ..model.provenance import ModelRecord, check_same_weights, describe_model, versions
 from ..run.answers import SIDES
 from ..run.folder import RunInputs
 from ..run.methods import FILE, AtStrength, ControlRow, MethodRow, MethodsResult
@@ -109,7 +109,7 @@ def compare_methods(
     """
     work = _Comparison(run, folder or RunFolder(run.path / "methods"), kl_tokens, n_places, max_new_tokens, batch_size)
     asked = dict.fromkeys([(REFERENCE, 1), *methods])
-    RunFolder(run.path).check_weights(work.model)
+    check_same_weights(read_record(run.path / RUN, RunInfo).model, run.model, str(run.path))
     chosen: dict[str, _Chosen] = {}
     skipped: dict[str, str] = {}
     for name, k in asked:

@@ -1,8 +1,9 @@
 """COSMIC: candidates chosen by where they move activations, without refusal tokens or answers (Siu et al. 2025)."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -71,6 +72,13 @@ class CosmicSelection:
             broken = sorted({reason for _, reasons in self.rejected for reason in reasons})
             raise UserError(f"no candidate survives: all {len(self.rejected)} fail by {', '.join(broken) or 'nothing'}")
         return self.survivors[0]
+
+    def explain(self) -> str:
+        """How many candidates survive and what the others fail, in one sentence."""
+        failed = Counter(reason for _, reasons in self.rejected for reason in reasons)
+        parts = ", ".join(f"{failed[reason]} fail by {reason}" for reason in get_args(CosmicReason) if failed[reason])
+        total = len(self.survivors) + len(self.rejected)
+        return f"{len(self.survivors)} of {total} candidates survive" + (f"; {parts}" if parts else "")
 
 
 def evaluation_layers(

@@ -1,7 +1,10 @@
 """An analysis called with a model and a run is that of the run's own direction, prompts and chat format."""
 
+from shutil import copytree
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from refusal_mi import analysis
 from refusal_mi.analysis.projections import project_residuals
@@ -9,6 +12,7 @@ from refusal_mi.analysis.result import AnalysisResult
 from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.loaded import load_run
+from refusal_mi.model.loading import load_model
 from refusal_mi.run.folder import RunInputs
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.directions import random_direction
@@ -49,6 +53,30 @@ def test_what_it_gives_is_what_the_analysis_gives(folder, tiny_model):
     assert found.projections.equal(expected.projections) and found.cosines.equal(expected.cosines)
     fewer = analysis.projections(model, str(folder), max_prompts=2, batch_size=4)
     assert fewer.projections.shape != found.projections.shape, "the control: fewer prompts"
+
+
+def test_other_weights_of_the_same_shape_are_refused(folder, tiny_model, tiny_dir, tmp_path):
+    """A model of the same width is not the model of the run; its own weights from another folder are."""
+    there, other = tmp_path / "moved", tmp_path / "other"
+    copytree(tiny_dir("llama"), there)
+    copytree(tiny_dir("llama"), other)
+    file = other / "model.safetensors"
+    tensors = load_file(file)
+    first = next(name for name, each in tensors.items() if "mlp" in name and each.ndim == 2)
+    save_file({**tensors, first: 1.5 * tensors[first]}, file, {"format": "pt"})
+    assert analysis.projections(load_model(there, device="cpu"), folder, max_prompts=2).kind == "projections"
+    with pytest.raises(UserError, match=r"was computed from other weights, .* than those of .*other"):
+        analysis.projections(load_model(other, device="cpu"), folder)
+    held = tiny_model("llama")
+    with pytest.raises(UserError, match="other weights"):
+        analysis.projections(load_model(other, device="cpu"), RunInputs(held, folder))
+
+
+def test_what_is_imported_with_a_star_are_functions_and_results():
+    assert set(analysis.KINDS).isdisjoint(analysis.__all__) and {"project_residuals", "LensResult"} <= set(
+        analysis.__all__
+    )
+    assert all(hasattr(analysis, name) for name in analysis.__all__)
 
 
 def test_a_run_that_does_not_fit_is_one_line(folder, tiny_model, tmp_path):
