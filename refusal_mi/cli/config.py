@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import at_home
 from ..values import named_near
-from .spelling import RENAMED, own_spelling, split_command
+from .spelling import DEFAULT_COMMANDS, RENAMED, own_spelling, split_command
 
 WRITE_UP = frozenset({"model_path", "data_path", "save_vector_path", "steering_vector_path", "target_layer"})
 """Keys of the CAA write-up's config, which `caa` reads itself."""
@@ -128,8 +128,13 @@ def _read(path: Path) -> dict[str, Any]:
 def _of(file: str, held: Mapping[str, Any], name: str, root: Any, options: Collection[str]) -> dict[str, Any]:
     """What a file says of a command: the top level, and over it the command's own table.
 
+    The table of a group holds tables of its commands, and options where the group alone means one of them.
+
     Args:
         options: of the command; "judge" is one, and a command too.
+
+    Raises:
+        UserError: a table is none, or that of a group names a command that the group does not have.
     """
     groups = {word: each for word, each in root.commands.items()}
     tables = {word for word in groups} | {
@@ -141,7 +146,18 @@ def _of(file: str, held: Mapping[str, Any], name: str, root: Any, options: Colle
     group, _, word = name.partition(" ")
     inner = {} if not word else _table(file, group, held.get(group))
     own = {} if name in options and name in general else _table(file, name, held.get(name))
-    return general | _table(file, f"{group}.{word}", inner.get(word)) | own
+    of_default: dict[str, Any] = {}
+    for each, table in held.items():
+        commands = getattr(groups.get(each), "commands", None)
+        if commands is None or not isinstance(table, dict):
+            continue
+        strays = {key: value for key, value in table.items() if key not in commands}
+        if each in DEFAULT_COMMANDS:
+            of_default = strays if (each, word) == (group, DEFAULT_COMMANDS[each][0]) else of_default
+        elif strays:
+            stray = next(iter(strays))
+            raise UserError(f"{file}: {each} has no command {stray!r}; {named_near(stray, list(commands))}")
+    return general | of_default | _table(file, f"{group}.{word}", inner.get(word)) | own
 
 
 def _table(file: str, key: str, value: Any) -> dict[str, Any]:

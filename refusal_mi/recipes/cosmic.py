@@ -1,10 +1,11 @@
 """COSMIC's cosines of the candidates of a finished run, whose own choice stays what it is."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from ..files import read_record, sha256_file, sha256_json, write_record
+from ..files import parsed, read_record, sha256_file, sha256_json, write_record
 from ..model.provenance import check_same_weights, describe_model, versions
 from ..reading import template_residuals
 from ..run.answers import SIDES
@@ -26,7 +27,7 @@ class CosmicRecord(Value):
     layers: tuple[int, ...]
     """Whose streams are compared: those that tell the training prompts' classes apart most."""
     n_layers: int
-    rows: tuple[CosmicScore, ...]
+    rows: Annotated[tuple[CosmicScore, ...], parsed(lambda rows: tuple(map(CosmicScore.read, rows)))]
     """Of every candidate, on the validation prompts; KL as the run's search measured it."""
 
     def choose(self, thresholds: Thresholds) -> CosmicSelection:

@@ -53,6 +53,14 @@ class CosmicScore:
             "kl_div_score": self.kl_nats,
         }
 
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> "CosmicScore":
+        """What `describe` says."""
+        numbers = (row[key] for key in ("refusal_score", "steering_score", "kl_div_score"))
+        return cls(
+            int(row["position"]), int(row["layer"]), *(None if each is None else float(each) for each in numbers)
+        )
+
 
 @dataclass(frozen=True)
 class CosmicSelection:

@@ -130,6 +130,24 @@ def test_tables_may_be_empty_and_nothing_else_stands_for_one(tmp_path):
             words_of(file, text, "caa", "ab")
 
 
+def test_a_key_that_a_group_does_not_have_is_told(tmp_path):
+    file = tmp_path / "a.yaml"
+    for words in (("caa", "ab"), ("run",)):  # whoever reads the file
+        with pytest.raises(UserError, match="caa has no command 'abb'; did you mean 'ab'"):
+            words_of(file, "caa: {abb: {layers: 3}, ab: {layers: 4}}", *words)
+        with pytest.raises(UserError, match=r"responses has no command 'layers'; .*expected one of extract, eval"):
+            words_of(file, "responses: {layers: 3}", *words)
+    assert words_of(file, "caa: {ab: {layers: 4}}", "caa", "ab") == ["caa", "ab", "--layers=4"]
+
+
+def test_a_group_that_means_a_command_takes_its_options(tmp_path):
+    file, text = tmp_path / "a.yaml", "export: {strength: 0.5, vector: {format: gguf}, checkpoint: {layers: '0:2'}}"
+    assert words_of(file, text, "export") == ["export", "checkpoint", "--strength=0.5", "--layers=0:2"]
+    assert words_of(file, text, "export", "vector") == ["export", "vector", "--format=gguf"]
+    with pytest.raises(UserError, match="unknown option 'strenght'; did you mean 'strength'"):
+        words_of(file, "export: {strenght: 0.5}", "export")
+
+
 def test_a_command_that_is_an_option_too_is_read_as_either(tmp_path):
     file = tmp_path / "a.yaml"
     words = ["judge", "rows.json"]
