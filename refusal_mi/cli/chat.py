@@ -329,7 +329,7 @@ def chat(
     from ..model.provenance import check_origin, display_name
     from ..recipes.combinations import check_multi
     from ..recipes.options import default_folder
-    from ..run.folder import read_directions
+    from ..run.directions import read_directions
 
     if sum(option is not None for option in (directions, vectors_ablated, direction, steer)) > 1:
         raise UserError("give one of --directions, --vectors-ablated, --direction and --steer")

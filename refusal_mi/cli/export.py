@@ -185,7 +185,7 @@ def _intervention(
     from ..directions import Direction
     from ..interventions import Ablate, Add
     from ..model.guards import read_config
-    from ..run.folder import harmless_components, read_directions
+    from ..run.directions import harmless_components, read_directions
 
     place = _place(source, direction)
     if not place.exists():

@@ -126,7 +126,7 @@ def test(
     from ..model.points import explain_layer, our_layer
     from ..model.provenance import check_origin
     from ..recipes.caa import check_vectors, vector_for
-    from ..recipes.caa_eval import open_ended
+    from ..recipes.caa_open import open_ended
     from ..recipes.options import default_pairs
     from ..text.batches import with_smaller_batches
     from ..text.pairs import load_questions

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ..analysis.result import AnalysisResult
     from ..export.export import ExportReport
     from ..measures import LossResult
-    from ..recipes.caa_eval import ABResults, Changes, OpenAnswers, TextRates
+    from ..recipes.caa_eval import ABResults, Changes
+    from ..recipes.caa_open import OpenAnswers, TextRates
     from ..recipes.localize import LeastIntervention
     from ..recipes.responses_eval import EvalSummary
     from ..run.answers import Effect

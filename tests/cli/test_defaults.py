@@ -123,7 +123,7 @@ def test_caa(call, tiny_dir, tmp_path):
     assert differing(call("refusal_mi.recipes.caa.write_vectors", "caa", "vectors", model, "--seed", "5")) == {"seed"}
     random_direction(0, layer=3).save(tmp_path / "v.pt")
     words = (model, "--vector", "v.pt")
-    tested = call("refusal_mi.recipes.caa_eval.open_ended", "caa", "test", *words)
+    tested = call("refusal_mi.recipes.caa_open.open_ended", "caa", "test", *words)
     assert differing(tested) - {"judge"} == set()
     assert tuple(tested.arguments["multipliers"]) == (1.0, 2.0, 3.0)
     write_json(tmp_path / "many.json", [{"question": f"Why {number}?"} for number in range(60)])

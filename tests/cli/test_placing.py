@@ -11,7 +11,7 @@ from refusal_mi.directions import load_direction
 from refusal_mi.errors import UserError
 from refusal_mi.export import export, formats
 from refusal_mi.generation import Conversation
-from refusal_mi.recipes import caa_eval
+from refusal_mi.recipes import caa_eval, caa_open
 from tests.helpers.directions import random_direction
 from tests.helpers.gguf import write_control_vector
 from tests.helpers.models import D_MODEL, N_LAYERS
@@ -109,7 +109,7 @@ def used(monkeypatch):
     for name in ("write_gguf", "write_lm_eval"):
         monkeypatch.setattr(formats, name, lambda output, what, *_, **__: see(what))
     monkeypatch.setattr(Conversation, "ask", lambda self, _: see(self.interventions[0]))
-    monkeypatch.setattr(caa_eval, "open_ended", of_caa)
+    monkeypatch.setattr(caa_open, "open_ended", of_caa)
     monkeypatch.setattr(caa_eval, "evaluate_choices", of_ab)
     return seen
 

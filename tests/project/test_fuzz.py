@@ -27,7 +27,8 @@ from refusal_mi.files import write_record
 from refusal_mi.model.provenance import ModelRecord
 from refusal_mi.recipes.caa import load_vectors
 from refusal_mi.recipes.options import load_config
-from refusal_mi.run.folder import RunRecord, load_evaluations, load_grid, load_scores, models_of, read_directions
+from refusal_mi.run.directions import read_directions
+from refusal_mi.run.folder import RunRecord, load_evaluations, load_grid, load_scores, models_of
 from refusal_mi.run.methods import AtStrength, ControlRow, MethodRow, MethodsResult
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.search.methods import Matched

@@ -11,7 +11,7 @@ from refusal_mi.cli.config import with_config
 from refusal_mi.cli.shown import plain_command
 from refusal_mi.cli.steering import published_place
 from refusal_mi.measures import LossResult
-from refusal_mi.recipes.caa_eval import SteeredAnswer
+from refusal_mi.recipes.caa_open import SteeredAnswer
 from refusal_mi.recipes.options import KEYS
 from refusal_mi.recipes.responses import Response, VectorMetadata, default_dataset
 from refusal_mi.recipes.responses_eval import EvalSummary, LayerScore, LayerScores, RefusalRates

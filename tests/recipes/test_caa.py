@@ -17,7 +17,8 @@ from refusal_mi.interventions import Add
 from refusal_mi.measures import ABPoint, ABQuestions, ABSweep, answer_row, p_matching
 from refusal_mi.model.points import caa_layer, explain_layer, our_layer, resid_hook, stream_after
 from refusal_mi.recipes.caa import load_vectors, steering_vectors, write_vectors
-from refusal_mi.recipes.caa_eval import OpenAnswers, open_ended, sweep_pairs
+from refusal_mi.recipes.caa_eval import sweep_pairs
+from refusal_mi.recipes.caa_open import OpenAnswers, open_ended
 from refusal_mi.recipes.options import load_config
 from refusal_mi.run.stages import RunFolder
 from refusal_mi.text.chat import ChatFormat

@@ -8,7 +8,7 @@ import pytest
 from refusal_mi.cli import exit_status
 from refusal_mi.files import read_json
 from refusal_mi.recipes import caa_eval as caa_ab
-from refusal_mi.recipes import caa_eval as caa_answers
+from refusal_mi.recipes import caa_open as caa_answers
 from refusal_mi.recipes import combinations as combos
 from refusal_mi.recipes import effects
 from refusal_mi.recipes import responses as alpaca
