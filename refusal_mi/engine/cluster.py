@@ -41,10 +41,6 @@ class Worker:
         assert self.work is not None
         return self.work(item)
 
-    def process_id(self) -> int:
-        """On the worker's machine."""
-        return os.getpid()
-
 
 class RayEngine:
     """Workers that Ray starts, replaces when they die, and ends with the with block (or `close`).
@@ -134,6 +130,7 @@ class RayEngine:
                     self._replace(worker)
                 else:
                     self._idle.append(worker)
+                    n_lost = 0
                     yield index, result
                     continue
                 if n_tried[index] < self.n_tries:
@@ -146,10 +143,6 @@ class RayEngine:
         if failed:
             named = "; ".join(f"{items[index]}: {why}" for index, why in sorted(failed.items()))
             raise ItemsFailed(f"{len(failed)} of {len(items)} items failed, tried {self.n_tries} times each: {named}")
-
-    def processes(self) -> list[int]:
-        """The process ids of the workers that are ready, on their machines."""
-        return [self._ray.get(worker.process_id.remote()) for worker in self._idle]
 
     def _forget(self) -> None:
         self._idle: list[Any] = []
