@@ -43,7 +43,7 @@ def of_embedded(n_prompts: int) -> Scorer:
     chat = ChatFormat(model.tokenizer)
     sides = [load_prompts(f"organism_{side}_train").instructions for side in ("harmful", "harmless")]
     grid = difference_in_means(*(mean_activations(model, chat, side[:64]) for side in sides))
-    return Scorer(model, chat, grid, *(side[64 : 64 + n_prompts] for side in sides), [[40]])
+    return Scorer(model, chat, grid, *(side[64 : 64 + n_prompts] for side in sides), [[43]])
 
 
 def items_of(scorer: Scorer) -> list[WorkItem]:

@@ -34,7 +34,7 @@ ray = pytest.importorskip("ray", reason="needs Ray: pip install 'refusal_mi[ray]
 pytestmark = pytest.mark.slow
 
 N_KILLS, N_RUNS = int(os.environ.get("REFUSAL_MI_KILLS", "10")), 2
-TOKENS = [40]
+TOKENS = [43]
 
 
 @pytest.fixture(scope="module")
