@@ -104,7 +104,7 @@ class Scorer:
         self.model, self.kl_formula = model, kl_formula
         parts = {"chat": chat, "grid": grid, "harmful": list(harmful), "harmless": list(harmless)}
         how = {"token_sets": list(token_sets), "kl_formula": kl_formula, "share_work": share_work}
-        self._again = partial(Scorer, **parts, **how, batch_size=batch_size)  # type: ignore[arg-type]
+        self._again: Callable[[HookedModel], Scorer] = partial(Scorer, **parts, **how, batch_size=batch_size)  # type: ignore[arg-type]
         self.grid, self.token_sets = grid, [RefusalPrefixes.of(tokens) for tokens in token_sets]
         self.contexts = sorted({each for tokens in self.token_sets for each in tokens.contexts}, key=len)
         self.n_harmful, self.n_prompts = len(harmful), len(harmful) + len(harmless)
