@@ -35,9 +35,10 @@ test-hooked: $(HOOKED)/.ready
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
-# What takes too long for every change: 21,000 damaged files in all readers, 40 kills (10 to 25 minutes on 2 cores).
+# What takes too long for every change: 21,000 damaged files in all readers, 40 kills of commands and of workers (10 to 30
+# minutes on 2 cores).
 long: $(READY)
-	REFUSAL_MI_FUZZ=1500 REFUSAL_MI_KILLS=40 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/project/test_fuzz.py tests/run/test_kills.py
+	REFUSAL_MI_FUZZ=1500 REFUSAL_MI_KILLS=40 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/project/test_fuzz.py tests/run/test_kills.py tests/engine/test_ray.py
 
 # Runs every notebook from top to bottom, and fails where it says something else than the committed one.
 notebooks: $(READY)

@@ -1,7 +1,7 @@
 """Completions under interventions: answers, streams, conversations."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .engine.jobs import Engine
 from .errors import UserError
 from .interventions import Interventions, all_hooks, as_interventions
 from .model.points import HookedModel, check_raw_basis, model_device, stop_token_ids
@@ -20,6 +21,7 @@ from .progress import track
 from .text.batches import TokenBatch, batches_by_length, left_pad
 from .text.chat import ChatFormat, Message
 from .text.given import Conversations, Prompts, as_conversations, as_prompts
+from .values import Value
 
 MOST_LIVE = 0.75
 """Answers that have ended leave a batch once at most this fraction of it goes on."""
@@ -50,6 +52,7 @@ def generate(
     use_kv_cache: bool = True,
     keep_first_logits: bool = False,
     description: str = "generating",
+    engine: Engine | None = None,
 ) -> list[Generated]:
     """One answer per instruction; the interventions act on the prompt and on every generated token.
 
@@ -66,16 +69,25 @@ def generate(
         sampling: None for greedy decoding.
         use_kv_cache: False recomputes the whole text at every token: slow, the same text.
         keep_first_logits: with the logits of each first token; greedy and cached only.
+        engine: where the batches run, the same ones; None is here. Greedy and cached only.
     """
     check_raw_basis(model)
-    if keep_first_logits and (sampling is not None or not use_kv_cache):
-        raise UserError("first logits are kept of greedy, cached answers only")
+    if (keep_first_logits or engine is not None) and (sampling is not None or not use_kv_cache):
+        what = "an engine gives" if engine is not None else "first logits are kept of"
+        raise UserError(f"{what} greedy, cached answers only")
     instructions, interventions = as_conversations(instructions), as_interventions(interventions)
     rows = chat.encode_all(instructions)
     rooms = [_room(model, *each, max_new_tokens) for each in zip(instructions, rows, strict=True)]
     check_fits(model, rows)
     stops = stop_token_ids(model)
     answers: dict[int, Generated] = {}
+    if engine is not None:
+        batches = _batches(rows, rooms, batch_size)
+        items = [Batch(tuple(instructions[index] for index in indices)) for indices in batches]
+        runs = engine.run(Answering(chat, interventions, max_new_tokens, keep_first_logits), model, items)
+        for number, some in track(runs, description, total=len(items)):
+            answers |= zip(batches[number], some, strict=True)
+        return [answers[index] for index in range(len(rows))]
     with torch.random.fork_rng(enabled=sampling is not None), torch.no_grad():
         if sampling is not None:
             torch.manual_seed(sampling.seed)
@@ -94,6 +106,36 @@ def generate(
             for index, ids, row in zip(indices, new_ids, first, strict=True):
                 answers[index] = replace(_read(chat, ids, stops), first_logits=row)
     return [answers[index] for index in range(len(rows))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """An item of `Answering`."""
+
+    conversations: tuple[str | Sequence[Message], ...]
+
+    def __str__(self) -> str:
+        return f"{len(self.conversations)} prompts from {str(self.conversations[0])[:60]!r}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Answering(Value):
+    """`generate` as an engine's job, whose items are the prompts of one batch."""
+
+    chat: ChatFormat
+    interventions: tuple[Any, ...]
+    max_new_tokens: int
+    keep_first_logits: bool = False
+
+    def start(self, model: HookedModel) -> Callable[[Batch], list[Generated]]:
+        """Answers of a batch."""
+        how = {"interventions": self.interventions, "max_new_tokens": self.max_new_tokens}
+
+        def answer(batch: Batch) -> list[Generated]:
+            some, n = list(batch.conversations), len(batch.conversations)
+            return generate(model, self.chat, some, **how, batch_size=n, keep_first_logits=self.keep_first_logits)  # type: ignore[arg-type]
+
+        return answer
 
 
 def stream(

@@ -79,6 +79,14 @@ AllowOtherModel = Annotated[
     bool, typer.Option("--allow-other-model", help="Use directions that were read in another model.")
 ]
 Layer = Annotated[int | None, typer.Option(help=MEANINGS["layer"])]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="Where candidates are scored and answers written; ray: in --workers processes.",
+        metavar="local|ray|ray://HOST:PORT",
+    ),
+]
+Workers = Annotated[int | None, typer.Option(help="Copies of the model under ray; default: one a GPU, without GPUs 2.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

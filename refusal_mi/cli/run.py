@@ -14,6 +14,7 @@ from .options import (
     AsJson,
     BatchSize,
     Device,
+    Engine,
     Fresh,
     Given,
     JudgeOptions,
@@ -23,6 +24,7 @@ from .options import (
     OutputDir,
     Ranks,
     TemplateOptions,
+    Workers,
     flat,
 )
 
@@ -44,6 +46,8 @@ def run(
     images: Annotated[
         bool, typer.Option("--images", help="Score plots as .png and .pdf beside the .html; needs Chromium.")
     ] = False,
+    engine: Engine = "local",
+    workers: Workers = None,
     fresh: Fresh = False,
     output_dir: OutputDir = None,
     as_json: AsJson = False,
@@ -53,6 +57,7 @@ def run(
     What it does to answers and to CE loss is measured beside random directions, and written into a report.
     """
     from .. import files
+    from ..engine.named import engine_named
     from ..figures.save import check_images
     from ..recipes.arditi import run
     from ..recipes.combinations import check_multi
@@ -76,14 +81,16 @@ def run(
     if ranks:
         say(f"ablated together: {in_words(ranks)}")
     before = identity_of(path)
-    summary = run(
-        model.load(),
-        model.source,
-        options,
-        folder,
-        directions=ranks,
-        multi=multi or "span",  # type: ignore[arg-type]
-    )
+    with engine_named(engine, workers) as elsewhere:
+        summary = run(
+            model.load(),
+            model.source,
+            options,
+            folder,
+            directions=ranks,
+            multi=multi or "span",  # type: ignore[arg-type]
+            engine=elsewhere,
+        )
     report = write_report(path if summary.combination is None else path / summary.combination.label)
     if summary.combination is not None:
         list_combinations(path, before)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..directions import Direction
+from ..engine.jobs import Engine
 from ..errors import UserError
 from ..files import write_record
 from ..model.points import HookedModel
@@ -38,6 +39,7 @@ def run(
     directions: Sequence[int] = (),
     multi: Multi = "span",
     estimator: AnyEstimator | None = None,
+    engine: Engine | None = None,
 ) -> RunSummary:
     """Find, choose and test the refusal direction of a chat model; return what `summary.json` holds.
 
@@ -54,6 +56,7 @@ def run(
         multi: how several are ablated.
         estimator: makes the candidates from both sides' mean activations or, marked `sees_prompts`, every prompt's;
             None is the one that the options name.
+        engine: where candidates are scored and answers are written; None is this process.
     """
     if directions and not {"completions", "loss"} & set(options.steps):
         raise UserError("--directions is about completions and CE loss: add completions or loss to --steps")
@@ -61,7 +64,7 @@ def run(
         options = replace(options, estimator=name_of(estimator))
     elif options.estimator is not None:
         estimator = named_estimator(options.estimator)  # one that does not exist shows now
-    started = RunContext.start(model, source, options, folder)
+    started = RunContext.start(model, source, options, folder, engine)
     texts = loss_sets(options) if "loss" in options.steps else None  # a set that does not exist shows now
     context = prepare(started)
     summary = record_run(context)

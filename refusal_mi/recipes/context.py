@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..engine.jobs import Engine
 from ..errors import UserError
 from ..model.points import HookedModel
 from ..model.provenance import ModelRecord, describe_model, versions
@@ -33,9 +34,13 @@ class RunContext:
     """Of the files that the stages so far wrote."""
     seconds_each: dict[str, float] = field(default_factory=dict)
     """What a unit of work took, by kind."""
+    engine: Engine | None = None
+    """Where the search's candidates are scored and answers are written; None is here. No number depends on it."""
 
     @classmethod
-    def start(cls, model: HookedModel, source: str, options: RunOptions, folder: RunFolder) -> "RunContext":
+    def start(
+        cls, model: HookedModel, source: str, options: RunOptions, folder: RunFolder, engine: Engine | None = None
+    ) -> "RunContext":
         """Make sure that options, model and folder fit each other.
 
         Raises:
@@ -51,7 +56,7 @@ class RunContext:
             options.response_prefix or "",
             options.allow_special_tokens,
         )
-        return cls(model, options, folder, record, template)
+        return cls(model, options, folder, record, template, engine=engine)
 
     def stage(
         self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str], compute: Callable[[], None], about: str

@@ -77,6 +77,7 @@ def completions(run: Prepared, side: str, labelled: Labelled, where: str = "") -
                 max_new_tokens=run.options.max_new_tokens,
                 batch_size=batch_size,
                 description=f"{prompts.name}, {labelled.label}",
+                engine=run.engine,
             )
 
         answers = run.timed("answer", len(prompts), lambda: run.batched(answer))

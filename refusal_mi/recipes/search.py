@@ -204,10 +204,18 @@ def score_directions(run: Prepared, grid: DirectionGrid, *, n_best: int = 1) -> 
                 n_best=n_best,
                 kl_formula=formula,
                 batch_size=size,
+                engine=run.engine,
             )
         else:
             scored = sweep_token_sets(
-                run.model, run.chat, grid, *sets, prune_layers=pruned, kl_formula=formula, batch_size=size
+                run.model,
+                run.chat,
+                grid,
+                *sets,
+                prune_layers=pruned,
+                kl_formula=formula,
+                batch_size=size,
+                engine=run.engine,
             )
         for path, scores in zip([EVALUATIONS, PUBLISHED_TOKENS], scored, strict=False):
             write_json(run.path / path, [row.describe() | run.mark for row in scores.rows])

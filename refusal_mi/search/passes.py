@@ -127,6 +127,8 @@ class Passes(Protocol):
 
     def plain(self, prompts: Sequence[int]) -> Float[Tensor, "prompt d_vocab"]: ...
 
+    def remember(self, prompts: Sequence[int]) -> None: ...
+
     def ablated(self, directions: Sequence[Direction], prompts: Sequence[int]) -> Logits: ...
 
     def added(self, directions: Sequence[Direction], prompts: Sequence[int]) -> Logits: ...
@@ -145,6 +147,9 @@ class PlainPasses:
 
     def plain(self, prompts: Sequence[int]) -> Float[Tensor, "prompt d_vocab"]:
         return self._logits([], prompts)
+
+    def remember(self, prompts: Sequence[int]) -> None:
+        """Nothing is kept here."""
 
     def ablated(self, directions: Sequence[Direction], prompts: Sequence[int]) -> Logits:
         return torch.stack([self._logits([Ablate(direction)], prompts) for direction in directions])
@@ -214,6 +219,13 @@ class SharedPasses:
         self._backing_off(lambda: self._run_plain([each for each in prompts if each not in self._logits]))
         return torch.stack([self._logits[prompt] for prompt in prompts])
 
+    def remember(self, prompts: Sequence[int]) -> None:
+        """Run prompts in the plain model, all in one go, and keep their logits and streams.
+
+        Which prompts share a pass changes the rounding: what is remembered does not depend on what is asked for next.
+        """
+        self._backing_off(lambda: self._run_plain([each for each in prompts if each not in self._streams], True))
+
     def ablated(self, directions: Sequence[Direction], prompts: Sequence[int]) -> Logits:
         units = torch.stack([direction.unit for direction in directions])
         return self._backing_off(lambda: self._run_changed(len(units), lambda some: AblateEach(units[some]), prompts))
@@ -230,8 +242,7 @@ class SharedPasses:
         """All directions must be of one layer."""
         (layer,) = {direction.layer for direction in directions}
         vectors = torch.stack([direction.vector.detach().cpu().double() for direction in directions])
-        if any(prompt not in self._streams for prompt in prompts):
-            self._backing_off(lambda: self._run_plain([each for each in prompts if each not in self._streams], True))
+        self.remember(prompts)
         return self._backing_off(lambda: self._run_added(vectors, layer, prompts))
 
     def _run_changed(self, n: int, change: Callable[[slice], Intervention], prompts: Sequence[int]) -> Logits:

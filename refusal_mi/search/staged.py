@@ -9,12 +9,13 @@ import random
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import accumulate, chain, zip_longest
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..directions import DirectionGrid
+from ..engine.jobs import Engine
 from ..errors import UserError
 from ..measures import RefusalTokens
 from ..model.points import HookedModel
@@ -70,6 +71,7 @@ def staged_sweep(
     screening: Screening = DEFAULT_SCREENING,
     kl_formula: KLFormula = "exact",
     batch_size: int | None = None,
+    engine: Engine | None = None,
 ) -> ScoreGrid:
     """Find the candidate that `select` would choose after `sweep`, or one close to it, for a fraction of the work.
 
@@ -90,6 +92,7 @@ def staged_sweep(
     Args:
         zero_point: as in `sweep`, and so is `kl_formula`.
         n_best: survivors to find before the search ends; one is the choice, more can be ablated together.
+        engine: as in `sweep`; what is decided together runs at once.
 
     Returns:
         Exact scores for the candidates that were measured on all prompts, the choice among them; none for the
@@ -108,6 +111,7 @@ def staged_sweep(
         screening=screening,
         kl_formula=kl_formula,
         batch_size=batch_size,
+        engine=engine,
     )[0]
 
 
@@ -125,11 +129,12 @@ def staged_token_sets(
     screening: Screening = DEFAULT_SCREENING,
     kl_formula: KLFormula = "exact",
     batch_size: int | None = None,
+    engine: Engine | None = None,
 ) -> list[ScoreGrid]:
     """`staged_sweep` with a grid for each of several token sets; the first decides what is measured."""
     scorer = Scorer(model, chat, grid, harmful, harmless, token_sets, kl_formula=kl_formula, batch_size=batch_size)
     table = ScoreTable(scorer)
-    Rounds(table, thresholds, screening, zero_point, n_best).run()
+    Rounds(table, thresholds, screening, zero_point, n_best, engine).run()
     first, *others = table.grids()
     return [replace(first, zero_point=zero_point), *others]
 
@@ -174,8 +179,9 @@ class Rounds:
         screening: Screening,
         zero_point: float | None = None,
         n_best: int = 1,
+        engine: Engine | None = None,
     ) -> None:
-        self.table, self.thresholds, self.screening = table, thresholds, screening
+        self.table, self.thresholds, self.screening, self.engine = table, thresholds, screening, engine
         self.zero_point, self.n_best = zero_point, n_best
         table.skip_layers(thresholds.prune_layers)
         draw, n_harmful, n_prompts = random.Random(screening.seed), table.scorer.n_harmful, table.scorer.n_prompts
@@ -214,17 +220,19 @@ class Rounds:
 
     def prompts_run(self) -> Iterator[int]:
         """Run the items as long as the limit allows; how many prompts each ran through the whole model."""
-        for item in self.items():
-            before, after = self.spent, self.spent + item.cost(self.table.n_layers)
-            if after > self.limit:
+        for batch in self.batches():
+            totals = list(accumulate((item.cost(self.table.n_layers) for item in batch), initial=self.spent))
+            n = sum(total <= self.limit for total in totals[1:])
+            for item in self.table.done(batch[:n], self.engine):
+                before, self.spent = self.spent, self.spent + item.cost(self.table.n_layers)
+                yield int(self.spent) - int(before)
+            self.spent = totals[n]  # whatever the order in which they were done
+            if n < len(batch):
                 self.has_stopped = True
                 return
-            self.table.run(item)
-            self.spent = after
-            yield int(after) - int(before)
 
-    def items(self) -> Iterator[WorkItem]:
-        """The work, each item decided on what those before it gave."""
+    def batches(self) -> Iterator[list[WorkItem]]:
+        """The work: items that need nothing of each other, each batch decided on what those before it gave."""
         ranking, few = self.table.open, self.screening.n_prompts
         n_contenders, n_screened = self.screening.n_contenders, 0
         yield from self.measure("ablate", ranking, self.harmful[:few])
@@ -251,7 +259,7 @@ class Rounds:
         self.limit = MOST * self.usual
         yield from self.settle()
 
-    def settle(self) -> Iterator[WorkItem]:
+    def settle(self) -> Iterator[list[WorkItem]]:
         """Go on with the doubtful ones while they could be among the best, and with the rest while too few pass."""
         while True:
             if len(self.winners) >= self.n_best:
@@ -271,7 +279,7 @@ class Rounds:
         chance = math.erfc(self.excess(place)[0] / math.sqrt(2)) / 2
         return max(self.worst - self.bypass(place), 0.0) * chance
 
-    def halved(self, contenders: list[Place]) -> Generator[WorkItem, None, list[Place]]:
+    def halved(self, contenders: list[Place]) -> Generator[list[WorkItem], None, list[Place]]:
         """The contenders, those that lasted longest first."""
         alive, lost, n = list(contenders), list[Place](), self.screening.n_prompts
         while n < len(self.harmful) and len(alive) > 1:
@@ -283,7 +291,7 @@ class Rounds:
             alive, lost = kept, [place for place in alive if place not in kept] + lost
         return alive + lost
 
-    def advance(self, place: Place) -> Generator[WorkItem, None, bool | None]:
+    def advance(self, place: Place) -> Generator[list[WorkItem], None, bool | None]:
         """Measure KL and induce on twice as many prompts; whether the thresholds are satisfied, once that is known."""
         n = max(2 * len(self.table.known(place, INDUCE)), self.screening.n_prompts)
         likelier: tuple[Kind, Kind] = ("ablate", "add") if self.excess(place)[1] == "KL" else ("add", "ablate")
@@ -298,14 +306,13 @@ class Rounds:
         self.limit = limit
         return self.table.row(place).is_finite
 
-    def measure(self, kind: Kind, places: Sequence[Place], prompts: Sequence[int]) -> Iterator[WorkItem]:
-        """What is not known yet."""
+    def measure(self, kind: Kind, places: Sequence[Place], prompts: Sequence[int]) -> Iterator[list[WorkItem]]:
+        """What is not known yet, at once."""
         todo: dict[tuple[int, ...], list[Place]] = {}
         for place in places:
             todo.setdefault(tuple(self.table.unknown(kind, place, prompts)), []).append(place)
-        for missing, some in todo.items():
-            if missing:
-                yield from cut(kind, some, missing, STEP_ROWS)
+        items = (cut(kind, some, missing, STEP_ROWS) for missing, some in todo.items() if missing)
+        yield list(chain.from_iterable(items))
 
     def bypass(self, place: Place) -> float:
         """Mean over the prompts so far; not finite comes last."""

@@ -1,9 +1,10 @@
 """The search: every candidate direction, ablated and added, scored in pure pieces of work."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..directions import DirectionGrid
+from ..engine.jobs import Engine
 from ..errors import UserError
 from ..measures import RefusalPrefixes, RefusalTokens, kl_nats
 from ..model.points import HookedModel, check_raw_basis
@@ -47,6 +49,10 @@ class WorkItem:
         shares = [1 - layer / n_layers if self.kind == "add" else 1.0 for _, layer in self.candidates]
         return len(self.prompts) * sum(shares)
 
+    def __str__(self) -> str:
+        some = f"{len(self.candidates)} candidates from {self.candidates[0]}" if self.candidates else "no candidates"
+        return f"{self.kind} {some} on {len(self.prompts)} prompts"
+
     def describe(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
@@ -69,7 +75,10 @@ def cut(kind: Kind, candidates: Sequence[Place], prompts: Sequence[int], n_rows:
 
 
 class Scorer:
-    """Runs items for one model, one grid of candidates and one set of validation prompts."""
+    """Runs items for one model, one grid of candidates and one set of validation prompts; an engine's `Job`.
+
+    An item's numbers do not depend on what ran before it: the plain model runs all harmless prompts at once.
+    """
 
     def __init__(
         self,
@@ -92,7 +101,10 @@ class Scorer:
             raise UserError(
                 f"the sweep needs prompts on both sides, not {len(harmful)} harmful, {len(harmless)} harmless"
             )
-        self.kl_formula = kl_formula
+        self.model, self.kl_formula = model, kl_formula
+        parts = {"chat": chat, "grid": grid, "harmful": list(harmful), "harmless": list(harmless)}
+        how = {"token_sets": list(token_sets), "kl_formula": kl_formula, "share_work": share_work}
+        self._again: Callable[[HookedModel], Scorer] = partial(Scorer, **parts, **how, batch_size=batch_size)  # type: ignore[arg-type]
         self.grid, self.token_sets = grid, [RefusalPrefixes.of(tokens) for tokens in token_sets]
         self.contexts = sorted({each for tokens in self.token_sets for each in tokens.contexts}, key=len)
         self.n_harmful, self.n_prompts = len(harmful), len(harmful) + len(harmless)
@@ -101,15 +113,24 @@ class Scorer:
         check_fits(model, rows)
         self.passes: Passes = (choose_passes if share_work else PlainPasses)(model, rows, chat.pad_id, batch_size)
 
+    def start(self, model: HookedModel) -> Callable[[WorkItem], Tensor]:
+        """`run`, for another copy of the model that of a scorer like this one."""
+        return (self if model is self.model else self._again(model)).run
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": None, "_again": self._again}
+
     @cached_property
     def baseline(self) -> Float[Tensor, "token_set prompt"]:
         """Refusal score (nats) of every prompt in the plain model."""
+        self._remember()
         n_rows = len(self.contexts) * self.n_prompts
         return self._scores(self.passes.plain(range(n_rows)).unflatten(0, (-1, self.n_prompts)))
 
     def run(self, item: WorkItem) -> Float[Tensor, "token_set candidate prompt"]:
         """The item's scores in nats, on the CPU, float64."""
         directions = [self.grid.direction(*place) for place in item.candidates]
+        self._remember()
         is_scored = [item.kind == "add" or prompt < self.n_harmful for prompt in item.prompts]
         scored = [index for index, flag in enumerate(is_scored) if flag]
         compared = [index for index, flag in enumerate(is_scored) if not flag]
@@ -128,6 +149,10 @@ class Scorer:
             if plain is not None:
                 measured[:, candidate, compared] = kl_nats(plain, first[compared], self.kl_formula).cpu()
         return measured
+
+    def _remember(self) -> None:
+        starts = range(0, len(self.contexts) * self.n_prompts, self.n_prompts)
+        self.passes.remember([start + prompt for start in starts for prompt in range(self.n_harmful, self.n_prompts)])
 
     def _scores(self, logits: Float[Tensor, "context prompt d_vocab"]) -> Float[Tensor, "token_set prompt"]:
         rows = [[self.contexts.index(context) for context in tokens.contexts] for tokens in self.token_sets]
@@ -151,6 +176,7 @@ def sweep(
     kl_formula: KLFormula = "exact",
     batch_size: int | None = None,
     share_work: bool = True,
+    engine: Engine | None = None,
 ) -> ScoreGrid:
     """Score every candidate of `grid` on validation prompts (Arditi et al. 2024, section 2.5 and appendix C).
 
@@ -168,6 +194,7 @@ def sweep(
         kl_formula: of `refusal_mi.kl_nats`.
         batch_size: most rows (prompts × candidates) in a pass; None: as many as are fast, fewer if memory ends.
         share_work: False runs every prompt in full for every candidate: slow, the same scores up to rounding.
+        engine: where candidates are scored; None is here. The scores do not depend on it.
     """
     (scores,) = sweep_token_sets(
         model,
@@ -180,6 +207,7 @@ def sweep(
         kl_formula=kl_formula,
         batch_size=batch_size,
         share_work=share_work,
+        engine=engine,
     )
     return replace(scores, zero_point=zero_point)
 
@@ -196,6 +224,7 @@ def sweep_token_sets(
     kl_formula: KLFormula = "exact",
     batch_size: int | None = None,
     share_work: bool = True,
+    engine: Engine | None = None,
 ) -> list[ScoreGrid]:
     """`sweep` with the refusal score read from several token sets at once: one grid for each."""
     scorer = Scorer(
@@ -212,8 +241,7 @@ def sweep_token_sets(
     table = ScoreTable(scorer)
     table.skip_layers(prune_layers)
     items = exact_items(table.open, scorer.n_harmful, scorer.n_prompts)
-    for item in track(items, "scoring candidates"):
-        table.run(item)
+    deque(track(table.done(items, engine), "scoring candidates", total=len(items)), maxlen=0)
     return table.grids()
 
 
@@ -262,6 +290,17 @@ class ScoreTable:
     def run(self, item: WorkItem) -> None:
         """Run an item here and keep its scores."""
         self.add(item, self.scorer.run(item))
+
+    def done(self, items: Sequence[WorkItem], engine: Engine | None = None) -> Iterator[WorkItem]:
+        """Run items and keep their scores; each of them, once that is done."""
+        if engine is None:
+            for item in items:
+                self.run(item)
+                yield item
+            return
+        for index, scores in engine.run(self.scorer, self.scorer.model, items):
+            self.add(items[index], scores)
+            yield items[index]
 
     def add(self, item: WorkItem, scores: Float[Tensor, "token_set candidate prompt"]) -> None:
         """Keep the scores of an item, wherever it ran."""
