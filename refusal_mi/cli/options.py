@@ -302,7 +302,7 @@ class JudgeOptions:
 
     def build(self, question: Literal["harm", "refusal"]) -> "Judge":
         """The judge; a name that is none is a UserError."""
-        from ..judges.http import judge_named
+        from ..judges.named import judge_named
 
         return judge_named(self.name, model=self.judge_model, question=question)
 

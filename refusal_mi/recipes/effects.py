@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..files import as_json, read_record, sha256_json, write_json
 from ..generation import Generated, generate
 from ..interventions import Ablate, Add, Intervention
-from ..judges.http import judge_named
+from ..judges.named import judge_named
 from ..judges.substring import Judge, SubstringJudge, is_degenerate
 from ..measures import LossResult, ScoredText, answers_to_score, ce_loss, texts_to_score
 from ..run.answers import Completion, Evaluation, JudgedAnswer, Side, SideEffects

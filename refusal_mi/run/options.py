@@ -132,7 +132,7 @@ class RunOptions(Value):
         for name in ("n_train", "n_val", "n_test", "max_new_tokens", "n_ce", "label_tokens", "n_best"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        from ..judges.http import judge_named
+        from ..judges.named import judge_named
 
         judge_named(self.judge, model=self.judge_model)
         if self.n_random < 0:
