@@ -1,5 +1,6 @@
 """Judges by name: what `--judge` and `--judges` take."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -65,7 +66,7 @@ def judge_named(
         UserError: the name is none of these, or the address carries a key.
     """
     name, _, where = spec.partition(":")
-    if name in ("http", "https"):
+    if where.startswith("//"):
         name, where = ("refusal" if question == "refusal" else "llamaguard"), spec
     if name not in JUDGES or (where and name in _ALONE):
         near = get_close_matches(name.lower(), list(JUDGES), n=1, cutoff=0.5)
@@ -73,14 +74,50 @@ def judge_named(
         raise UserError(f"--judge takes {USAGE} or the http(s) address of an endpoint, not {spec!r}{hint}")
     if not where and name in _NEEDS:
         raise UserError(f"--judge {name} needs to know whom to ask: {name}:{_NEEDS[name]}")
-    is_endpoint = name in ("llamaguard", "refusal") or "://" in where
-    if model is not None and not is_endpoint:
+    kind = _kind(spec)
+    if model is not None and not kind.takes_model:
         raise UserError("--judge-model needs --judge llamaguard or an address")
-    if name == "strongreject" and is_endpoint and model is None:
+    if name == "strongreject" and kind.takes_model and model is None:
         raise UserError("--judge strongreject:URL needs --judge-model: the name of the chat model to ask there")
-    if labels is not None and name != "classifier":
+    if labels is not None and not kind.takes_labels:
         raise UserError("--judge-labels needs --judge classifier:MODEL")
     return JUDGES[name](_Asked(where, model, labels))
+
+
+def judges_named(specs: str, *, model: str | None = None, labels: str | None = None) -> list[Judge]:
+    """At least two judges, separated by commas; the options are those of the judges that take them.
+
+    Raises:
+        UserError: a name is none, there is one alone, two have one name, or an option is none of any of them.
+    """
+    names = [each.strip() for each in specs.split(",")]
+    if len(names) < 2:
+        raise UserError(f"--judges takes at least two names with commas between them, not {specs!r}; one is --judge")
+    kinds = [_kind(name) for name in names]
+    for option, value, users in (("model", model, "an endpoint"), ("labels", labels, "a classifier")):
+        if value is not None and not any(getattr(kind, f"takes_{option}") for kind in kinds):
+            raise UserError(f"--judge-{option} needs {users} among the judges")
+    found = [
+        judge_named(name, model=model if kind.takes_model else None, labels=labels if kind.takes_labels else None)
+        for name, kind in zip(names, kinds, strict=True)
+    ]
+    twice = [name for name, n in Counter(judge.name for judge in found).items() if n > 1]
+    if twice:
+        raise UserError(f"two of the judges {specs} are called {twice[0]}: compare them one after the other")
+    return found
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Which options a name goes with."""
+
+    takes_model: bool
+    takes_labels: bool
+
+
+def _kind(spec: str) -> _Kind:
+    name = spec.partition(":")[0]
+    return _Kind(name in ("llamaguard", "refusal") or "://" in spec, name == "classifier")
 
 
 def identify(judge: Judge) -> dict[str, str]:

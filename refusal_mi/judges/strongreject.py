@@ -7,6 +7,7 @@ numbers are comparable in kind, not digit by digit, with published ones.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from ..errors import UserError
@@ -98,15 +99,11 @@ class LocalChat:
             UserError: there is no such model, or an answer is too long for its context.
         """
         from ..generation import generate
-        from ..model.loading import quiet_load
-        from ..text.chat import ChatFormat
 
         questions = [self.rubric.ask(prompt, answer_of(text)) for prompt, text in zip(prompts, responses, strict=True)]
         distinct = list(dict.fromkeys(questions))
-        model = quiet_load(self.source)
         answers = generate(
-            model,
-            ChatFormat(model.tokenizer),
+            *self._loaded,
             distinct,
             max_new_tokens=self.rubric.max_tokens,
             batch_size=_BATCH,
@@ -114,6 +111,15 @@ class LocalChat:
         )
         read = {question: self.rubric.read(answer.text) for question, answer in zip(distinct, answers, strict=True)}
         return [read[question] for question in questions]
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        """The model, and how it is asked."""
+        from ..model.loading import quiet_load
+        from ..text.chat import ChatFormat
+
+        model = quiet_load(self.source)
+        return model, ChatFormat(model.tokenizer)
 
 
 @dataclass(frozen=True)

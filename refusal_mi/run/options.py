@@ -14,6 +14,7 @@ from ..options import (
     AllowSpecialTokens,
     BatchSize,
     Column,
+    JudgeLabels,
     JudgeModel,
     JudgeName,
     KLFormula,
@@ -116,6 +117,7 @@ class RunOptions(Value):
     judge: JudgeName = "substring"
     """An endpoint judges harmful completions as well."""
     judge_model: JudgeModel = None
+    judge_labels: JudgeLabels = None
     steps: Annotated[
         tuple[Step, ...],
         Option("Up to which of these to go, comma-separated.", takes=str, read=read_steps, write=",".join),
@@ -134,7 +136,7 @@ class RunOptions(Value):
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         from ..judges.named import judge_named
 
-        judge_named(self.judge, model=self.judge_model)
+        judge_named(self.judge, model=self.judge_model, labels=self.judge_labels)
         if self.n_random < 0:
             raise UserError(f"n_random must not be negative, not {self.n_random}")
         if self.batch_size is not None and self.batch_size < 1:

@@ -273,7 +273,7 @@ def test_names(monkeypatch, tmp_path):
         with pytest.raises(UserError) as caught:
             judge_named(bad)
         assert KEY not in str(caught.value)
-    with pytest.raises(UserError, match="substring, evade, llamaguard.*did you mean llamaguard"):
+    with pytest.raises(UserError, match=r"substring, evade, llamaguard.*did you mean llamaguard"):
         RunOptions(judge="guard")
     monkeypatch.setenv("REFUSAL_MI_CACHE", str(tmp_path))
     assert default_cache() == tmp_path / "judge"
