@@ -10,7 +10,8 @@ from ..stats import bootstrap_interval
 from ..text.given import Prompts, as_prompts
 from ..values import Value
 
-N_EXAMPLES, N_WORDS = 5, 6
+N_EXAMPLES, N_WORDS = 3, 6
+"""Answers that are shown of every way to differ, and how many of their words."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Pair(Value):
     counts: Mapping[str, Mapping[str, int]]
     """Verdict of the first -> of the second -> answers."""
     differences: tuple[Difference, ...]
-    """The first few."""
+    """The first few of every kind."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -135,7 +136,7 @@ def cohen_kappa(first: Sequence[Any], second: Sequence[Any], groups: Sequence[An
         expected = (table.sum(-1) * table.sum(-2)).sum(-1)
         return (observed - expected) / (1 - expected)
 
-    value, low, high = bootstrap_interval(*cells, statistic=kappa)
+    value, low, high = bootstrap_interval(*cells.tolist(), statistic=kappa)
     if len(names) == 1 or low != low or high != high:
         return Kappa(value, None, None, agreed, len(first))
     return Kappa(value, low, high, agreed, len(first))
@@ -154,9 +155,11 @@ def _pair(
     counts: dict[str, dict[str, int]] = {}
     for (a, b), n in sorted(Counter(words).items(), key=str):
         counts.setdefault(str(a), {})[str(b)] = n
-    differing = [(a, b, text) for (a, b), (*_, text) in zip(words, rows, strict=True) if a != b]
-    shown = tuple(Difference(str(a), str(b), first_words(text)) for a, b, text in differing[:N_EXAMPLES])
-    return Pair(first, second, complied, classes, counts, shown)
+    shown: list[Difference] = []
+    for (a, b), (*_, text) in zip(words, rows, strict=True):
+        if a != b and sum((each.first, each.second) == (a, b) for each in shown) < N_EXAMPLES:
+            shown.append(Difference(str(a), str(b), first_words(text)))
+    return Pair(first, second, complied, classes, counts, tuple(shown))
 
 
 def _kappa(pairs: Sequence[tuple[Any, Any]], groups: Sequence[str]) -> Kappa:

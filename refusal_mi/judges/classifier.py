@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,10 @@ class ClassifierJudge(OfClasses):
         names = [found[index] for index in sorted(found)]
         if len(names) < 2:
             raise UserError(f"{self.source} has one output, and a judge needs a classifier of at least two labels")
-        for name in self.named:
-            check_named(f"label of {self.source}", name, names)
+        for name in [name for name in self.named if name not in names]:
+            near = get_close_matches(name.lower(), [each.lower() for each in names], n=1)
+            hint = next((f"did you mean {each!r}? " for each in names if [each.lower()] == near), "")
+            raise UserError(f"{self.source} has no label {name!r}; {hint}it has {', '.join(names)}")
         meant = [self.named.get(name) or _BY_NAME.get(re.sub(r"[\W_]+", " ", name).strip().lower()) for name in names]
         unclear = [name for name, label in zip(names, meant, strict=True) if label is None]
         if unclear:

@@ -61,6 +61,10 @@ class RunOptions(Value):
         "harmless"
     )
     eval_set: Annotated[str | None, Option("Harmful prompts to report on instead of TEST.")] = None
+    harmless_eval_set: Annotated[
+        str | None, Option("Harmless prompts to report on instead, such as xstest or or-bench: is too much refused?")
+    ] = None
+    """Their files keep the name harmless."""
     column: Column = None
     text_set: Annotated[str, Option("Plain texts for CE loss.", takes=str | None, depends_on_model=True)] = "plain_text"
     instruction_set: Annotated[

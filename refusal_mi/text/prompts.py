@@ -198,7 +198,8 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
     Args:
         source: a bundled name ("harmful", "harmless", ...), a known hub set ("advbench", "harmbench",
             "jailbreakbench", "strongreject", "maliciousinstruct", "xstest", "or-bench", "alpaca", "pile", ...), a hub
-            id owner/name, or a local JSON, JSONL, CSV, TSV, Parquet or TXT file, maybe gzipped, or a folder of such files.
+            id owner/name, or a local JSON, JSONL, CSV, TSV, Parquet or TXT file, maybe gzipped, or a folder of such
+            files.
         column: the column that holds the instruction in a local file or an unknown hub set; by default the first
             of the usual names, or the first user message of a column of chats. The named sets know theirs. What
             Alpaca's "input" and HarmBench's "ContextString" hold is joined to it, with a warning that says how often.
