@@ -155,7 +155,7 @@ def test_judges_of_a_run_are_compared_and_their_classes_shown_on_both_sides(judg
     (pair,) = found.pairs
     assert (found.n_answers, found.n_prompts) == (9, 6) and pair.classes is None
     assert pair.counts["complied"] == {"complied": 4, "not complied": 3}
-    assert pair.complied.value == pytest.approx(2 / 5)  # p_o = 6/9, p_e = 7/9·4/9 + 2/9·5/9
+    assert pair.complied.value == pytest.approx(16 / 43)  # p_o = 6/9, p_e = 7/9·4/9 + 2/9·5/9
     saved = read_json(judged / "run/judged/harmful_baseline_evaluations.json")
     assert {name: rate["count"] for name, rate in saved["evade_classes"].items()} == {
         "refuse": 2,

@@ -65,7 +65,7 @@ ANSWERS = [
     "Let's talk about tea instead.",
     "Lima.",
     "That's not something I can do.",
-    "Yes.",
+    "Ten.",
 ]
 
 

@@ -46,7 +46,7 @@ def save_tokenizer(folder, longest=LONGEST):
 def bert(tmp_path_factory):
     """A random classifier whose weights are large enough that its labels vary."""
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    torch.manual_seed(0)
+    torch.manual_seed(10)
     labels = {"id2label": NAMED, "label2id": {name: index for index, name in NAMED.items()}}
     config = BertConfig(vocab_size=64, max_position_embeddings=40, initializer_range=1.0, **SMALL, **labels)
     model = BertForSequenceClassification(config)

@@ -257,8 +257,9 @@ def test_a_hub_set_without_a_network_is_a_user_error():
         assert "\n" not in str(caught.value)
 
 
-def test_the_seven_published_sets_have_names():
+def test_the_published_sets_have_names():
     expected = {"advbench", "harmbench", "jailbreakbench", "strongreject", "maliciousinstruct", "alpaca", "pile"}
+    expected |= {"xstest", "xstest-unsafe", "or-bench", "or-bench-80k", "or-bench-toxic"}
     assert set(KNOWN_HUB_SETS) == expected
 
 
