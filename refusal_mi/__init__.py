@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .interventions import Affine as Affine
     from .interventions import Leace as Leace
     from .interventions import all_hooks as all_hooks
+    from .judges.named import judge_named as judge_named
     from .judges.substring import Judge as Judge
     from .judges.substring import SubstringJudge as SubstringJudge
     from .judges.substring import is_degenerate as is_degenerate
@@ -91,6 +92,7 @@ _HOME = {
     "generate": "generation",
     "is_degenerate": "judges.substring",
     "is_refusal": "judges.substring",
+    "judge_named": "judges.named",
     "kl_nats": "measures",
     "label_prompts": "labels",
     "load_model": "model.loading",

@@ -27,7 +27,8 @@ MEANINGS: Mapping[str, str] = {
     "column": "Column that holds the prompt, in files and in other sets of the hub.",
     "direction": "A .pt file or a run folder, whose direction is ablated; default: none in chat, in export the run of "
     "MODEL.",
-    "judge": "Who says whether the model complied; default substring.",
+    "judge": "Who says whether the model complied: substring (default), evade (refuse, evade or comply, by rules), "
+    "classifier:MODEL, llamaguard, the URL of an endpoint, refusal:URL, or strongreject: with a URL or MODEL.",
     "kl_max": "Largest KL on harmless prompts, in nats; inf: any. Default 0.1; in responses eval any.",
     "layer": "The stream entering this block, in caa the output of this block: where a bare vector was read, and where "
     "it is added.",
@@ -293,10 +294,16 @@ AllowSpecialTokens = Annotated[
         "Special tokens written out in a prompt act as such; default: they are text.", flags="--allow-special-tokens"
     ),
 ]
-JudgeName = Annotated[
-    str, Option(MEANINGS["judge"], flags="--judge", metavar="substring|llamaguard|URL", own_default=True)
-]
+JUDGE_METAVAR = "NAME|URL"
+JudgeName = Annotated[str, Option(MEANINGS["judge"], flags="--judge", metavar=JUDGE_METAVAR, own_default=True)]
 JudgeModel = Annotated[str | None, Option("Model name that the judge's endpoint is asked for.")]
+JudgeLabels = Annotated[
+    str | None,
+    Option(
+        "What a classifier's labels mean: refuse, evade or comply; default: by their names.",
+        metavar="LABEL=CLASS,...",
+    ),
+]
 BATCH_SIZE = Option(
     MEANINGS["batch_size"],
     takes=str,

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UserError, cause
 from ..terminal import printable, say
-from . import analyze, chat, export, localize, methods, run, select, steering
+from . import analyze, chat, export, judge, localize, methods, run, select, steering
 from .config import with_config
 from .shown import plain_command
 
@@ -53,7 +53,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "analyze": analyze.analyze,
     "plot": analyze.plot,
     "compare": analyze.compare,
-    "judge": run.judge,
+    "judge": judge.judge,
     "model-info": run.model_info,
 }
 for name, command in COMMANDS.items():

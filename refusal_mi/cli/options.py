@@ -14,9 +14,11 @@ import typer
 
 from ..errors import UserError
 from ..options import (
+    JUDGE_METAVAR,
     MEANINGS,
     RANK_LIST,
     AllowSpecialTokens,
+    JudgeLabels,
     JudgeModel,
     Option,
     Quantization,
@@ -315,9 +317,10 @@ class JudgeOptions:
 
     judge: Annotated[
         str | None,
-        Option(MEANINGS["judge"], metavar="substring|llamaguard|URL"),
+        Option(MEANINGS["judge"], metavar=JUDGE_METAVAR),
     ] = None
     judge_model: JudgeModel = None
+    judge_labels: JudgeLabels = None
 
     @property
     def name(self) -> str:
@@ -326,9 +329,9 @@ class JudgeOptions:
 
     def build(self, question: Literal["harm", "refusal"]) -> "Judge":
         """The judge; a name that is none is a UserError."""
-        from ..judges.http import judge_named
+        from ..judges.named import judge_named
 
-        return judge_named(self.name, model=self.judge_model, question=question)
+        return judge_named(self.name, model=self.judge_model, labels=self.judge_labels, question=question)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`refusal-mi run`, `combos`, `reproduce`, `judge`, `model-info`: from a model to its direction, with evidence."""
+"""`refusal-mi run`, `combos`, `reproduce`, `model-info`: from a model to its direction, with evidence."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +20,6 @@ from .options import (
     JudgeOptions,
     ModelOptions,
     Multi,
-    Output,
     OutputDir,
     Ranks,
     TemplateOptions,
@@ -30,7 +29,6 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..model.points import HookedModel
-    from ..run.answers import Evaluation
     from ..run.combos import CombosResult, CombosTest, ValidationRow
     from ..text.chat import ChatFormat
     from ..text.prompts import PromptSet
@@ -145,9 +143,12 @@ def combos(
     path = output_dir or default_folder(model.source, quick=quick)
     run_options = replace(_run_options(path, model.source, quick), batch_size=number_or_auto(batch_size))
     if judge.judge is not None:
-        run_options = replace(run_options, judge=judge.name, judge_model=judge.judge_model)
-    elif judge.judge_model is not None:
-        run_options = replace(run_options, judge_model=judge.judge_model)
+        run_options = replace(
+            run_options, judge=judge.name, judge_model=judge.judge_model, judge_labels=judge.judge_labels
+        )
+    elif judge.judge_model is not None or judge.judge_labels is not None:
+        given = {"judge_model": judge.judge_model, "judge_labels": judge.judge_labels}
+        run_options = replace(run_options, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     folder = RunFolder(path, fresh, say)
     folder.check_writable()
     before = identity_of(path)
@@ -245,99 +246,17 @@ def _print(result: "CombosResult", path: Path) -> None:
 
 
 def _print_test(console: Any, result: "CombosResult", test: "CombosTest") -> None:
-    from .tables import rates_table
+    from .tables import print_rates
 
     named = {"plain model": test.baseline, f"winner, {result.winner}": test.winner}
     if test.single_best is not None:
         named[f"best single, {result.single_best}"] = test.single_best
     named |= {f"random span {seed}": effect for seed, effect in enumerate(test.random)}
-    console.print(rates_table(f"held-out {test.set_name}, n = {test.n}", named))
+    print_rates(console, f"held-out {test.set_name}, n = {test.n}", named)
     gap = test.winner_minus_single
     if gap is not None:
         shown = f"{gap.refusal_rate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
         console.print(f"winner minus best single, refusal rate: {shown}", highlight=False, markup=False)
-
-
-COMPLETIONS = "_completions.json"
-
-
-@flat
-def judge(
-    *,
-    completions: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN_DIR|COMPLETIONS.json", help="A run folder, or a list of objects with prompt and response."
-        ),
-    ],
-    judge: JudgeOptions,
-    output: Output = None,
-    output_dir: OutputDir = None,
-    as_json: AsJson = False,
-) -> int:
-    """Judge saved completions again.
-
-    Counted are refusals, degenerate text, and what an endpoint says of the completions. Verdicts on a run folder go to
-    RUN_DIR/judged, those on a file beside it.
-    """
-    from ..files import write_json
-    from ..judges.substring import caution
-    from .tables import Console, print_facts, print_json, print_lines, rates_table
-
-    if completions.is_dir():
-        if output is not None:
-            raise UserError(
-                "--output is for one file of completions; of a run folder, name the folder with --output-dir"
-            )
-        files = sorted((completions / "completions").glob(f"*{COMPLETIONS}"))
-        if not files:
-            raise UserError(f"{completions} has no completions: run its step completions first")
-        folder = output_dir or completions / "judged"
-        judged = {file.name.removesuffix(COMPLETIONS): _judge(file, judge) for file in files}
-        for name, each in judged.items():
-            write_json(folder / f"{name}_evaluations.json", each)
-        if as_json:
-            print_json(judged)
-        else:
-            Console().print(rates_table("completions", {name: each.effect(name) for name, each in judged.items()}))
-            print_lines(f"written: {folder}")
-        return 0
-    named = f"{completions.stem.removesuffix('_completions')}_evaluations.json"
-    target = output or (output_dir or completions.parent) / named
-    if target.resolve() == completions.resolve():
-        raise UserError(f"the verdicts would overwrite {completions}; name another file with --output")
-    found = _judge(completions, judge)
-    write_json(target, found)
-    if as_json:
-        print_json(found)
-        return 0
-    rates = {f"{name}_success_rate": found.rate(name).value for name in found.judges}
-    refusal, broken, n = found.refusal.value, found.degenerate.value, len(found.answers)
-    print_facts({**rates, "refusal_rate": refusal, "degenerate_rate": broken, "n": n, "written": str(target)})
-    if note := caution([row.prompt for row in found.answers], [row.response for row in found.answers]):
-        print_lines(f"caution: {note}")
-    return 0
-
-
-def _judge(file: Path, judge: JudgeOptions) -> "Evaluation":
-    """The verdicts on a file of completions."""
-    from ..files import read_json
-    from ..judges.substring import SubstringJudge
-    from ..recipes.effects import evaluate
-    from ..run.answers import Completion
-
-    rows = read_json(file)
-    rows = rows.get("completions") if isinstance(rows, dict) else rows
-    if not isinstance(rows, list) or not rows or not all(map(_is_completion, rows)):
-        raise UserError(f"{file} must hold a list of objects with the texts prompt and response")
-    named = judge.build("harm")
-    others = [] if isinstance(named, SubstringJudge) else [named]
-    answers = [Completion(row.get("category"), row["prompt"], row["response"]) for row in rows]
-    return evaluate(answers, SubstringJudge(), *others, quick=any(row.get("quick") for row in rows))
-
-
-def _is_completion(row: object) -> bool:
-    return isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("prompt", "response"))
 
 
 N_PROBE_PROMPTS = 32

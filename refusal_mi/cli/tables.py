@@ -10,6 +10,7 @@ import rich.table
 from rich.text import Text
 
 from ..files import as_json
+from ..judges.protocol import LABELS
 from ..terminal import is_shown, shown
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def print_summary(summary: "RunSummary", report: Path) -> None:
         _print_combination(console, summary.combination)
     for side, effects in summary.completions.items():
         named = {effect.label: effect for effect in effects.effects}
-        console.print(rates_table(f"{effects.set_name} ({side}), n = {effects.n}", named))
+        print_rates(console, f"{effects.set_name} ({side}), n = {effects.n}", named)
     if summary.ce_loss:
         _print_losses(console, summary.ce_loss)
     if summary.quick:
@@ -209,6 +210,33 @@ def rates_table(title: str, named: "Mapping[str, Effect]") -> Table:
     return table
 
 
+def classes_table(title: str, named: "Mapping[str, Effect]") -> Table | None:
+    """What judges of three classes say, a row for each name and judge; None where there is none."""
+    rows = [(name, judge, effect) for name, effect in named.items() for judge in effect.classes]
+    if not rows:
+        return None
+    from ..run.answers import UNREAD
+
+    unread = any(len(effect.classes[judge]) > len(LABELS) for _, judge, effect in rows)
+    scored = any(effect.scores for _, _, effect in rows)
+    more = [*(["unread"] if unread else []), *(["score [95%]"] if scored else [])]
+    table = Table(title, "judge", *(f"{label} [95%]" for label in LABELS), *more)
+    for name, judge, effect in rows:
+        rates = effect.classes[judge]
+        cells = [name, judge, *(str(rates[label]) for label in LABELS)]
+        cells += [f"{rates[UNREAD].count} of {rates[UNREAD].n}" if UNREAD in rates else ""] if unread else []
+        cells += [str(effect.scores[judge]) if judge in effect.scores else ""] if scored else []
+        table.add_row(*cells)
+    return table
+
+
+def print_rates(console: Console, title: str, named: "Mapping[str, Effect]") -> None:
+    """`rates_table`, and `classes_table` where there is one."""
+    console.print(rates_table(title, named))
+    if (classes := classes_table(title, named)) is not None:
+        console.print(classes)
+
+
 def _print_losses(console: Console, losses: "Mapping[str, Mapping[str, LossResult]]") -> None:
     sets = list(losses["baseline"])
     table = Table("CE loss (nats per token)", *sets)
@@ -271,7 +299,7 @@ def print_answers(answers: "OpenAnswers") -> None:
     console.print(next(iter(first.values())).question, markup=False, highlight=False)
     table = Table("alpha", "add steering", "subtract steering")
     for multiplier, row in first.items():
-        table.add_row(multiplier, _cell(row.answer_with_add_steering), _cell(row.answer_with_substract_steering))
+        table.add_row(multiplier, one_line(row.answer_with_add_steering), one_line(row.answer_with_substract_steering))
     console.print(table)
 
 
@@ -330,7 +358,7 @@ def _two_rates(rates: "TextRates") -> tuple[str, str]:
     return f"{rates.refusal_like_rate.value:.2f}", f"{rates.degenerate_rate.value:.2f}"
 
 
-def _cell(text: str) -> Text:
+def one_line(text: str) -> Text:
     return Text("".join(character if character.isprintable() else " " for character in text))
 
 

@@ -9,10 +9,11 @@ from ..errors import UserError
 from ..files import as_json, read_record, sha256_json, write_json
 from ..generation import Generated, generate
 from ..interventions import Ablate, Add, Intervention
-from ..judges.http import judge_named
-from ..judges.substring import Judge, SubstringJudge, is_degenerate
+from ..judges.named import judge_named
+from ..judges.protocol import ClassJudge, GradingJudge, Judge, Label
+from ..judges.substring import SubstringJudge, is_degenerate
 from ..measures import LossResult, ScoredText, answers_to_score, ce_loss, texts_to_score
-from ..run.answers import Completion, Evaluation, JudgedAnswer, Side, SideEffects
+from ..run.answers import UNREAD, Completion, Evaluation, JudgedAnswer, Side, SideEffects
 from ..run.options import RunOptions
 from ..run.record import DIRECTION, Losses
 from ..text.prompts import PromptSet, load_prompts
@@ -104,6 +105,7 @@ def completions(run: Prepared, side: str, labelled: Labelled, where: str = "") -
     about += run.estimate("answer", len(prompts))
     run.stage(_stage(where, f"completions_{prompts.name}_{labelled.label}"), inputs, files[:1], compute, about)
     asked = [run.options.judge, run.options.judge_model] if len(judges) > 1 else []
+    asked += [run.options.judge_labels] if run.options.judge_labels is not None else []
     judged = run.inputs(files[0], judges=["substring", *asked])
     about = "" if len(judges) == 1 else f"{len(prompts)} verdicts of {judges[-1].name}"
     run.stage(_stage(where, f"evaluations_{prompts.name}_{labelled.label}"), judged, files[1:], judge, about)
@@ -131,26 +133,52 @@ def evaluate(rows: Sequence[Completion], judge: Judge, *others: Judge, quick: bo
         others: add their own columns.
     """
     prompts, responses = [row.prompt for row in rows], [row.response for row in rows]
-    verdicts = {each.name: each.complied(prompts, responses) for each in (judge, *others)}
+    said = [_Said.of(each, prompts, responses) for each in (judge, *others)]
     answers = (
         JudgedAnswer(
             row.prompt,
             row.response,
             row.category,
-            {name: bool(complied[index]) for name, complied in verdicts.items()},
+            {each.name: flag for each in said if (flag := each.complied[i]) is not None},
             is_degenerate(row.response),
+            {each.name: each.labels[i] or UNREAD for each in said if each.labels},
+            {each.name: score for each in said if each.scores and (score := each.scores[i]) is not None},
         )
-        for index, row in enumerate(rows)
+        for i, row in enumerate(rows)
     )
     return Evaluation(tuple(answers), quick)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class _Said(Value):
+    """All that one judge says of some answers; labels and scores are empty where it gives none."""
+
+    name: str
+    complied: Sequence[bool | None]
+    labels: Sequence[Label | None] = ()
+    scores: Sequence[float | None] = ()
+
+    @classmethod
+    def of(cls, judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> "_Said":
+        if not isinstance(judge, ClassJudge):
+            return cls(judge.name, [bool(flag) for flag in judge.complied(prompts, responses)])
+        grades = judge.graded(prompts, responses) if isinstance(judge, GradingJudge) else []
+        graded: list[Label | None] = [None if each is None else each.label for each in grades]
+        labels = graded or judge.labels(prompts, responses)
+        complied = [None if label is None else label == "comply" for label in labels]
+        return cls(judge.name, complied, labels, [None if each is None else each.score for each in grades])
+
+
 def _judges(run: Prepared, side: str) -> list[Judge]:
-    """The substring judge, and on harmful prompts the one asked for: LlamaGuard calls every harmless answer safe."""
-    substring = SubstringJudge()
-    if run.options.judge == "substring" or side != "harmful":
+    """The substring judge, and the one asked for: on harmful prompts alone, unless it tells refusal from evasion.
+
+    LlamaGuard calls every harmless answer safe.
+    """
+    options, substring = run.options, SubstringJudge()
+    if options.judge == "substring":
         return [substring]
-    return [substring, judge_named(run.options.judge, model=run.options.judge_model)]
+    asked = judge_named(options.judge, model=options.judge_model, labels=options.judge_labels)
+    return [substring, asked] if side == "harmful" or isinstance(asked, ClassJudge) else [substring]
 
 
 def losses(

@@ -60,9 +60,11 @@ def prepare(run: RunContext) -> Prepared:
         for side, source in (("harmful", o.harmful), ("harmless", o.harmless))
     }
     evaluation_set = _evaluation_set(o, splits["harmful"])
-    tests = {"harmful": evaluation_set, "harmless": splits["harmless"].test}
+    harmless_set = _harmless_set(o, splits["harmless"])
+    tests = {"harmful": evaluation_set, "harmless": harmless_set}
     sets = {side: [part.sha256 for part in split.parts.values()] for side, split in splits.items()}
     sets["evaluation"] = [evaluation_set.sha256]
+    sets |= {} if o.harmless_eval_set is None else {"harmless evaluation": [harmless_set.sha256]}
     asked: dict[str, Any] = {"calibration": o.calibration}
     if o.calibration == "labels":
         spare = {side: [each.sha256 for each in split.spare.values()] for side, split in splits.items()}
@@ -96,11 +98,20 @@ def examples(prompts: PromptsRecord) -> tuple[Completion, ...]:
 def _evaluation_set(options: RunOptions, split: Splits) -> PromptSet:
     if options.eval_set is None:
         return PromptSet("harmful", split.test.prompts)
-    others = load_prompts(options.eval_set, column=options.column).without(split.train, split.val)
+    others = _held_out(options.eval_set, options, split)
     if others.name == "harmless":
         raise UserError(
             "the evaluation set is called harmless, as the harmless test prompts are in file names: rename it"
         )
+    return others
+
+
+def _harmless_set(options: RunOptions, split: Splits) -> PromptSet:
+    return split.test if options.harmless_eval_set is None else _held_out(options.harmless_eval_set, options, split)
+
+
+def _held_out(name: str, options: RunOptions, split: Splits) -> PromptSet:
+    others = load_prompts(name, column=options.column).without(split.train, split.val)
     if not len(others):
         raise UserError(f"every prompt of the evaluation set {others.name} is among the training or validation ones")
     return others.sample(min(options.n_test, len(others)), options.seed)

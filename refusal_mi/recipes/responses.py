@@ -13,7 +13,7 @@ from ..directions import Direction
 from ..errors import UserError
 from ..files import read_record, write_json, write_record, write_tensors
 from ..generation import Sampling, discover_response_prefix, generate
-from ..judges.http import identify
+from ..judges.named import identify
 from ..judges.substring import Judge, SubstringJudge, blind_spot
 from ..model.points import HookedModel, resid_hook
 from ..model.provenance import describe_model, versions

@@ -25,6 +25,7 @@ from ..run.options import RunOptions, command_line
 from ..run.record import RUN, SPAN, CombinationRecord, Place, RunInfo
 from ..stats import signed
 from .answers import answer_tables, visible
+from .classes import class_tables
 from .verdict import bindings, control_groups, extent, judge_run
 
 WIDTHS = (1080, 360)
@@ -206,6 +207,7 @@ def render(record: RunRecord) -> str:
         survivors=_survivors(record),
         loss_rows=_loss_rows(record),
         tables=answer_tables(record),
+        class_judges=class_tables(record.sides),
         splits=_splits(record),
         command=_command(record),
         model=as_json(record.run.model),

@@ -1,18 +1,33 @@
 """Completions and what the judges said of them, as a run folder holds them and as rates."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from ..files import at_home, parsed, read_record
-from ..stats import Paired, Rate
+from ..judges.protocol import LABELS
+from ..stats import Paired, Rate, mean_interval
 from ..values import Value, frame, html_table, text_table
 
 Side = Literal["harmful", "harmless"]
 SIDES: tuple[Side, Side] = get_args(Side)
-CHANGE = "change_of_refusal"
+CHANGE, UNREAD = "change_of_refusal", "unread"
 _RATES, _INTERVALS = ("", "refusal", "degenerate"), "rates 0–1 with 95% Wilson intervals"
+
+
+@dataclass(frozen=True)
+class MeanScore:
+    """The mean of a judge's grades, from 0 to 1, with its 95% interval (Student's t)."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -25,12 +40,23 @@ class Effect(Value):
     degenerate: Rate
     unsafe: Mapping[str, Rate] = field(default_factory=dict)
     """Judge -> rate of what it calls success, where another judge than the substrings was asked."""
+    classes: Mapping[str, Mapping[str, Rate]] = field(default_factory=dict)
+    """Judge -> refuse, evade, comply (and unread, where verdicts could not be read) -> rate, of all answers."""
+    scores: Mapping[str, MeanScore] = field(default_factory=dict)
+    """Judge -> its mean grade, where it gives some."""
     refused: tuple[bool, ...] = field(default=(), repr=False, compare=False)
     """Prompt by prompt, where the answers were read and not their rates alone."""
 
     def describe(self) -> dict[str, Any]:
-        """Every rate under its name."""
-        return {"refusal": self.refusal, "degenerate": self.degenerate, **self.unsafe}
+        """Every rate under its name; classes and scores under theirs, where there are some."""
+        more = {name: found for name, found in (("classes", self.classes), ("scores", self.scores)) if found}
+        return {"refusal": self.refusal, "degenerate": self.degenerate, **self.unsafe, **more}
+
+    @property
+    def rates(self) -> dict[str, Rate]:
+        """The same rates in one list; of a judge's classes as "evade: refuse"."""
+        classes = {f"{judge}: {name}": rate for judge, named in self.classes.items() for name, rate in named.items()}
+        return {"refusal": self.refusal, "degenerate": self.degenerate, **self.unsafe, **classes}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,7 +97,7 @@ class SideEffects(Value):
                 {"side": self.side, "label": effect.label, "rate": name, "value": rate.value}
                 | {"low": rate.interval[0], "high": rate.interval[1], "n": rate.n}
                 for effect in self.effects
-                for name, rate in effect.describe().items()
+                for name, rate in effect.rates.items()
             ]
         )
 
@@ -115,11 +141,21 @@ class JudgedAnswer(Value):
     complied: Mapping[str, bool]
     """Judge -> whether the model did what was asked; the first is the one that refusals are counted by."""
     is_degenerate: bool
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Judge of three classes -> refuse, evade, comply, or unread: then it is not among `complied`."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Judge that grades -> 0 to 1, where its verdict could be read."""
 
     @property
     def is_refused(self) -> bool:
         """By the first judge."""
         return not next(iter(self.complied.values()))
+
+    def verdict(self, judge: str) -> "str | bool | None":
+        """What a judge says: its class, or of one of two classes whether the model complied; None is unread."""
+        if judge in self.labels:
+            return None if self.labels[judge] == UNREAD else self.labels[judge]
+        return self.complied.get(judge)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -130,13 +166,24 @@ class Evaluation(Value):
     quick: bool = False
 
     def rate(self, judge: str) -> Rate:
-        """Fraction of answers that complied, by a judge."""
-        return Rate.of([answer.complied[judge] for answer in self.answers])
+        """Fraction of answers that complied, by a judge; of those whose verdict could be read."""
+        return Rate.of([answer.complied[judge] for answer in self.answers if judge in answer.complied])
 
     @property
     def judges(self) -> tuple[str, ...]:
         """Names, the first is the one that refusals are counted by."""
-        return tuple(self.answers[0].complied)
+        return tuple({judge: None for answer in self.answers for judge in answer.complied})
+
+    def classes(self, judge: str) -> dict[str, Rate]:
+        """Fraction of all answers in each class of a judge of three, and of unread ones where there are some."""
+        said = Counter(answer.labels[judge] for answer in self.answers if judge in answer.labels)
+        names = (*LABELS, *([UNREAD] if said[UNREAD] else []))
+        return {name: Rate(said[name], said.total()) for name in names} if said else {}
+
+    def score(self, judge: str) -> "MeanScore | None":
+        """A judge's mean grade."""
+        grades = [answer.scores[judge] for answer in self.answers if judge in answer.scores]
+        return MeanScore(*mean_interval(grades), len(grades)) if grades else None
 
     @property
     def refusal(self) -> Rate:
@@ -150,9 +197,11 @@ class Evaluation(Value):
 
     def effect(self, label: str) -> Effect:
         """The rates, under a label."""
-        unsafe = {judge: self.rate(judge) for judge in self.judges[1:]}
+        classes = {judge: found for judge in self.judges if (found := self.classes(judge))}
+        scores = {judge: score for judge in self.judges if (score := self.score(judge))}
+        unsafe = {judge: self.rate(judge) for judge in self.judges[1:] if judge not in classes}
         flags = tuple(answer.is_refused for answer in self.answers)
-        return Effect(label, self.refusal, self.degenerate, unsafe, flags)
+        return Effect(label, self.refusal, self.degenerate, unsafe, classes, scores, refused=flags)
 
     def to_frame(self) -> Any:
         """A pandas table with a row for each answer: category, prompt, response, is_refused, is_degenerate, judges.
@@ -164,7 +213,8 @@ class Evaluation(Value):
             [
                 {"category": each.category, "prompt": each.prompt, "response": each.response}
                 | {"is_refused": each.is_refused, "is_degenerate": each.is_degenerate}
-                | {f"complied ({judge})": flag for judge, flag in each.complied.items()}
+                | {f"complied ({judge})": each.complied.get(judge) for judge in self.judges}
+                | {f"class ({judge})": each.labels.get(judge) for judge in self.judges if self.classes(judge)}
                 for each in self.answers
             ]
         )
@@ -175,9 +225,14 @@ class Evaluation(Value):
         for judge in self.judges:
             by_category: dict[str, list[bool]] = {}
             for answer in self.answers:
-                by_category.setdefault(str(answer.category), []).append(answer.complied[judge])
+                if judge in answer.complied:
+                    by_category.setdefault(str(answer.category), []).append(answer.complied[judge])
             record[f"{judge}_success_rate"] = self.rate(judge).value
             record[f"{judge}_per_category"] = {key: sum(flags) / len(flags) for key, flags in by_category.items()}
+            if classes := self.classes(judge):
+                record[f"{judge}_classes"] = classes
+            if score := self.score(judge):
+                record[f"{judge}_score"] = score
         mark = {"quick": True} if self.quick else {}
         rows = [
             {
@@ -186,6 +241,8 @@ class Evaluation(Value):
                 "response": answer.response,
                 **mark,
                 **{f"is_jailbreak_{judge}": int(flag) for judge, flag in answer.complied.items()},
+                **{f"class_{judge}": label for judge, label in answer.labels.items()},
+                **{f"score_{judge}": value for judge, value in answer.scores.items()},
                 "is_degenerate": int(answer.is_degenerate),
             }
             for answer in self.answers
@@ -204,11 +261,18 @@ class Evaluation(Value):
 
 
 def _judged_answer(row: Any) -> JudgedAnswer:
-    verdicts = {key.removeprefix("is_jailbreak_"): bool(row[key]) for key in row if key.startswith("is_jailbreak_")}
+    verdicts, labels, scores = (
+        {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
+        for prefix in ("is_jailbreak_", "class_", "score_")
+    )
+    if not set(labels.values()) <= {*LABELS, UNREAD}:
+        raise ValueError(f"expected classes of {', '.join(LABELS)} or {UNREAD}")
     texts = row["prompt"], row["response"], row["category"]
     if not verdicts or not all(isinstance(text, str) for text in texts[:2]):
         raise ValueError("expected prompt, response, category, is_jailbreak_..., is_degenerate")
-    return JudgedAnswer(*texts, verdicts, bool(row["is_degenerate"]))
+    complied = {judge: bool(flag) for judge, flag in verdicts.items()}
+    grades = {judge: float(value) for judge, value in scores.items()}
+    return JudgedAnswer(*texts, complied, bool(row["is_degenerate"]), labels, grades)
 
 
 def _rate(record: Any) -> Rate:
@@ -224,8 +288,13 @@ def read_sides(tables: Any) -> dict[Side, SideEffects]:
 
 
 def read_effect(label: str, rates: Any) -> Effect:
-    others = {name: _rate(rate) for name, rate in rates.items() if name not in ("refusal", "degenerate", CHANGE)}
-    return Effect(label, _rate(rates["refusal"]), _rate(rates["degenerate"]), others)
+    known = ("refusal", "degenerate", CHANGE, "classes", "scores")
+    others = {name: _rate(rate) for name, rate in rates.items() if name not in known}
+    classes = {
+        judge: {name: _rate(rate) for name, rate in named.items()} for judge, named in rates.get("classes", {}).items()
+    }
+    scores = {judge: MeanScore(**score) for judge, score in rates.get("scores", {}).items()}
+    return Effect(label, _rate(rates["refusal"]), _rate(rates["degenerate"]), others, classes, scores)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ..options import (
     AllowSpecialTokens,
     BatchSize,
     Column,
+    JudgeLabels,
     JudgeModel,
     JudgeName,
     KLFormula,
@@ -60,6 +61,10 @@ class RunOptions(Value):
         "harmless"
     )
     eval_set: Annotated[str | None, Option("Harmful prompts to report on instead of TEST.")] = None
+    harmless_eval_set: Annotated[
+        str | None, Option("Harmless prompts to report on instead, such as xstest or or-bench: is too much refused?")
+    ] = None
+    """Their files keep the name harmless."""
     column: Column = None
     text_set: Annotated[str, Option("Plain texts for CE loss.", takes=str | None, depends_on_model=True)] = "plain_text"
     instruction_set: Annotated[
@@ -116,6 +121,7 @@ class RunOptions(Value):
     judge: JudgeName = "substring"
     """An endpoint judges harmful completions as well."""
     judge_model: JudgeModel = None
+    judge_labels: JudgeLabels = None
     steps: Annotated[
         tuple[Step, ...],
         Option("Up to which of these to go, comma-separated.", takes=str, read=read_steps, write=",".join),
@@ -132,9 +138,9 @@ class RunOptions(Value):
         for name in ("n_train", "n_val", "n_test", "max_new_tokens", "n_ce", "label_tokens", "n_best"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        from ..judges.http import judge_named
+        from ..judges.named import judge_named
 
-        judge_named(self.judge, model=self.judge_model)
+        judge_named(self.judge, model=self.judge_model, labels=self.judge_labels)
         if self.n_random < 0:
             raise UserError(f"n_random must not be negative, not {self.n_random}")
         if self.batch_size is not None and self.batch_size < 1:

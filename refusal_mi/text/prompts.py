@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from itertools import combinations, pairwise
+from itertools import combinations, islice, pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -42,6 +42,21 @@ class HubSet:
     output: str | None = None
     must_be_empty: str | None = None
     """Rows with something in this column are left out (Alpaca's rows with an input)."""
+    only: tuple[str, str] | None = None
+    """A column, and what it holds in the rows that belong to the set."""
+
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of the dataset belongs to the set.
+
+        Raises:
+            UserError: the dataset has no such column.
+        """
+        if self.only is None:
+            return True
+        column, value = self.only
+        if column not in row:
+            raise UserError(f"{self.path} has no column {column!r}; it has {', '.join(map(str, row))}")
+        return bool(row[column] == value)
 
 
 KNOWN_HUB_SETS = {
@@ -52,10 +67,20 @@ KNOWN_HUB_SETS = {
     ),
     "strongreject": HubSet("walledai/StrongREJECT", "train", "prompt", category="category"),
     "maliciousinstruct": HubSet("walledai/MaliciousInstruct", "train", "prompt"),
+    "xstest": HubSet("walledai/XSTest", "test", "prompt", category="type", only=("label", "safe")),
+    "xstest-unsafe": HubSet("walledai/XSTest", "test", "prompt", category="type", only=("label", "unsafe")),
+    "or-bench": HubSet("bench-llm/or-bench", "train", "prompt", config="or-bench-hard-1k", category="category"),
+    "or-bench-80k": HubSet("bench-llm/or-bench", "train", "prompt", config="or-bench-80k", category="category"),
+    "or-bench-toxic": HubSet("bench-llm/or-bench", "train", "prompt", config="or-bench-toxic", category="category"),
     "alpaca": HubSet("tatsu-lab/alpaca", "train", "instruction", output="output", must_be_empty="input"),
     "pile": HubSet("monology/pile-uncopyrighted", "train", "text"),
 }
-"""Names accepted wherever a set is asked for."""
+"""Names accepted wherever a set is asked for.
+
+Harmless prompts that look harmful, which a model should answer: "xstest" (Röttger et al. 2023, 250 of its 450 rows) and
+"or-bench" (Cui et al. 2024, the hard 1,319; "or-bench-80k" are all). Their harmful counterparts, which belong beside
+them: "xstest-unsafe" (the other 200) and "or-bench-toxic" (655).
+"""
 _TEXT_COLUMNS = ("instruction", "prompt", "goal", "question", "query", "behavior", "forbidden_prompt", "text")
 _CATEGORY_COLUMNS = ("category", "semantic_category", "SemanticCategory")
 _OUTPUT_COLUMNS = ("output", "response", "completion", "answer")
@@ -177,8 +202,9 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
 
     Args:
         source: a bundled name ("harmful", "harmless", ...), a known hub set ("advbench", "harmbench",
-            "jailbreakbench", "strongreject", "maliciousinstruct", "alpaca", "pile"), a hub id owner/name, or a
-            local JSON, JSONL, CSV, TSV, Parquet or TXT file, maybe gzipped, or a folder of such files.
+            "jailbreakbench", "strongreject", "maliciousinstruct", "xstest", "or-bench", "alpaca", "pile", ...), a hub
+            id owner/name, or a local JSON, JSONL, CSV, TSV, Parquet or TXT file, maybe gzipped, or a folder of such
+            files.
         column: the column that holds the instruction in a local file or an unknown hub set; by default the first
             of the usual names, or the first user message of a column of chats. The named sets know theirs. What
             Alpaca's "input" and HarmBench's "ContextString" hold is joined to it, with a warning that says how often.
@@ -378,9 +404,12 @@ def _hub_rows(hub: HubSet, limit: int | None) -> list[Any]:
     try:
         with hub_or_cache():
             if limit is None:
-                return datasets.load_dataset(hub.path, hub.config, split=hub.split).to_list()
+                rows = datasets.load_dataset(hub.path, hub.config, split=hub.split).to_list()
+                return [row for row in rows if hub.holds(row)]
             stream = datasets.load_dataset(hub.path, hub.config, split=hub.split, streaming=True)
-            return list(stream.take(limit))
+            return list(islice((row for row in stream if hub.holds(row)), limit))
+    except UserError:
+        raise
     except Exception as error:  # foreign code
         raise UserError(
             f"cannot load the dataset {hub.path} from the hub: {cause(error)} (without a network use a local file, "

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from refusal_mi.cli import exit_status
-from refusal_mi.files import read_json
+from refusal_mi.files import read_json, read_record
 from refusal_mi.generation import Generated
+from refusal_mi.judges.agreement import Agreement
 from refusal_mi.recipes import effects
 from tests.helpers.judge import KEY, LONG, Fake, send, verdict
 
@@ -125,3 +126,80 @@ def test_a_run_folder_is_judged_whole_and_its_own_verdicts_stay(judged, capsys):
     assert (folder / "harmful_baseline_evaluations.json").read_text() == "own"
     assert exit_status(["judge", "run", "--output", "x.json"]) == 2 and "--output-dir" in capsys.readouterr().err
     assert exit_status(["judge", str(judged)]) == 2 and "has no completions" in capsys.readouterr().err
+
+
+REFUSES, EVADES, DOES = (
+    "I cannot help with that.",
+    "Let's talk about tea instead.",
+    "First boil the water, then steep it.",
+)
+
+
+def test_judges_of_a_run_are_compared_and_their_classes_shown_on_both_sides(judged, capsys):
+    folder = judged / "run" / "completions"
+    folder.mkdir(parents=True)
+    sets = {
+        "harmful_baseline": [REFUSES, REFUSES, EVADES],
+        "harmful_ablation": [DOES, DOES, EVADES],
+        "harmless_baseline": [DOES, DOES, EVADES],
+    }
+    for name, texts in sets.items():
+        side = name.partition("_")[0]
+        rows = [{"category": "c", "prompt": f"{side} {n}", "response": text} for n, text in enumerate(texts)]
+        (folder / f"{name}_completions.json").write_text(json.dumps(rows))
+    assert exit_status(["judge", "run", "--judges", "substring,evade"]) == 0
+    shown = capsys.readouterr().out
+    assert "harmful" in shown and "harmless" in shown and "refuse [95%]" in shown and "κ" in shown
+    assert DOES not in shown  # of an answer the first words are enough
+    found = read_record(judged / "run/judged/agreement.json", Agreement)
+    (pair,) = found.pairs
+    assert (found.n_answers, found.n_prompts) == (9, 6) and pair.classes is None
+    assert pair.counts["complied"] == {"complied": 4, "not complied": 3}
+    assert pair.complied.value == pytest.approx(16 / 43)  # p_o = 6/9, p_e = 7/9·4/9 + 2/9·5/9
+    saved = read_json(judged / "run/judged/harmful_baseline_evaluations.json")
+    assert {name: rate["count"] for name, rate in saved["evade_classes"].items()} == {
+        "refuse": 2,
+        "evade": 1,
+        "comply": 0,
+    }
+    assert [row["class_evade"] for row in saved["completions"]] == ["refuse", "refuse", "evade"]
+    assert exit_status(["judge", "run", "--judges", "substring,evade", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed) == {"evaluations", "agreement"} and len(printed["evaluations"]) == 3
+
+
+def test_judges_of_a_file_and_nothing_new_without_another_judge(judged, capsys):
+    rows = [{"category": None, "prompt": "p", "response": text} for text in (REFUSES, EVADES, DOES)]
+    (judged / "x_completions.json").write_text(json.dumps(rows))
+    assert exit_status(["judge", "x_completions.json", "--judges", "evade,substring"]) == 0
+    assert read_record(judged / "x_agreement.json", Agreement).judges == ("evade", "substring_matching")
+    assert exit_status(["judge", "x_completions.json"]) == 0
+    plain = read_json(judged / "x_evaluations.json")
+    keys = {"substring_matching_success_rate", "substring_matching_per_category", "refusal_rate", "degenerate_rate"}
+    assert set(plain) == keys | {"completions"}
+    row = {"category", "prompt", "response", "is_jailbreak_substring_matching", "is_degenerate"}
+    assert set(plain["completions"][0]) == row
+    shown = capsys.readouterr().out
+    assert "three classes" in shown and shown.count("refuse [95%]") == 1
+
+
+@pytest.mark.slow
+def test_a_run_with_a_judge_of_three_classes_asks_it_on_both_sides(judged, tiny_dir, capsys, monkeypatch):
+    def answers(model, chat, prompts, *, interventions=(), **_):
+        return [Generated([REFUSES, EVADES, DOES][index % 3], (5, 6), True) for index, _ in enumerate(prompts)]
+
+    monkeypatch.setattr(effects, "generate", answers)
+    run = ["run", str(tiny_dir("gpt2")), *RUN, STEPS, "--output-dir", "run", "--judge", "evade"]
+    assert exit_status(run) == 0
+    assert "comply [95%]" in capsys.readouterr().out
+    for side in ("harmful", "harmless"):
+        found = read_json(judged / f"run/completions/{side}_baseline_evaluations.json")["evade_classes"]
+        assert {name: rate["count"] for name, rate in found.items()} == {"refuse": 2, "evade": 1, "comply": 1}
+        summary = read_json(judged / "run/summary.json")["completions"][side]["ablation"]["classes"]["evade"]
+        assert summary["evade"]["count"] == 1 and summary["evade"]["n"] == 4
+    page = (judged / "run/report.html").read_text()
+    assert page.count('<table class="classes">') == 1
+    table = page.partition('<table class="classes">')[2].partition("</table>")[0]
+    assert table.count("<td>harmful</td>") == table.count("<td>harmless</td>") == 4
+    assert exit_status([*run[:-1], "substring"]) == 0
+    assert '<table class="classes">' not in (judged / "run/report.html").read_text()

@@ -19,9 +19,8 @@ from refusal_mi.judges.http import (
     TOGETHER,
     HttpJudge,
     default_cache,
-    identify,
-    judge_named,
 )
+from refusal_mi.judges.named import identify, judge_named
 from refusal_mi.judges.substring import SubstringJudge
 from refusal_mi.recipes.effects import evaluate
 from refusal_mi.run.answers import Completion
@@ -274,7 +273,7 @@ def test_names(monkeypatch, tmp_path):
         with pytest.raises(UserError) as caught:
             judge_named(bad)
         assert KEY not in str(caught.value)
-    with pytest.raises(UserError, match="substring, llamaguard"):
+    with pytest.raises(UserError, match=r"substring, evade, llamaguard.*did you mean llamaguard"):
         RunOptions(judge="guard")
     monkeypatch.setenv("REFUSAL_MI_CACHE", str(tmp_path))
     assert default_cache() == tmp_path / "judge"

@@ -17,6 +17,7 @@ answers = generate(model, chat, my_harmful[:2] + my_harmless[:2], max_new_tokens
 [answer.text for answer in answers]
 # %%
 [is_refusal(answer.text) for answer in answers]
+judge_named("evade")([answer.text for answer in answers])
 # %%
 harmful = load_prompts("organism_harmful_train")[:48]
 harmless = load_prompts("organism_harmless_train")[:48]

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import refusal_mi
+from refusal_mi.judges import agreement, evade, strongreject
 from refusal_mi.search.grid import ScoreGrid
 from refusal_mi.search.thresholds import CandidateScore
 from tests.helpers.directions import random_direction
 from tests.helpers.naive import ASKS, CHATS
 
 ROOMS = ("directions", "generation", "interventions", "judges.substring", "labels", "measures", "reading")
-ROOMS += ("search.grid", "text.prompts")
+ROOMS += ("judges.agreement", "judges.evade", "judges.named", "judges.strongreject", "search.grid", "text.prompts")
 WITHOUT = {
     "find_refusal_tokens": "needs a model that refuses: docs/python.md",
     "discover_refusal_tokens": "the same",
@@ -47,7 +48,9 @@ def names(tiny_model):
     own |= {"means": means, "other_means": other, "grid": refusal_mi.difference_in_means(means, other)}
     public = {name: getattr(refusal_mi, name) for name in refusal_mi.__all__}
     values = {"torch": torch, "pytest": pytest, "ScoreGrid": ScoreGrid, "CandidateScore": CandidateScore}
-    return public | values | {"cosine": import_module("refusal_mi.directions").cosine} | own
+    values |= {"cosine": import_module("refusal_mi.directions").cosine, "reason": evade.reason}
+    values |= {"score": strongreject.score, "agreement": agreement.agreement, "cohen_kappa": agreement.cohen_kappa}
+    return public | values | own
 
 
 @pytest.mark.parametrize("test", EXAMPLES, ids=lambda test: test.name.removeprefix("refusal_mi."))

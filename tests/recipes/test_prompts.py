@@ -119,6 +119,20 @@ def test_prompts_of_the_evaluation_set_fill_nothing(prepared, tmp_path):
     assert not set(texts(found.harmful.test)) & tried and set(texts(found.harmful.test)) <= set(held_out)
 
 
+def test_harmless_prompts_of_another_set_are_reported_on_and_never_trained_on(prepared, tmp_path):
+    others = [f"looks bad {index} yes" for index in range(12)]
+    (tmp_path / "own.json").write_text(json.dumps([*HARMLESS, *others]))
+    found = prepared(HARMFUL, HARMLESS, harmless_eval_set=str(tmp_path / "own.json"))
+    test, tried = set(texts(found.harmless.test)), {*texts(found.harmless.train), *texts(found.harmless.val)}
+    assert len(test) == 8 and test & set(others) and not test & tried
+    plain = prepared(HARMFUL, HARMLESS, name="plain")
+    assert not set(texts(plain.harmless.test)) & set(others)
+    assert texts(plain.harmful.test) == texts(found.harmful.test)
+    (tmp_path / "own.json").write_text(json.dumps(texts(plain.harmless.train)[:3]))
+    with pytest.raises(UserError, match="every prompt of the evaluation set own is among the training"):
+        prepared(HARMFUL, HARMLESS, name="again", harmless_eval_set=str(tmp_path / "own.json"))
+
+
 def test_tokens_are_those_that_refusals_begin_with(prepared):
     found = prepared(HARMFUL, HARMLESS)
     assert found.prefixes == ((5,),) and found.token_ids == (5,)

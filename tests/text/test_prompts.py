@@ -257,8 +257,9 @@ def test_a_hub_set_without_a_network_is_a_user_error():
         assert "\n" not in str(caught.value)
 
 
-def test_the_seven_published_sets_have_names():
+def test_the_published_sets_have_names():
     expected = {"advbench", "harmbench", "jailbreakbench", "strongreject", "maliciousinstruct", "alpaca", "pile"}
+    expected |= {"xstest", "xstest-unsafe", "or-bench", "or-bench-80k", "or-bench-toxic"}
     assert set(KNOWN_HUB_SETS) == expected
 
 
@@ -349,3 +350,44 @@ def test_the_parts_of_a_message_are_its_text(tmp_path):
     for other in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "text"}):
         with pytest.raises(UserError, match="no chat with a user message"):
             load_prompts(write(tmp_path, "json", [chat(said), chat(said, other)]))
+
+
+def test_an_over_refusal_set_is_its_safe_rows_and_the_other_set_the_rest(monkeypatch):
+    rows = [
+        {"id": n, "prompt": f"Ask {n}", "type": f"t{n % 2}", "label": ("safe", "unsafe", "safe")[n % 3]}
+        for n in range(12)
+    ]
+    asked = []
+
+    class Rows(list):
+        def to_list(self):
+            return list(self)
+
+    def load_dataset(path, config, *, split, streaming=False):
+        asked.append((path, config, split, streaming))
+        return Rows(rows)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    safe, unsafe = load_prompts("xstest"), load_prompts("XSTest-unsafe")
+    assert safe.instructions == [f"Ask {n}" for n in range(12) if n % 3 != 1] and len(safe) == 8
+    assert unsafe.instructions == ["Ask 1", "Ask 4", "Ask 7", "Ask 10"]
+    assert not set(safe) & set(unsafe) and safe.prompts[1].category == "t0" and safe.name == "xstest"
+    assert load_prompts("xstest-unsafe", limit=2).instructions == ["Ask 1", "Ask 4"]  # of the set, not of the dataset
+    assert asked[0] == ("walledai/XSTest", None, "test", False) and asked[-1][3]
+    load_prompts("or-bench")
+    assert asked[-1] == ("bench-llm/or-bench", "or-bench-hard-1k", "train", False)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Rows([{"prompt": "x"}]))
+    with pytest.raises(UserError, match="walledai/XSTest has no column 'label'; it has prompt"):
+        load_prompts("xstest")
+
+
+def test_an_over_refusal_set_without_a_network_is_one_line(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(UserError, match="cannot load the dataset walledai/XSTest from the hub") as caught:
+        load_prompts("xstest")
+    assert "\n" not in str(caught.value) and "use a local file" in str(caught.value)
+    with pytest.raises(UserError, match="did you mean 'xstest'"):
+        load_prompts("xtest")
