@@ -1,0 +1,150 @@
+"""`refusal-mi variants`: the same requests in the user's own wordings; what that does to refusals, and where."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..options import number_or_auto
+from ..terminal import say
+from .options import AsJson, BatchSize, Fresh, ModelOptions, NewTokens, NPrompts, OutputDir, Seed, at_least, flat
+
+if TYPE_CHECKING:
+    from ..run.variants import Change, Interval, VariantsResult, Wording
+
+FOLDER = "variants"
+
+
+@flat
+def variants(
+    model: ModelOptions,
+    variants: Annotated[
+        Path | None,
+        typer.Option(
+            help="The wordings: JSON, JSON Lines or TOML; each a name, and a template with {instruction} in it, a "
+            "system message, or both. Required."
+        ),
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder with the direction; default runs/{alias}.")] = None,
+    n_prompts: NPrompts = None,
+    max_new_tokens: NewTokens = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    output_dir: OutputDir = None,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> int:
+    """Ask the same requests in other wordings: where does a suffix act?
+
+    Held-out requests, harmful and harmless, with a prefix, suffix, role or system message of your own: refusals by
+    text, the direction in the stream at every layer, what the heads read. Beside each: as many tokens of random words.
+    """
+    from ..errors import UserError
+    from ..model.provenance import display_name
+    from ..recipes.options import default_folder
+    from ..run.folder import check_model_of_run
+    from ..run.stages import RunFolder
+    from ..text.variants import read_variants
+    from .tables import print_json
+
+    if variants is None:
+        raise UserError("--variants FILE is missing: a JSON or TOML file of wordings (docs/variants.md has one)")
+    source = model.source
+    at_most = at_least("--n-prompts", n_prompts, 2, 100)
+    tokens = at_least("--max-new-tokens", max_new_tokens, 1, 64)
+    asked, size = read_variants(variants), number_or_auto(batch_size)
+    path = run or default_folder(source)
+    check_model_of_run(path, source)
+    folder = RunFolder(output_dir or path / FOLDER, fresh, say)
+    folder.check_writable()
+
+    from ..analysis.variants import variants as compute
+    from ..run.folder import RunInputs
+
+    inputs = RunInputs(model.load(), path, at_most, seed=42 if seed is None else seed)
+    found = compute(inputs, asked, folder=folder, max_new_tokens=tokens, batch_size=size)
+    _draw(found, display_name(source), folder.path)
+    print_json(found) if as_json else _print(found, folder.path)
+    return 0
+
+
+def _draw(found: "VariantsResult", name: str, folder: Path) -> None:
+    from ..figures.save import save_figures
+    from ..figures.variants import plot_variant_parts, plot_variant_rates, plot_variants
+
+    drawn = {"projections": plot_variants, "rates": plot_variant_rates, "parts": plot_variant_parts}
+    save_figures({file: plot(found, model=name) for file, plot in drawn.items()}, folder)
+
+
+def _print(found: "VariantsResult", folder: Path) -> None:
+    """Rates on both sides; then, for harmful requests, what is inside."""
+    from .tables import Console, Table, print_lines
+
+    sides = list(found.plain)
+    changes = {f"{row.name}{end}": row.sides for row in found.rows for end in ("", " (control)")}
+    rates = Table(
+        "refused by text [95%]", *(head for side in sides for head in (side, "change [95%], p")), "degenerate"
+    )
+    inside = Table("harmful requests", "tokens", "score", "at r", "change [95%]", "random", "instruction", "variant")
+    for name, wording in found.wordings("harmful"):
+        both = [dict(found.wordings(side))[name] for side in sides]
+        change = [
+            None if name == "plain" else (of[side].control_change if name.endswith(" (control)") else of[side].change)
+            for of in [changes.get(name, {})]
+            for side in sides
+        ]
+        cells = [cell for each, one in zip(both, change, strict=True) for cell in (str(each.refused), _of_rate(one))]
+        rates.add_row(name, *cells, " / ".join(f"{each.degenerate.value:.2f}" for each in both))
+        inside.add_row(name, *_inside(wording, change[0], found.slot, found.direction_layer))
+    Console().print(rates)
+    Console().print(inside)
+    for row in found.rows:
+        where = [(side, found.acts_from(row.name, side)) for side in sides]
+        layers = ", ".join(f"{side} {'at no layer' if at is None else f'from layer {at} on'}" for side, at in where)
+        print_lines(f"{row.name}: the projection is another than that of plain and control: {layers}")
+    for side in sides:
+        for name, wording in found.wordings(side):
+            if wording.n_shared:
+                print_lines(f"{name}, {side}: a token has letters of two parts in {wording.n_shared} prompts")
+    answers = {
+        name: ", ".join(f"{text} … ({n})" for text, n in each.first_words.items())
+        for name, each in found.wordings("harmful")
+        if not name.endswith(" (control)")
+    }
+    print_lines(
+        *(f"{name} begins: {text}" for name, text in answers.items()),
+        *([f"caution: {found.caution}"] if found.caution else []),
+        f"{folder}",
+    )
+
+
+def _of_rate(change: "Change | None") -> str:
+    from ..stats import p_text, signed
+
+    if change is None:
+        return ""
+    limits = f"[{signed(change.refused['low'])}, {signed(change.refused['high'])}]"
+    return f"{signed(change.refused['difference'])} {limits}, p {p_text(change.p_holm)}"
+
+
+def _inside(wording: "Wording", change: "Change | None", slot: int, layer: int) -> list[str]:
+    n = wording.n_tokens
+    attention = [f"{wording.attention[part][0]:.2f}" for part in ("instruction", "variant")]
+    changed = (
+        ["", ""]
+        if change is None
+        else [_interval(change.projections[slot][layer]), f"{change.random_projections[slot][layer][0]:+.2f}"]
+    )
+    at = wording.projections[slot][layer][0]
+    return [
+        f"{n['instruction']:.0f} + {n['variant']:.0f}",
+        f"{wording.score_nats[0]:.2f}",
+        f"{at:.2f}",
+        *changed,
+        *attention,
+    ]
+
+
+def _interval(interval: "Interval") -> str:
+    mean, low, high = interval
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
