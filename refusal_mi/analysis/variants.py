@@ -207,22 +207,20 @@ class _Work:
     def _prompts(self, side: str, wordings: Sequence[Variant | None]) -> _Prompts:
         systems = {each.system for each in wordings if each is not None and each.system is not None}
         chat = replace(self.run.chat, system=systems.pop()) if systems else self.run.chat
-        texts, parts = [], []
+        asked, name = self.asked(side), next((each.name for each in wordings if each is not None), PLAIN)
+        try:
+            parts = label_parts(chat, asked, wordings)
+        except UserError as error:
+            raise UserError(f"{name!r}: {error}") from None
         end = self.run.chat.post_instruction_ids
-        for instruction, wording in zip(self.asked(side), wordings, strict=True):
-            name = PLAIN if wording is None else wording.name
-            texts.append(instruction if wording is None else wording.wrap(instruction))
-            try:
-                found = label_parts(chat, instruction, wording)
-            except UserError as error:
-                raise UserError(f"{name!r}: {error}") from None
-            if found.token_ids[-len(end) :] != end or set(found.labels[-len(end) :]) != {"template"}:
-                raise UserError(
-                    f"{name!r} runs into the tokens that the chat template puts after the user's message, where the "
-                    "direction was read: let it end in another character"
-                )
-            parts.append(found)
-        return _Prompts(chat, tuple(texts), tuple(parts))
+        if any(each.token_ids[-len(end) :] != end or set(each.labels[-len(end) :]) != {"template"} for each in parts):
+            raise UserError(
+                f"{name!r} runs into the tokens that the chat template puts after the user's message, where the "
+                "direction was read: let it end in another character"
+            )
+        pairs = zip(asked, wordings, strict=True)
+        texts = tuple(instruction if wording is None else wording.wrap(instruction) for instruction, wording in pairs)
+        return _Prompts(chat, texts, tuple(parts))
 
     def _n_tokens(self, text: str) -> int:
         return len(self.run.chat.tokenizer(text, add_special_tokens=False)["input_ids"])

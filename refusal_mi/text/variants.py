@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import UserError
 from ..values import Value, named_near
 from .chat import ChatFormat, Message
+from .given import Prompts, as_prompts
 from .tables import read_rows
 
 PLACE, PLAIN = "{instruction}", "plain"
@@ -141,61 +142,80 @@ def neutral(variant: Variant, count: Callable[[str], int], seed: int, index: int
     return Variant(f"{variant.name[: _LONGEST_NAME - 10]} (control)", f"{before}{PLACE}{after}", system)
 
 
-def label_parts(chat: ChatFormat, instruction: str, variant: Variant | None = None) -> Parts:
-    """Token ids of a prompt in a wording, and the part of each: exact, by the characters that each token was made from.
+def label_parts(chat: ChatFormat, instructions: Prompts, variants: Sequence[Variant | None] = ()) -> list[Parts]:
+    """Token ids of prompts in a wording each, and the part of every token: exact, by the characters it is made from.
 
     White space counts with the word that it is tokenized with.
 
+    Examples:
+        >>> (parts,) = label_parts(chat, "Why?", [Variant("polite", "Please, {instruction}")])
+        >>> chat.tokenizer.decode([t for t, part in zip(parts.token_ids, parts.labels) if part == "variant"])
+        'Please,'
+
     Args:
-        chat: with the variant's system message where it has one.
+        chat: with the variants' system message where they have one.
+        variants: of each prompt; None, and nothing at all, is the plain request.
 
     Raises:
         UserError: the tokenizer does not say which characters a token is made from, or the template rewrites messages.
     """
-    messages = chat.messages(instruction if variant is None else variant.wrap(instruction))
-    text = chat.render(messages)
+    asked = as_prompts(instructions)
+    wordings = list(variants) or [None] * len(asked)
     if not getattr(chat.tokenizer, "is_fast", False):
         raise UserError("the parts of a prompt can be told only with a fast tokenizer (tokenizer.json)")
+    messages = [
+        chat.messages(instruction if each is None else each.wrap(instruction))
+        for instruction, each in zip(asked, wordings, strict=True)
+    ]
+    marked = [[{**each, "content": _mark(index)} for index, each in enumerate(one)] for one in messages]
+    columns = messages, chat.render_all(messages), chat.render_all(marked), chat.encode_all(messages), asked, wordings
+    return [_labelled(chat, *each) for each in zip(*columns, strict=True)]
+
+
+def _labelled(
+    chat: ChatFormat,
+    messages: Sequence[Message],
+    text: str,
+    marked: str,
+    ids: Sequence[int],
+    instruction: str,
+    variant: Variant | None,
+) -> Parts:
     read = chat.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = read["input_ids"]
-    if ids != chat.encode(messages):
+    if read["input_ids"] != list(ids):
         raise UserError(f"special tokens are written out in this prompt, whose parts cannot be told: {text[:80]!r}")
-    owners = _owners(chat, messages, text, instruction, variant)
+    owners = _owners(messages, text, marked, instruction, variant)
     labels, n_shared, end = [], 0, 0
     for first, last in read["offset_mapping"]:
         span = slice(min(first, end), max(last, min(first, end) + 1))  # some tokenizers leave out the space before
         end = max(end, last)
         pairs = list(zip(owners[span], text[span], strict=True))
-        letters = Counter(owner for owner, letter in pairs if not letter.isspace()) or Counter(
-            owner for owner, _ in pairs
-        )
-        n_shared += sum(not letter.isspace() for _, letter in pairs) > 0 and len(letters) > 1
-        labels.append(PARTS[max(letters, key=lambda owner: (letters[owner], owner))])
+        letters = Counter(owner for owner, letter in pairs if not letter.isspace())
+        n_shared += len(letters) > 1
+        counts = letters or Counter(owner for owner, _ in pairs)
+        labels.append(PARTS[max(counts, key=lambda owner: (counts[owner], owner))])
     return Parts(tuple(ids), tuple(labels), n_shared)
 
 
 def _owners(
-    chat: ChatFormat, messages: Sequence[Message], text: str, instruction: str, variant: Variant | None
+    messages: Sequence[Message], text: str, marked: str, instruction: str, variant: Variant | None
 ) -> list[int]:
-    """For every character of a rendered prompt, the index of its part."""
-    marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
-    marked = chat.render([{**each, "content": mark} for each, mark in zip(messages, marks, strict=True)])
+    """For every character of a rendered prompt, the index of its part; `marked` has marks in place of its messages."""
     context, own, asked, template = range(len(PARTS))
     owners: list[int] = []
     rest = marked
-    for index, (message, mark) in enumerate(zip(messages, marks, strict=True)):
-        head, found, rest = rest.partition(mark)
-        content, is_last = message["content"], index == len(messages) - 1
+    for index, message in enumerate(messages):
+        head, found, rest = rest.partition(_mark(index))
+        content = message["content"]
         owners += [context] * len(head)
-        if is_last:
+        inside = [own if variant and variant.system is not None else context] * len(content)
+        if index == len(messages) - 1:
             inside = [own] * len(variant.before) if variant else []
             inside += [asked] * len(instruction) + [own] * (len(content) - len(inside) - len(instruction))
-        else:
-            inside = [own if variant and variant.system is not None else context] * len(content)
         shown = next((each for each in (content, content.strip()) if text.startswith(each, len(owners))), None)
         if not found or shown is None:
             break
-        left = 0 if shown is content else len(content) - len(content.lstrip())
+        left = 0 if shown == content else len(content) - len(content.lstrip())
         owners += inside[left : left + len(shown)]
     else:
         if len(owners) + len(rest) == len(text) and text.endswith(rest):
@@ -203,6 +223,10 @@ def _owners(
     raise UserError(
         f"the chat template rewrites its messages, so that the parts of a prompt cannot be told: {text[:80]!r}"
     )
+
+
+def _mark(index: int) -> str:
+    return f"\ue000{index}\ue001"
 
 
 def _refilled(text: str, count: Callable[[str], int], rng: random.Random) -> str:
