@@ -10,7 +10,7 @@ from ..terminal import say
 from .options import AsJson, BatchSize, Fresh, ModelOptions, NewTokens, NPrompts, OutputDir, Seed, at_least, flat
 
 if TYPE_CHECKING:
-    from ..run.variants import Change, Interval, VariantsResult, Wording
+    from ..run.variants import Change, VariantsResult, Wording
 
 FOLDER = "variants"
 
@@ -81,41 +81,37 @@ def _print(found: "VariantsResult", folder: Path) -> None:
     from .tables import Console, Table, print_lines
 
     sides = list(found.plain)
-    changes = {f"{row.name}{end}": row.sides for row in found.rows for end in ("", " (control)")}
-    rates = Table(
-        "refused by text [95%]", *(head for side in sides for head in (side, "change [95%], p")), "degenerate"
+    heads = [head for side in sides for head in (side, "change [95%], p")]
+    rates = Table("refused by text [95%]", *heads, "degenerate")
+    inside = Table(
+        "harmful requests",
+        "tokens",
+        "score",
+        f"at layer {found.direction_layer}",
+        "change [95%]",
+        "random",
+        "attention",
+        "written",
+        caption="tokens, attention of the last token, what is written along r: from the instruction, from the variant",
     )
-    inside = Table("harmful requests", "tokens", "score", "at r", "change [95%]", "random", "instruction", "variant")
-    for name, wording in found.wordings("harmful"):
-        both = [dict(found.wordings(side))[name] for side in sides]
-        change = [
-            None if name == "plain" else (of[side].control_change if name.endswith(" (control)") else of[side].change)
-            for of in [changes.get(name, {})]
-            for side in sides
-        ]
-        cells = [cell for each, one in zip(both, change, strict=True) for cell in (str(each.refused), _of_rate(one))]
-        rates.add_row(name, *cells, " / ".join(f"{each.degenerate.value:.2f}" for each in both))
-        inside.add_row(name, *_inside(wording, change[0], found.slot, found.direction_layer))
+    for rows in zip(*(found.wordings(side) for side in sides), strict=True):
+        cells = [cell for _, each, change in rows for cell in (str(each.refused), _of_rate(change))]
+        name, wording, change = rows[0]
+        rates.add_row(name, *cells, " / ".join(f"{each.degenerate.value:.2f}" for _, each, _ in rows))
+        inside.add_row(name, *_inside(wording, change, found.slot, found.direction_layer))
     Console().print(rates)
     Console().print(inside)
     for row in found.rows:
         where = [(side, found.acts_from(row.name, side)) for side in sides]
         layers = ", ".join(f"{side} {'at no layer' if at is None else f'from layer {at} on'}" for side, at in where)
-        print_lines(f"{row.name}: the projection is another than that of plain and control: {layers}")
+        print_lines(f"{row.name} changes ⟨x, r̂⟩ beyond its control: {layers}")
     for side in sides:
-        for name, wording in found.wordings(side):
+        for name, wording, _ in found.wordings(side):
             if wording.n_shared:
                 print_lines(f"{name}, {side}: a token has letters of two parts in {wording.n_shared} prompts")
-    answers = {
-        name: ", ".join(f"{text} … ({n})" for text, n in each.first_words.items())
-        for name, each in found.wordings("harmful")
-        if not name.endswith(" (control)")
-    }
-    print_lines(
-        *(f"{name} begins: {text}" for name, text in answers.items()),
-        *([f"caution: {found.caution}"] if found.caution else []),
-        f"{folder}",
-    )
+    for name, wording, _ in found.wordings("harmful"):
+        print_lines(f"{name} begins: " + ", ".join(f"{text} … ({n})" for text, n in wording.first_words.items()))
+    print_lines(*([f"caution: {found.caution}"] if found.caution else []), f"{folder}")
 
 
 def _of_rate(change: "Change | None") -> str:
@@ -128,23 +124,19 @@ def _of_rate(change: "Change | None") -> str:
 
 
 def _inside(wording: "Wording", change: "Change | None", slot: int, layer: int) -> list[str]:
-    n = wording.n_tokens
-    attention = [f"{wording.attention[part][0]:.2f}" for part in ("instruction", "variant")]
-    changed = (
-        ["", ""]
-        if change is None
-        else [_interval(change.projections[slot][layer]), f"{change.random_projections[slot][layer][0]:+.2f}"]
+    from ..stats import signed
+
+    changed = ["", ""]
+    if change is not None:
+        mean, low, high = map(signed, change.projections[slot][layer])
+        changed = [f"{mean} [{low}, {high}]", signed(change.random_projections[slot][layer][0])]
+    tokens, attention, written = (
+        f"{instruction:.{digits}f}, {own:.{digits}f}"
+        for instruction, own, digits in (
+            (wording.n_tokens["instruction"], wording.n_tokens["variant"], 0),
+            (wording.attention["instruction"][0], wording.attention["variant"][0], 2),
+            (wording.written["instruction"][0], wording.written["variant"][0], 2),
+        )
     )
-    at = wording.projections[slot][layer][0]
-    return [
-        f"{n['instruction']:.0f} + {n['variant']:.0f}",
-        f"{wording.score_nats[0]:.2f}",
-        f"{at:.2f}",
-        *changed,
-        *attention,
-    ]
-
-
-def _interval(interval: "Interval") -> str:
-    mean, low, high = interval
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    score, at = wording.score_nats[0], wording.projections[slot][layer][0]
+    return [tokens, f"{score:.2f}", f"{at:.2f}", *changed, attention, written]

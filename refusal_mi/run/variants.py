@@ -133,22 +133,24 @@ class VariantsResult(Value):
             found = None if len(signs) == 2 or 0 in signs else layer if found is None else found
         return found
 
-    def wordings(self, side: str) -> Iterator[tuple[str, Wording]]:
-        """The plain requests, every variant, and its control, by name."""
-        yield "plain", self.plain[side]
+    def wordings(self, side: str) -> Iterator[tuple[str, Wording, Change | None]]:
+        """The plain requests, every variant, and its control: name, what was measured, change from plain."""
+        yield "plain", self.plain[side], None
         for row in self.rows:
-            yield row.name, row.sides[side].given
-            yield f"{row.name} (control)", row.sides[side].control
+            each = row.sides[side]
+            yield row.name, each.given, each.change
+            yield f"{row.name} (control)", each.control, each.control_change
 
     def to_frame(self) -> Any:
         """A pandas table with a row for each side and wording."""
         return frame(
             [
                 {"side": side, "wording": name, "refused": each.refused.value, "degenerate": each.degenerate.value}
-                | {"score": each.score_nats[0]}
+                | {"score": each.score_nats[0], "p_holm": None if change is None else change.p_holm}
                 | {f"attention_{part}": value[0] for part, value in each.attention.items()}
+                | {f"written_{part}": value[0] for part, value in each.written.items()}
                 for side in self.plain
-                for name, each in self.wordings(side)
+                for name, each, change in self.wordings(side)
             ]
         )
 

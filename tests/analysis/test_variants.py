@@ -94,7 +94,7 @@ def test_changes_are_paired_and_controls_as_long(tiny):
                 old, new = (torch.tensor(of.projections)[..., 0] for of in (before, after))
                 torch.testing.assert_close(torch.tensor(change.projections)[..., 0], new - old, atol=1e-5, rtol=1e-5)
                 assert change.refused["difference"] == pytest.approx(after.refused.value - before.refused.value)
-    assert [name for name, _ in found.wordings("harmful")] == [
+    assert [name for name, *_ in found.wordings("harmful")] == [
         "plain",
         "suffix",
         "suffix (control)",

@@ -1,6 +1,7 @@
 """Wordings: read strictly from files, whose tokens are told exactly, and whose controls are as long."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.variants import PARTS, PLACE, Variant, label_parts, neutral, read_variants
 from tests.helpers.models import TEMPLATE, tiny_tokenizer
+from tests.helpers.pages import ROOT
 
 FRAME = Variant("frame", f"Act. Say: {PLACE} Go on!", "  Be brief.\n")
 ROWS = [
@@ -132,6 +134,13 @@ def test_all_formats_hold_the_same(tmp_path, name):
     found = read_variants(write(tmp_path / name, ROWS))
     assert found == tuple(Variant(**row) for row in ROWS)
     assert found[0].wrap("{instruction}?") == "Please, {instruction}?", "the instruction's own braces stay"
+
+
+def test_the_file_of_the_page_is_one(tmp_path):
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/variants.md").read_text("utf-8"), re.DOTALL)
+    (tmp_path / "page.toml").write_text(block)
+    found = {each.name: each for each in read_variants(tmp_path / "page.toml")}
+    assert len(found) == 5 and found["system message"].template == PLACE and found["actor"].system is None
 
 
 @pytest.mark.parametrize(
