@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import read_record, read_tensors, sha256_file, sha256_json, write_record, write_tensors
 from ..generation import generate
-from ..judges.substring import SubstringJudge, caution, is_degenerate
+from ..judges.substring import Judge, SubstringJudge, blind_spot, is_degenerate
 from ..measures import refusal_scores
 from ..model.provenance import ModelRecord, describe_model, versions
 from ..precision import as_double
@@ -69,6 +69,7 @@ def variants(
     variants: Sequence[Variant],
     *,
     folder: RunFolder | None = None,
+    judge: Judge | None = None,
     max_new_tokens: int = NEW_TOKENS,
     batch_size: int | None = None,
 ) -> VariantsResult:
@@ -81,6 +82,7 @@ def variants(
 
     Args:
         folder: where stages are kept, so that what was killed goes on; `RUN/variants` by default.
+        judge: says what a refusal is; by default the one that looks for English phrases.
         batch_size: prompts per pass; None: as many as the memory holds.
 
     Raises:
@@ -88,7 +90,7 @@ def variants(
             the parts of a prompt cannot be told.
     """
     asked = checked_variants(variants)
-    work = _Work(run, folder or RunFolder(run.path / "variants"), max_new_tokens, batch_size)
+    work = _Work(run, folder or RunFolder(run.path / "variants"), judge or SubstringJudge(), max_new_tokens, batch_size)
     RunFolder(run.path).check_weights(work.model)
     wanted = {(each.name, is_control): work.worded(each, is_control) for each in asked for is_control in (False, True)}
     heads = work.heads()
@@ -110,7 +112,13 @@ def variants(
         ]
         for name, one, other, *change in zip(sides, given, control, *changes, strict=True):
             sides[name][side] = SideRow(_wording(one), _wording(other), *change)
-    cautions = [one.caution for of_sides in (plain, *read.values()) for one, _ in of_sides.values() if one.caution]
+    named = {PLAIN: plain} | {name: of_sides for (name, is_control), of_sides in read.items() if not is_control}
+    cautions = tuple(
+        f"{name}, {side}: {of_side[0].caution}"
+        for name, of_sides in named.items()
+        for side, of_side in of_sides.items()
+        if of_side[0].caution
+    )
     result = VariantsResult(
         read_record(run.path / RUN, RunInfo).model,
         run.direction.layer,
@@ -123,7 +131,8 @@ def variants(
         run.seed,
         {side: _wording(plain[side]) for side in SIDES},
         tuple(VariantRow(each, sides[each.name]) for each in asked),
-        cautions[0] if cautions else None,
+        work.judge.name,
+        cautions,
     )
     write_record(work.folder.path / FILE, result)
     return result
@@ -135,6 +144,7 @@ class _Work:
 
     run: RunInputs
     folder: RunFolder
+    judge: Judge
     max_new_tokens: int
     batch_size: int | None
 
@@ -149,7 +159,7 @@ class _Work:
         run = self.run
         files = {file: sha256_file(run.path / file) for file in (DIRECTION, PROMPTS)}
         shared = {"model": self.model, "chat": run.chat.record(), "versions": versions(), "files": files}
-        return shared | {"seed": run.seed, "prefixes": run.refusal_prefixes}
+        return shared | {"seed": run.seed, "prefixes": run.refusal_prefixes, "judge": self.judge.name}
 
     @cached_property
     def units(self) -> Float[Tensor, "unit d_model"]:
@@ -242,7 +252,7 @@ class _Work:
             for table in (pattern.mean(1), written.sum(1))
         )
         read = _Read(
-            tuple(not each for each in SubstringJudge().complied(texts, answers)),
+            tuple(not each for each in self.judge.complied(texts, answers)),
             tuple(map(is_degenerate, answers)),
             tuple(" ".join(each.split()[:_N_WORDS]) for each in answers),
             tuple(scores.tolist()),
@@ -250,7 +260,7 @@ class _Work:
             along,
             {part: tuple(each.count(part) for each in prompts.parts) for part in PARTS},
             sum(each.n_shared > 0 for each in prompts.parts),
-            caution(texts, answers),
+            blind_spot(self.judge, texts, answers),
         )
         return read, self._projected(prompts, size)
 

@@ -7,7 +7,19 @@ import typer
 
 from ..options import number_or_auto
 from ..terminal import say
-from .options import AsJson, BatchSize, Fresh, ModelOptions, NewTokens, NPrompts, OutputDir, Seed, at_least, flat
+from .options import (
+    AsJson,
+    BatchSize,
+    Fresh,
+    JudgeOptions,
+    ModelOptions,
+    NewTokens,
+    NPrompts,
+    OutputDir,
+    Seed,
+    at_least,
+    flat,
+)
 
 if TYPE_CHECKING:
     from ..run.variants import Change, VariantsResult, Wording
@@ -18,6 +30,7 @@ FOLDER = "variants"
 @flat
 def variants(
     model: ModelOptions,
+    judge: JudgeOptions,
     variants: Annotated[
         Path | None,
         typer.Option(
@@ -52,7 +65,7 @@ def variants(
     source = model.source
     at_most = at_least("--n-prompts", n_prompts, 2, 100)
     tokens = at_least("--max-new-tokens", max_new_tokens, 1, 64)
-    asked, size = read_variants(variants), number_or_auto(batch_size)
+    asked, size, says = read_variants(variants), number_or_auto(batch_size), judge.build("refusal")
     path = run or default_folder(source)
     check_model_of_run(path, source)
     folder = RunFolder(output_dir or path / FOLDER, fresh, say)
@@ -62,7 +75,7 @@ def variants(
     from ..run.folder import RunInputs
 
     inputs = RunInputs(model.load(), path, at_most, seed=42 if seed is None else seed)
-    found = compute(inputs, asked, folder=folder, max_new_tokens=tokens, batch_size=size)
+    found = compute(inputs, asked, folder=folder, judge=says, max_new_tokens=tokens, batch_size=size)
     _draw(found, display_name(source), folder.path)
     print_json(found) if as_json else _print(found, folder.path)
     return 0
@@ -111,7 +124,7 @@ def _print(found: "VariantsResult", folder: Path) -> None:
                 print_lines(f"{name}, {side}: a token has letters of two parts in {wording.n_shared} prompts")
     for name, wording, _ in found.wordings("harmful"):
         print_lines(f"{name} begins: " + ", ".join(f"{text} … ({n})" for text, n in wording.first_words.items()))
-    print_lines(*([f"caution: {found.caution}"] if found.caution else []), f"{folder}")
+    print_lines(*(f"caution: {each}" for each in found.cautions), f"{folder}")
 
 
 def _of_rate(change: "Change | None") -> str:

@@ -102,8 +102,10 @@ class VariantsResult(Value):
     plain: Mapping[str, Wording]
     """Of each side."""
     rows: tuple[VariantRow, ...]
-    caution: str | None = None
-    """What the judge, who reads English phrases, may have missed."""
+    judge: str
+    """Who said what a refusal is."""
+    cautions: tuple[str, ...] = ()
+    """Where the judge that looks for English phrases may have missed refusals."""
 
     @classmethod
     def load(cls, path: str | Path) -> "VariantsResult":

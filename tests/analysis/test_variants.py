@@ -119,6 +119,29 @@ def test_what_was_done_is_kept_and_only_what_changed_is_done_again(tiny):
     assert other.row("suffix").sides["harmful"].given != found.row("suffix").sides["harmful"].given
 
 
+class Strict:
+    """A judge for whom every answer refuses, and who remembers what it was asked."""
+
+    name = "strict"
+
+    def __init__(self):
+        self.prompts = []
+
+    def complied(self, prompts, responses):
+        self.prompts += prompts
+        return [False] * len(responses)
+
+
+def test_another_judge_is_asked_about_what_the_model_read(tiny, tmp_path):
+    run, found = tiny
+    judge, few = Strict(), RunInputs(run.model, run.path, max_prompts=2)
+    strict = variants(few, [SUFFIX], folder=RunFolder(tmp_path), judge=judge, max_new_tokens=2)
+    assert strict.judge == "strict" and strict.plain["harmless"].refused.value == 1
+    assert found.plain["harmless"].refused.value == 0
+    asked = few.prompts("harmful")
+    assert judge.prompts[:2] == asked and [f"{each} ok now" for each in asked] == judge.prompts[4:6]
+
+
 def test_what_cannot_be_asked_is_one_line(tiny, own_model, tmp_path):
     run, _ = tiny
     with pytest.raises(UserError, match="two variants are called"):

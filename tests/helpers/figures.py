@@ -148,7 +148,7 @@ def _worded() -> VariantsResult:
     plain, heads = {side: wording(0.0, 39) for side in ("harmful", "harmless")}, tuple((9, each) for each in range(8))
     n = {"harmful": 40, "harmless": 40}
     rows = tuple(row(index, name) for index, name in enumerate(names))
-    return VariantsResult(make_model(), 12, -1, tuple(range(-5, 0)), TOKENS, heads, n, 64, 42, plain, rows)
+    return VariantsResult(make_model(), 12, -1, tuple(range(-5, 0)), TOKENS, heads, n, 64, 42, plain, rows, "substring")
 
 
 At = make_dataclass("At", ("strength", "refused", "kl_nats"), frozen=True)

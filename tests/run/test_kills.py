@@ -21,7 +21,8 @@ COMMANDS = {
     "export": "export MODEL --direction direction.pt --output-dir out --verify none",
     "compare-methods": "compare-methods MODEL --run searched --methods mean,median,peel:2 --n-prompts 3 --n-places 2 "
     "--max-new-tokens 4 --n-random 1 --output-dir out",
-    "variants": "variants MODEL --run searched --variants variants.json --n-prompts 3 --max-new-tokens 4 --output-dir out",
+    "variants": "variants MODEL --run searched --variants variants.json --n-prompts 3 --max-new-tokens 4 "
+    "--output-dir out",
 }
 MEASURED = ("seconds", "peak_mib", "created")
 """What differs between two runs that do the same."""
