@@ -35,14 +35,14 @@ MEANINGS: Mapping[str, str] = {
     "layers": f"all, or {LAYER_LIST}: blocks, in caa their outputs, in responses the streams entering them. Default "
     "all.",
     "max_new_tokens": "Of every answer. Default 512, for run on the embedded model 64; in caa 50, in responses, "
-    "localize and compare-methods 64.",
+    "localize, compare-methods and variants 64.",
     "multi": "How several directions are removed. span (default): their span; sequential: one after the other at every "
     "block's input and write, as published, which leaves some of the first (3-8% of its size on the embedded model) "
     "and cannot be exported.",
     "multipliers": "How often the vector is added, such as -1 0 1. Default 1,2,3 in caa test, which subtracts it as "
     "well; -1,0,1 in caa ab.",
     "n_ce": "At most this many texts of each CE set. Default 4096; in combos 256.",
-    "n_prompts": "Prompts a side, at most. Default 128; in localize and compare-methods 100.",
+    "n_prompts": "Prompts a side, at most. Default 128; in localize, compare-methods and variants 100.",
     "n_questions": "Only the first of the questions. Default all; in caa ab 40, and 0 chooses nothing.",
     "n_random": "Random controls of equal size beside the result. Default 1; in combos 3, in localize and "
     "compare-methods 5.",

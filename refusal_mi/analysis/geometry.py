@@ -1,4 +1,4 @@
-"""How the candidate directions lie to each other, how long they are, and how sure: bootstrap and shuffled labels."""
+"""How the candidate directions lie to each other and to the classes, how long they are, and how sure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +13,14 @@ from ..directions import MIN_RELATIVE_NORM
 from ..errors import UserError
 from ..figures import style as draw
 from ..model.points import HookedModel
+from ..progress import track
 from ..reading import template_residuals
 from ..run.folder import RunInputs
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
+from ..values import check_named
 from .result import AnalysisResult, call_with_a_run, prompts_of, provenance_of, template_tokens
+from .separation import MEASURES, class_measures, random_folds
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,6 +36,9 @@ class GeometryResult(AnalysisResult):
         "stability": "mean cosine between a bootstrap direction and the full one",
         "stability_p05": "the same, 5th percentile",
         "shuffled_p95": "|cosine| between a shuffled-label direction and the full one, 95th percentile",
+        "table": "as `separation.MEASURES`: residual stream units, cosines, fractions",
+        "table_null_low": "the same with shuffled labels, 5th percentile",
+        "table_null_high": "the same with shuffled labels, 95th percentile",
     }
 
     cosines: Float[Tensor, "candidate candidate"]
@@ -43,6 +49,11 @@ class GeometryResult(AnalysisResult):
     stability: Float[Tensor, "pos layer"]
     stability_p05: Float[Tensor, "pos layer"]
     shuffled_p95: Float[Tensor, "pos layer"]
+    table: Float[Tensor, "measure pos layer"]
+    """What `separation.class_measures` says of the two classes at every place."""
+    table_null_low: Float[Tensor, "measure pos layer"]
+    table_null_high: Float[Tensor, "measure pos layer"]
+    measures: tuple[str, ...]
     positions: tuple[int, ...]
     position_tokens: tuple[str, ...]
     n_harmful: int
@@ -52,6 +63,11 @@ class GeometryResult(AnalysisResult):
     def __post_init__(self) -> None:
         if self.norms.numel() != len(self.cosines) or len(self.norms) != len(self.positions):
             raise ValueError(f"{len(self.cosines)} candidates do not fill a grid of {tuple(self.norms.shape)}")
+
+    def measure(self, name: str) -> Float[Tensor, "pos layer"]:
+        """One row of the table, such as "silhouette"."""
+        check_named("measure", name, self.measures)
+        return self.table[self.measures.index(name)]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -70,12 +86,14 @@ def direction_geometry(
     seed: int = 0,
     batch_size: int = 32,
 ) -> GeometryResult:
-    """Cosines between all candidates with a null band, their norms, and their self-consistency.
+    """Cosines between all candidates with a null band, their norms, their self-consistency, and a table of the classes.
 
     Neighboring layers share most of their stream, so that even directions of shuffled labels have high cosines
     there: only what exceeds the null band says something about refusal. Bootstrap samples are drawn with replacement
     inside each class. A shuffle puts half of each class on either side, so that nothing of their difference is left
-    (after a plain shuffle, which is never quite balanced, some of it is).
+    (after a plain shuffle, which is never quite balanced, some of it is). The table (`to_frame("table")`) has the norms
+    and cosines of both means and r, signal to noise, purity, silhouette and held-out linear separability of every
+    place, each beside what plain shuffles of the labels give.
 
     Args:
         n_resamples: bootstrap samples, and as many shuffles.
@@ -99,6 +117,7 @@ def direction_geometry(
     shuffled_norms = shuffled.norm(dim=-1)
     again = _cosine(bootstrap, units)
     mixed = _cosine(shuffled, units).abs()
+    table = _table(residuals, len(harmful), n_resamples, seed)
     return GeometryResult(
         _gram(units),
         torch.stack([_gram(_unit(one)).abs() for one in shuffled]).quantile(0.95, dim=0),
@@ -107,6 +126,10 @@ def direction_geometry(
         again.mean(0),
         again.quantile(0.05, dim=0),
         mixed.quantile(0.95, dim=0),
+        table[..., 0],
+        table[..., 1:].quantile(0.05, dim=-1),
+        table[..., 1:].quantile(0.95, dim=-1),
+        MEASURES,
         chat.positions,
         template_tokens(chat),
         len(harmful),
@@ -122,6 +145,20 @@ def from_run(run: RunInputs) -> GeometryResult:
     """The candidates of a run, from its training prompts."""
     harmful, harmless = prompts_of(run, "train").values()
     return direction_geometry(run.model, run.chat, harmful, harmless, seed=run.seed, batch_size=run.batch_size)
+
+
+def _table(
+    residuals: Float[Tensor, "prompt pos layer d_model"], n_harmful: int, n_shuffles: int, seed: int
+) -> Float[Tensor, "measure pos layer labeling"]:
+    """The measures of the true labels, which come first, and of shuffled ones, place by place."""
+    n, n_positions, n_layers, _ = residuals.shape
+    generator = torch.Generator().manual_seed(seed)
+    true = torch.arange(n) < n_harmful
+    labels = torch.stack([true, *(true[torch.randperm(n, generator=generator)] for _ in range(n_shuffles))])
+    folds = random_folds(n, generator)
+    places = [(pos, layer) for pos in range(n_positions) for layer in range(n_layers)]
+    found = [class_measures(residuals[:, pos, layer], labels, folds) for pos, layer in track(places, "two classes")]
+    return torch.stack(found, dim=1).unflatten(1, (n_positions, n_layers))
 
 
 def _weights(n_harmful: int, n_harmless: int, n_resamples: int, seed: int) -> Float[Tensor, "draw prompt"]:
@@ -245,6 +282,35 @@ def plot_lengths(result: GeometryResult, **look: Unpack[draw.Look]) -> go.Figure
     return draw.finish(figure, title=title, about=about, height=360, look=look)
 
 
+_SHOWN = ("cosine of the means", "signal to noise", "purity", "silhouette", "held-out accuracy")
+
+
+def plot_geometry_table(result: GeometryResult, **look: Unpack[draw.Look]) -> go.Figure:
+    """What tells the classes apart at every position, by layer, over the range that shuffled labels give."""
+    layers = _layers(result)
+    figure = draw.panels(list(_SHOWN), gap=0.045, shares_y=False)
+    name = "shuffled labels, 5th to 95th percentile (range over positions)"
+    for column, measure in enumerate(_SHOWN, start=1):
+        place, row = {"row": 1, "col": column}, result.measures.index(measure)
+        low, high = result.table_null_low[row], result.table_null_high[row]
+        there = [layer for layer in layers if not bool(low[:, layer].isnan().all())]
+        if there:
+            least = [low[:, layer].nan_to_num(torch.inf).min().item() for layer in there]
+            most = [high[:, layer].nan_to_num(-torch.inf).max().item() for layer in there]
+            figure.add_trace(draw.band(there, least, most, name, draw.CONTROL), **place)
+            draw.add_line(figure, there, most, name, draw.CONTROL, "shuffled, up to %{y:.3f}", None, **place)
+        for index, (position, style) in enumerate(draw.position_styles(result.positions, result.position_tokens)):
+            hover = f"<b>{measure}</b><br>position {position}, layer %{{x}}<br>%{{y:.3f}}, shuffled %{{customdata}}"
+            limits = zip(low[index].tolist(), high[index].tolist(), strict=True)
+            custom = [f"{draw.number(least, 3)} to {draw.number(most, 3)}" for least, most in limits]
+            values = draw.gaps(result.table[row, index])
+            draw.add_line(figure, layers, values, position, style, hover, custom, **place)
+    draw.layer_axis(figure, "layer")
+    about = draw.subtitle(result.model_name, _counts(result), f"{result.n_resamples} shuffles")
+    title = "The two classes at every place"
+    return draw.finish(figure, title=title, about=about, height=340, look=look)
+
+
 def _layers(result: GeometryResult) -> list[int]:
     return list(range(result.norms.shape[1]))
 
@@ -253,6 +319,11 @@ def _counts(result: GeometryResult) -> str:
     return draw.counted({"harmful": result.n_harmful, "harmless": result.n_harmless})
 
 
-FIGURES = {"geometry": plot_geometry, "geometry_stability": plot_stability, "geometry_lengths": plot_lengths}
+FIGURES = {
+    "geometry": plot_geometry,
+    "geometry_table": plot_geometry_table,
+    "geometry_stability": plot_stability,
+    "geometry_lengths": plot_lengths,
+}
 
 call_with_a_run(__name__)

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UserError, cause
 from ..terminal import printable, say
-from . import analyze, chat, export, judge, localize, methods, run, select, steering
+from . import analyze, chat, export, judge, localize, methods, run, select, steering, variants
 from .config import with_config
 from .shown import plain_command
 
@@ -50,6 +50,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "select": select.select_saved,
     "localize": localize.localize,
     "compare-methods": methods.compare_methods,
+    "variants": variants.variants,
     "analyze": analyze.analyze,
     "plot": analyze.plot,
     "compare": analyze.compare,

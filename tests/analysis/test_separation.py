@@ -3,11 +3,12 @@
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score, silhouette_score
 
 from refusal_mi.analysis.comparison import compare_directions
 from refusal_mi.analysis.geometry import direction_geometry
 from refusal_mi.analysis.probes import area_under_curve, linear_probes
+from refusal_mi.analysis.separation import MEASURES, SHRINKAGE, class_measures, random_folds
 from refusal_mi.errors import UserError
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.cases import FAMILIES, HARMFUL, HARMLESS, grid_of
@@ -66,6 +67,76 @@ def test_resamples_weigh_prompts_as_they_should(llama, n_harmful, n_harmless, mo
     assert exact.norms_null_p95.max() < 1e-5 * exact.norms.min(), "a shuffle keeps nothing of the classes"
     assert noisy.norms_null_p95.min() > 0.1
     assert (noisy.stability - noisy.stability_p05).min() > 1e-3, "the samples differ"
+
+
+def two_classes(n=24, width=12, gap=0.0, seed=0):
+    """Rows far from the origin, of which the first n are moved along one axis, their labels, and folds."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(2 * n, width, generator=generator, dtype=torch.float64) + 3
+    rows[:n, 0] += gap
+    return rows, torch.arange(2 * n) < n, random_folds(2 * n, generator)
+
+
+@pytest.mark.parametrize("width", [12, 90])
+def test_the_table_of_two_classes_is_what_its_formulas_say(width):
+    rows, true, folds = two_classes(width=width, gap=4.0)
+    other = true.roll(12)
+    found = class_measures(rows, torch.stack([true, other]), folds)
+    for column, labels in enumerate((true, other)):
+        plus, minus = rows[labels].mean(0), rows[~labels].mean(0)
+        r, cosine = plus - minus, torch.nn.functional.cosine_similarity
+        rest = r - (r @ minus) / (minus @ minus) * minus
+        said = torch.empty(len(rows), dtype=torch.bool)
+        for fold in folds.unique():
+            x, flags = rows[folds != fold], labels[folds != fold]
+            centred = x - x.mean(0)
+            ridge = SHRINKAGE * centred.square().sum(-1).mean() * torch.eye(width, dtype=torch.float64)
+            delta = x[flags].mean(0) - x[~flags].mean(0)
+            weight = torch.linalg.solve(centred.T @ centred + ridge, delta)
+            middle = (x[flags].mean(0) + x[~flags].mean(0)) @ weight / 2
+            said[folds == fold] = rows[folds == fold] @ weight > middle
+        expected = [plus.norm(), minus.norm(), r.norm(), cosine(plus, minus, dim=0), cosine(r, plus, dim=0)]
+        expected += [cosine(r, minus, dim=0), r.norm() / max(plus.norm(), minus.norm()), rest.norm() / r.norm()]
+        expected += [silhouette_score(rows.numpy(), labels.numpy())]
+        expected += [balanced_accuracy_score(labels.numpy(), said.numpy())]
+        torch.testing.assert_close(found[:, column], torch.tensor(list(map(float, expected)), dtype=torch.float64))
+    assert found[-1, 0] > found[-1, 1] and found[-2, 0] > found[-2, 1]
+
+
+def test_classes_that_do_not_differ_exceed_their_null_as_often_as_chance():
+    above = {"silhouette": 0, "held-out accuracy": 0}
+    for trial in range(100):
+        rows, true, folds = two_classes(n=12, width=6, seed=trial)
+        generator = torch.Generator().manual_seed(trial)
+        shuffled = [true[torch.randperm(len(true), generator=generator)] for _ in range(39)]
+        found = class_measures(rows, torch.stack([true, *shuffled]), folds)
+        for name in above:
+            row = found[MEASURES.index(name)]
+            above[name] += bool(row[0] > row[1:].quantile(0.95))
+    assert all(1 <= count <= 13 for count in above.values()), above
+    rows, true, folds = two_classes(gap=4.0)
+    assert class_measures(rows, true[None], folds)[-1].item() > 0.9, "and one that is there is seen"
+
+
+def test_one_point_has_no_direction_and_is_told_apart_by_chance():
+    rows, true, folds = two_classes()
+    found = dict(zip(MEASURES, class_measures(rows[:1].expand(48, -1), true[None], folds)[:, 0].tolist(), strict=True))
+    assert found["held-out accuracy"] == 0.5 and found["norm of r"] == found["signal to noise"] == 0
+    assert found["purity"] != found["purity"] and found["cosine of the means"] == pytest.approx(1)
+
+
+def test_the_table_sees_a_planted_difference_where_it_can_be_read(llama):
+    model, chat = llama
+    result = direction_geometry(model, chat, MARKED, PLAIN, n_resamples=20)
+    accuracy, row = result.measures.index("held-out accuracy"), 0  # the first template token sees the letter before it
+    assert (result.table[accuracy, row, 1:] > result.table_null_high[accuracy, row, 1:]).all()
+    assert (result.table[accuracy, :, 0] == 0.5).all(), "the template's own token tells nothing"
+    torch.testing.assert_close(result.measure("norm of r"), result.norms, rtol=1e-5, atol=1e-6)
+    frame = result.to_frame("table")
+    assert {"measure", "pos", "layer", "table", "table_null_low", "table_null_high"} == set(frame.columns)
+    assert len(frame) == len(MEASURES) * result.norms.numel()
+    with pytest.raises(UserError, match="did you mean 'silhouette'"):
+        result.measure("silouette")
 
 
 def test_comparison_of_known_directions():

@@ -18,13 +18,16 @@ from refusal_mi.figures.labels import plot_label_scores
 from refusal_mi.figures.localize import plot_front, plot_writes
 from refusal_mi.figures.methods import plot_cost, plot_ratios
 from refusal_mi.figures.scores import plot_norms, plot_score_lines, plot_score_panels, plot_scores
+from refusal_mi.figures.variants import plot_variant_parts, plot_variant_rates, plot_variants
 from refusal_mi.measures import ABPoint, ABSweep, LossResult
 from refusal_mi.run.answers import Effect, SideEffects
+from refusal_mi.run.variants import Change, SideRow, VariantRow, VariantsResult, Wording
 from refusal_mi.search.grid import select
 from refusal_mi.search.thresholds import Thresholds
 from refusal_mi.stats import Rate
+from refusal_mi.text.variants import PARTS, PLACE, Variant
 from tests.helpers.browser import Page
-from tests.helpers.runs import TOKENS, make_scores
+from tests.helpers.runs import TOKENS, make_model, make_scores
 
 MODEL = "Qwen2.5-Coder-0.5B-Instruct"
 
@@ -89,6 +92,9 @@ def _of_runs(**look: Any) -> dict[str, go.Figure]:
         "plot_front": plot_front(*_front(), model=MODEL, n=32, **look),
         "plot_cost": plot_cost(_compared(), model=MODEL, **look),
         "plot_ratios": plot_ratios(_compared(), model=MODEL, **look),
+        "plot_variants": plot_variants(_worded(), model=MODEL, **look),
+        "plot_variant_rates": plot_variant_rates(_worded(), model=MODEL, **look),
+        "plot_variant_parts": plot_variant_parts(_worded(), model=MODEL, **look),
     }
 
 
@@ -119,6 +125,30 @@ def _compared() -> Any:
         rows.append(Method(label, curve, AtMatch(ratio)))
     controls = [Control(name, k, 0.97, 1e-3 * k) for name in ("random", "within harmful") for k in (1, 2, 3)]
     return Compared(rows, controls, 0.05, 40)
+
+
+def _worded() -> VariantsResult:
+    """Five variants of a model of 24 layers, which move the direction more the later they stand."""
+
+    def wording(shift: float, refused: int) -> Wording:
+        along = tuple(((mean := layer * (1 - shift)), mean - 0.5, mean + 0.5) for layer in range(25))
+        flat = tuple((0.1, -0.2, 0.4) for _ in range(25))
+        shares = {part: (0.25, 0.2, 0.3) for part in PARTS}
+        tokens = {part: 12.0 for part in PARTS}
+        rates = Rate(refused, 40), Rate(1, 40)
+        return Wording(*rates, (1.0, 0.5, 1.5), (along,) * 5, (flat,) * 5, shares, shares, tokens, 0, {"I cannot": 9})
+
+    def row(index: int, name: str) -> VariantRow:
+        one, other = wording(0.2 * index, 40 - 9 * index), wording(0.02 * index, 38)
+        change = Change({"difference": -0.1}, 0.5, (0.0, -1.0, 1.0), one.projections, one.random_projections)
+        side = SideRow(one, other, change, change, change)
+        return VariantRow(Variant(name, f"{name} {PLACE}"), {"harmful": side, "harmless": side})
+
+    names = ("polite prefix", "an actor who reads a line", "answer in French", "</script><b>x", "three more requests")
+    plain, heads = {side: wording(0.0, 39) for side in ("harmful", "harmless")}, tuple((9, each) for each in range(8))
+    n = {"harmful": 40, "harmless": 40}
+    rows = tuple(row(index, name) for index, name in enumerate(names))
+    return VariantsResult(make_model(), 12, -1, tuple(range(-5, 0)), TOKENS, heads, n, 64, 42, plain, rows, "substring")
 
 
 At = make_dataclass("At", ("strength", "refused", "kl_nats"), frozen=True)

@@ -62,6 +62,11 @@ _SCENARIO = {
 """(side, label): fraction refused, fraction degenerate."""
 
 
+def make_model() -> ModelRecord:
+    """The model that these runs are of."""
+    return _MODEL
+
+
 def make_scores(*, kl: float = 0.03) -> ScoreGrid:
     """Bypass falls and induce rises toward layer 4, most at the last position; layer 0 has no direction."""
     generator = torch.Generator().manual_seed(0)

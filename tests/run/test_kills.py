@@ -21,6 +21,8 @@ COMMANDS = {
     "export": "export MODEL --direction direction.pt --output-dir out --verify none",
     "compare-methods": "compare-methods MODEL --run searched --methods mean,median,peel:2 --n-prompts 3 --n-places 2 "
     "--max-new-tokens 4 --n-random 1 --output-dir out",
+    "variants": "variants MODEL --run searched --variants variants.json --n-prompts 3 --max-new-tokens 4 "
+    "--output-dir out",
 }
 MEASURED = ("seconds", "peak_mib", "created")
 """What differs between two runs that do the same."""
@@ -40,6 +42,8 @@ def place(tiny_dir, tmp_path_factory):
         {"question": question.format("x" * n), **dict(zip(keys, "AB"[:: (-1) ** n], strict=True))} for n in range(8)
     ]
     (folder / "pairs.json").write_text(json.dumps(pairs))
+    wordings = [{"name": "after", "template": "{instruction} now"}, {"name": "system", "system": "Be kind."}]
+    (folder / "variants.json").write_text(json.dumps(wordings))
     random_direction().save(folder / "direction.pt")
     words = f"{COMMANDS['run'].removesuffix('--output-dir=out')} --steps=directions,selection --output-dir=searched"
     line = [sys.executable, "-m", "refusal_mi", *words.replace("MODEL", str(tiny_dir("gpt2"))).split()]
@@ -99,7 +103,7 @@ def whole(start, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(N_KILLS))
 def test_a_killed_process_is_taken_up_where_it_was(number, start, whole, tmp_path):
-    command = ("run", "caa vectors", "run", "export", "run", "compare-methods")[number % 6]
+    command = ("run", "caa vectors", "run", "export", "run", "compare-methods", "variants")[number % 7]
     expected, seconds = whole(command)
     rng = random.Random(number)
     for _ in range(rng.choice((1, 2))):
