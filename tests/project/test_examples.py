@@ -14,7 +14,7 @@ from tests.helpers.directions import random_direction
 from tests.helpers.naive import ASKS, CHATS
 
 ROOMS = ("directions", "generation", "interventions", "judges.substring", "labels", "measures", "reading")
-ROOMS += ("search.grid", "text.prompts")
+ROOMS += ("conditional", "search.grid", "text.prompts")
 WITHOUT = {
     "find_refusal_tokens": "needs a model that refuses: docs/python.md",
     "discover_refusal_tokens": "the same",
