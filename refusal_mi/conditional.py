@@ -130,7 +130,7 @@ class Verdicts:
         self.unit = Constant(condition.direction.unit)
         self.of_rows: Bool[Tensor, " batch"] | None = None
 
-    def __call__(self, activation: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+    def __call__(self, activation: Float[Tensor, "batch pos d_model"], hook: Any) -> Any:
         n_rows, n_columns = activation.shape[:2]
         width = torch.as_tensor(n_columns if self.prompt_width is None else self.prompt_width, device=activation.device)
         if n_columns < int(width.max()):  # a step of cached generation
