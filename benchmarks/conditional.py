@@ -1,6 +1,7 @@
 """Refusals under conditional and unconditional steering of the embedded model: `python -m benchmarks.conditional`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -61,8 +62,8 @@ class Bench:
         """Side -> whether each held-out prompt meets a condition."""
         return {side: condition.holds(self.projections(condition.direction, side)).tolist() for side in SIDES}
 
-    def projections(self, direction: Direction, side: str) -> Tensor:
-        streams = template_residuals(self.model, self.chat, self.prompts[side, "test"], layers=[READ], n_last=1)
+    def projections(self, direction: Direction, side: str, part: str = "test") -> Tensor:
+        streams = template_residuals(self.model, self.chat, self.prompts[side, part], layers=[READ], n_last=1)
         return streams[:, 0, 0].double() @ direction.unit
 
     def shuffled(self, seed: int) -> tuple[list[str], list[str]]:
@@ -114,11 +115,13 @@ Control = tuple[Condition, dict[str, list[bool]]]
 
 
 def controls(bench: Bench) -> tuple[list[Control], list[Control]]:
-    """Conditions along random directions, and along the direction with thresholds of shuffled labels."""
+    """Conditions along random directions turned to the harmful side, and along the direction from shuffled labels."""
     found: tuple[list[Control], list[Control]] = ([], [])
     for seed in range(N_CONTROLS):
-        random = bench.read.random_like(seed)
         sides = [bench.prompts[side, "val"] for side in SIDES]
+        random = bench.read.random_like(seed)
+        means = [bench.projections(random, side, "val").mean() for side in SIDES]
+        random = random if means[0] > means[1] else replace(random, vector=-random.vector)
         for kept, direction, groups in ((found[0], random, sides), (found[1], bench.read, bench.shuffled(seed))):
             condition = bench.learned(direction, *groups).condition
             kept.append((condition, bench.meets(condition)))

@@ -226,7 +226,7 @@ def plot_trace(result: TraceResult, **look: Unpack[draw.Look]) -> go.Figure:
             figure.add_trace(trace, row=2, col=column)
         _mark_start(figure, **place)
         draw.cut_line(figure, 0.5, row=2, col=column)
-        figure.update_xaxes(title=None, row=1, col=column)
+        figure.update_xaxes(title=None, tick0=None, dtick=None, row=1, col=column)
         figure.update_xaxes(title=_TOKEN, tick0=0, dtick=1, row=2, col=column)
     figure.update_annotations(font_size=13)
     figure.update_yaxes(title=_UNIT, row=1, col=1)
