@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
+    from .conditional import Condition as Condition
+    from .conditional import Conditional as Conditional
+    from .conditional import learn_threshold as learn_threshold
+    from .conditional import separation as separation
     from .directions import ActivationMeans as ActivationMeans
     from .directions import Direction as Direction
     from .directions import DirectionGrid as DirectionGrid
@@ -70,6 +74,8 @@ _HOME = {
     "Add": "interventions",
     "Affine": "interventions",
     "ChatFormat": "text.chat",
+    "Condition": "conditional",
+    "Conditional": "conditional",
     "Direction": "directions",
     "DirectionGrid": "directions",
     "Estimator": "directions",
@@ -95,6 +101,7 @@ _HOME = {
     "judge_named": "judges.named",
     "kl_nats": "measures",
     "label_prompts": "labels",
+    "learn_threshold": "conditional",
     "load_model": "model.loading",
     "load_prompts": "text.prompts",
     "load_run": "loaded",
@@ -108,6 +115,7 @@ _HOME = {
     "sample_activations": "reading",
     "sees_prompts": "estimators.samples",
     "select": "search.grid",
+    "separation": "conditional",
     "sweep": "search.sweep",
     "zero_point": "labels",
 }

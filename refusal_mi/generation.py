@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .engine.jobs import Engine
 from .errors import UserError
-from .interventions import Interventions, all_hooks, as_interventions
-from .model.points import HookedModel, check_raw_basis, model_device, stop_token_ids
+from .interventions import Interventions, KeepsRows, all_hooks, as_interventions
+from .model.points import Hook, HookedModel, check_raw_basis, model_device, stop_token_ids
 from .model.running import Sampling as Sampling
 from .model.running import check_fits, continued, keep_rows_, last_logits, prefix_logits_and_cache, running
 from .precision import finite, told
@@ -99,7 +99,7 @@ def generate(
             first: Sequence[Tensor | None] = [None] * len(indices)
             with running(model, hooks):
                 if sampling is None and use_kv_cache:
-                    new_ids, logits = _greedy(model, batch, room, stops)
+                    new_ids, logits = _greedy(model, batch, room, stops, hooks)
                     first = list(logits.cpu()) if keep_first_logits else first
                 else:
                     new_ids = continued(model, batch, room, stops, sampling, use_kv_cache=use_kv_cache).tolist()
@@ -207,7 +207,7 @@ def discover_response_prefix(
 
 
 def _greedy(
-    model: HookedModel, batch: TokenBatch, max_new_tokens: int, stops: tuple[int, ...]
+    model: HookedModel, batch: TokenBatch, max_new_tokens: int, stops: tuple[int, ...], hooks: Sequence[Hook]
 ) -> tuple[list[list[int]], Float[Tensor, "batch d_vocab"]]:
     """New ids of every row, up to its stop token; rows that have ended do not run on for the others' sake.
 
@@ -231,6 +231,9 @@ def _greedy(
             lines = torch.tensor(going_on, device=latest.device)
             live, latest, mask = [live[line] for line in going_on], latest[lines], mask[lines]
             keep_rows_(past, lines)
+            for _, hook in hooks:
+                if isinstance(hook, KeepsRows):
+                    hook.keep_rows_(lines)
         tokens, mask = latest[:, None], torch.nn.functional.pad(mask, (0, 1), value=1)
     assert first is not None
     return answers, first

@@ -49,6 +49,13 @@ class Intervention(Protocol):
     def hooks(self, model: HookedModel, prompt_width: PromptWidth = None) -> list[Hook]: ...
 
 
+@runtime_checkable
+class KeepsRows(Protocol):
+    """A hook that remembers something of every row of its batch, and is told which rows go on where others end."""
+
+    def keep_rows_(self, rows: Int[Tensor, " kept"]) -> None: ...
+
+
 Interventions = Intervention | Iterable[Intervention]
 """One, or several in the order in which they act."""
 

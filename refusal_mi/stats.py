@@ -135,6 +135,64 @@ class Paired:
         return f"{signed(self.difference)} [{signed(low)}, {signed(high)}], p {p_text(self.p_value)}"
 
 
+@dataclass(frozen=True)
+class AUC:
+    """The probability that a value of one group exceeds one of another, ties half, with its 95% interval."""
+
+    value: float
+    n_positive: int
+    n_negative: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 1 or min(self.n_positive, self.n_negative) < 1:
+            sizes = f"groups of {self.n_positive} and {self.n_negative}"
+            raise ValueError(f"an AUC needs a value of 0 to 1 and both groups, not {self.value} of {sizes}")
+
+    @classmethod
+    def of(cls, positive: Sequence[float], negative: Sequence[float]) -> "AUC":
+        """Mann and Whitney's U over the number of pairs.
+
+        Raises:
+            ValueError: a group is empty.
+        """
+        pairs = [(a > b) + (a == b) / 2 for a in positive for b in negative]
+        return cls(math.fsum(pairs) / max(1, len(pairs)), len(positive), len(negative))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Newcombe (2006, method 5): a score interval, which has a width also at 0 and 1.
+
+        Over normal groups of 10 to 100 and values of 0.6 to 0.99 it covers 94 to 99%.
+        """
+        return self._limit(0.0), self._limit(1.0)
+
+    def _limit(self, end: float) -> float:
+        """The value between the estimate and an end, at which the estimate is just not surprising, by halving."""
+        inside, outside = self.value, end
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            if abs(self.value - middle) <= _Z * self._error(middle):
+                inside = middle
+            else:
+                outside = middle
+        return inside
+
+    def _error(self, value: float) -> float:
+        """Standard error of U, Hanley and McNeil's with the mean of both sizes, if this were the true value."""
+        rest = 1 - value
+        more = 1 + ((self.n_positive + self.n_negative) / 2 - 1) * (rest / (2 - value) + value / (1 + value))
+        return math.sqrt(value * rest * more / (self.n_positive * self.n_negative))
+
+    def describe(self) -> dict[str, float | int]:
+        """The value, its interval and both sizes as JSON values."""
+        low, high = self.interval
+        return {"auc": self.value, "low": low, "high": high, **{k: v for k, v in asdict(self).items() if k != "value"}}
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def signed(value: float, decimals: int = 2) -> str:
     """A difference with its sign; none before zero."""
     text = f"{value:+.{decimals}f}"

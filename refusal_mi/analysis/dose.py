@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Unpack, get_args
+from typing import Any, ClassVar, Literal, Unpack, get_args
 
 import plotly.graph_objects as go
 import torch
@@ -56,6 +56,7 @@ class DoseResult(AnalysisResult):
         "degenerate": "1 degenerate text, 0 not",
         "kl": "next-token KL(plain ‖ changed) (nats)",
         "ce_loss": "nats per token",
+        "stream_norm": "residual stream units",
     }
 
     coefficients: tuple[float, ...]
@@ -68,6 +69,8 @@ class DoseResult(AnalysisResult):
     """"add" and "ablate" -> `[direction amount]`."""
     norm: float
     """Length of the raw direction and of the random ones."""
+    stream_norm: float | None = None
+    """Mean norm of the stream at the layer, over the tokens of plain texts but the first; None without texts."""
 
     def __post_init__(self) -> None:
         for curve, table in self.scores.items():
@@ -84,6 +87,28 @@ class DoseResult(AnalysisResult):
     def amounts(self, curve: str) -> tuple[float, ...]:
         """The x axis of a curve."""
         return self.coefficients if curve.startswith("add") else self.strengths
+
+    def shares(self, curve: str) -> list[float | None]:
+        """‖c·r‖ / mean ‖h‖ at every amount, a dose that compares across models and layers; None of ablations."""
+        if self.stream_norm is None or not curve.startswith("add"):
+            return [None] * len(self.amounts(curve))
+        return [abs(amount) * self.norm / self.stream_norm for amount in self.amounts(curve)]
+
+    def to_frame(self, field: str | None = None) -> Any:
+        """A pandas table of one measure, scores by default, with a row for each direction, amount and prompt.
+
+        "share" is the dose as a fraction of the stream's norm (`shares`), direction 0 the one in question.
+
+        Raises:
+            UserError: there is no such measure, or pandas is not installed.
+        """
+        table = super().to_frame(field)
+        index, curves = table.pop("axis 1"), table["of"]
+        places = list(zip(curves, index, strict=True))
+        table.insert(1, "direction", table.pop("axis 0"))
+        table.insert(2, "amount", [self.amounts(curve)[at] for curve, at in places])
+        table.insert(3, "share", [self.shares(curve)[at] for curve, at in places])
+        return table.rename(columns={"axis 2": "prompt"})
 
     def band(self, measure: Measure, curve: str, direction: int = 0) -> list[tuple[float, float, float] | None]:
         """(mean, low, high) at every amount: 95% intervals, Wilson's of rates and Student's of means; None if unread.
@@ -212,6 +237,7 @@ def dose_response(
         tables["kl"],
         losses,
         direction.norm,
+        reader.stream_norm(direction.layer),
         provenance=provenance_of(model, chat, prompts, settings),
     )
 
@@ -288,18 +314,34 @@ def plot_dose(result: DoseResult, **look: Unpack[draw.Look]) -> go.Figure:
     if has_loss:
         _draw_loss(figure, result, len(rows) + 1)
     last = len(rows) + has_loss
-    figure.update_xaxes(title="coefficient (raw direction lengths)", row=last, col=1)
+    figure.update_xaxes(**_dose_axis(result), row=last, col=1)
     figure.update_xaxes(title="strength (fraction removed)", row=last, col=2)
     figure.update_annotations(font_size=13)
     about = draw.subtitle(
         result.model_name,
         f"‖r‖ = {result.norm:.3g}",
+        f"mean ‖h‖ = {result.stream_norm:.3g}" if result.stream_norm else "",
         "95% intervals",
         f"{result.n_random} random directions of equal norm (mean and range)",
         _z_note(result),
     )
     title = "Dose and response"
     return draw.finish(figure, title=title, about=about, height=175 * last, look=look)
+
+
+def _dose_axis(result: DoseResult) -> dict[str, Any]:
+    """Coefficients, and below each its share of the stream's norm."""
+    title = "coefficient (raw direction lengths)"
+    if result.stream_norm is None:
+        return {"title": title}
+    amounts = [each for each in zip(result.coefficients, result.shares("add"), strict=True)]
+    whole = [each for each in amounts if float(each[0]).is_integer()] or amounts
+    labels = [f"{amount:g}<br>{share:.2f}".replace("-", "−") for amount, share in whole]
+    return {
+        "title": f"{title}; below: ‖c·r‖ / mean ‖h‖ of plain text",
+        "tickvals": [amount for amount, _ in whole],
+        "ticktext": labels,
+    }
 
 
 def _draw(

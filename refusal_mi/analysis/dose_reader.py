@@ -10,7 +10,10 @@ from ..generation import generate
 from ..interventions import Intervention
 from ..judges.substring import Judge, is_degenerate
 from ..measures import RefusalTokens, ScoredText, ce_loss, kl_nats, next_token_logits, refusal_scores
-from ..model.points import HookedModel
+from ..model.points import HookedModel, resid_hook
+from ..model.running import batches
+from ..precision import as_double
+from ..reading import captured
 from ..text.chat import ChatFormat
 
 
@@ -41,6 +44,21 @@ class DoseReader:
             is_whole: with answers and CE loss; NaN without.
         """
         return self.plain if intervention is None else self._measure((intervention,), is_whole)
+
+    def stream_norm(self, layer: int) -> float | None:
+        """Mean norm of the plain model's stream entering a layer, over all tokens of the texts that are predicted.
+
+        Their first tokens are left out: many models keep a stream there that is far longer than all others.
+        """
+        if not self.texts:
+            return None
+        rows, name = [text.token_ids for text in self.texts], resid_hook(layer, self.model.cfg.n_layers)
+        total, size = 0.0, max(1, self.batch_size // 4)
+        n_tokens = [len(text.token_ids) - text.first for text in self.texts]
+        for indices, batch in batches(self.model, rows, self.chat.pad_id, size, description="norms", is_shown=False):
+            norms = captured(self.model, batch, {name: lambda stream: as_double(stream).norm(dim=-1)})[name]
+            total += sum(float(row[-n_tokens[index] :].sum()) for index, row in zip(indices, norms, strict=True))
+        return total / sum(n_tokens)
 
     def _measure(
         self, interventions: Sequence[Intervention], is_whole: bool = True

@@ -8,6 +8,7 @@ import circuitsvis
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
+from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..directions import Direction, check_in_stream
@@ -25,12 +26,16 @@ from ..text.chat import ChatFormat
 from ..text.given import Groups, as_groups
 from .result import AnalysisResult, call_with_a_run, each_group, prompts_of, provenance_of
 
-N_PROMPTS, RUN_TOKENS = 8, 40
+N_PROMPTS, RUN_TOKENS = 24, 40
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TraceResult(AnalysisResult):
-    """Projection of the stream on a unit direction at every token of answers, under several conditions."""
+    """Projection of the stream on a unit direction at every token of answers, under several conditions.
+
+    The stream is the one that enters `layer`, after the interventions of the condition have acted on it: an ablation of
+    all writes leaves 0 there, and an addition at this layer is in it.
+    """
 
     kind: ClassVar[str] = "trace"
     units: ClassVar[Mapping[str, str]] = {"values": "residual stream units along the unit direction"}
@@ -46,6 +51,8 @@ class TraceResult(AnalysisResult):
     values: Float[Tensor, "condition prompt token"]
     """float64; NaN after the end of an answer."""
     layer: int
+    controls: tuple[str, ...] = ()
+    """The conditions that are controls."""
 
     def __post_init__(self) -> None:
         lengths = [[len(row) for row in rows] for rows in self.tokens]
@@ -74,6 +81,7 @@ def trace_generation(
     layer: int | None = None,
     max_new_tokens: int = 40,
     batch_size: int = 8,
+    seed: int = 0,
 ) -> TraceResult:
     """⟨x, r̂⟩ where each token of a greedy answer is read, after the interventions of each condition.
 
@@ -81,8 +89,10 @@ def trace_generation(
 
     Args:
         groups: name -> instructions.
-        conditions: name -> interventions; by default plain, the direction ablated, and the direction added.
+        conditions: name -> interventions; by default plain, the direction ablated, the direction added, and as
+            controls a random direction of the same norm ablated and added.
         layer: the stream that is projected; the direction's own by default.
+        seed: of the random direction.
 
     Raises:
         UserError: a group has no prompts, or there is no such layer.
@@ -91,13 +101,16 @@ def trace_generation(
     groups = as_groups(groups)
     if not groups or not all(groups.values()):
         raise UserError("trace_generation needs at least one prompt in every group")
+    controls: dict[str, Interventions] = {}
     if conditions is None:
+        random = direction.random_like(seed)
         conditions = {"plain": (), "ablated": (Ablate(direction),), "added": (Add(direction),)}
+        controls = {"random ablated": (Ablate(random),), "random added": (Add(random),)}
     layer = direction.layer if layer is None else layer
     hook_name = resid_hook(layer, model.cfg.n_layers)
     prompts = [text for texts in groups.values() for text in texts]
     traces = {}
-    for name, change in conditions.items():
+    for name, change in {**conditions, **controls}.items():
         interventions = as_interventions(change)
         answers = generate(
             model,
@@ -125,15 +138,24 @@ def trace_generation(
         tokens,
         values,
         layer,
-        provenance=provenance_of(model, chat, groups, {"direction": direction.describe(), "layer": layer}),
+        tuple(controls),
+        provenance=provenance_of(
+            model, chat, groups, {"direction": direction.describe(), "hook_name": hook_name, "seed": seed}
+        ),
     )
 
 
 def from_run(run: RunInputs) -> TraceResult:
-    """A few held-out prompts of each side: plain, with the chosen direction ablated, and with it added."""
+    """Held-out prompts of each side: plain, with the chosen direction ablated and added, and with a random one."""
     groups = prompts_of(run, n=N_PROMPTS)
     return trace_generation(
-        run.model, run.chat, run.direction, groups, max_new_tokens=RUN_TOKENS, batch_size=run.batch_size
+        run.model,
+        run.chat,
+        run.direction,
+        groups,
+        max_new_tokens=RUN_TOKENS,
+        batch_size=run.batch_size,
+        seed=run.seed,
     )
 
 
@@ -163,34 +185,67 @@ def _read(
 
 
 _UNIT = "⟨x, r̂⟩ (residual stream units)"
+_TOKEN = "token of the answer (template tokens up to 0)"
 _MAX_VIEWS = 12
 
 
 def plot_trace(result: TraceResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Mean ± SD of the projection at every token of the answer, one panel a group; the template's tokens come first."""
+    """Mean ± SD of the projection at every token, over how many answers are that long, one panel a group.
+
+    The template's tokens come first; controls have no band.
+    """
     groups = list(dict.fromkeys(result.groups))
-    figure = draw.panels([f"<b>{draw.plain(group)} prompts</b> (n = {result.groups.count(group)})" for group in groups])
+    titles = [f"<b>{draw.plain(group)} prompts</b> (n = {result.groups.count(group)})" for group in groups]
+    figure = make_subplots(
+        2,
+        len(groups),
+        subplot_titles=[*titles, *[""] * len(groups)],
+        shared_xaxes=True,
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        vertical_spacing=0.05,
+        row_heights=[0.75, 0.25],
+    )
     x = [index - result.n_template + 1 for index in range(result.values.shape[-1])]
     for column, group in enumerate(groups, start=1):
         place = {"row": 1, "col": column}
-        for index, condition in enumerate(result.conditions):
+        for condition, style in _styles(result).items():
             name = draw.plain(condition)
             mean, sd, count = result.means(condition, group)
             shown = int((count > 0).sum())
-            low, high = (mean - sd)[:shown].tolist(), (mean + sd)[:shown].tolist()
-            figure.add_trace(draw.band(x[:shown], low, high, name, draw.other_style(index)), **place)
-            hover = f"<b>{name}</b>, token %{{x}}<br>%{{y:.3f}}, %{{customdata:.0f}} answers<extra></extra>"
             means, counts = mean[:shown].tolist(), count[:shown].tolist()
-            trace = draw.line(x[:shown], means, name, draw.other_style(index), customdata=counts, hovertemplate=hover)
+            if condition not in result.controls:
+                low, high = (mean - sd)[:shown].tolist(), (mean + sd)[:shown].tolist()
+                figure.add_trace(draw.band(x[:shown], low, high, name, style), **place)
+            hover = f"<b>{name}</b>, token %{{x}}<br>%{{y:.3f}}, %{{customdata:.0f}} answers<extra></extra>"
+            trace = draw.line(x[:shown], means, name, style, customdata=counts, hovertemplate=hover)
             trace.marker.size = 5
             figure.add_trace(trace, **place)
+            hover = f"<b>{name}</b>, token %{{x}}<br>%{{y:.0f}} answers are that long<extra></extra>"
+            trace = draw.line(x, count.tolist(), name, style, mode="lines", showlegend=False, hovertemplate=hover)
+            figure.add_trace(trace, row=2, col=column)
         _mark_start(figure, **place)
+        draw.cut_line(figure, 0.5, row=2, col=column)
+        figure.update_xaxes(title=None, tick0=None, dtick=None, row=1, col=column)
+        figure.update_xaxes(title=_TOKEN, tick0=0, dtick=1, row=2, col=column)
+    figure.update_annotations(font_size=13)
     figure.update_yaxes(title=_UNIT, row=1, col=1)
+    figure.update_yaxes(title="answers", rangemode="tozero", row=2, col=1)
     about = draw.subtitle(
-        result.model_name, f"stream entering layer {result.layer}", "bands: ± 1 SD over the answers that long"
+        result.model_name,
+        f"stream entering layer {result.layer}, after the intervention",
+        "bands: ± 1 SD over the answers that long",
+        "random: of the same norm" if result.controls else "",
     )
     title = "The direction through the answer"
-    return draw.finish(figure, title=title, about=about, height=360, look=look)
+    return draw.finish(figure, title=title, about=about, height=460, look=look)
+
+
+def _styles(result: TraceResult) -> dict[str, draw.SeriesStyle]:
+    """The look of every condition."""
+    own = [name for name in result.conditions if name not in result.controls]
+    styles = {name: draw.other_style(index) for index, name in enumerate(own)}
+    return styles | {name: draw.control_style(index) for index, name in enumerate(result.controls)}
 
 
 def trace_page(result: TraceResult) -> Page:
@@ -214,6 +269,7 @@ def trace_page(result: TraceResult) -> Page:
 def plot_trace_single(result: TraceResult, **look: Unpack[draw.Look]) -> go.Figure:
     """The projection at every token of the first prompt's answers, with the tokens on hover."""
     figure = go.Figure()
+    styles = _styles(result)
     for index, condition in enumerate(result.conditions):
         tokens = result.tokens[index][0]
         x = [place - result.n_template + 1 for place in range(len(tokens))]
@@ -221,7 +277,7 @@ def plot_trace_single(result: TraceResult, **look: Unpack[draw.Look]) -> go.Figu
         labels = [draw.shortened(draw.token_text(token)) for token in tokens]
         name = draw.plain(condition)
         hover = f"<b>{name}</b>, token %{{x}} '%{{customdata}}'<br>%{{y:.3f}}"
-        draw.add_line(figure, x, y, name, draw.other_style(index), hover, labels)
+        draw.add_line(figure, x, y, name, styles[condition], hover, labels)
     _mark_start(figure)
     figure.update_yaxes(title=_UNIT)
     about = (
@@ -236,7 +292,7 @@ def _mark_start(figure: go.Figure, **place: int) -> None:
     """Zero, and where the answer begins."""
     draw.zero_line(figure, **place)
     draw.cut_line(figure, 0.5, **place)
-    figure.update_xaxes(title="token of the answer (template tokens up to 0)", tick0=0, dtick=1, **place)
+    figure.update_xaxes(title=_TOKEN, tick0=0, dtick=1, **place)
 
 
 FIGURES = {"trace": plot_trace, "trace_single": plot_trace_single, "trace_tokens": trace_page}

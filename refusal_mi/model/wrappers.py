@@ -190,15 +190,16 @@ def _has_hooks(module: nn.Module) -> bool:
     hooks = [hook for kind in kinds for hook in kind.values() if not isinstance(hook, Rounded)]
     if not hooks:
         return False
-    return hasattr(module, "fwd_hooks") or not all(_module_of(hook).startswith(OWN_HOOKS) for hook in hooks)
+    return hasattr(module, "fwd_hooks") or not all(module_of(hook).startswith(OWN_HOOKS) for hook in hooks)
 
 
 def _is_ours(function: Any) -> bool:
     """Whether a hook is this package's, which reads and changes its activation and does nothing else."""
-    return _module_of(function).startswith("refusal_mi.")
+    return module_of(function).startswith("refusal_mi.")
 
 
-def _module_of(function: Any) -> str:
+def module_of(function: Any) -> str:
+    """Where a hook was written."""
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__module__", ""))

@@ -141,6 +141,39 @@ def test_the_control_is_a_band_over_random_directions(tiny_model) -> None:
     assert "z = " in figures(result)["dose"].layout.title.subtitle.text
 
 
+@pytest.mark.parametrize("family", first_is_fast(["llama", "gpt2"]))
+def test_a_dose_is_also_a_share_of_the_stream_on_plain_text(family: str, tiny_model, plain_model, tmp_path) -> None:
+    model, hf = tiny_model(family), plain_model(family)
+    chat, direction = ChatFormat(model.tokenizer), random_direction(layer=3)
+    texts = texts_to_score(chat, ["Some plain words.", "And more of them, as long as it takes.", "x y"])
+    settings = {"coefficients": (-2.0, 0.0, 1.0), "strengths": (1.0,), "n_random": 1, "max_new_tokens": None}
+    result = dose_response(model, chat, direction, HARMFUL, HARMLESS, TOKENS, texts=texts, batch_size=8, **settings)
+    norms = []
+    for text in texts:
+        with torch.no_grad():
+            states = hf(torch.tensor([text.token_ids]), output_hidden_states=True).hidden_states
+        norms += states[3][0, 1:].double().norm(dim=-1).tolist()
+    assert result.stream_norm == pytest.approx(statistics.mean(norms), rel=1e-5)
+    share = direction.norm / statistics.mean(norms)
+    assert result.shares("add/harmful") == pytest.approx([2 * share, 0, share], rel=1e-5)
+    assert result.shares("ablate/harmful") == [None]
+    table = result.to_frame()
+    assert list(table.columns) == ["of", "direction", "amount", "share", "prompt", "scores"]
+    row = table.query("of == 'add/harmless' and direction == 1 and amount == -2 and prompt == 2").iloc[0]
+    assert row.scores == result.scores["add/harmless"][1, 0, 2] and row.share == pytest.approx(2 * share)
+    assert table[table.of == "ablate/harmful"].share.isna().all()
+    assert list(result.to_frame("ce_loss").columns) == ["of", "direction", "amount", "share", "ce_loss"]
+
+    def ticks(drawn) -> list[str]:
+        return [text for axis in figures(drawn)["dose"].select_xaxes() for text in axis.ticktext or ()]
+
+    assert ticks(result) == [f"−2<br>{2 * share:.2f}", "0<br>0.00", f"1<br>{share:.2f}"]
+    without = replace(result, stream_norm=None)
+    without.save(tmp_path / "dose.json")
+    assert load_result(tmp_path / "dose.json").shares("add") == [None] * 3
+    assert ticks(without) == []
+
+
 def test_both_sides_are_needed(tiny_model) -> None:
     model = tiny_model("llama")
     with pytest.raises(UserError, match="both sides"):

@@ -36,6 +36,29 @@ def test_values_are_projections_at_the_tokens_of_the_answer(tiny_model, family: 
     assert ablated[~ablated.isnan()].abs().max() < 1e-5 < 0.1 < plain[~plain.isnan()].abs().max()
 
 
+def test_each_condition_moves_the_projection_by_what_it_does_and_a_random_direction_by_little(tiny_model) -> None:
+    model = tiny_model("llama")
+    chat, direction = ChatFormat(model.tokenizer), random_direction()
+    result = trace_generation(model, chat, direction, GROUPS, max_new_tokens=4, seed=3)
+    assert result.conditions[3:] == result.controls == ("random ablated", "random added")
+    random = direction.random_like(3)
+    assert random.norm == pytest.approx(direction.norm)
+    template = dict(zip(result.conditions, result.values[..., : result.n_template], strict=True))
+    along = (random.vector.double() @ direction.unit).item()
+    for name, moved in (("added", direction.norm), ("random added", along)):
+        expected = torch.full_like(template["plain"], moved)
+        torch.testing.assert_close(template[name] - template["plain"], expected, atol=1e-4, rtol=0)
+    assert abs(along) < direction.norm / 2
+    assert template["ablated"].abs().max() < 1e-5 < 0.1 < template["random ablated"].abs().max()
+    seeds = [trace_generation(model, chat, direction, GROUPS, max_new_tokens=1, seed=seed) for seed in (3, 4)]
+    assert torch.equal(seeds[0].values[:3], seeds[1].values[:3]) and not torch.equal(seeds[0].values, seeds[1].values)
+    figure = figures(result)["trace"]
+    counts = [trace for trace in figure.data if trace.yaxis in ("y3", "y4") and trace.name == "added"]
+    of_group = {group: result.means("added", group)[2].tolist() for group in GROUPS}
+    assert [list(trace.y) for trace in counts] == list(of_group.values())
+    assert [max(trace.y) for trace in counts] == [len(prompts) for prompts in GROUPS.values()]
+
+
 def test_means_leave_out_answers_that_have_ended(tiny_model, tmp_path) -> None:
     model = tiny_model("llama")
     chat, direction = ChatFormat(model.tokenizer), random_direction()

@@ -25,6 +25,7 @@ from refusal_mi.analysis.trace import trace_generation
 from refusal_mi.analysis.weights import weight_alignment
 from refusal_mi.directions import DirectionGrid, difference_in_means
 from refusal_mi.interventions import Ablate, Add
+from refusal_mi.measures import texts_to_score
 from refusal_mi.reading import mean_activations
 from refusal_mi.text.chat import ChatFormat
 
@@ -96,7 +97,7 @@ def analyses(model: Any, batch_size: int = 16, words: Words = PLAIN_WORDS) -> di
         ),
         "dose": lambda: dose_response(
             model, chat, direction, *sides, tokens, coefficients=(0.0, 1.0), strengths=(1.0,), n_random=3,
-            n_random_answered=1, max_new_tokens=2, **size
+            n_random_answered=1, max_new_tokens=2, texts=texts_to_score(chat, harmless[3:5]), **size
         ),
         "trace": lambda: trace_generation(
             model, chat, direction, groups, conditions=conditions, max_new_tokens=2, **size

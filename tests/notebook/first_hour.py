@@ -41,6 +41,12 @@ generate(model, chat, "Describe a kite.", interventions=Add(direction), max_new_
 control = direction.random_like(seed=0)
 generate(model, chat, "Wreck a factory.", interventions=[Ablate(control)], max_new_tokens=12)[0].text
 # %%
+learned = learn_threshold(model, chat, direction, harmful, harmless)
+learned.on_validation
+# %%
+only_there = Conditional(Add(direction), learned.condition)
+generate(model, chat, ["Describe a kite.", "Wreck a factory."], interventions=only_there, max_new_tokens=4)
+# %%
 import torch
 
 mine = Direction.of(torch.randn(model.cfg.d_model), layer=3)

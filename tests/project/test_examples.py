@@ -15,7 +15,8 @@ from tests.helpers.directions import random_direction
 from tests.helpers.naive import ASKS, CHATS
 
 ROOMS = ("directions", "generation", "interventions", "judges.substring", "labels", "measures", "reading")
-ROOMS += ("judges.agreement", "judges.evade", "judges.named", "judges.strongreject", "search.grid", "text.prompts")
+ROOMS += ("conditional", "judges.agreement", "judges.evade", "judges.named", "judges.strongreject", "search.grid")
+ROOMS += ("text.prompts",)
 WITHOUT = {
     "find_refusal_tokens": "needs a model that refuses: docs/python.md",
     "discover_refusal_tokens": "the same",

@@ -19,6 +19,7 @@ import refusal_mi
 from refusal_mi.analysis import KINDS
 from refusal_mi.estimators import rdo
 from refusal_mi.interventions import Ablate
+from refusal_mi.judges.substring import is_refusal
 from refusal_mi.loaded import load_run
 from refusal_mi.measures import next_token_logits
 from refusal_mi.model.loading import ORGANISM, load_model
@@ -27,7 +28,7 @@ from tests.helpers.pages import PAGES, ROOT, blocks, broken_links, run_blocks
 
 DOCS = ROOT / "docs"
 OF_OTHER_TESTS = {ROOT / "README.md", DOCS / "python.md"}
-RUN_HERE = {DOCS / f"{name}.md" for name in ("concepts", "analyses", "estimators", "export", "loading")}
+RUN_HERE = {DOCS / f"{name}.md" for name in ("concepts", "analyses", "conditional", "estimators", "export", "loading")}
 
 
 def load() -> ModuleType:
@@ -143,6 +144,20 @@ def test_a_saved_analysis_is_drawn_again(run_page: Any) -> None:
     names = run_page("analyses")
     again = names["load_result"]("projections.json")
     assert again.to_frame().equals(names["found"].to_frame()) and names["plot"](again) == names["plot"](names["found"])
+
+
+@pytest.mark.slow
+def test_a_condition_is_learned_and_spares_the_harmless_prompts(run_page: Any) -> None:
+    names = run_page("conditional")
+    assert names["learned"].on_validation.auc.value > 0.95
+    assert [is_refusal(answer.text) for answer in names["answers"]] == [True] * 4 + [False] * 4
+    model, chat = names["model"], names["chat"]
+    asked = [*names["harmful"][:2], *names["harmless"][:2]]
+    logits, ablated, plain = (
+        next_token_logits(model, chat, asked, interventions=each)
+        for each in (names["refuses_less"], names["from_3"], ())
+    )
+    assert torch.equal(logits, torch.cat([plain[:2], ablated[2:]])) and not torch.equal(logits, plain)
 
 
 @pytest.mark.slow

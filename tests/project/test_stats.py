@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom, bootstrap, multinomial, t
+from scipy.stats import binom, bootstrap, mannwhitneyu, multinomial, norm, t
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from refusal_mi.stats import Paired, Rate, bootstrap_interval, holm, mean_interval, p_text
+from refusal_mi.stats import AUC, Paired, Rate, bootstrap_interval, holm, mean_interval, p_text
 
 
 # The ends solve (p − k/n)² = z² p (1 − p) / n, here by bisection.
@@ -187,3 +187,32 @@ def test_a_ratio_of_the_same_prompts_is_resampled_together():
 @pytest.mark.parametrize(("p", "said"), [(0.0004, "< 0.001"), (0.0312, "= 0.031"), (0.5, "= 0.50")])
 def test_p_values_read_as_in_papers(p, said):
     assert p_text(p) == said
+
+
+@pytest.mark.parametrize(("n_positive", "n_negative"), [(7, 5), (32, 32), (8, 60)])
+def test_an_auc_is_mann_whitneys_and_its_interval_solves_the_score_equation(n_positive, n_negative):
+    rng = np.random.default_rng(0)
+    positive, negative = (rng.integers(2, 9, n_positive) / 2).tolist(), (rng.integers(0, 7, n_negative) / 2).tolist()
+    found, pairs = AUC.of(positive, negative), n_positive * n_negative
+    assert found.value == pytest.approx(mannwhitneyu(positive, negative).statistic / pairs)
+    assert AUC.of(negative, positive).value == pytest.approx(1 - found.value)
+    low, high = found.interval
+    assert 0 < low < found.value < high < 1
+    for end in (low, high):
+        q1, q2, more = end / (2 - end), 2 * end**2 / (1 + end), (n_positive + n_negative) / 2 - 1
+        variance = (end * (1 - end) + more * (q1 + q2 - 2 * end**2)) / pairs  # Hanley and McNeil (1982)
+        assert (found.value - end) ** 2 == pytest.approx(1.959964**2 * variance, rel=1e-4)
+    assert AUC(1.0, n_positive, n_negative).interval[1] == 1 > AUC(1.0, n_positive, n_negative).interval[0] > 0.5
+    with pytest.raises(ValueError, match="both groups"):
+        AUC.of([], negative)
+
+
+@pytest.mark.parametrize(("true", "n_positive", "n_negative"), [(0.7, 20, 20), (0.95, 12, 40), (0.99, 50, 50)])
+def test_the_interval_of_an_auc_covers(true, n_positive, n_negative):
+    rng, n_draws = np.random.default_rng(1), 400
+    shift, covered = math.sqrt(2) * norm.ppf(true), 0
+    for _ in range(n_draws):
+        positive, negative = rng.normal(shift, 1, n_positive), rng.normal(0, 1, n_negative)
+        low, high = AUC(float((positive[:, None] > negative).mean()), n_positive, n_negative).interval
+        covered += low <= true <= high
+    assert 0.92 < covered / n_draws < 1
