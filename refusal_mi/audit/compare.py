@@ -1,7 +1,7 @@
 """Was a direction removed from this checkpoint: which, where, how strongly? From weights alone, tensor by tensor."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -61,9 +61,7 @@ def audit(
         if basis is not None:
             check_width(basis.shape[1], sides.layout.d_model)
         changes = {name: _change(sides, name) for name in track(list(sides.roles), "comparing tensors")}
-        span, agreements = _in_common(
-            [(name, each.removal) for name, each in changes.items() if each.removal.strengths]
-        )
+        span, agreements = _in_common(changes, sides.layout.d_model)
         writers = [
             _writer(sides, writer, changes[bare_name(writer.name)], span, basis, agreements)
             for writer in track(list(sides.layout.writers), "measuring what is left")
@@ -169,11 +167,12 @@ def is_same_rounded(base: Shaped[Tensor, "..."], suspect: Shaped[Tensor, "..."],
 
 
 def _in_common(
-    found: Sequence[tuple[str, Removal]],
+    changes: Mapping[str, _Change], d_model: int
 ) -> tuple[Float[Tensor, "removed d_model"], dict[str, float]]:
     """The span that most writers lost, and |cos| of each one's first direction with it."""
+    found = [(name, each.removal) for name, each in changes.items() if each.removal.strengths]
     if not found:
-        return torch.zeros(0, 0, dtype=torch.float64), {}
+        return torch.zeros(0, d_model, dtype=torch.float64), {}
     rows = torch.cat([removal.directions for _, removal in found])
     _, values, span = torch.linalg.svd(rows, full_matrices=False)
     n = max(1, int((values.square() >= IN_COMMON * len(found)).sum()))

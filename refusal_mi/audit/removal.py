@@ -22,6 +22,9 @@ coordinates of the stream divided by their norm over inputs; inputs scaled back 
 MIN_FIT, MIN_STRENGTH, MIN_CONTRAST = 0.9, 0.05, 0.5
 """Of a removed direction: the share of ‖D u‖² that −s R u explains; s; and how much of s is not what everything else
 that is written shrank by as well. docs/audit.md has what checkpoints reach from which nothing was removed."""
+MIN_PROMINENCE, MIN_SHARE = 8.0, 0.1
+"""The least share of ‖D‖² along it, in units of an even share (1 / d_model), and what is enough at any width: noise has
+no direction above 4 even shares, and rounding to zero shrinks what is small anyway."""
 WELL_EXPLAINED, MUST_HALVE = 0.99, 0.5
 """Share of ‖D‖² above which no other frame is tried; another one has to halve what is not explained."""
 N_LEADING, _N_MORE, _N_PASSES = 8, 8, 3
@@ -154,11 +157,12 @@ def _in_frame(pair: WriterPair, frame: Frame, seed: int) -> Removal:
     _, mix = torch.linalg.eigh((solved + solved.T) / 2)
     along = [within.seen_in(mix[:, [index]]).along() for index in range(n)]
     order = sorted(range(n), key=lambda index: -along[index].fit * along[index].share)
-    kept = [index for index in order if along[index].is_removal]
+    least = min(MIN_SHARE, MIN_PROMINENCE / pair.d_model)
+    kept = [index for index in order if along[index].is_removal and along[index].share >= least]
     return Removal(
         (basis @ leading @ mix[:, kept]).T,
         tuple(along[index].strength for index in kept),
-        sum(along[index].fit * along[index].share for index in kept),
+        sum((along[index].fit * along[index].share for index in kept), 0.0),
         max((each.fit for each in along if each.is_apart), default=0.0),
         tuple((squares.flip(0)[:n] / sums.change_total).tolist()),
         frame,

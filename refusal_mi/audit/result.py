@@ -1,6 +1,6 @@
 """What an audit found: every writer's change, the verdict, and the numbers that it stands on."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any, Literal
@@ -162,30 +162,37 @@ class AuditResult(Value):
         if self.verdict == "none":
             n = sum(kind.n_rounded for kind in self.kinds)
             how = f"{n} tensors are the same rounded to another dtype" if n else "every weight is the same"
-            return [f"directions removed: none; other changes: none ({how})"]
-        others = ", ".join(
-            f"{kind.n_differ} of {kind.n} {NAMES[kind.role]} by {kind.change:.2%}"
-            for kind in self.kinds
-            if kind.n_differ and not (self.removed and kind.role in COMPONENTS)
-        )
-        others += f"{', ' if others else ''}{len(self.added)} tensors are new" if self.added else ""
+            return [f"verdict: none ({how})"]
+        others = ", ".join(self._others())
         if self.verdict == "other":
             fit = max(each.fit for each in self.writers)
             return [
-                f"directions removed: none; other changes: {others}",
+                f"verdict: other changes, and no direction was removed ({others})",
                 f"the most that a removal explains of what any writer's change does along one direction: {fit:.2f}",
                 *self._of_given(),
             ]
         n, strength = len(self.directions), _median(each.strength for each in self.removed)
         where = "; ".join(f"{part} {blocks}".strip() for part, blocks in self._places())
-        agreement = "" if self.agreement is None else f", |cos| of the writers' with it {self.agreement:.3f} on average"
-        agreement += " (others in other blocks)" if self.agreement is not None and self.agreement < 0.9 else ""
+        agreement = (
+            "" if self.agreement is None else f" (|cos| of the writers' own with it {self.agreement:.3f} on average)"
+        )
+        agreement += ", of other blocks others" if self.agreement is not None and self.agreement < 0.9 else ""
         return [
-            f"directions removed: {n}{agreement}; other changes: {others or 'none'}",
+            f"verdict: {'a direction was' if n == 1 else f'{n} directions were'} removed{agreement}; other changes: "
+            f"{others or 'none'}",
             f"where: {len(self.removed)} of {len(self.writers)} tensors that write ({where}); strength {strength:.2f}, "
             f"{_median(each.left for each in self.removed):.1%} of what BASE writes there is left",
             *self._of_given(),
         ]
+
+    def _others(self) -> Iterator[str]:
+        """What differs and is no removal."""
+        for kind in self.kinds:
+            lost = sum(each.is_removal for each in self.writers if each.component == kind.role)
+            if kind.n_differ > lost:
+                yield f"{kind.n_differ - lost} of {kind.n} {NAMES[kind.role]} by {kind.change:.2%}"
+        if self.added:
+            yield f"{len(self.added)} tensors are new"
 
     def _places(self) -> list[tuple[str, str]]:
         of = [(part, self.of_component(part)) for part in COMPONENTS]
