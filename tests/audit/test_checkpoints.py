@@ -1,4 +1,4 @@
-"""Whatever way weights are stored: families, shards, ties, experts, adapters; and what cannot be compared is one line."""
+"""However weights are stored: families, shards, ties, experts, adapters; and what cannot be compared is one line."""
 
 import json
 import shutil
