@@ -1,10 +1,16 @@
 """Copies of checkpoints that were changed in a known way, written a second way: without the package's own edits."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 Change = Callable[[Tensor], Tensor]
-"""Of W as [d_model, inputs] in float64: what it becomes."""
+"""Of W as [d_model, inputs] in float64, large ones in float32: what it becomes."""
 WRITERS = re.compile(r"embed_tokens\.weight|o_proj\.weight|down_proj\.weight")
 """Of the families that are named like Llama."""
 
@@ -27,7 +33,8 @@ def changed(source: Path, target: Path, change: Change, *, which: str = "", dtyp
                 kept = tensor.dtype if dtype is None else dtype
                 if WRITERS.search(name) and re.search(which, name):
                     is_rows = "embed_tokens" in name
-                    new = change((tensor.T if is_rows else tensor).double())
+                    wide = tensor.double() if tensor.numel() < 2**26 else tensor.float()
+                    new = change(wide.T if is_rows else wide)
                     tensor = new.T if is_rows else new
                 tensors[name] = tensor.to(kept).contiguous()
             save_file(tensors, target / path.name, {"format": "pt"})
@@ -41,7 +48,12 @@ def changed(source: Path, target: Path, change: Change, *, which: str = "", dtyp
 
 def projection(basis: Tensor, strength: float = 1.0) -> Change:
     """W − strength · QᵀQ W, for orthonormal rows."""
-    return lambda matrix: matrix - strength * basis.T @ (basis @ matrix)
+
+    def change(matrix: Tensor) -> Tensor:
+        rows = basis.to(matrix.dtype)
+        return matrix - strength * rows.T @ (rows @ matrix)
+
+    return change
 
 
 def rows_kept(unit: Tensor) -> Change:
@@ -70,8 +82,8 @@ def low_rank(rank: int, size: float = 0.05) -> Change:
     generator = torch.Generator().manual_seed(0)
 
     def change(matrix: Tensor) -> Tensor:
-        left = torch.randn(len(matrix), rank, generator=generator, dtype=torch.float64)
-        right = torch.randn(rank, matrix.shape[1], generator=generator, dtype=torch.float64)
+        left = torch.randn(len(matrix), rank, generator=generator, dtype=matrix.dtype)
+        right = torch.randn(rank, matrix.shape[1], generator=generator, dtype=matrix.dtype)
         added = left @ right
         return matrix + added * size * matrix.norm() / added.norm()
 
@@ -105,3 +117,36 @@ def fine_tuned(source: Path, target: Path, *, n_steps: int = 6, rate: float = 3e
             shutil.copyfile(path, target / path.name)
     model.to(torch.bfloat16).save_pretrained(target)
     return target
+
+
+@dataclass(frozen=True)
+class Alone:
+    """An audit in a process of its own."""
+
+    record: dict[str, Any]
+    seconds: float
+    peak_mib: float
+    """Resident memory at its most, Python and its libraries too (Linux)."""
+
+
+_COMMAND = """
+import sys
+from refusal_mi.cli import exit_status
+status = exit_status(sys.argv[1:])
+lines = open("/proc/self/status").read().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmHWM")), file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def audited_alone(base: Path, suspect: Path, *options: str) -> Alone:
+    """`refusal-mi audit BASE SUSPECT --json`.
+
+    Raises:
+        CalledProcessError: its status is not 0.
+    """
+    start = time.perf_counter()
+    line = [sys.executable, "-c", _COMMAND, "audit", str(base), str(suspect), "--json", *options]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, env=os.environ)
+    seconds = time.perf_counter() - start
+    return Alone(json.loads(done.stdout), seconds, int(done.stderr.split()[-1]) / 1024)
