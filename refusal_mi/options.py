@@ -25,8 +25,8 @@ MEANINGS: Mapping[str, str] = {
     "batch_size": "Prompts per forward pass, or auto: as many as fit. Default auto; in caa and responses eval 8, in "
     "caa ab 16.",
     "column": "Column that holds the prompt, in files and in other sets of the hub.",
-    "direction": "A .pt file or a run folder, whose direction is ablated; default: none in chat, in export the run of "
-    "MODEL.",
+    "direction": "A .pt file or a run folder, whose direction is ablated, in audit compared; default: none in chat and "
+    "audit, in export the run of MODEL.",
     "judge": "Who says whether the model complied: substring (default), evade (refuse, evade or comply, by rules), "
     "classifier:MODEL, llamaguard, the URL of an endpoint, refusal:URL, or strongreject: with a URL or MODEL.",
     "kl_max": "Largest KL on harmless prompts, in nats; inf: any. Default 0.1; in responses eval any.",
@@ -47,7 +47,8 @@ MEANINGS: Mapping[str, str] = {
     "n_random": "Random controls of equal size beside the result. Default 1; in combos 3, in localize and "
     "compare-methods 5.",
     "output": "The file to write, whose ending says the format; default: beside what is read.",
-    "output_dir": "The folder to write; default runs/{alias}, the run folder, or the command's own folder inside it.",
+    "output_dir": "The folder to write; default runs/{alias}, the run folder, or the command's own folder inside it, "
+    "in audit none.",
     "pairs": "A/B pairs: a file, or the name of a bundled set. Default: those for training in caa vectors, held-out "
     "ones in caa ab.",
     "positions": "Where the vector is added: all, prompt, or response (from the last prompt token on). Default all; in "

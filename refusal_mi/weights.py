@@ -104,7 +104,7 @@ def edit_(tensor: Float[Tensor, "..."], edit: TensorEdit) -> EditFigures:
     probe = torch.linalg.qr(projections[0].right.T.double()).Q.to(wide) if len(projections) == 1 else None
     d_model = tensor.shape[edit.axis]
     size = change = before = after = 0.0
-    for piece in _pieces(tensor, edit.axis):
+    for piece in pieces(tensor, edit.axis):
         rows = piece.to(wide)
         piece.copy_(edit.exact(rows))
         rounded = piece.to(wide)
@@ -157,7 +157,7 @@ def _target(
     return seen
 
 
-def _pieces(tensor: Float[Tensor, "..."], axis: int) -> list[Float[Tensor, "rows d_model"]]:
+def pieces(tensor: Float[Tensor, "..."], axis: int) -> list[Float[Tensor, "rows d_model"]]:
     """Views of the tensor, each with the axis that writes last, of bounded size."""
     columns = math.prod(tensor.shape[axis + 1 :])
     blocks = tensor.view(-1, tensor.shape[axis], columns)

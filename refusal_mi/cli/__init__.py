@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UserError, cause
 from ..terminal import printable, say
-from . import analyze, chat, export, judge, localize, methods, run, select, steering, variants
+from . import analyze, audit, chat, export, judge, localize, methods, run, select, steering, variants
 from .config import with_config
 from .shown import plain_command
 
@@ -51,6 +51,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "localize": localize.localize,
     "compare-methods": methods.compare_methods,
     "variants": variants.variants,
+    "audit": audit.audit,
     "analyze": analyze.analyze,
     "plot": analyze.plot,
     "compare": analyze.compare,

@@ -77,7 +77,7 @@ def export(
     from .tables import print_export, print_json
 
     source = one_model(model, model_path)
-    _quiet()
+    quiet()
     if push_to_hub is not None:
         hub.check_repository(push_to_hub)
         if verify == "none":
@@ -242,7 +242,8 @@ def _numbers(text: str) -> list[float]:
         raise UserError(f"--affine takes harmless-mean or a number per direction, not {text!r}") from None
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """No bars where nobody looks, and no chatter of libraries."""
     import sys
 
     from huggingface_hub.utils.tqdm import disable_progress_bars

@@ -15,6 +15,7 @@ from ..terminal import is_shown, shown
 
 if TYPE_CHECKING:
     from ..analysis.result import AnalysisResult
+    from ..audit import AuditResult
     from ..export.export import ExportReport
     from ..measures import LossResult
     from ..recipes.caa_eval import ABResults, Changes
@@ -433,3 +434,10 @@ def print_least(found: "LeastIntervention", source: str, folder: Path) -> None:
         f"--components {','.join(least.components)} --strength {least.strength:g} --output-dir NEW",
         f"{folder}",
     )
+
+
+def print_audit(found: "AuditResult", folder: Path | None) -> None:
+    """What became of every kind of tensor, and the verdict."""
+    head, rows = found.table()
+    print_matrix(head[0], head[1:], [(row[0], row[1:]) for row in rows])
+    print_lines(*found.explain(), *([] if folder is None else [str(folder)]))

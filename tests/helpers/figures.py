@@ -9,10 +9,13 @@ from importlib import import_module
 from typing import Any
 
 import plotly.graph_objects as go
+import torch
 
 import refusal_mi.analysis
 import refusal_mi.figures
 from refusal_mi.analysis.result import AnalysisResult, analysis_module
+from refusal_mi.audit.result import AuditResult, WriterChange
+from refusal_mi.figures.audit import plot_audit
 from refusal_mi.figures.effects import CombinationPoint, plot_combos, plot_layer_sweep, plot_losses, plot_rates
 from refusal_mi.figures.labels import plot_label_scores
 from refusal_mi.figures.localize import plot_front, plot_writes
@@ -95,6 +98,7 @@ def _of_runs(**look: Any) -> dict[str, go.Figure]:
         "plot_variants": plot_variants(_worded(), model=MODEL, **look),
         "plot_variant_rates": plot_variant_rates(_worded(), model=MODEL, **look),
         "plot_variant_parts": plot_variant_parts(_worded(), model=MODEL, **look),
+        "plot_audit": plot_audit(_audited(), **look),
     }
 
 
@@ -112,6 +116,22 @@ def _front() -> tuple[Any, ...]:
     """Removals, the front, the whole and the least one, as `plot_front` takes them."""
     removals = [Removed(f"layers {layer}–{layer + 4}", 1 / (1 + layer), 1e-4 * 2**layer) for layer in range(10)]
     return removals, removals[3:6], removals[-1], removals[5]
+
+
+def _audited() -> AuditResult:
+    """An audit of a model of 24 blocks, of whose middle a direction was removed."""
+    writers = []
+    for component, block in [("embed", None), *((part, block) for part in ("attn", "mlp") for block in range(24))]:
+        strength = 1.0 if block is not None and 6 <= block < 18 else 0.0
+        change, name = 0.033 * strength, f"{component}.{block}.weight"
+        writers.append(
+            WriterChange(
+                name, component, block, change, False, strength > 0, strength, 1 - strength, int(strength), strength,
+                strength, (strength,), strength, "plain", None
+            )
+        )  # fmt: skip
+    directions = torch.eye(8, dtype=torch.float64)[:1]
+    return AuditResult(MODEL, f"{MODEL}-edited", "qwen2", 24, 8, tuple(writers), (), (), directions, 1.0, (), ())
 
 
 def _compared() -> Any:

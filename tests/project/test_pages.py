@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import refusal_mi
 from refusal_mi.analysis import KINDS
 from refusal_mi.estimators import rdo
+from refusal_mi.export import export_checkpoint
 from refusal_mi.interventions import Ablate
 from refusal_mi.judges.substring import is_refusal
 from refusal_mi.loaded import load_run
@@ -28,7 +29,8 @@ from tests.helpers.pages import PAGES, ROOT, blocks, broken_links, run_blocks
 
 DOCS = ROOT / "docs"
 OF_OTHER_TESTS = {ROOT / "README.md", DOCS / "python.md"}
-RUN_HERE = {DOCS / f"{name}.md" for name in ("concepts", "analyses", "conditional", "estimators", "export", "loading")}
+RUN_HERE = {DOCS / f"{name}.md" for name in ("concepts", "analyses", "conditional", "estimators", "export")}
+RUN_HERE |= {DOCS / "audit.md", DOCS / "loading.md"}
 
 
 def load() -> ModuleType:
@@ -189,6 +191,15 @@ def test_an_export_does_what_the_hooks_do(run_page: Any, tmp_path: Path, given: 
         assert torch.allclose(next_token_logits(edited, chat, ask), hooked, atol=0.1)
     assert not torch.allclose(next_token_logits(model, chat, ask), hooked, atol=1)
     assert names["report"].is_verified
+
+
+@pytest.mark.slow
+def test_an_audit_finds_what_was_removed(run_page: Any, tmp_path: Path, given: dict[str, Any]) -> None:
+    shutil.copytree(ORGANISM, tmp_path / "path/to/model")
+    export_checkpoint(None, Ablate(given["direction"], layers=range(2, 5)), tmp_path / "edited", verify="none")
+    names = run_page("audit")
+    assert names["found"].verdict == "removed" and names["found"].blocks("mlp") == (2, 3, 4)
+    assert names["found"].cosines[0] > 0.999 and len(names["figure"].data) == 2
 
 
 def test_load_model_takes_what_the_page_gives_it() -> None:
