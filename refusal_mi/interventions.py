@@ -383,8 +383,12 @@ class Leace(Value):
             positions: where it acts.
 
         Raises:
-            UserError: nothing was read there, or the class means do not differ there.
+            UserError: nothing was read there, another place than the stream entering a block was, or the class means
+                do not differ.
         """
+        for side in (harmful, harmless):
+            if side.hook_name is not None and not is_between_blocks(side.hook_name):
+                raise UserError(f"Leace acts on the stream between blocks, and these samples are of {side.hook_name}")
         rows = [side.at(position, layer) for side in (harmful, harmless)]
         return cls(fit_eraser(*rows, shrinkage=shrinkage), layer, positions)
 

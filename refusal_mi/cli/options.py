@@ -78,6 +78,7 @@ AllowOtherModel = Annotated[
     bool, typer.Option("--allow-other-model", help="Use directions that were read in another model.")
 ]
 Layer = Annotated[int | None, typer.Option(help=MEANINGS["layer"])]
+Hook = Annotated[str | None, typer.Option(help=MEANINGS["hook"])]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

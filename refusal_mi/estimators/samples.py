@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..directions import MIN_RELATIVE_NORM, ActivationMeans, DirectionGrid
 from ..errors import UserError
+from ..model.points import place_of_hook
 from ..progress import track
 from ..values import Value
 
@@ -28,6 +29,8 @@ class ActivationSamples(Value):
     """On the CPU; layer `l` is the stream entering block `l`, `l = 0..n_layers-1`."""
     positions: tuple[int, ...]
     """Of the second axis, counted from the end: −n .. −1."""
+    hook_name: str | None = None
+    """Of what was read at one hook point, the only layer of the third axis; as wide as that point, heads in a row."""
 
     def __post_init__(self) -> None:
         if self.prompts.shape[1] != len(self.positions) or not len(self.prompts):
@@ -44,23 +47,31 @@ class ActivationSamples(Value):
     def n_layers(self) -> int:
         return self.prompts.shape[2]
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Of the third axis."""
+        return tuple(range(self.n_layers)) if self.hook_name is None else (place_of_hook(self.hook_name),)
+
     @cached_property
     def means(self) -> ActivationMeans:
         """What an estimator that sees means alone is given."""
-        return ActivationMeans(self.prompts.mean(0, dtype=torch.float64), self.positions, self.n_prompts)
+        means = self.prompts.mean(0, dtype=torch.float64)
+        return ActivationMeans(means, self.positions, self.n_prompts, self.hook_name)
 
-    def at(self, position: int, layer: int) -> Float[Tensor, "prompt d_model"]:
-        """The rows of one place, in float64.
+    def at(self, position: int, layer: int | None = None) -> Float[Tensor, "prompt d_model"]:
+        """The rows of one place, in float64; of one hook point there is only its own layer.
 
         Raises:
             UserError: nothing was read there.
         """
-        if position not in self.positions or not 0 <= layer < self.n_layers:
+        if layer is None and self.hook_name is not None:
+            (layer,) = self.layers
+        if position not in self.positions or layer not in self.layers:
             raise UserError(
-                f"nothing was read at position {position}, layer {layer}: positions are {self.positions}, layers "
-                f"0..{self.n_layers - 1}"
+                f"nothing was read at position {position}, layer {layer}: positions are {self.positions}, "
+                + (f"layers 0..{self.n_layers - 1}" if self.hook_name is None else f"of {self.hook_name} alone")
             )
-        return self.prompts[:, self.positions.index(position), layer].double()
+        return self.prompts[:, self.positions.index(position), self.layers.index(layer)].double()
 
     def take(self, prompts: Sequence[int]) -> "ActivationSamples":
         """Some of the prompts, such as one category's."""
@@ -119,7 +130,11 @@ class EveryPlace(Value):
         is_degenerate = tuple(map(tuple, (~vectors.any(-1)).tolist()))
         counts = {"n_harmful": harmful.n_prompts, "n_harmless": harmless.n_prompts}
         return DirectionGrid(
-            vectors, harmful.positions, is_degenerate, {"method": self.method, **self.settings, **counts}
+            vectors,
+            harmful.positions,
+            is_degenerate,
+            {"method": self.method, **self.settings, **counts},
+            harmful.hook_name,
         )
 
 
@@ -159,7 +174,8 @@ def check_fit(harmful: ActivationSamples, harmless: ActivationSamples) -> None:
     Raises:
         UserError: they were not.
     """
-    if harmful.positions != harmless.positions or harmful.prompts.shape[1:] != harmless.prompts.shape[1:]:
+    is_same = (harmful.positions, harmful.hook_name) == (harmless.positions, harmless.hook_name)
+    if not is_same or harmful.prompts.shape[1:] != harmless.prompts.shape[1:]:
         raise UserError(
             "the two classes were read at different positions or layers: read both with the same ChatFormat"
         )
