@@ -142,6 +142,7 @@ def export_vector(
     format: Annotated[str, typer.Option(help="gguf (llama.cpp control vector) or lm-eval (steering file).")] = "gguf",
     allow_other_model: AllowOtherModel = False,
     output: Output = None,
+    as_json: AsJson = False,
 ) -> int:
     """Write a direction for llama.cpp or lm-evaluation-harness.
 
@@ -150,10 +151,12 @@ def export_vector(
     import torch
 
     from ..export.formats import write_gguf, write_lm_eval
+    from ..export.plan import describe_step
     from ..files import check_not_input
     from ..interventions import Add
     from ..model.guards import read_config
     from ..model.provenance import check_origin
+    from .tables import print_json
 
     source = one_model(model, model_path)
     check_choice("--format", format, ("gguf", "lm-eval"))
@@ -171,7 +174,10 @@ def export_vector(
         write_gguf(output, what, config)
     else:
         write_lm_eval(output, what, config, config.dtype or torch.float32)
-    tell(output)
+    if as_json:
+        print_json({"path": str(output), "format": format, "interventions": [describe_step(what)]})
+    else:
+        tell(output)
     return 0
 
 
