@@ -175,6 +175,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def ratio_of_means(of: Any, over: Any) -> Any:
+    """A statistic for `bootstrap_interval`: the mean of one sample over that of the other."""
+    return of.mean(-1) / over.mean(-1)
+
+
 def bootstrap_interval(
     *samples: Sequence[float], statistic: Callable[..., Any] = _mean, n_resamples: int = 1999, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -185,8 +190,7 @@ def bootstrap_interval(
     divisor that can be 0), its limits are NaN.
 
     Args:
-        statistic: of arrays `[..., prompt]`, along the last axis, such as
-            `lambda a, b: a.mean(-1) / b.mean(-1)`; of one sample the mean.
+        statistic: of arrays `[..., prompt]`, along the last axis, such as `ratio_of_means`; of one sample the mean.
 
     Raises:
         ValueError: there are no values, or the samples are not of the same prompts.

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..figures import style as draw
 from ..model.points import HookedModel, check_raw_basis
 from ..run.folder import RunInputs
-from ..stats import bootstrap_interval
+from ..stats import bootstrap_interval, ratio_of_means
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from .patched_runs import PatchedRuns, Site, check_sites
@@ -86,7 +86,7 @@ class PatchingResult(AnalysisResult):
         """95% interval of an effect, a ratio of means, over pairs (BCa bootstrap; the gap is drawn with the shift)."""
         gaps = self.harmful_scores - self.harmless_scores
         shifts = self._shifts(self.patched[site], way)[:, layer, cell] * self.gap_nats
-        _, low, high = bootstrap_interval(shifts.tolist(), gaps.tolist(), statistic=_ratio_of_means)
+        _, low, high = bootstrap_interval(shifts.tolist(), gaps.tolist(), statistic=ratio_of_means)
         return low, high
 
     def shares(self, site: Site, way: Way = "into harmless") -> Float[Tensor, "layer cell"]:
@@ -100,10 +100,6 @@ class PatchingResult(AnalysisResult):
         target = self.harmless_scores if inward else self.harmful_scores
         shift = scores[WAYS.index(way)] - target[:, None, None]
         return shift / (self.gap_nats if inward else -self.gap_nats)
-
-
-def _ratio_of_means(shifts: Any, gaps: Any) -> Any:
-    return shifts.mean(-1) / gaps.mean(-1)
 
 
 def patch_activations(
