@@ -91,6 +91,10 @@ class Direction(Value):
         Raises:
             UserError: it is no vector of finite floats, zero, or its place is not said, or said in two ways.
         """
+        if isinstance(vector, Direction):
+            raise UserError(
+                "this is a direction already; its vector at another place: Direction.of(direction.vector, ...)"
+            )
         row = one_vector(vector)
         if layer is None and hook_name is None:
             raise UserError("say at which layer the direction was read: Direction.of(vector, layer=12)")

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .directions import ActivationMeans, Direction, check_in_stream
+from .directions import ActivationMeans, Direction, DirectionGrid, check_in_stream
 from .errors import UserError
 from .estimators.erasure import Eraser, fit_eraser
 from .estimators.linear import Shrinkage
@@ -68,8 +69,9 @@ class Ablate(Value):
         True
     """
 
-    directions: Direction | Tensor | Sequence[Direction | Tensor]
-    """Or bare vectors, `[d_model]` or `[n, d_model]`: ablation does not ask where they were read."""
+    directions: Direction | Iterable[Any]
+    """Or bare vectors, tensors, arrays or lists of numbers, `[d_model]` or `[n, d_model]`: ablation does not ask where
+    they were read."""
     strength: float = 1.0
     layers: Sequence[int] | None = None
     """Blocks whose writes are changed; None is all. The embedding counts as a write of block 0."""
@@ -85,6 +87,9 @@ class Ablate(Value):
     def __post_init__(self) -> None:
         object.__setattr__(self, "directions", _each(self.directions))
         check_named("positions", self.positions, get_args(Positions))
+        for name in ("layers", "components"):
+            if isinstance(one := getattr(self, name), int | str):
+                raise UserError(f"{name} takes a list: {name}=[{one!r}]")
         for component in self.components:
             check_named("component", component, get_args(Component))
         check_finite("strength", self.strength)
@@ -179,11 +184,13 @@ class Ablate(Value):
         return hooks
 
 
-def _each(given: Direction | Tensor | Sequence[Direction | Tensor]) -> Direction | tuple[Direction | Tensor, ...]:
+def _each(given: Direction | Iterable[Any]) -> Direction | tuple[Direction | Tensor, ...]:
     """One direction as it is; several, or the rows of a table of them, each checked."""
     if isinstance(given, Direction):
         return given
-    if isinstance(given, Tensor) and given.ndim != 2:
+    if isinstance(given, DirectionGrid):
+        raise UserError("a grid has a direction for every place: Ablate(grid.direction(position, layer))")
+    if isinstance(given, str | Path) or _is_one(given):
         given = [given]
     rows = tuple(each if isinstance(each, Direction) else one_vector(each) for each in given)
     if not rows:
@@ -192,6 +199,13 @@ def _each(given: Direction | Tensor | Sequence[Direction | Tensor]) -> Direction
         if isinstance(row, Tensor):
             unit_of(row)
     return rows
+
+
+def _is_one(given: Iterable[Any]) -> bool:
+    """Whether it is one vector: a tensor or an array that is no table, or numbers."""
+    if hasattr(given, "ndim"):
+        return bool(given.ndim != 2)
+    return isinstance(given, list | tuple) and bool(given) and all(isinstance(each, int | float) for each in given)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -280,13 +280,20 @@ def texts_to_score(chat: ChatFormat, texts: Prompts) -> list[ScoredText]:
 def ce_loss(
     model: HookedModel,
     chat: ChatFormat,
-    texts: Sequence[ScoredText],
+    texts: Sequence[ScoredText] | Prompts,
     *,
     interventions: Interventions = (),
     batch_size: int = 8,
     description: str = "CE loss",
 ) -> LossResult:
     """Cross-entropy (nats per token) of `texts`; every predicted token counts once, summed in float64.
+
+    Examples:
+        >>> ce_loss(model, chat, "a plain text").ce_loss > 0
+        True
+
+    Args:
+        texts: plain texts, or what `texts_to_score` and `answers_to_score` make.
 
     Raises:
         UserError: no text has a token to predict, or the loss is not finite.
@@ -298,7 +305,7 @@ def ce_loss(
 def text_losses(
     model: HookedModel,
     chat: ChatFormat,
-    texts: Sequence[ScoredText],
+    texts: Sequence[ScoredText] | Prompts,
     *,
     interventions: Interventions = (),
     batch_size: int = 8,
@@ -310,7 +317,8 @@ def text_losses(
         UserError: as `ce_loss`.
     """
     interventions = as_interventions(interventions)
-    texts = [text for text in texts if text.first < len(text.token_ids)]
+    is_ready = isinstance(texts, list | tuple) and all(isinstance(text, ScoredText) for text in texts)
+    texts = [text for text in (texts if is_ready else texts_to_score(chat, texts)) if text.first < len(text.token_ids)]
     if not texts:
         raise UserError(f"{description} needs at least one text with a token to predict; these are all empty")
     sums = [0.0] * len(texts)

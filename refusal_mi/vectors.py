@@ -21,8 +21,11 @@ def one_vector(given: Any) -> Float[Tensor, " d_model"]:
     Raises:
         UserError: it is something else.
     """
+    if isinstance(given, str | Path):
+        raise UserError(f"a direction is a vector of numbers, not a path: Direction.load({str(given)!r}) reads one")
+    kind = torch.get_default_dtype() if isinstance(given, list | tuple) else None  # of whole numbers too
     try:
-        held = given if isinstance(given, Tensor) else torch.as_tensor(given)
+        held = given if isinstance(given, Tensor) else torch.as_tensor(given, dtype=kind)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"a direction is a vector of numbers, not {type(given).__name__}: {error}") from None
     if held.ndim == 2 and len(held) == 1:

@@ -9,6 +9,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate, Add
 from refusal_mi.measures import LossResult, ScoredText, TextLoss, answers_to_score, ce_loss, text_losses, texts_to_score
 from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.prompts import PromptSet
 from tests.helpers.directions import random_direction
 from tests.helpers.naive import ASKS, CHATS, FAMILIES, ablating, dtype_of, logits, prompt_ids, tolerance
 from tests.helpers.tiers import first_is_fast
@@ -118,6 +119,16 @@ def test_empty_answers_and_texts_are_left_out(tiny_model):
             ce_loss(model, chat, nothing)
     assert ce_loss(model, chat, [empty, text, empty]) == ce_loss(model, chat, [text])
     assert ce_loss(model, chat, [text]) != ce_loss(model, chat, [ScoredText(text.token_ids, 1)])
+
+
+def test_plain_texts_are_scored_as_they_come(tiny_model):
+    model = tiny_model("gpt2")
+    chat = ChatFormat(model.tokenizer)
+    expected = ce_loss(model, chat, texts_to_score(chat, CHATS))
+    assert ce_loss(model, chat, CHATS) == expected == ce_loss(model, chat, PromptSet.from_list(CHATS))
+    assert ce_loss(model, chat, CHATS[0]) == ce_loss(model, chat, CHATS[:1]) != expected
+    with pytest.raises(UserError, match="texts: number 0 is no text but int"):
+        ce_loss(model, chat, [1, 2])
 
 
 def test_a_loss_that_is_no_number_is_an_error(tiny_model):

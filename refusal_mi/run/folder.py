@@ -14,8 +14,8 @@ from ..errors import UserError
 from ..files import as_json, at_home, floats, read_floats, read_json, read_record, read_tensors
 from ..interventions import check_width
 from ..measures import LossResult
-from ..model.points import HookedModel
-from ..model.provenance import is_embedded
+from ..model.points import HookedModel, model_source
+from ..model.provenance import display_name, is_embedded
 from ..options import rank_numbers
 from ..search.grid import ScoreGrid, Selection, select
 from ..search.thresholds import Thresholds
@@ -299,6 +299,10 @@ class RunInputs:
         given = {"model": model, "path": at_home(path), "max_prompts": max_prompts}
         for name, value in (given | {"batch_size": batch_size, "seed": seed}).items():
             object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        of = display_name(model_source(self.model))
+        return f"RunInputs({of}, {str(self.path)!r}, up to {self.max_prompts} prompts a side, seed {self.seed})"
 
     @cached_property
     def record(self) -> PromptsRecord:

@@ -19,7 +19,6 @@ WITHOUT = {
     "find_refusal_tokens": "needs a model that refuses: docs/python.md",
     "discover_refusal_tokens": "the same",
     "sweep": "the same",
-    "ce_loss": "needs texts that are ready to be scored",
     "load_splits": "reads what load_prompts reads",
 }
 """Public functions of these rooms without an example, and why."""
