@@ -401,6 +401,11 @@ class ActivationMeans(Value):
     def from_cache(cls, cache: Any, positions: Iterable[int] = (-1,), *, hook: str | None = None) -> "ActivationMeans":
         """Of the cache of TransformerLens' `run_with_cache`, over its prompts, which are padded on the left if at all.
 
+        Examples:
+            >>> _, cache = model.run_with_cache(chat.batch("Hi").tokens)
+            >>> ActivationMeans.from_cache(cache, chat.positions).means.shape == means.means.shape
+            True
+
         Args:
             cache: an `ActivationCache`, or a dict, with `blocks.{l}.hook_resid_pre` of every block.
             positions: counted from the end of the prompts; those of `chat.positions` fit `mean_activations`.
@@ -516,6 +521,11 @@ def load_direction(
     chooses the row, and of vectors by layer the one that is named so; a control vector of llama.cpp (`.gguf`) names
     its layers. A bare vector was read where `layer` says, which must agree with a name that says it too: CAA calls the
     output of block L, our layer L + 1, `vec_layer_{L}_{model}.pt`.
+
+    Examples:
+        >>> direction.save("mine.pt")
+        >>> load_direction("mine.pt", model.cfg.n_layers) == direction
+        True
 
     Args:
         n_layers: of the model that it is used in.

@@ -216,6 +216,10 @@ class AblateInTurn(Value):
     output. The order matters. Of the first of two directions with cosine c, a projection of both leaves
     c·√(1 − c²) of an isotropic stream's scale and each further one c² of that: the stream is projected again at every
     block, which is why no edit of what is written does the same.
+
+    Examples:
+        >>> hooks = AblateInTurn([direction, other]).hooks(model)
+        >>> logits = next_token_logits(model, chat, "Hi", interventions=AblateInTurn([direction, other]))
     """
 
     directions: Sequence[Direction]
@@ -313,6 +317,10 @@ class Affine(Value):
     α = 0 every component is that of the harmless mean, at α = 1 of the harmful mean, for any estimator's direction
     whose length is the class difference along it, as `EveryPlace` gives it. `Ablate(constants=[c])` holds the component
     at c in every layer instead, and exports.
+
+    Examples:
+        >>> Affine.between(grid.direction(-1, 2), other_means).hooks(model)[0][0]
+        'blocks.2.hook_resid_pre'
     """
 
     direction: Direction
@@ -371,6 +379,10 @@ class Leace(Value):
     For several layers take a list, one for each. Each is fitted on activations as they come: those of the plain model
     are not what a later layer sees once an earlier one is erased; read them again under the earlier ones for that
     ("concept scrubbing").
+
+    Examples:
+        >>> Leace.fit(samples, other_samples, 2, shrinkage=0.5).hooks(model)[0][0]
+        'blocks.2.hook_resid_pre'
     """
 
     eraser: Eraser

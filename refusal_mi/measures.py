@@ -42,7 +42,12 @@ def refusal_score(logits: Float[Tensor, "batch d_vocab"], refusal_tokens: Sequen
 
 
 def log_odds(p: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """ln(p + 1e-8) − ln(1 − p + 1e-8), in nats."""
+    """ln(p + 1e-8) − ln(1 − p + 1e-8), in nats.
+
+    Examples:
+        >>> log_odds(torch.tensor([0.5])).item()
+        0.0
+    """
     return (p + SCORE_EPSILON).log() - (1 - p + SCORE_EPSILON).log()
 
 
@@ -266,13 +271,23 @@ class LossResult:
 
 
 def answers_to_score(chat: ChatFormat, pairs: Sequence[tuple[str, str]]) -> list[ScoredText]:
-    """(instruction, answer) pairs of which the answer's tokens are predicted; empty answers are left out."""
+    """(instruction, answer) pairs of which the answer's tokens are predicted; empty answers are left out.
+
+    Examples:
+        >>> answers_to_score(chat, [("Hi", "Hello."), ("Bye", "")])[0].first == len(chat.encode("Hi"))
+        True
+    """
     encoded = [chat.encode_answered(instruction, answer) for instruction, answer in pairs]
     return [ScoredText(tuple(ids), first) for ids, first in encoded if first < len(ids)]
 
 
 def texts_to_score(chat: ChatFormat, texts: Prompts) -> list[ScoredText]:
-    """Plain texts, without the chat template, of which every token after the first is predicted."""
+    """Plain texts, without the chat template, of which every token after the first is predicted.
+
+    Examples:
+        >>> texts_to_score(chat, "a text")[0].first
+        1
+    """
     rows = [chat.tokenizer(text)["input_ids"][:MAX_TEXT_TOKENS] for text in as_prompts(texts, "texts")]
     return [ScoredText(tuple(row), 1) for row in rows if len(row) > 1]
 

@@ -165,6 +165,10 @@ def template_residuals(
 ) -> Float[Tensor, "prompt pos layer d_model"]:
     """The whole of `stream_residuals` in one float32 table on the CPU, in the order of `instructions`.
 
+    Examples:
+        >>> template_residuals(model, chat, ["Hi", "Bye"], layers=[2, 3]).shape[:3] == (2, len(chat.positions), 2)
+        True
+
     Raises:
         UserError: there are no prompts, the table would take more than 2 GiB, or streams are not finite.
     """

@@ -133,6 +133,11 @@ class Comparison(Value):
 def read_vectors(path: str | Path) -> LabelledVectors:
     """The vectors of a file: `[d]`, `[1, d]`, `[n, d]`, a list of vectors, or vectors by layer, in any float type.
 
+    Examples:
+        >>> direction.save("mine.pt")
+        >>> read_vectors("mine.pt").labels
+        ['mine']
+
     Raises:
         UserError: it holds something else, or numbers that are not finite.
     """
@@ -175,6 +180,11 @@ def vectors_in(path: Path, held: Any, names: tuple[str, ...] = ()) -> LabelledVe
 
 def compare(stacks: list[LabelledVectors]) -> Comparison:
     """Cosine similarity of all vectors of all stacks, in float64.
+
+    Examples:
+        >>> direction.save("mine.pt")
+        >>> compare([read_vectors("mine.pt"), read_vectors("mine.pt")]).labels
+        ('mine', 'mine')
 
     Raises:
         UserError: there are fewer than two vectors, or they have different widths.

@@ -77,6 +77,9 @@ def direction_geometry(
     inside each class. A shuffle puts half of each class on either side, so that nothing of their difference is left
     (after a plain shuffle, which is never quite balanced, some of it is).
 
+    Examples:
+        >>> figure = plot_geometry(direction_geometry(model, chat, harmful, harmless, n_resamples=3))
+
     Args:
         n_resamples: bootstrap samples, and as many shuffles.
 

@@ -120,6 +120,10 @@ def patch_activations(
     share, are patched. With a direction, also x + r̂ r̂ᵀ(x_source − x) in place of x_source (not for heads, which
     are patched before W_O). Controls put in the activations of the next harmless prompt.
 
+    Examples:
+        >>> found = patch_activations(model, chat, harmful[:2], harmless[:2], [5, 7], layers=[0, 2])
+        >>> figure = plot_patching(found)
+
     Args:
         layers: blocks to patch; all by default.
 

@@ -92,7 +92,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def sees_prompts(function: Function) -> Function:
-    """Mark a function as a `SampleEstimator`: it is given `ActivationSamples` instead of `ActivationMeans`."""
+    """Mark a function as a `SampleEstimator`: it is given `ActivationSamples` instead of `ActivationMeans`.
+
+    Examples:
+        >>> @sees_prompts
+        ... def medians(harmful, harmless):
+        ...     return estimator_named("median")(harmful, harmless)
+        >>> needs_prompts(medians)
+        True
+    """
     setattr(function, "sees_prompts", True)  # noqa: B010 - a function has no such attribute for the type checker
     return function
 

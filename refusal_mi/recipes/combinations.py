@@ -110,6 +110,10 @@ class Combination:
 def combine(ranks: Sequence[int], directions: Sequence[Direction], multi: Multi = "span") -> Combination:
     """The combination of `directions`, which hold these ranks.
 
+    Examples:
+        >>> combine((0, 2), [direction, other]).label
+        '0-2'
+
     Raises:
         UserError: two of the directions are all but the same; the message names them by rank.
     """
