@@ -91,6 +91,10 @@ class Direction(Value):
         Raises:
             UserError: it is no vector of finite floats, zero, or its place is not said, or said in two ways.
         """
+        if isinstance(vector, Direction):
+            raise UserError(
+                "this is a direction already; its vector at another place: Direction.of(direction.vector, ...)"
+            )
         row = one_vector(vector)
         if layer is None and hook_name is None:
             raise UserError("say at which layer the direction was read: Direction.of(vector, layer=12)")
@@ -397,6 +401,11 @@ class ActivationMeans(Value):
     def from_cache(cls, cache: Any, positions: Iterable[int] = (-1,), *, hook: str | None = None) -> "ActivationMeans":
         """Of the cache of TransformerLens' `run_with_cache`, over its prompts, which are padded on the left if at all.
 
+        Examples:
+            >>> _, cache = model.run_with_cache(chat.batch("Hi").tokens)
+            >>> ActivationMeans.from_cache(cache, chat.positions).means.shape == means.means.shape
+            True
+
         Args:
             cache: an `ActivationCache`, or a dict, with `blocks.{l}.hook_resid_pre` of every block.
             positions: counted from the end of the prompts; those of `chat.positions` fit `mean_activations`.
@@ -484,21 +493,28 @@ def cosine(a: Direction, b: Direction) -> float:
     return math.fsum((a.unit * b.unit).tolist())
 
 
-def load_vector(path: str | Path, n_layers: int, layer: int | None = None) -> Direction | Tensor:
+def load_vector(
+    path: str | Path, n_layers: int, layer: int | None = None, *, hook: str | None = None
+) -> Direction | Tensor:
     """`load_direction` for ablation, which does not ask where a vector was read: where nothing says it, it is bare."""
     path = at_home(path)
     is_said = (
-        layer is not None or path.with_name(f"{path.stem}_metadata.json").exists() or _CAA_NAME.fullmatch(path.stem)
+        layer is not None
+        or hook is not None
+        or path.with_name(f"{path.stem}_metadata.json").exists()
+        or _CAA_NAME.fullmatch(path.stem)
     )
     if not is_said and path.is_file() and not path.with_name("run.json").exists():
         held = read_tensors(path)
         rows = read_vectors(path).rows
         if len(rows) == 1 and layer_by_name(held) is None:
             return rows[0].float()
-    return load_direction(path, n_layers, layer)
+    return load_direction(path, n_layers, layer, hook=hook)
 
 
-def load_direction(path: str | Path, n_layers: int, layer: int | None = None, *, moves: bool = False) -> Direction:
+def load_direction(
+    path: str | Path, n_layers: int, layer: int | None = None, *, moves: bool = False, hook: str | None = None
+) -> Direction:
     """One vector of a file with its place: the one rule of every command that takes a file.
 
     A JSON beside the file says where the vector was read. Of a file of n_layers + 1 rows, one per layer, `layer`
@@ -506,15 +522,24 @@ def load_direction(path: str | Path, n_layers: int, layer: int | None = None, *,
     its layers. A bare vector was read where `layer` says, which must agree with a name that says it too: CAA calls the
     output of block L, our layer L + 1, `vec_layer_{L}_{model}.pt`.
 
+    Examples:
+        >>> direction.save("mine.pt")
+        >>> load_direction("mine.pt", model.cfg.n_layers) == direction
+        True
+
     Args:
         n_layers: of the model that it is used in.
         layer: `l` is the stream entering block `l`; `n_layers` the stream after the last block.
         moves: whether `layer` may be another one than the JSON says: an addition may act elsewhere.
+        hook: the hook point where the vector was read, any of a block; `layer` then may only agree, or, where it
+            moves, is left to the addition.
 
     Raises:
         UserError: the place is not known, does not exist or is said in two ways, or the file holds something else.
     """
     path = at_home(path)
+    if hook is not None:
+        layer, moves = _read_at(hook, layer, moves=moves), False
     if layer is not None:
         resid_hook(layer, n_layers)
     if not path.is_file():
@@ -531,10 +556,15 @@ def load_direction(path: str | Path, n_layers: int, layer: int | None = None, *,
             raise UserError(f"{path} was read at layer {found.layer}, and this model has layers 0..{n_layers}")
         if not moves and layer not in (None, found.layer):
             raise UserError(f"{path} says itself where it was read, layer {found.layer}: leave layer {layer} out")
+        if hook not in (None, found.hook_name) and not all(map(is_between_blocks, (hook, found.hook_name))):
+            raise UserError(f"{path} says itself where it was read, {found.hook_name}: leave {hook} out")
         return found
     tensors = read_tensors(path)
-    rows = vectors_in(path, at_layer(path, tensors, layer)).rows
+    inside = None if hook is None or is_between_blocks(hook) else hook
+    rows = vectors_in(path, at_layer(path, tensors, layer if inside is None else None)).rows
     by_name = layer_by_name(tensors)
+    if inside is not None and (len(rows) > 1 or named is not None or by_name is not None):
+        raise UserError(f"{path} is of the stream between blocks, by its name or a row for each layer, not of {inside}")
     if len(rows) > 1:
         if len(rows) != n_layers + 1:
             raise UserError(
@@ -558,9 +588,18 @@ def load_direction(path: str | Path, n_layers: int, layer: int | None = None, *,
         raise UserError(f"nothing beside {path} says where the vector was read: say with --layer at which layer")
     if not rows[0].any():
         raise UserError(f"{path} holds only zeros for layer {layer}: there is no direction")
-    place, record = resid_hook(layer, n_layers), path.with_name("run.json")
+    place = resid_hook(layer, n_layers) if inside is None else inside
+    record = path.with_name("run.json")
     made = {"model": read_record(record, _Beside).model} if record.exists() else {}
     return Direction(rows[0].float(), layer, place, None, {"source": str(path), **made})
+
+
+def _read_at(hook: str, layer: int | None, *, moves: bool) -> int:
+    """The layer of a hook point, which another one that is said must not contradict."""
+    place = place_of_hook(hook)
+    if not moves and layer not in (None, place):
+        raise UserError(f"layer {layer} is not {hook!r}, which is layer {place}: either is enough")
+    return place
 
 
 _CAA_NAME = re.compile(r"vec_layer_(\d{1,9})_.+", re.DOTALL)

@@ -152,6 +152,11 @@ def stream(
     The text holds back trailing space and what a later token may still change, half characters and runs of single
     bytes, so that each is the beginning of the next. Hooks are on the model only while it computes a token: between
     tokens other code, or another stream, may use it.
+
+    Examples:
+        >>> *_, last = stream(model, chat, "Hi", max_new_tokens=3)
+        >>> last == generate(model, chat, "Hi", max_new_tokens=3)[0]
+        True
     """
     check_raw_basis(model)
     interventions, ids = as_interventions(interventions), chat.encode(conversation)
@@ -305,6 +310,12 @@ class Conversation:
 
     The whole conversation goes through the chat template at every turn, and the interventions act on all of it and
     on every generated token.
+
+    Examples:
+        >>> conversation = Conversation(model, chat, max_new_tokens=3)
+        >>> answer = "".join(conversation.ask("Hi"))
+        >>> [message["role"] for message in conversation.messages]
+        ['user', 'assistant']
     """
 
     model: HookedModel

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .directions import ActivationMeans, Direction, check_in_stream
+from .directions import ActivationMeans, Direction, DirectionGrid, check_in_stream
 from .errors import UserError
 from .estimators.erasure import Eraser, fit_eraser
 from .estimators.linear import Shrinkage
@@ -75,8 +76,9 @@ class Ablate(Value):
         True
     """
 
-    directions: Direction | Tensor | Sequence[Direction | Tensor]
-    """Or bare vectors, `[d_model]` or `[n, d_model]`: ablation does not ask where they were read."""
+    directions: Direction | Iterable[Any]
+    """Or bare vectors, tensors, arrays or lists of numbers, `[d_model]` or `[n, d_model]`: ablation does not ask where
+    they were read."""
     strength: float = 1.0
     layers: Sequence[int] | None = None
     """Blocks whose writes are changed; None is all. The embedding counts as a write of block 0."""
@@ -92,6 +94,9 @@ class Ablate(Value):
     def __post_init__(self) -> None:
         object.__setattr__(self, "directions", _each(self.directions))
         check_named("positions", self.positions, get_args(Positions))
+        for name in ("layers", "components"):
+            if isinstance(one := getattr(self, name), int | str):
+                raise UserError(f"{name} takes a list: {name}=[{one!r}]")
         for component in self.components:
             check_named("component", component, get_args(Component))
         check_finite("strength", self.strength)
@@ -186,11 +191,13 @@ class Ablate(Value):
         return hooks
 
 
-def _each(given: Direction | Tensor | Sequence[Direction | Tensor]) -> Direction | tuple[Direction | Tensor, ...]:
+def _each(given: Direction | Iterable[Any]) -> Direction | tuple[Direction | Tensor, ...]:
     """One direction as it is; several, or the rows of a table of them, each checked."""
     if isinstance(given, Direction):
         return given
-    if isinstance(given, Tensor) and given.ndim != 2:
+    if isinstance(given, DirectionGrid):
+        raise UserError("a grid has a direction for every place: Ablate(grid.direction(position, layer))")
+    if isinstance(given, str | Path) or _is_one(given):
         given = [given]
     rows = tuple(each if isinstance(each, Direction) else one_vector(each) for each in given)
     if not rows:
@@ -201,6 +208,13 @@ def _each(given: Direction | Tensor | Sequence[Direction | Tensor]) -> Direction
     return rows
 
 
+def _is_one(given: Iterable[Any]) -> bool:
+    """Whether it is one vector: a tensor or an array that is no table, or numbers."""
+    if hasattr(given, "ndim"):
+        return bool(given.ndim != 2)
+    return isinstance(given, list | tuple) and bool(given) and all(isinstance(each, int | float) for each in given)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class AblateInTurn(Value):
     """Project directions out one after the other, as published for several: hooks alone can do it.
@@ -209,6 +223,10 @@ class AblateInTurn(Value):
     output. The order matters. Of the first of two directions with cosine c, a projection of both leaves
     c·√(1 − c²) of an isotropic stream's scale and each further one c² of that: the stream is projected again at every
     block, which is why no edit of what is written does the same.
+
+    Examples:
+        >>> hooks = AblateInTurn([direction, other]).hooks(model)
+        >>> logits = next_token_logits(model, chat, "Hi", interventions=AblateInTurn([direction, other]))
     """
 
     directions: Sequence[Direction]
@@ -306,6 +324,10 @@ class Affine(Value):
     α = 0 every component is that of the harmless mean, at α = 1 of the harmful mean, for any estimator's direction
     whose length is the class difference along it, as `EveryPlace` gives it. `Ablate(constants=[c])` holds the component
     at c in every layer instead, and exports.
+
+    Examples:
+        >>> Affine.between(grid.direction(-1, 2), other_means).hooks(model)[0][0]
+        'blocks.2.hook_resid_pre'
     """
 
     direction: Direction
@@ -364,6 +386,10 @@ class Leace(Value):
     For several layers take a list, one for each. Each is fitted on activations as they come: those of the plain model
     are not what a later layer sees once an earlier one is erased; read them again under the earlier ones for that
     ("concept scrubbing").
+
+    Examples:
+        >>> Leace.fit(samples, other_samples, 2, shrinkage=0.5).hooks(model)[0][0]
+        'blocks.2.hook_resid_pre'
     """
 
     eraser: Eraser
@@ -390,8 +416,12 @@ class Leace(Value):
             positions: where it acts.
 
         Raises:
-            UserError: nothing was read there, or the class means do not differ there.
+            UserError: nothing was read there, another place than the stream entering a block was, or the class means
+                do not differ.
         """
+        for side in (harmful, harmless):
+            if side.hook_name is not None and not is_between_blocks(side.hook_name):
+                raise UserError(f"Leace acts on the stream between blocks, and these samples are of {side.hook_name}")
         rows = [side.at(position, layer) for side in (harmful, harmless)]
         return cls(fit_eraser(*rows, shrinkage=shrinkage), layer, positions)
 

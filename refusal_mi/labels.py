@@ -74,6 +74,11 @@ def find_refusal_tokens(labels: Sequence[Label]) -> tuple[Prefix, ...]:
     Where a token begins refusals and other answers alike, as "I" can, its continuations are asked instead: the
     shortest prefixes that separate, of up to 6 tokens. At most 8, and none that was seen only once. Give it the
     training prompts of both sides. Empty where nothing separates, or nothing is refused.
+
+    Examples:
+        >>> refused, answered = Label("I cannot.", (5, 6), True), Label("Sure.", (9,), False)
+        >>> find_refusal_tokens([refused, refused, answered])
+        ((5,),)
     """
     answers = [label.token_ids for label in labels]
     refused = [label.token_ids for label in labels if label.is_refused]

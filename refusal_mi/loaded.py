@@ -246,7 +246,8 @@ class Run:
         """
         check_named("side", side, SIDES)
         if side not in self.rates:
-            raise UserError(f"{self.path} has no completions of {side} prompts: {self.status}")
+            steps = ", ".join(self.record.run.options.steps)
+            raise UserError(f"{self.path} has no completions of {side} prompts ({self.status}; its steps: {steps})")
         effects = self.rates[side]
         check_named("intervention", label, [effect.label for effect in effects.effects])
         return Evaluation(self.record.answers(effects, label))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any, get_args
 
 import torch
@@ -18,6 +18,7 @@ from .model.points import Hook, HookedModel, explain_layer, model_device
 from .model.running import all_logits, batches, last_logits, read_out, residuals, running
 from .options import KLFormula
 from .precision import as_double, finite, told
+from .stats import bootstrap_interval, ratio_of_means
 from .text.batches import TokenBatch
 from .text.chat import ChatFormat
 from .text.given import Prompts, as_prompts
@@ -41,7 +42,12 @@ def refusal_score(logits: Float[Tensor, "batch d_vocab"], refusal_tokens: Sequen
 
 
 def log_odds(p: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """ln(p + 1e-8) − ln(1 − p + 1e-8), in nats."""
+    """ln(p + 1e-8) − ln(1 − p + 1e-8), in nats.
+
+    Examples:
+        >>> log_odds(torch.tensor([0.5])).item()
+        0.0
+    """
     return (p + SCORE_EPSILON).log() - (1 - p + SCORE_EPSILON).log()
 
 
@@ -222,6 +228,15 @@ class ScoredText:
 
 
 @dataclass(frozen=True)
+class TextLoss:
+    """Cross-entropy of one text."""
+
+    nats: float
+    """Summed over its predicted tokens."""
+    n_tokens: int
+
+
+@dataclass(frozen=True)
 class LossResult:
     """Mean cross-entropy over predicted tokens."""
 
@@ -229,20 +244,50 @@ class LossResult:
     """Nats per token."""
     perplexity: float
     n_tokens: int
+    change: tuple[float, float, float] | None = None
+    """Nats per token above the plain model on the same texts, with its 95% interval; None where that was not asked."""
 
-    def describe(self) -> dict[str, float]:
-        """The published keys."""
-        return asdict(self)
+    @classmethod
+    def of(cls, losses: Sequence[TextLoss], plain: Sequence[TextLoss] | None = None) -> "LossResult":
+        """Every predicted token counts once; `plain` are the same texts under the plain model.
+
+        The interval of the change is by the BCa bootstrap over texts.
+
+        Examples:
+            >>> LossResult.of([TextLoss(6.0, 3), TextLoss(1.0, 1)], [TextLoss(3.0, 3), TextLoss(0.0, 1)])
+            LossResult(ce_loss=1.75, perplexity=5.754602676005731, n_tokens=4, change=(1.0, 1.0, 1.0))
+        """
+        counts = [loss.n_tokens for loss in losses]
+        mean = math.fsum(loss.nats for loss in losses) / sum(counts)
+        if plain is None:
+            return cls(mean, math.exp(mean), sum(counts))
+        changes = [loss.nats - before.nats for loss, before in zip(losses, plain, strict=True)]
+        change = bootstrap_interval(changes, list(map(float, counts)), statistic=ratio_of_means)
+        return cls(mean, math.exp(mean), sum(counts), change)
+
+    def describe(self) -> dict[str, Any]:
+        """The published keys, and the change where it is known."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def answers_to_score(chat: ChatFormat, pairs: Sequence[tuple[str, str]]) -> list[ScoredText]:
-    """(instruction, answer) pairs of which the answer's tokens are predicted; empty answers are left out."""
+    """(instruction, answer) pairs of which the answer's tokens are predicted; empty answers are left out.
+
+    Examples:
+        >>> answers_to_score(chat, [("Hi", "Hello."), ("Bye", "")])[0].first == len(chat.encode("Hi"))
+        True
+    """
     encoded = [chat.encode_answered(instruction, answer) for instruction, answer in pairs]
     return [ScoredText(tuple(ids), first) for ids, first in encoded if first < len(ids)]
 
 
 def texts_to_score(chat: ChatFormat, texts: Prompts) -> list[ScoredText]:
-    """Plain texts, without the chat template, of which every token after the first is predicted."""
+    """Plain texts, without the chat template, of which every token after the first is predicted.
+
+    Examples:
+        >>> texts_to_score(chat, "a text")[0].first
+        1
+    """
     rows = [chat.tokenizer(text)["input_ids"][:MAX_TEXT_TOKENS] for text in as_prompts(texts, "texts")]
     return [ScoredText(tuple(row), 1) for row in rows if len(row) > 1]
 
@@ -250,7 +295,7 @@ def texts_to_score(chat: ChatFormat, texts: Prompts) -> list[ScoredText]:
 def ce_loss(
     model: HookedModel,
     chat: ChatFormat,
-    texts: Sequence[ScoredText],
+    texts: Sequence[ScoredText] | Prompts,
     *,
     interventions: Interventions = (),
     batch_size: int = 8,
@@ -258,14 +303,40 @@ def ce_loss(
 ) -> LossResult:
     """Cross-entropy (nats per token) of `texts`; every predicted token counts once, summed in float64.
 
+    Examples:
+        >>> ce_loss(model, chat, "a plain text").ce_loss > 0
+        True
+
+    Args:
+        texts: plain texts, or what `texts_to_score` and `answers_to_score` make.
+
     Raises:
         UserError: no text has a token to predict, or the loss is not finite.
     """
+    given: dict[str, Any] = {"batch_size": batch_size, "description": description}
+    return LossResult.of(text_losses(model, chat, texts, interventions=interventions, **given))
+
+
+def text_losses(
+    model: HookedModel,
+    chat: ChatFormat,
+    texts: Sequence[ScoredText] | Prompts,
+    *,
+    interventions: Interventions = (),
+    batch_size: int = 8,
+    description: str = "CE loss",
+) -> list[TextLoss]:
+    """That of every text which has a token to predict, in their order.
+
+    Raises:
+        UserError: as `ce_loss`.
+    """
     interventions = as_interventions(interventions)
-    texts = [text for text in texts if text.first < len(text.token_ids)]
+    is_ready = isinstance(texts, list | tuple) and all(isinstance(text, ScoredText) for text in texts)
+    texts = [text for text in (texts if is_ready else texts_to_score(chat, texts)) if text.first < len(text.token_ids)]
     if not texts:
         raise UserError(f"{description} needs at least one text with a token to predict; these are all empty")
-    total, count = 0.0, 0
+    sums = [0.0] * len(texts)
     most_tokens = PASS_TOKENS.get(model_device(model).type, PASS_TOKENS["cpu"])
     rows = [text.token_ids for text in texts]
     for indices, batch in batches(
@@ -273,20 +344,20 @@ def ce_loss(
     ):
         scored = [len(rows[index]) - texts[index].first for index in indices]
         prompt_width = batch.tokens.shape[1] - torch.tensor(scored)
-        total += _summed_loss(model, batch, scored, all_hooks(model, interventions, prompt_width))
-        count += sum(scored)
-    mean = total / count
-    if not math.isfinite(mean):
+        losses = iter(_token_losses(model, batch, scored, all_hooks(model, interventions, prompt_width)))
+        for index, n in zip(indices, scored, strict=True):
+            sums[index] = math.fsum(islice(losses, n))
+    if not all(map(math.isfinite, sums)):
         raise UserError("the CE loss is not finite in the model's dtype under this intervention; try --dtype float32")
-    return LossResult(mean, math.exp(mean), count)
+    return [TextLoss(nats, len(text.token_ids) - text.first) for nats, text in zip(sums, texts, strict=True)]
 
 
-def _summed_loss(model: HookedModel, batch: TokenBatch, scored: Sequence[int], hooks: Sequence[Hook]) -> float:
-    """Summed loss of the last `scored` tokens of every row; only the logits that predict them are computed."""
+def _token_losses(model: HookedModel, batch: TokenBatch, scored: Sequence[int], hooks: Sequence[Hook]) -> list[float]:
+    """Losses of the last `scored` tokens of every row; only the logits that predict them are computed."""
     (stream,) = residuals(model, batch, [model.cfg.n_layers], max(scored) + 1, hooks=hooks)
     before = torch.cat([row[-n - 1 : -1] for row, n in zip(stream, scored, strict=True)])
     targets = torch.cat([row[-n:] for row, n in zip(batch.tokens, scored, strict=True)])
-    total = 0.0
+    found: list[float] = []
     n_rows = max(64, MOST_LOGITS // model.cfg.d_vocab)
     with torch.no_grad(), running(model, hooks):  # somebody's own intervention may act on the norm or the unembedding
         for some, ids in zip(before.split(n_rows), targets.split(n_rows), strict=True):
@@ -294,8 +365,8 @@ def _summed_loss(model: HookedModel, batch: TokenBatch, scored: Sequence[int], h
             losses = functional.cross_entropy(
                 logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="none"
             )
-            total += math.fsum(losses.tolist())
-    return total
+            found += losses.tolist()
+    return found
 
 
 @dataclass(frozen=True)

@@ -248,10 +248,12 @@ def answer_with_transformers(source: str | Path | None, prompts: Prompts, *, max
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .model.loading import resolve_source
+    from .progress import alone
 
     name = resolve_source(source)
-    tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    with alone():
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     chats = [[{"role": "user", "content": prompt}] for prompt in as_prompts(prompts)]
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"

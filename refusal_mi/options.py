@@ -27,6 +27,7 @@ MEANINGS: Mapping[str, str] = {
     "column": "Column that holds the prompt, in files and in other sets of the hub.",
     "direction": "A .pt file or a run folder, whose direction is ablated, in audit compared; default: none in chat and "
     "audit, in export the run of MODEL.",
+    "hook": "Where a bare vector was read, such as blocks.13.hook_resid_post; --layer then says where it is added.",
     "judge": "Who says whether the model complied: substring (default), evade (refuse, evade or comply, by rules), "
     "classifier:MODEL, llamaguard, the URL of an endpoint, refusal:URL, or strongreject: with a URL or MODEL.",
     "kl_max": "Largest KL on harmless prompts, in nats; inf: any. Default 0.1; in responses eval any.",

@@ -59,22 +59,28 @@ def mean_activations(
 
 
 def sample_activations(
-    model: HookedModel, chat: ChatFormat, instructions: Prompts, *, batch_size: int = 32
+    model: HookedModel, chat: ChatFormat, instructions: Prompts, *, hook: str | None = None, batch_size: int = 32
 ) -> ActivationSamples:
     """The stream of every prompt entering every block, at every post-instruction position, in float32.
 
     Examples:
         >>> sample_activations(model, chat, ["Hi", "Bye"]).n_prompts
         2
+        >>> sample_activations(model, chat, "Hi", hook="blocks.3.mlp.hook_post").n_layers
+        1
 
     Args:
         instructions: user messages, one prompt each; the categories of a `PromptSet` are kept.
+        hook: read this hook point of a block instead, as `mean_activations` does.
         batch_size: prompts per forward pass; the result does not depend on it.
 
     Raises:
-        UserError: there are no instructions, their streams would take more than 2 GiB, or they are not finite.
+        UserError: there are no instructions, their activations would take more than 2 GiB, or are not finite, or the
+            model has no such hook point, or none that holds a vector at every position.
         ValueError: the model's weights are not in HF coordinates.
     """
+    if hook is not None:
+        return _samples_at(model, chat, as_prompts(instructions), hook, batch_size)
     layers = range(model.cfg.n_layers)
     table = template_residuals(model, chat, instructions, layers=layers, batch_size=batch_size)
     categories = instructions.categories if isinstance(instructions, PromptSet) else ()
@@ -161,20 +167,17 @@ def template_residuals(
 ) -> Float[Tensor, "prompt pos layer d_model"]:
     """The whole of `stream_residuals` in one float32 table on the CPU, in the order of `instructions`.
 
+    Examples:
+        >>> template_residuals(model, chat, ["Hi", "Bye"], layers=[2, 3]).shape[:3] == (2, len(chat.positions), 2)
+        True
+
     Raises:
         UserError: there are no prompts, the table would take more than 2 GiB, or streams are not finite.
     """
     instructions = as_prompts(instructions)
     n_layers = model.cfg.n_layers + 1 if layers is None else len(layers)
     width = len(chat.positions) if n_last is None else n_last
-    shape = (len(instructions), width, n_layers, model.cfg.d_model)
-    n_bytes = 4 * torch.Size(shape).numel()
-    if n_bytes > MAX_TABLE_BYTES:
-        raise UserError(
-            f"residuals of {len(instructions)} prompts at {width} positions and {n_layers} layers take "
-            f"{n_bytes / 2**30:.1f} GiB; use fewer prompts or name some layers"
-        )
-    table = torch.empty(shape, dtype=torch.float32)
+    table = _table(len(instructions), width, n_layers, model.cfg.d_model)
     for indices, streams in stream_residuals(
         model,
         chat,
@@ -226,18 +229,53 @@ def _means_at(
     model: HookedModel, chat: ChatFormat, instructions: Sequence[str], hook: str, batch_size: int
 ) -> ActivationMeans:
     """Means at one hook point, heads one after the other."""
+    total = torch.zeros(len(chat.positions), _width_at(model, chat, hook), dtype=torch.float64)
+    for _, read in _at_point(model, chat, instructions, hook, batch_size):
+        total += with_float64(read).sum(0, dtype=torch.float64).cpu()
+    means = rearrange(total / len(instructions), "pos width -> pos 1 width")
+    return ActivationMeans(means, chat.positions, len(instructions), hook)
+
+
+def _samples_at(
+    model: HookedModel, chat: ChatFormat, instructions: Sequence[str], hook: str, batch_size: int
+) -> ActivationSamples:
+    """Every prompt at one hook point, heads one after the other."""
+    table = _table(len(instructions), len(chat.positions), 1, _width_at(model, chat, hook))
+    for indices, read in _at_point(model, chat, instructions, hook, batch_size):
+        table[indices, :, 0] = read.float().cpu()
+    return ActivationSamples(table, chat.positions, hook)
+
+
+def _table(n_prompts: int, n_positions: int, n_layers: int, width: int) -> Float[Tensor, "prompt pos layer width"]:
+    """A float32 table to be filled, if it is not too large."""
+    shape = (n_prompts, n_positions, n_layers, width)
+    n_bytes = 4 * torch.Size(shape).numel()
+    if n_bytes > MAX_TABLE_BYTES:
+        raise UserError(
+            f"residuals of {n_prompts} prompts at {n_positions} positions and {n_layers} layers take "
+            f"{n_bytes / 2**30:.1f} GiB; use fewer prompts or name some layers"
+        )
+    return torch.empty(shape, dtype=torch.float32)
+
+
+def _width_at(model: HookedModel, chat: ChatFormat, hook: str) -> int:
+    """How wide a hook point is, if it holds one vector at every position."""
     check_point(model, hook)
-    n, rows = len(chat.positions), chat.encode_all(instructions)
     for width in (2, 3):  # what holds no vector at every position does not follow the length of a text
         text = torch.full((1, width), chat.pad_id, device=model_device(model))
         whole = captured(model, TokenBatch(text, torch.ones_like(text)), {hook: lambda x: x})[hook]
         if whole.ndim < 3 or whole.shape[:2] != (1, width) or not whole.is_floating_point():
             raise UserError(f"{hook} holds no vector at every position of a prompt: nothing can be read there")
-    total = torch.zeros(n, whole[0, 0].numel(), dtype=torch.float64)
-    for _, batch in batches(model, rows, chat.pad_id, batch_size, description=f"reading {hook}"):
-        read = captured(model, batch, {hook: lambda x: x[:, -n:].flatten(2)})[hook]
-        total += with_float64(read).sum(0, dtype=torch.float64).cpu()
-    return ActivationMeans(rearrange(total / len(rows), "pos width -> pos 1 width"), chat.positions, len(rows), hook)
+    return int(whole[0, 0].numel())
+
+
+def _at_point(
+    model: HookedModel, chat: ChatFormat, instructions: Sequence[str], hook: str, batch_size: int
+) -> Iterator[tuple[list[int], Float[Tensor, "batch pos width"]]]:
+    """Indices, and what a hook point holds at the last positions."""
+    n, rows = len(chat.positions), chat.encode_all(instructions)
+    for indices, batch in batches(model, rows, chat.pad_id, batch_size, description=f"reading {hook}"):
+        yield indices, captured(model, batch, {hook: lambda x: x[:, -n:].flatten(2)})[hook]
 
 
 def _streams(

@@ -17,7 +17,12 @@ def _mean(values: Any) -> Any:
 
 @dataclass(frozen=True)
 class Rate:
-    """A fraction 0–1 with its 95% Wilson score interval."""
+    """A fraction 0–1 with its 95% Wilson score interval.
+
+    Examples:
+        >>> print(Rate(1, 4))
+        0.25 [0.05, 0.70]
+    """
 
     count: int
     n: int
@@ -55,7 +60,13 @@ class Rate:
 
 @dataclass(frozen=True)
 class Paired:
-    """The same prompts before and after: how many changed, and whether that is more than chance."""
+    """The same prompts before and after: how many changed, and whether that is more than chance.
+
+    Examples:
+        >>> before, after = [True, True, True, False], [False, False, True, False]
+        >>> Paired.of(before, after).difference
+        -0.5
+    """
 
     both: int
     only_before: int
@@ -194,18 +205,33 @@ class AUC:
 
 
 def signed(value: float, decimals: int = 2) -> str:
-    """A difference with its sign; none before zero."""
+    """A difference with its sign; none before zero.
+
+    Examples:
+        >>> signed(-0.5)
+        '−0.50'
+    """
     text = f"{value:+.{decimals}f}"
     return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
 def p_text(p: float) -> str:
-    """A p-value as papers have it: = 0.03, < 0.001."""
+    """A p-value as papers have it: = 0.03, < 0.001.
+
+    Examples:
+        >>> p_text(0.034)
+        '= 0.034'
+    """
     return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values of a family of tests (Holm 1979): below 0.05 where the family errs in at most 5% of cases."""
+    """Adjusted p-values of a family of tests (Holm 1979): below 0.05 where the family errs in at most 5% of cases.
+
+    Examples:
+        >>> holm([0.01, 0.04])
+        [0.02, 0.04]
+    """
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -216,6 +242,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """The mean and its 95% interval by Student's t: mean ± t(n − 1)·s/√n; one value has no width.
+
+    Examples:
+        >>> mean, low, high = mean_interval([1.0, 2.0, 6.0])
+        >>> low < mean == 3.0 < high
+        True
 
     Raises:
         ValueError: there are no values.
@@ -233,6 +264,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def ratio_of_means(of: Any, over: Any) -> Any:
+    """A statistic for `bootstrap_interval`: the mean of one sample over that of the other."""
+    return of.mean(-1) / over.mean(-1)
+
+
 def bootstrap_interval(
     *samples: Sequence[float], statistic: Callable[..., Any] = _mean, n_resamples: int = 1999, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -242,9 +278,13 @@ def bootstrap_interval(
     values are equal, or the statistic never changes, it has no width; where drawn samples leave it without bounds (a
     divisor that can be 0), its limits are NaN.
 
+    Examples:
+        >>> mean, low, high = bootstrap_interval([1.0, 2.0, 6.0, 4.0])
+        >>> low < mean == 3.25 < high
+        True
+
     Args:
-        statistic: of arrays `[..., prompt]`, along the last axis, such as
-            `lambda a, b: a.mean(-1) / b.mean(-1)`; of one sample the mean.
+        statistic: of arrays `[..., prompt]`, along the last axis, such as `ratio_of_means`; of one sample the mean.
 
     Raises:
         ValueError: there are no values, or the samples are not of the same prompts.

@@ -21,8 +21,11 @@ def one_vector(given: Any) -> Float[Tensor, " d_model"]:
     Raises:
         UserError: it is something else.
     """
+    if isinstance(given, str | Path):
+        raise UserError(f"a direction is a vector of numbers, not a path: Direction.load({str(given)!r}) reads one")
+    kind = torch.get_default_dtype() if isinstance(given, list | tuple) else None  # of whole numbers too
     try:
-        held = given if isinstance(given, Tensor) else torch.as_tensor(given)
+        held = given if isinstance(given, Tensor) else torch.as_tensor(given, dtype=kind)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"a direction is a vector of numbers, not {type(given).__name__}: {error}") from None
     if held.ndim == 2 and len(held) == 1:
@@ -130,6 +133,11 @@ class Comparison(Value):
 def read_vectors(path: str | Path) -> LabelledVectors:
     """The vectors of a file: `[d]`, `[1, d]`, `[n, d]`, a list of vectors, or vectors by layer, in any float type.
 
+    Examples:
+        >>> direction.save("mine.pt")
+        >>> read_vectors("mine.pt").labels
+        ['mine']
+
     Raises:
         UserError: it holds something else, or numbers that are not finite.
     """
@@ -172,6 +180,11 @@ def vectors_in(path: Path, held: Any, names: tuple[str, ...] = ()) -> LabelledVe
 
 def compare(stacks: list[LabelledVectors]) -> Comparison:
     """Cosine similarity of all vectors of all stacks, in float64.
+
+    Examples:
+        >>> direction.save("mine.pt")
+        >>> compare([read_vectors("mine.pt"), read_vectors("mine.pt")]).labels
+        ('mine', 'mine')
 
     Raises:
         UserError: there are fewer than two vectors, or they have different widths.

@@ -11,11 +11,14 @@ import torch
 from refusal_mi.analysis import attribute_direction, project_residuals
 from refusal_mi.directions import ActivationMeans, Direction, DirectionGrid, difference_in_means
 from refusal_mi.errors import UserError
+from refusal_mi.estimators.linear import lda
+from refusal_mi.estimators.named import estimator_named
+from refusal_mi.estimators.samples import at_one_place
 from refusal_mi.export.plan import as_steps
 from refusal_mi.generation import generate
-from refusal_mi.interventions import Ablate, AblateInTurn, Add, Affine
+from refusal_mi.interventions import Ablate, AblateInTurn, Add, Affine, Leace
 from refusal_mi.measures import next_token_logits
-from refusal_mi.reading import mean_activations
+from refusal_mi.reading import mean_activations, sample_activations
 from refusal_mi.search.sweep import sweep
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.models import D_MLP, D_MODEL, N_HEADS
@@ -101,6 +104,44 @@ def test_means_are_those_of_the_hf_module(tiny_model, plain_model, point):
     assert relative_error(found.means[:, 0], other) > 1e-3, "the control: one prompt less shows"
     whole = mean_activations(model, chat, ASKS, hook=hook, batch_size=32)
     assert relative_error(found.means, whole.means) < 1e-6 and found.n_prompts == len(ASKS)
+
+
+@pytest.mark.parametrize("point", ["attn.hook_z", "attn.hook_k", "mlp.hook_post", "hook_resid_post"])
+def test_single_prompts_are_those_of_the_hf_module(tiny_model, plain_model, point):
+    model, hf = tiny_model("llama"), plain_model("llama")
+    chat, hook = ChatFormat(model.tokenizer), f"blocks.{BLOCK}.{point}"
+    found = sample_activations(model, chat, ASKS, hook=hook, batch_size=2)
+    n = len(chat.positions)
+    expected = torch.stack([naive_means(hf, model.tokenizer, point, [prompt], n) for prompt in ASKS])
+    assert found.prompts.shape == (len(ASKS), n, 1, POINTS[point][2]) and found.hook_name == hook
+    assert relative_error(found.prompts[:, :, 0], expected) < 2e-6
+    assert relative_error(found.prompts[:, :, 0], expected.roll(1, 0)) > 1e-3, "the control: another order shows"
+    assert found.means.hook_name == hook
+    assert relative_error(found.means.means, mean_activations(model, chat, ASKS, hook=hook).means) < 1e-6
+    layer = BLOCK + (point == "hook_resid_post")
+    assert torch.equal(found.at(-1), found.at(-1, layer)) and found.layers == (layer,)
+    with pytest.raises(UserError, match=f"of {hook} alone"):
+        found.at(-1, layer - 1)
+
+
+def test_an_estimator_of_single_prompts_gives_a_direction_of_the_hook_point(tiny_model):
+    model = tiny_model("llama")
+    chat, hook = ChatFormat(model.tokenizer), f"blocks.{BLOCK}.attn.hook_v"
+    sides = [sample_activations(model, chat, each, hook=hook) for each in (ASKS, CHATS)]
+    direction = estimator_named("lda")(*sides).direction(-1)
+    assert (direction.hook_name, direction.layer) == (hook, BLOCK) and len(direction.vector) == POINTS["attn.hook_v"][2]
+    expected = at_one_place(lda, *(side.at(-1) for side in sides))
+    assert relative_error(direction.vector, expected) < 1e-6
+    assert direction != estimator_named("median")(*sides).direction(-1), "the control: another estimator"
+    other = sample_activations(model, chat, CHATS, hook=f"blocks.{BLOCK}.attn.hook_k")
+    with pytest.raises(UserError, match="different positions or layers"):
+        estimator_named("lda")(sides[0], other)
+    with pytest.raises(UserError, match="Leace acts on the stream"):
+        Leace.fit(*sides, BLOCK)
+    of_stream = [sample_activations(model, chat, each, hook="blocks.2.hook_resid_post") for each in (ASKS, CHATS)]
+    whole = [sample_activations(model, chat, each) for each in (ASKS, CHATS)]
+    found, same = (Leace.fit(*each, 3, shrinkage=0.5) for each in (of_stream, whole))
+    assert relative_error(found.eraser.write, same.eraser.write) < 1e-4
 
 
 @pytest.mark.parametrize("point", CHANGED)
@@ -257,6 +298,8 @@ def test_a_hook_point_that_cannot_be_read_is_one_line(tiny_model, hook, said):
     model = tiny_model("llama")
     with pytest.raises(UserError, match=said):
         mean_activations(model, ChatFormat(model.tokenizer), ASKS, hook=hook)
+    with pytest.raises(UserError, match=said):
+        sample_activations(model, ChatFormat(model.tokenizer), ASKS, hook=hook)
 
 
 def test_the_router_of_experts_is_refused(tiny_model):

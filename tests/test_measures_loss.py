@@ -7,8 +7,9 @@ import torch
 
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate, Add
-from refusal_mi.measures import ScoredText, answers_to_score, ce_loss, texts_to_score
+from refusal_mi.measures import LossResult, ScoredText, TextLoss, answers_to_score, ce_loss, text_losses, texts_to_score
 from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.prompts import PromptSet
 from tests.helpers.directions import random_direction
 from tests.helpers.naive import ASKS, CHATS, FAMILIES, ablating, dtype_of, logits, prompt_ids, tolerance
 from tests.helpers.tiers import first_is_fast
@@ -62,6 +63,39 @@ def test_loss_under_ablation_equals_text_by_text(tiny_model, plain_model):
     assert ce_loss(model, chat, scored, interventions=[Add(direction, 0.0)]) == ce_loss(model, chat, scored)
 
 
+def test_every_text_alone_and_the_interval_of_their_change(tiny_model, plain_model):
+    model, hf = tiny_model("gpt2", "float64"), plain_model("gpt2", "float64")
+    chat, ablation = ChatFormat(model.tokenizer), [Ablate(random_direction(4))]
+    scored = answers_to_score(chat, PAIRS)
+    plain, changed = (text_losses(model, chat, scored, interventions=each, batch_size=2) for each in ((), ablation))
+    for text, loss in zip(scored, plain, strict=True):
+        expected, count = naive_loss(hf, [(text.token_ids, text.first)])
+        assert (loss.nats / loss.n_tokens, loss.n_tokens) == (pytest.approx(expected, rel=1e-10), count)
+    assert ce_loss(model, chat, scored, batch_size=2) == LossResult.of(plain) != LossResult.of(changed)
+    assert LossResult.of(plain).change is None and LossResult.of(plain, plain).change == (0, 0, 0)
+    assert "change" in LossResult.of(changed, plain).describe() and "change" not in LossResult.of(plain).describe()
+
+
+def test_the_interval_of_a_change_is_that_of_a_ratio_of_sums():
+    """300 texts of different lengths against the linear approximation; unpaired it would be ten times as wide."""
+    drawn = torch.Generator().manual_seed(0)
+    counts = torch.randint(5, 50, (300,), generator=drawn)
+    before = counts * (3 + torch.randn(300, generator=drawn).double())
+    shift = counts * (0.1 + 0.1 * torch.randn(300, generator=drawn).double())
+    plain, changed = (
+        [TextLoss(*each) for each in zip(values.tolist(), counts.tolist(), strict=True)]
+        for values in (before, before + shift)
+    )
+    value, low, high = LossResult.of(changed, plain).change
+    ratio = (shift.sum() / counts.sum()).item()
+    half = 1.96 * ((shift - ratio * counts) ** 2).sum().sqrt().item() / counts.sum().item()
+    assert value == pytest.approx(ratio) and (high - low) / 2 == pytest.approx(half, rel=0.1)
+    assert low == pytest.approx(ratio - half, abs=0.2 * half) and low > 0.05
+    shuffled = [plain[index] for index in torch.randperm(300, generator=drawn).tolist()]
+    _, low, high = LossResult.of(changed, shuffled).change
+    assert (high - low) / 2 > 5 * half, "the control: other texts"
+
+
 def test_a_response_scope_begins_at_each_rows_last_prompt_token(tiny_model):
     """Adding on the response in a padded batch is adding from there on in every text alone."""
     model = tiny_model("gpt2", "float64")
@@ -85,6 +119,16 @@ def test_empty_answers_and_texts_are_left_out(tiny_model):
             ce_loss(model, chat, nothing)
     assert ce_loss(model, chat, [empty, text, empty]) == ce_loss(model, chat, [text])
     assert ce_loss(model, chat, [text]) != ce_loss(model, chat, [ScoredText(text.token_ids, 1)])
+
+
+def test_plain_texts_are_scored_as_they_come(tiny_model):
+    model = tiny_model("gpt2")
+    chat = ChatFormat(model.tokenizer)
+    expected = ce_loss(model, chat, texts_to_score(chat, CHATS))
+    assert ce_loss(model, chat, CHATS) == expected == ce_loss(model, chat, PromptSet.from_list(CHATS))
+    assert ce_loss(model, chat, CHATS[0]) == ce_loss(model, chat, CHATS[:1]) != expected
+    with pytest.raises(UserError, match="texts: number 0 is no text but int"):
+        ce_loss(model, chat, [1, 2])
 
 
 def test_a_loss_that_is_no_number_is_an_error(tiny_model):

@@ -32,6 +32,7 @@ def test_a_direction_of_a_tensor_an_array_and_a_list_is_the_same():
     kept = Direction.of(changed, 2)
     changed += 1
     assert torch.equal(kept.vector, VECTOR)
+    assert torch.equal(Direction.of([3, 0, 4], 2).vector, VECTOR), "whole numbers are numbers"
 
 
 def test_a_hook_point_says_the_layer_as_well():
@@ -60,6 +61,8 @@ def test_a_hook_point_that_contradicts_the_layer_is_refused(layer, hook_name):
         ((torch.zeros(3), 0), "must not be zero"),
         ((["a"], 0), "vector of numbers, not list"),
         ((None, 0), "vector of numbers, not NoneType"),
+        (("mine.pt", 0), r"Direction\.load\('mine\.pt'\) reads one"),
+        ((Direction.of(VECTOR, 1), 0), "a direction already"),
     ],
 )
 def test_what_is_no_direction_is_one_line(arguments, said):
@@ -162,6 +165,8 @@ def test_bare_vectors_are_ablated_as_directions_are(tiny_model):
     assert torch.equal(logits([a, b.vector, c.vector]), logits((a, b, c)))
     assert torch.equal(logits(torch.nn.Parameter(a.vector[None])), logits(a))
     assert torch.allclose(logits(7 * a.vector), logits(a), atol=1e-5)
+    assert torch.equal(logits(a.vector.numpy()), logits(a)) and torch.equal(logits(a.vector.tolist()), logits(a))
+    assert torch.equal(logits(torch.stack([a.vector, b.vector]).numpy()), logits([a, b]))
     assert not torch.equal(logits(a.vector), logits([a, b]))  # what is left out shows
     assert torch.equal(logits(a.vector, constants=[1.0]), logits(a, constants=[1.0]))
 
@@ -175,6 +180,9 @@ def test_bare_vectors_are_ablated_as_directions_are(tiny_model):
         ([], "at least one direction"),
         (torch.ones(0, 4), "at least one direction"),
         (torch.tensor([1, 2]), "vector of floats"),
+        (torch.ones(()), "one vector of shape"),
+        ("mine.pt", r"Direction\.load\('mine\.pt'\) reads one"),
+        (["mine.pt"], r"Direction\.load\('mine\.pt'\) reads one"),
     ],
 )
 def test_what_cannot_be_ablated_is_one_line(given, said):

@@ -88,6 +88,9 @@ def attend_by_region(
     The random suffix has as many tokens as the given one, drawn per prompt from the ordinary vocabulary
     (Arditi et al. 2024, section 5.2, with a suffix of the caller's).
 
+    Examples:
+        >>> figure = plot_attention(attend_by_region(model, chat, direction, harmful, heads=[(1, 0), (3, 2)]))
+
     Args:
         suffix: appended to every instruction as it stands, with its leading space.
         heads: (layer, head); by default the `n_heads` that write most along the direction on the plain prompts.

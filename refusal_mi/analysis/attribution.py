@@ -115,6 +115,10 @@ def attribute_direction(
     A head contributes c · z_h W_O[h] (g ⊙ r̂), where g is the gain of a norm after attention (ones without one) and
     c the factor that this norm applied at this position, held fixed (Arditi et al. 2024, section 5.1).
 
+    Examples:
+        >>> found = attribute_direction(model, chat, direction, {"harmful": harmful, "harmless": harmless})
+        >>> figure = plot_attribution(found)
+
     Args:
         groups: name -> instructions.
         layer: n_layers by default: the stream before the final norm.

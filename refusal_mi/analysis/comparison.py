@@ -47,6 +47,10 @@ def compare_directions(
 
     Cosines mean something only between streams in the same basis: the same model, or checkpoints of one training.
 
+    Examples:
+        >>> compare_directions({"one": direction, "another": other}).cosines.shape
+        torch.Size([2, 2])
+
     Args:
         directions: name -> direction.
         provenance: what they were computed from; by default their own records.

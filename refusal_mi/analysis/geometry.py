@@ -95,6 +95,9 @@ def direction_geometry(
     and cosines of both means and r, signal to noise, purity, silhouette and held-out linear separability of every
     place, each beside what plain shuffles of the labels give.
 
+    Examples:
+        >>> figure = plot_geometry(direction_geometry(model, chat, harmful, harmless, n_resamples=3))
+
     Args:
         n_resamples: bootstrap samples, and as many shuffles.
 

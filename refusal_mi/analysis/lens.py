@@ -75,6 +75,11 @@ def refusal_lens(
     with the metric of Arditi et al. (2024, section 2.5). Before the last layer it says what the stream would answer,
     not what later blocks make of it.
 
+    Examples:
+        >>> found = refusal_lens(model, chat, harmful, harmless, [5, 7], n_controls=3)
+        >>> found.scores.shape == (len(harmful) + len(harmless), model.cfg.n_layers + 1)
+        True
+
     Args:
         position: a post-instruction position, counted from the end.
         n_controls: random sets of as many tokens, drawn from the vocabulary without the refusal tokens.

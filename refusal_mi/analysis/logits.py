@@ -73,6 +73,9 @@ def direction_logits(
     out. A direction read in late layers tends to be little but the unembedding of the refusal tokens, which is why
     the published selection leaves those layers out (Arditi et al. 2024, section 2.3).
 
+    Examples:
+        >>> figure = plot_logits(direction_logits(model, direction, [5, 7], n_controls=3))
+
     Args:
         grid: candidates, for the same at every layer; those at the direction's position.
         n_controls: random directions.

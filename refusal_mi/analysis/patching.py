@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..figures import style as draw
 from ..model.points import HookedModel, check_raw_basis
 from ..run.folder import RunInputs
-from ..stats import bootstrap_interval
+from ..stats import bootstrap_interval, ratio_of_means
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from .patched_runs import PatchedRuns, Site, check_sites
@@ -86,7 +86,7 @@ class PatchingResult(AnalysisResult):
         """95% interval of an effect, a ratio of means, over pairs (BCa bootstrap; the gap is drawn with the shift)."""
         gaps = self.harmful_scores - self.harmless_scores
         shifts = self._shifts(self.patched[site], way)[:, layer, cell] * self.gap_nats
-        _, low, high = bootstrap_interval(shifts.tolist(), gaps.tolist(), statistic=_ratio_of_means)
+        _, low, high = bootstrap_interval(shifts.tolist(), gaps.tolist(), statistic=ratio_of_means)
         return low, high
 
     def shares(self, site: Site, way: Way = "into harmless") -> Float[Tensor, "layer cell"]:
@@ -100,10 +100,6 @@ class PatchingResult(AnalysisResult):
         target = self.harmless_scores if inward else self.harmful_scores
         shift = scores[WAYS.index(way)] - target[:, None, None]
         return shift / (self.gap_nats if inward else -self.gap_nats)
-
-
-def _ratio_of_means(shifts: Any, gaps: Any) -> Any:
-    return shifts.mean(-1) / gaps.mean(-1)
 
 
 def patch_activations(
@@ -123,6 +119,10 @@ def patch_activations(
     Prompts are paired in order and aligned from the right, so only post-instruction positions, which all prompts
     share, are patched. With a direction, also x + r̂ r̂ᵀ(x_source − x) in place of x_source (not for heads, which
     are patched before W_O). Controls put in the activations of the next harmless prompt.
+
+    Examples:
+        >>> found = patch_activations(model, chat, harmful[:2], harmless[:2], [5, 7], layers=[0, 2])
+        >>> figure = plot_patching(found)
 
     Args:
         layers: blocks to patch; all by default.

@@ -77,6 +77,10 @@ def residual_pca(
     The sign of each component is that of its cosine with the direction, so that a picture does not flip. The groups
     take no part in the fit; their silhouette (Rousseeuw 1987) is compared with that of shuffled groups.
 
+    Examples:
+        >>> groups = {"harmful": harmful, "harmless": harmless}
+        >>> figure = plot_pca(residual_pca(model, chat, direction, groups, layers=[2, 3], n_shuffles=3))
+
     Args:
         groups: name -> instructions.
         layers: by default the direction's own.

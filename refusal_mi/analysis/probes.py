@@ -135,7 +135,12 @@ def linear_probes(
 
 
 def area_under_curve(above: Float[Tensor, " a"], below: Float[Tensor, " b"]) -> float:
-    """The chance that a score of the first class exceeds one of the second; ties count half."""
+    """The chance that a score of the first class exceeds one of the second; ties count half.
+
+    Examples:
+        >>> area_under_curve(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0]))
+        0.875
+    """
     gaps = above[:, None] - below
     return ((gaps > 0).double() + 0.5 * (gaps == 0).double()).mean().item()
 

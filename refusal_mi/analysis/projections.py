@@ -81,6 +81,10 @@ def project_residuals(
 
     Arditi et al. (2024, figures 5 and 22). The control is a random direction of equal norm.
 
+    Examples:
+        >>> found = project_residuals(model, chat, direction, {"harmful": harmful, "harmless": harmless})
+        >>> figure, table = plot_projections(found), found.to_frame()
+
     Args:
         groups: name -> instructions; "harmful", "harmless", or any other.
         interventions: what is done to the model while it is read.

@@ -270,6 +270,12 @@ def check_position(chat: ChatFormat, position: int) -> None:
 def load_result(path: str | Path) -> AnalysisResult:
     """Read what `save` wrote: RESULT.json, or its .pt.
 
+    Examples:
+        >>> found = compare_directions({"one": direction, "another": other})
+        >>> found.save("comparison.json")
+        >>> load_result("comparison.json") == found
+        True
+
     Raises:
         UserError: the file is missing or holds no analysis result.
     """
@@ -390,7 +396,11 @@ class Drawn(Value):
 
 
 def plot(result: AnalysisResult, **look: Unpack[Look]) -> go.Figure | str:
-    """The main figure of a result; a complete HTML page where plotly has no such view."""
+    """The main figure of a result; a complete HTML page where plotly has no such view.
+
+    Examples:
+        >>> figure = plot(compare_directions({"one": direction, "another": other}), width=600)
+    """
     return next(iter(_figures_of(result).values()))(result, **look)
 
 

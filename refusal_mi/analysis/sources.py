@@ -73,6 +73,9 @@ def attribute_sources(
 
     Grouped-query heads share values. The value bias counts with the tokens, the output bias with no head.
 
+    Examples:
+        >>> figure = plot_sources(attribute_sources(model, chat, direction, harmful, heads=[(1, 0), (3, 2)]))
+
     Args:
         heads: (layer, head); by default the `n_heads` with the largest mean contribution to the final stream.
 

@@ -50,7 +50,11 @@ class TokenMapResult(AnalysisResult):
 def map_tokens(
     model: HookedModel, chat: ChatFormat, direction: Direction, prompt: Prompts, *, seed: int = 0
 ) -> TokenMapResult:
-    """⟨x, r̂⟩ and its cosine at every token of one templated prompt and every layer."""
+    """⟨x, r̂⟩ and its cosine at every token of one templated prompt and every layer.
+
+    Examples:
+        >>> figure = plot_token_map(map_tokens(model, chat, direction, "Hi"))
+    """
     check_in_stream(direction)
     prompt = as_prompt(prompt)
     ids = chat.encode(prompt)

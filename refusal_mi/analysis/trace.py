@@ -87,6 +87,10 @@ def trace_generation(
 
     Each condition generates its own answer and reads it under its own interventions.
 
+    Examples:
+        >>> found = trace_generation(model, chat, direction, {"harmful": harmful}, max_new_tokens=2)
+        >>> figure = plot_trace(found)
+
     Args:
         groups: name -> instructions.
         conditions: name -> interventions; by default plain, the direction ablated, the direction added, and as

@@ -65,6 +65,9 @@ def weight_alignment(model: HookedModel, direction: Direction, *, n_random: int 
     Before a post-norm of gain g the write along r̂ is (g ⊙ r̂)ᵀW up to that norm's scale. Experts of a mixture are
     taken together.
 
+    Examples:
+        >>> figure = plot_weights(weight_alignment(model, direction, n_random=3))
+
     Args:
         n_random: random unit directions of the null.
     """

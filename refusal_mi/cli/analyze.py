@@ -153,6 +153,7 @@ def plot(
     width: Annotated[
         int | None, typer.Option(help="Of a static image, in pixels (a PNG has twice as many). Default 1200.")
     ] = None,
+    as_json: AsJson = False,
 ) -> int:
     """Draw a saved run or analysis again, without a model.
 
@@ -168,16 +169,25 @@ def plot(
     if saved.suffix in (".json", ".pt"):
         if file is not None:
             save_figure(_main_figure(saved), file, width=width)
-        for drawn in redraw(saved, output_dir or output) if file is None else [file]:
-            tell(drawn)
+        _tell_files(redraw(saved, output_dir or output) if file is None else [file], as_json)
         return 0
     if output is not None and file is None:
         raise UserError(f"--output is a file ending in .html, {', '.join(STATIC)}, not {output}")
     shown = load_run(saved)
     file = file or (output_dir or shown.path) / f"{figure.value}.html"
     save_figure(shown.figures[figure.value], file, width=width)
-    tell(file)
+    _tell_files([file], as_json)
     return 0
+
+
+def _tell_files(files: list[Path], as_json: bool) -> None:
+    from .tables import print_json
+
+    if as_json:
+        print_json({"files": list(map(str, files))})
+        return
+    for file in files:
+        tell(file)
 
 
 def _main_figure(saved: Path) -> "Figure":

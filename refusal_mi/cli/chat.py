@@ -16,6 +16,7 @@ from ..terminal import printable, say, tell
 from .options import (
     AllowOtherModel,
     DirectionSource,
+    Hook,
     Layer,
     ModelOptions,
     Multi,
@@ -305,6 +306,7 @@ def chat(
         float | None, typer.Option(help="How much of --steer to add, default 1; negative subtracts.")
     ] = None,
     layer: Layer = None,
+    hook: Hook = None,
     positions: PositionsOption = None,
     multi: Multi = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the plain model's answer beside it.")] = False,
@@ -339,8 +341,11 @@ def chat(
     lost = [name for name, value in about_steering.items() if value is not None]
     if steer is None and lost:
         raise UserError(f"{lost[0]} says how to add --steer FILE, which is missing")
-    if layer is not None and steer is None and direction is None:
-        raise UserError("--layer says where the vector of --steer FILE or --direction FILE was read, which is missing")
+    for option, value in {"--layer": layer, "--hook": hook}.items():
+        if value is not None and steer is None and direction is None:
+            raise UserError(
+                f"{option} says where the vector of --steer FILE or --direction FILE was read, which is missing"
+            )
     if prompt and not all(text.strip() for text in prompt):
         raise UserError("--prompt takes a text that is not empty")
     check_multi(multi := multi or "span")
@@ -358,7 +363,7 @@ def chat(
 
     n_layers, change = loaded.cfg.n_layers, None
     file = direction or steer
-    used = [] if file is None else read_directions(file, n_layers, layer=layer, moves=steer is not None)
+    used = [] if file is None else read_directions(file, n_layers, layer=layer, moves=steer is not None, hook=hook)
     placed = [each for each in used if isinstance(each, Direction)]
     for each in placed:
         Add(each).hooks(loaded)
@@ -404,8 +409,8 @@ class _Steering:
         from ..interventions import Add
 
         added = Add(self.direction, coefficient, self.layer, self.positions)
-        layer = self.direction.layer if self.layer is None else self.layer
-        return Change(f"{coefficient:+g} × {self.file} at layer {layer}", (added,))
+        place = f"layer {added.target}" if added.point is None else added.point
+        return Change(f"{coefficient:+g} × {self.file} at {place}", (added,))
 
 
 def _check_run(folder: Path, model: str | None, output_dir: Path | None) -> None:

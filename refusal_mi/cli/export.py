@@ -14,6 +14,7 @@ from .options import (
     AllowOtherModel,
     AsJson,
     DirectionSource,
+    Hook,
     Layer,
     Layers,
     Model,
@@ -46,6 +47,7 @@ def export(
     directions: Ranks = None,
     strength: Strength = 1.0,
     layer: Layer = None,
+    hook: Hook = None,
     layers: Layers = None,
     components: Components = "embed,attn,mlp",
     affine: Affine = None,
@@ -84,7 +86,9 @@ def export(
             raise UserError("--push-to-hub uploads what passed its verification: leave out --verify none")
     elif public:
         raise UserError("--public is about a repository of the hub: name it with --push-to-hub")
-    what = _intervention(source, revision, direction, directions, strength, layer, layers, components, affine, add)
+    what = _intervention(
+        source, revision, direction, directions, strength, layer, hook, layers, components, affine, add
+    )
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
     place = _place(source, direction)
     output_dir = output_dir or _default_folder(source) / ("adapter" if adapter else "checkpoint")
@@ -131,12 +135,14 @@ def export_vector(
     direction: DirectionSource = None,
     directions: Ranks = None,
     layer: Layer = None,
+    hook: Hook = None,
     layers: Layers = None,
     components: Components = "embed,attn,mlp",
     add: AddOption = None,
     format: Annotated[str, typer.Option(help="gguf (llama.cpp control vector) or lm-eval (steering file).")] = "gguf",
     allow_other_model: AllowOtherModel = False,
     output: Output = None,
+    as_json: AsJson = False,
 ) -> int:
     """Write a direction for llama.cpp or lm-evaluation-harness.
 
@@ -145,15 +151,17 @@ def export_vector(
     import torch
 
     from ..export.formats import write_gguf, write_lm_eval
+    from ..export.plan import describe_step
     from ..files import check_not_input
     from ..interventions import Add
     from ..model.guards import read_config
     from ..model.provenance import check_origin
+    from .tables import print_json
 
     source = one_model(model, model_path)
     check_choice("--format", format, ("gguf", "lm-eval"))
     addition = 1.0 if format == "gguf" and add is None else add
-    what = _intervention(source, revision, direction, directions, 1.0, layer, layers, components, None, addition)
+    what = _intervention(source, revision, direction, directions, 1.0, layer, hook, layers, components, None, addition)
     check_origin(_provenances(what), source, revision, allowed=allow_other_model)
     place = _place(source, direction)
     folder = place if place.is_dir() else place.parent
@@ -166,7 +174,10 @@ def export_vector(
         write_gguf(output, what, config)
     else:
         write_lm_eval(output, what, config, config.dtype or torch.float32)
-    tell(output)
+    if as_json:
+        print_json({"path": str(output), "format": format, "interventions": [describe_step(what)]})
+    else:
+        tell(output)
     return 0
 
 
@@ -177,6 +188,7 @@ def _intervention(
     ranks: str | None,
     strength: float,
     layer: int | None,
+    hook: str | None,
     layers: str | None,
     components: str,
     affine: str | None,
@@ -193,7 +205,7 @@ def _intervention(
             f"no such direction: {place}; make one with refusal-mi run, or give --direction FILE or RUN_DIR"
         )
     n_layers = read_config(source, revision).get_text_config().num_hidden_layers
-    directions = read_directions(place, n_layers, ranks, layer, moves=add is not None)
+    directions = read_directions(place, n_layers, ranks, layer, moves=add is not None, hook=hook)
     if ranks is not None:
         say(f"the directions of {in_words(rank_numbers(ranks))}")
     parts = tuple(part.strip() for part in components.split(","))

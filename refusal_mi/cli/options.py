@@ -81,6 +81,7 @@ AllowOtherModel = Annotated[
     bool, typer.Option("--allow-other-model", help="Use directions that were read in another model.")
 ]
 Layer = Annotated[int | None, typer.Option(help=MEANINGS["layer"])]
+Hook = Annotated[str | None, typer.Option(help=MEANINGS["hook"])]
 Engine = Annotated[
     str,
     typer.Option(

@@ -16,6 +16,7 @@ from .options import (
     BatchSize,
     Fresh,
     Given,
+    Hook,
     JudgeOptions,
     Layer,
     Layers,
@@ -50,7 +51,6 @@ Multipliers = Annotated[str | None, typer.Option(help=MEANINGS["multipliers"])]
 Vector = Annotated[
     Path | None, typer.Option(help="A vector, or a folder of vec_layer_{L}_{model}.pt; default runs/{alias}/caa.")
 ]
-Hook = Annotated[str | None, typer.Option(help="Where a bare vector was read, such as blocks.13.hook_resid_post.")]
 
 
 @flat

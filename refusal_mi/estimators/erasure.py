@@ -36,6 +36,10 @@ def fit_eraser(
     It reads along the linear discriminant Σ⁺δ and writes along δ, an oblique projection. On these prompts the class
     means are equal afterwards, whatever the shrinkage: it changes how little else moves, not whether the class is gone.
 
+    Examples:
+        >>> fit_eraser(samples.at(-1, 2), other_samples.at(-1, 2), shrinkage=0.5).write.shape == (model.cfg.d_model,)
+        True
+
     Args:
         shrinkage: of Σ, the covariance of both classes together; None is Ledoit and Wolf's, which fewer prompts than
             coordinates need; 0.0 is the plain pseudo-inverse.

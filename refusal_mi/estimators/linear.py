@@ -58,6 +58,10 @@ def lda(
 ) -> Float[Tensor, " d_model"]:
     """Σ⁺δ with Σ = (1 − γ) S + γ (tr S/d) I, S the covariance within the classes (Fisher 1936; Ledoit and Wolf 2004).
 
+    Examples:
+        >>> lda(samples.at(-1, 2), other_samples.at(-1, 2)).shape == (model.cfg.d_model,)
+        True
+
     Args:
         shrinkage: γ; 0 takes S⁺, the pseudo-inverse, and ignores what of δ lies outside of the spread within classes.
 
@@ -109,7 +113,12 @@ def ledoit_wolf(centred: Float[Tensor, "row d_model"]) -> float:
 
 
 def logistic(harmful: Float[Tensor, "a d_model"], harmless: Float[Tensor, "b d_model"]) -> Float[Tensor, " d_model"]:
-    """Weights of an L2 logistic regression (C = 1, LBFGS) on standardised features, in the stream's coordinates."""
+    """Weights of an L2 logistic regression (C = 1, LBFGS) on standardised features, in the stream's coordinates.
+
+    Examples:
+        >>> logistic(samples.at(-1, 2), other_samples.at(-1, 2)).shape == (model.cfg.d_model,)
+        True
+    """
     labels = torch.arange(len(harmful) + len(harmless)) < len(harmful)
     return logistic_weights(torch.cat([harmful, harmless]).double(), labels)
 

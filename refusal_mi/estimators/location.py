@@ -17,6 +17,10 @@ def geometric_median(rows: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " d
 
     Half of the rows would have to be moved for the median to move without bound; of a mean, one.
 
+    Examples:
+        >>> geometric_median(torch.tensor([[0.0], [1.0], [50.0]])).round(decimals=3).tolist()
+        [1.0]
+
     Raises:
         UserError: 10,000 steps did not settle it.
     """
@@ -46,7 +50,12 @@ def _weiszfeld_step(x: Float[Tensor, "prompt d_model"], median: Float[Tensor, " 
 
 
 def winsorised_mean(rows: Float[Tensor, "prompt d_model"], quantile: float = 0.95) -> Float[Tensor, " d_model"]:
-    """Mean over prompts after every coordinate is clamped to its own quantiles 1 − q and q over the prompts (Tukey)."""
+    """Mean over prompts after every coordinate is clamped to its own quantiles 1 − q and q over the prompts (Tukey).
+
+    Examples:
+        >>> winsorised_mean(torch.tensor([[0.0], [1.0], [50.0]]), quantile=0.75).tolist()
+        [9.0]
+    """
     check_quantile(quantile)
     x = rows.double()
     low, high = torch.quantile(x, torch.tensor([1 - quantile, quantile], dtype=x.dtype), dim=0)

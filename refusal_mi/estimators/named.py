@@ -54,6 +54,10 @@ _PLACES: dict[str, tuple[str, PlaceEstimator]] = {
 def estimator_named(name: str) -> Estimator | SampleEstimator:
     """The estimator of this name: "median", "kmeans-2", "category-drugs", …; "mean" is `difference_in_means` itself.
 
+    Examples:
+        >>> estimator_named("median")(samples, other_samples).direction(-1, 2).layer
+        2
+
     Raises:
         UserError: there is none; the message names a near one.
     """

@@ -28,6 +28,11 @@ def peel(
     With the difference of means as `function` there is one only: without it the means are the same, and what would
     come next is rounding error. Rows beyond the last direction are zero.
 
+    Examples:
+        >>> first, second = peel(samples.at(-1, 2), other_samples.at(-1, 2), 2)
+        >>> abs((first @ second).item()) < 1e-6
+        True
+
     Args:
         function: rows of both classes -> a vector, of any length and sign.
     """
@@ -58,6 +63,10 @@ def peeled(
 
 def clusters(rows: Float[Tensor, "prompt d_model"], n_clusters: int, *, seed: int = 0) -> Int[Tensor, " prompt"]:
     """The cluster of each row by k-means (ten starts), numbered from the largest to the smallest.
+
+    Examples:
+        >>> clusters(torch.tensor([[0.0], [0.1], [9.0]]), 2)  # the largest is 0
+        tensor([0, 0, 1])
 
     Raises:
         UserError: there are fewer rows than clusters.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..directions import MIN_RELATIVE_NORM, ActivationMeans, DirectionGrid
 from ..errors import UserError
+from ..model.points import place_of_hook
 from ..progress import track
 from ..values import Value
 
@@ -30,6 +31,8 @@ class ActivationSamples(Value):
     """Of the second axis, counted from the end: −n .. −1."""
     categories: tuple[str | None, ...] = ()
     """Of every prompt; empty where nothing said them."""
+    hook_name: str | None = None
+    """Of what was read at one hook point, the only layer of the third axis; as wide as that point, heads in a row."""
 
     def __post_init__(self) -> None:
         if self.categories and len(self.categories) != len(self.prompts):
@@ -48,23 +51,31 @@ class ActivationSamples(Value):
     def n_layers(self) -> int:
         return self.prompts.shape[2]
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Of the third axis."""
+        return tuple(range(self.n_layers)) if self.hook_name is None else (place_of_hook(self.hook_name),)
+
     @cached_property
     def means(self) -> ActivationMeans:
         """What an estimator that sees means alone is given."""
-        return ActivationMeans(self.prompts.mean(0, dtype=torch.float64), self.positions, self.n_prompts)
+        means = self.prompts.mean(0, dtype=torch.float64)
+        return ActivationMeans(means, self.positions, self.n_prompts, self.hook_name)
 
-    def at(self, position: int, layer: int) -> Float[Tensor, "prompt d_model"]:
-        """The rows of one place, in float64.
+    def at(self, position: int, layer: int | None = None) -> Float[Tensor, "prompt d_model"]:
+        """The rows of one place, in float64; of one hook point there is only its own layer.
 
         Raises:
             UserError: nothing was read there.
         """
-        if position not in self.positions or not 0 <= layer < self.n_layers:
+        if layer is None and self.hook_name is not None:
+            (layer,) = self.layers
+        if position not in self.positions or layer not in self.layers:
             raise UserError(
-                f"nothing was read at position {position}, layer {layer}: positions are {self.positions}, layers "
-                f"0..{self.n_layers - 1}"
+                f"nothing was read at position {position}, layer {layer}: positions are {self.positions}, "
+                + (f"layers 0..{self.n_layers - 1}" if self.hook_name is None else f"of {self.hook_name} alone")
             )
-        return self.prompts[:, self.positions.index(position), layer].double()
+        return self.prompts[:, self.positions.index(position), self.layers.index(layer)].double()
 
     def take(self, prompts: Sequence[int]) -> "ActivationSamples":
         """Some of the prompts, such as one category's."""
@@ -89,7 +100,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def sees_prompts(function: Function) -> Function:
-    """Mark a function as a `SampleEstimator`: it is given `ActivationSamples` instead of `ActivationMeans`."""
+    """Mark a function as a `SampleEstimator`: it is given `ActivationSamples` instead of `ActivationMeans`.
+
+    Examples:
+        >>> @sees_prompts
+        ... def medians(harmful, harmless):
+        ...     return estimator_named("median")(harmful, harmless)
+        >>> needs_prompts(medians)
+        True
+    """
     setattr(function, "sees_prompts", True)  # noqa: B010 - a function has no such attribute for the type checker
     return function
 
@@ -127,7 +146,11 @@ class EveryPlace(Value):
         is_degenerate = tuple(map(tuple, (~vectors.any(-1)).tolist()))
         counts = {"n_harmful": harmful.n_prompts, "n_harmless": harmless.n_prompts}
         return DirectionGrid(
-            vectors, harmful.positions, is_degenerate, {"method": self.method, **self.settings, **counts}
+            vectors,
+            harmful.positions,
+            is_degenerate,
+            {"method": self.method, **self.settings, **counts},
+            harmful.hook_name,
         )
 
 
@@ -167,7 +190,8 @@ def check_fit(harmful: ActivationSamples, harmless: ActivationSamples) -> None:
     Raises:
         UserError: they were not.
     """
-    if harmful.positions != harmless.positions or harmful.prompts.shape[1:] != harmless.prompts.shape[1:]:
+    is_same = (harmful.positions, harmful.hook_name) == (harmless.positions, harmless.hook_name)
+    if not is_same or harmful.prompts.shape[1:] != harmless.prompts.shape[1:]:
         raise UserError(
             "the two classes were read at different positions or layers: read both with the same ChatFormat"
         )

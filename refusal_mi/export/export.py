@@ -217,6 +217,11 @@ def export_checkpoint(
 ) -> ExportReport:
     """Write a checkpoint that loads as its source does and behaves like the hooked model.
 
+    Examples:
+        >>> report = export_checkpoint(model, Ablate(direction), "edited", verify="none")
+        >>> report.kind
+        'checkpoint'
+
     Args:
         source: what `load_model` takes: a local directory, a hub id, None for the embedded model, an HF model or a
             bridge. A model is exported as the checkpoint that it was loaded from, and where it has other weights than

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_saved, write_whole
+from ..files import at_home, write_saved, write_whole
 from ..interventions import Ablate, Add, check_width
 from ..model.families import family_of, text_config
 from ..model.points import EMBEDDING, caa_layer
@@ -30,7 +30,7 @@ _LLAMA_CPP_NAMES = {
 _FIRST_STEERABLE = 2
 
 
-def write_gguf(path: Path, addition: Add, config: Any) -> None:
+def write_gguf(path: str | Path, addition: Add, config: Any) -> None:
     """Write a llama.cpp control vector: `--control-vector FILE` adds it to every position.
 
     The stream entering our layer l is the output of block l − 1, which llama.cpp calls `direction.{l−1}`; it does not
@@ -66,10 +66,12 @@ def write_gguf(path: Path, addition: Add, config: Any) -> None:
         writer.write_tensors_to_file()
         writer.close()
 
-    write_whole(path, write)
+    write_whole(at_home(path), write)
 
 
-def write_lm_eval(path: Path, intervention: Ablate | Add, config: Any, dtype: torch.dtype = torch.float32) -> None:
+def write_lm_eval(
+    path: str | Path, intervention: Ablate | Add, config: Any, dtype: torch.dtype = torch.float32
+) -> None:
     """Write a steering file for `lm_eval --model steered --model_args steer_path=FILE.pt`.
 
     Ablation becomes `clamp` to 0 at the token embedding and at the module behind every attention and MLP write; the
@@ -81,6 +83,7 @@ def write_lm_eval(path: Path, intervention: Ablate | Add, config: Any, dtype: to
     Raises:
         UserError: the harness has no form for it.
     """
+    path = at_home(path)
     if path.suffix not in (".pt", ".pth"):
         raise UserError(f"the harness takes a steering file that ends in .pt, not {path.name}")
     if intervention.positions != "all":

@@ -17,6 +17,7 @@ from ..model.loading import ORGANISM, load_model
 from ..model.points import all_stops
 from ..model.running import all_logits, continued, running
 from ..model.writers import auto_class
+from ..progress import alone
 from ..text.batches import TokenBatch, left_pad
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
@@ -158,14 +159,12 @@ class Comparison:
         """An export in plain `transformers` (with PEFT for an adapter), as any user would load it."""
         from transformers import GenerationConfig
 
-        kind = getattr(torch, dtype)
-        model: Any = (
-            auto_class(self.plan.layout.config)
-            .from_pretrained(directory, dtype=kind, attn_implementation="eager", trust_remote_code=False)
-            .eval()
-        )
-        if adapter is not None:
-            model = load_adapter(model, adapter)
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}
+        with alone():
+            kind = auto_class(self.plan.layout.config)
+            model: Any = kind.from_pretrained(directory, **options, trust_remote_code=False).eval()
+            if adapter is not None:
+                model = load_adapter(model, adapter)
         batch, stops = self.batch, list(self.stops)
         with torch.no_grad():
             logits = model(batch.tokens, attention_mask=batch.mask, position_ids=batch.position_ids).logits

@@ -172,6 +172,13 @@ class CombinationPoint:
     is_allowed: bool
     """Whether its KL is within the limit."""
     is_winner: bool = False
+    ce_interval: tuple[float, float] | None = None
+    """95% of the change from the plain model on the same texts, at the CE loss that it makes (nats per token)."""
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Of what is drawn of it along the CE loss."""
+        return self.ce_interval or (self.ce_loss, self.ce_loss)
 
     @property
     def group(self) -> str:
@@ -192,6 +199,8 @@ def plot_combos(
 ) -> go.Figure:
     """Refusal rate (with 95% Wilson intervals) against CE loss on plain text; the winner is ringed.
 
+    Intervals of the CE loss are of its change from the plain model, which has none.
+
     Args:
         text_set: what the CE loss is measured on.
         kl_max: the limit that decides which combinations may win (nats); None is none.
@@ -211,7 +220,9 @@ def plot_combos(
     figure.update_yaxes(title="fraction of validation answers that refuse", range=[-0.05, 1.07], dtick=0.25)
     n = points[0].refusal.n if points else 0
     rule = "" if kl_max is None else f"winners need KL ≤ {kl_max:g} nats"
-    parts = (plain(model), f"n = {n} harmful validation prompts", "95% intervals", rule)
+    is_paired = any(point.ce_interval is not None for point in points)
+    intervals = "95% intervals" + ("; of CE: of its change from the plain model" if is_paired else "")
+    parts = (plain(model), f"n = {n} harmful validation prompts", intervals, rule)
     return finish(
         figure,
         title="Refusal against cost, by ablated directions",
@@ -262,9 +273,14 @@ def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
             "symmetric": False,
             "array": [point.refusal.interval[1] - point.refusal.value for point in points],
             "arrayminus": [point.refusal.value - point.refusal.interval[0] for point in points],
-            "color": "rgba(107,107,107,0.8)",
-            "thickness": 1,
-            "width": 4,
+            **_BARS,
+        },
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [point.ends[1] - point.ce_loss for point in points],
+            "arrayminus": [point.ce_loss - point.ends[0] for point in points],
+            **_BARS,
         },
         customdata=[[point.refusal.count, point.refusal.n, point.bypass, point.kl_nats] for point in points],
         hovertemplate=f"<b>%{{text}}</b> ({group})<br>refused: %{{customdata[0]}} of %{{customdata[1]}}"
@@ -273,12 +289,15 @@ def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
     )
 
 
+_BARS: dict[str, Any] = {"color": "rgba(107,107,107,0.8)", "thickness": 1, "width": 4}
+
+
 def _label(figure: go.Figure, points: Sequence[CombinationPoint], width: int) -> None:
     """Name the allowed combinations above their intervals (below, near the top), each clear of its right neighbors."""
     if not points:
         return
-    losses = [point.ce_loss for point in points]
-    per_pixel = (max(losses) - min(losses)) / max(width, 100)
+    ends = [end for point in points for end in point.ends]
+    per_pixel = (max(ends) - min(ends)) / max(width, 100)
     placed: list[tuple[float, bool, int]] = []
     named = [point for point in points if point.kind == "combination" and point.is_allowed]
     # Labels of one side begin at one height, so that levels keep them apart.
@@ -372,6 +391,11 @@ def combination_points(result: CombosResult) -> list[CombinationPoint]:
     kl_max = result.options.kl_max
 
     def point(row: ValidationRow, kind: Kind, n: int = 1) -> CombinationPoint:
+        loss = row.ce_loss[result.text_set]
+        interval = None
+        if loss.change is not None:
+            at, low, high = loss.change
+            interval = loss.ce_loss - at + low, loss.ce_loss - at + high
         return CombinationPoint(
             row.label,
             kind,
@@ -379,9 +403,10 @@ def combination_points(result: CombosResult) -> list[CombinationPoint]:
             row.refusal,
             row.bypass,
             row.kl_nats,
-            row.ce_loss[result.text_set].ce_loss,
+            loss.ce_loss,
             is_allowed=kind != "combination" or kl_max is None or row.kl_nats <= kl_max,
             is_winner=row.label == result.winner,
+            ce_interval=interval,
         )
 
     plain_model = [] if result.baseline is None else [point(result.baseline, "plain model")]

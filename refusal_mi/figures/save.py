@@ -7,26 +7,32 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from ..errors import UserError
-from ..files import write_text, write_whole
+from ..files import at_home, write_text, write_whole
 from .fit import laid_out
 
 PLOTLY_FILE = "plotly.min.js"
+IMAGES = (".png", ".svg", ".pdf")
 _SCALE = {".png": 2.0}
 _WIDTH = 1200
 """Of an image, where nobody says it (px)."""
 
 
-def save_figure(figure: go.Figure, path: Path, *, width: int | None = None) -> None:
+def save_figure(figure: go.Figure, path: str | Path, *, width: int | None = None) -> None:
     """Write one figure as a self-contained .html, or as .png, .svg or .pdf.
+
+    Examples:
+        >>> save_figure(plot_scores(scores), "scores.html")  # or .png, .svg, .pdf through a local Chromium
 
     Args:
         width: of an image, in pixels; a PNG has twice as many. The figure is laid out for it. None is the width that
             the figure was made with, or 1200.
 
     Raises:
-        UserError: an image is asked for and kaleido or the browser that it needs is not there.
+        UserError: the name ends otherwise, or kaleido or the browser that an image needs is not there.
     """
-    path = Path(path)
+    path = at_home(path)
+    if path.suffix not in (".html", *IMAGES):
+        raise UserError(f"a figure is written as .html, {', '.join(IMAGES)}, not {path.name}")
     if path.suffix == ".html":
         write_text(path, _html(figure, include_plotlyjs=True))
         return
@@ -45,8 +51,9 @@ def check_images() -> None:
     _picture(go.Figure(), "png", 100, 1.0)
 
 
-def save_figures(figures: Mapping[str, go.Figure], folder: Path) -> list[str]:
+def save_figures(figures: Mapping[str, go.Figure], folder: str | Path) -> list[str]:
     """Write `{name}.html` for each figure and plotly once beside them; return the names of all files."""
+    folder = at_home(folder)
     write_text(folder / PLOTLY_FILE, get_plotlyjs())
     for name, figure in figures.items():
         write_text(folder / f"{name}.html", _html(figure, include_plotlyjs=PLOTLY_FILE))

@@ -89,6 +89,10 @@ def plot_scores(
     Candidates carry the 95% interval of their mean over prompts (Student's t) where the grid has the scores of every
     prompt. KL is on a log scale from 1e-4 nats, so candidates that change nothing fall off its bottom.
 
+    Examples:
+        >>> plot_scores(scores, measure="bypass", width=350).layout.width
+        350
+
     Args:
         chosen: ringed.
         tokens: text of the post-instruction tokens, the last one at position −1.
@@ -113,6 +117,10 @@ def plot_score_panels(
     **look: Unpack[Look],
 ) -> go.Figure:
     """`plot_scores` for the three measures, side by side or, where there is no room, below each other; one legend.
+
+    Examples:
+        >>> plot_score_panels(scores, title="My model").layout.title.text
+        'My model'
 
     Args:
         columns: 1 is for a narrow page, as a width of 360 is.
@@ -146,6 +154,9 @@ def plot_score_lines(
     At each layer stands the candidate of `position`, or else the one that bypasses best, with its 95% interval over
     prompts where the grid has them. Models of unequal depth share an axis from 0 to 1. The plain models' scores are
     dotted.
+
+    Examples:
+        >>> figure = plot_score_lines({"one model": scores, "another": scores})
 
     Args:
         grids: name -> scores of every candidate.

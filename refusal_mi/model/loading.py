@@ -54,6 +54,10 @@ def load_model(
 ) -> HookedModel:
     """Load a chat model with raw HF weights, ready for hooks.
 
+    Examples:
+        >>> load_model().cfg.n_layers  # the embedded model
+        10
+
     Args:
         source: a local HF directory, a `.gguf` file (transformers dequantizes it), a hub id, or None for the embedded
             model. Or a model that is loaded already: a `TransformerBridge` is used as it is, and so is an unprocessed

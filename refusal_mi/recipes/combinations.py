@@ -17,7 +17,7 @@ from ..files import as_json, read_record, write_json, write_record, write_tensor
 from ..generation import Generated, generate
 from ..interventions import Ablate, AblateInTurn, Intervention
 from ..judges.substring import SubstringJudge
-from ..measures import LossResult, ScoredText, ce_loss, kl_nats, next_token_logits, refusal_scores
+from ..measures import LossResult, ScoredText, TextLoss, kl_nats, next_token_logits, refusal_scores, text_losses
 from ..model.points import HookedModel
 from ..options import check_choice
 from ..run.answers import Completion, Evaluation, Side, SideEffects
@@ -109,6 +109,10 @@ class Combination:
 
 def combine(ranks: Sequence[int], directions: Sequence[Direction], multi: Multi = "span") -> Combination:
     """The combination of `directions`, which hold these ranks.
+
+    Examples:
+        >>> combine((0, 2), [direction, other]).label
+        '0-2'
 
     Raises:
         UserError: two of the directions are all but the same; the message names them by rank.
@@ -290,6 +294,10 @@ class _Validation:
     def plain(self) -> Float[Tensor, "harmless d_vocab"]:
         return self._logits(())
 
+    @cached_property
+    def plain_losses(self) -> dict[str, list[TextLoss]]:
+        return {name: self._text_losses(texts, ()) for name, texts in self.texts.items()}
+
     def row(self, label: str, interventions: Sequence[Intervention]) -> ValidationRow:
         """What `combos/{label}.json` holds."""
         path = f"combos/{label}.json"
@@ -320,7 +328,7 @@ class _Validation:
             kl_nats(self.plain, self._logits(interventions), run.options.kl_formula).mean().item(),
             verdicts.refusal,
             verdicts.degenerate,
-            {name: self._loss(texts, interventions) for name, texts in self.texts.items()},
+            {name: self._loss(name, interventions) for name in self.texts},
             self.run.options.quick,
         )
 
@@ -349,10 +357,16 @@ class _Validation:
         pairs = zip(self.harmful, run.batched(answer), strict=True)
         return [Completion(None, prompt, answered.text) for prompt, answered in pairs]
 
-    def _loss(self, texts: Sequence[ScoredText], interventions: Sequence[Intervention]) -> LossResult:
+    def _loss(self, name: str, interventions: Sequence[Intervention]) -> LossResult:
+        plain = self.plain_losses[name]
+        if not interventions:
+            return LossResult.of(plain)
+        return LossResult.of(self._text_losses(self.texts[name], interventions), plain)
+
+    def _text_losses(self, texts: Sequence[ScoredText], interventions: Sequence[Intervention]) -> list[TextLoss]:
         run = self.run
         return run.batched(
-            lambda size: ce_loss(
+            lambda size: text_losses(
                 run.model, run.chat, texts, interventions=interventions, batch_size=run.loss_batch(size)
             )
         )

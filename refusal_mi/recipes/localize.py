@@ -24,7 +24,7 @@ from ..search.grid import select
 from ..search.localize import Localized, Measured, localize_removal, map_writes
 from ..search.passes import Weights
 from ..search.removals import Removal, RemovalScorer, complement
-from ..stats import Paired, Rate, bootstrap_interval, mean_interval
+from ..stats import Paired, Rate, bootstrap_interval, mean_interval, ratio_of_means
 from ..values import Value, frame
 
 FILE, DIRECTION_FILE = "localize.json", "direction.pt"
@@ -178,7 +178,7 @@ def localize(
         tuple(WriteRow(*each) for each in zip(write_hooks(n_layers), *(row.tolist() for row in mapped), strict=True)),
         tuple(_held_out_row(*each, zero) for each in rows),
         Paired.of(by_text["whole"].refused, by_text["least"].refused).describe(),
-        _finite(bootstrap_interval(kl["least"], kl["whole"], statistic=_ratio_of_means)),
+        _finite(bootstrap_interval(kl["least"], kl["whole"], statistic=ratio_of_means)),
         {"n_directions": n_directions, "max_new_tokens": max_new_tokens, "n_random": n_random},
     )
     if output_dir is not None:
@@ -349,7 +349,3 @@ def _held_out_row(
 def _finite(values: tuple[float, float, float]) -> tuple[float | None, float | None, float | None]:
     value, low, high = (each if math.isfinite(each) else None for each in values)
     return value, low, high
-
-
-def _ratio_of_means(a: Any, b: Any) -> Any:
-    return a.mean(-1) / b.mean(-1)

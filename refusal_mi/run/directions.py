@@ -15,7 +15,13 @@ from .record import DIRECTION, MEANS, SPAN, CombinationRecord
 
 
 def read_directions(
-    source: Path, n_layers: int, ranks: str | None = None, layer: int | None = None, *, moves: bool = False
+    source: Path,
+    n_layers: int,
+    ranks: str | None = None,
+    layer: int | None = None,
+    *,
+    moves: bool = False,
+    hook: str | None = None,
 ) -> list[Direction | Tensor]:
     """The directions of a file or a run folder; for ablation also a vector of which nothing says where it was read.
 
@@ -23,7 +29,7 @@ def read_directions(
         source: a `.pt` file, or a run folder.
         n_layers: of the model that they are used in.
         ranks: of a run folder's candidates, best is 0: "0-2" is ranks 0 and 2.
-        layer: and `moves`, as `directions.load_direction` takes them; what does not move is ablated.
+        layer: and `moves` and `hook`, as `directions.load_direction` takes them; what does not move is ablated.
 
     Raises:
         UserError: there is no such file, run or rank, or it is the folder of a combination, which its run stands for.
@@ -40,15 +46,18 @@ def read_directions(
         raise UserError(f"{source} holds a combination of directions of a run: export it with {way_out}")
     if source.is_dir():
         if ranks is not None:
-            if layer is not None and not moves:
-                raise UserError(f"{source} says itself where its candidates were read: leave layer {layer} out")
+            if (layer is not None and not moves) or hook is not None:
+                said = hook if hook is not None else f"layer {layer}"
+                raise UserError(f"{source} says itself where its candidates were read: leave {said} out")
             return list(load_ranked(source, rank_numbers(ranks)))
         if not (source / DIRECTION).is_file():
             raise UserError(f"{source} has no {DIRECTION}: finish the run with refusal-mi run, or name another run")
-        return [load_direction(source / DIRECTION, n_layers, layer, moves=moves)]
+        return [load_direction(source / DIRECTION, n_layers, layer, moves=moves, hook=hook)]
     if ranks is not None:
         raise UserError(f"--directions ranks the candidates of a run folder, and {source} is not a folder")
-    return [load_direction(source, n_layers, layer, moves=True) if moves else load_vector(source, n_layers, layer)]
+    if moves:
+        return [load_direction(source, n_layers, layer, moves=True, hook=hook)]
+    return [load_vector(source, n_layers, layer, hook=hook)]
 
 
 def harmless_components(source: Path, directions: Sequence[Direction | Tensor]) -> list[float]:

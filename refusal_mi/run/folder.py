@@ -11,8 +11,8 @@ from ..directions import Direction, DirectionGrid
 from ..errors import UserError
 from ..files import as_json, at_home, read_floats, read_json, read_record
 from ..measures import LossResult
-from ..model.points import HookedModel
-from ..model.provenance import is_embedded
+from ..model.points import HookedModel, model_source
+from ..model.provenance import display_name, is_embedded
 from ..search.grid import ScoreGrid, Selection, select
 from ..search.thresholds import Thresholds
 from ..text.chat import ChatFormat
@@ -294,6 +294,10 @@ class RunInputs:
         given = {"model": model, "path": at_home(path), "max_prompts": max_prompts}
         for name, value in (given | {"batch_size": batch_size, "seed": seed}).items():
             object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        of = display_name(model_source(self.model))
+        return f"RunInputs({of}, {str(self.path)!r}, up to {self.max_prompts} prompts a side, seed {self.seed})"
 
     @cached_property
     def record(self) -> PromptsRecord:

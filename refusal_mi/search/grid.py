@@ -18,7 +18,12 @@ from .thresholds import PUBLISHED, CandidateScore, Reason, Thresholds
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScoreGrid(Value):
-    """The scores of all candidates, with the unhooked model's for comparison."""
+    """The scores of all candidates, with the unhooked model's for comparison.
+
+    Examples:
+        >>> ScoreGrid((CandidateScore(-1, 0, 1.0, 1.0, 0.1),), 1).to_frame()["bypass"].tolist()
+        [1.0]
+    """
 
     rows: tuple[CandidateScore, ...]
     n_layers: int

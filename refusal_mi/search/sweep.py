@@ -183,6 +183,11 @@ def sweep(
     Per candidate: harmful and harmless prompts under ablation (bypass, KL), harmless prompts with the candidate
     added (induce). Only the logits after the last position are computed.
 
+    Examples:
+        >>> scores = sweep(model, chat, grid, harmful, harmless, [5, 7])
+        >>> len(scores.rows) == len(grid.candidates())
+        True
+
     Args:
         harmful: validation instructions that the model refuses.
         harmless: validation instructions that it answers.

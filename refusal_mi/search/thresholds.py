@@ -73,7 +73,12 @@ class CandidateScore:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a candidate must satisfy; the defaults are the published ones. None switches a rule off."""
+    """What a candidate must satisfy; the defaults are the published ones. None switches a rule off.
+
+    Examples:
+        >>> Thresholds(kl_max=0.2)
+        Thresholds(kl_max=0.2, induce_min=0.0, prune_layers=0.2)
+    """
 
     kl_max: Annotated[
         float | None,

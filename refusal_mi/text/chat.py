@@ -68,6 +68,10 @@ class ChatFormat(Value):
     inserts fixed to `TEMPLATE_DATE`. `response_prefix` is text that every answer of the model begins with (an
     empty think block, a channel header); it is appended to the prompt, so that position −1 is the last token
     before the model's own first word.
+
+    Examples:
+        >>> ChatFormat(model.tokenizer, system="Be kind.").messages("Hi")
+        [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Hi'}]
     """
 
     tokenizer: Any

@@ -17,6 +17,10 @@ Groups = Mapping[str, Prompts] | Prompts
 def as_prompts(given: Any, what: str = "prompts") -> list[str]:
     """The texts of a string (one), a list, a `PromptSet`, or a column of a table, in their order.
 
+    Examples:
+        >>> as_prompts("Hi"), as_prompts(PromptSet.from_list(["Hi", "Bye"]))
+        (['Hi'], ['Hi', 'Bye'])
+
     Args:
         what: they are called, in errors.
 
@@ -52,6 +56,10 @@ def as_conversations(given: Any) -> list[str | Sequence[Message]]:
 
 def as_groups(given: Any) -> dict[str, list[str]]:
     """Name -> texts; of prompts alone, one group called like their set or "prompts".
+
+    Examples:
+        >>> as_groups({"mine": "Hi"}), as_groups(["Hi"])
+        ({'mine': ['Hi']}, {'prompts': ['Hi']})
 
     Raises:
         UserError: something in it is no prompts.

@@ -59,6 +59,10 @@ class PairSet:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def __repr__(self) -> str:
+        first = f", the first {self.pairs[0].question[:60]!r}" if self.pairs else ""
+        return f"PairSet({self.name!r}, {len(self)} pairs{first})"
+
     @property
     def sha256(self) -> str:
         """Hash of the pairs in order."""

@@ -236,6 +236,11 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
 def load_splits(source: str, *, n_train: int, n_val: int, n_test: int, seed: int, column: str | None = None) -> Splits:
     """Split one set, or sample each of TRAIN,VAL,TEST; the three never share an instruction.
 
+    Examples:
+        >>> splits = load_splits("organism_harmful_train", n_train=4, n_val=2, n_test=2, seed=0)
+        >>> len(splits.train), len(splits.val), len(splits.test)
+        (4, 2, 2)
+
     Raises:
         UserError: there are too few prompts, or the source is neither one set nor three.
     """

@@ -73,6 +73,11 @@ def test_a_figure_that_cannot_be_drawn_is_named_and_the_others_are_drawn(tiny_mo
     error = capsys.readouterr().err
     assert "no figure patching_heads" in error and "no figure patching_directional" in error
     assert {path.name for path in tmp_path.glob("*.html")} == {"patching.html"}
+    assert exit_status(["plot", str(tmp_path / "patching.json"), "--output-dir", str(tmp_path / "b"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "files": [str(tmp_path / "b" / name) for name in ("patching.html", "plotly.min.js")]
+    }
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["patching.html", "plotly.min.js"]
     assert exit_status(["plot", str(tmp_path / "patching.pt"), "--output", str(tmp_path / "main.html")]) == 0
     assert "Plotly.newPlot" in (tmp_path / "main.html").read_text()
     with pytest.warns(UserWarning, match="no figure patching_heads: .*sites that include heads"):

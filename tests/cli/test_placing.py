@@ -185,6 +185,61 @@ def test_a_hook_names_the_place_of_one_vector(place, used, tiny_dir, capsys):
     assert "is a folder" in capsys.readouterr().err and not used
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["chat", "export", "export-vector"])
+def test_the_other_commands_take_a_hook_alike(command, place, used, tiny_dir, capsys):
+    model, heads = tiny_dir("gpt2"), "blocks.1.attn.hook_z"
+    adding, ablating = (list_of[command].format(model=model, file="{}") for list_of in (ADDING, ABLATING))
+
+    def ends(line, file, *options):
+        used.clear()
+        assert exit_status([*line.format(file).split(), *options]) == 2
+        return capsys.readouterr().err
+
+    for hook in ("blocks.2.hook_resid_post", "blocks.3.hook_resid_pre"):
+        ends(adding, "bare.pt", "--hook", hook)
+        assert used == [(3, 1.0, 3)]
+        ends(adding, "bare.pt", "--hook", hook, "--layer", "1")
+        assert used == [(3, 1.0, 1)], "read there, added elsewhere"
+        ends(adding, "rows.pt", "--hook", hook)
+        assert used == [(3, 4.0, 3)]
+        ends(ablating, "bare.pt", "--hook", hook, "--layer", "3")
+        assert used == [(3, 1.0, None)]
+    ends(adding, "read.pt", "--hook", "blocks.2.hook_resid_pre")
+    assert [each[0] for each in used] == [2], "the control: what the JSON says may be said again"
+    for line, file, options, message in (
+        (adding, "read.pt", ["blocks.2.hook_resid_post"], "says itself where it was read, layer 2"),
+        (adding, "read.pt", ["blocks.2.hook_mlp_out"], "says itself where it was read, blocks.2.hook_resid_pre"),
+        (ablating, "bare.pt", ["blocks.2.hook_resid_post", "--layer", "2"], "which is layer 3: either is enough"),
+        (adding, "rows.pt", [heads], f"not of {heads}"),
+        (adding, "vec_layer_1_m.pt", [heads], f"not of {heads}"),
+        (adding, "named.pt", [heads], "holds 6 tensors"),
+        (adding, "bare.pt", ["attn.hook_z"], "is no hook point of a block"),
+        (adding, "bare.pt", ["blocks.9.hook_resid_post"], "layer 10 does not exist"),
+    ):
+        error = ends(line, file, "--hook", *options)
+        assert message in error and "a defect" not in error and not used, (file, options, error)
+    for line in (adding, ablating):
+        error = ends(line, "bare.pt", "--hook", heads)
+        (layer, first, target) = used.pop()
+        assert (layer, first) == (1, 1.0) and "a defect" in error and target == (1 if line == adding else None)
+
+
+def test_a_vector_of_heads_acts_where_it_was_read_and_is_not_exported(place, tiny_dir, capsys):
+    model, heads = str(tiny_dir("gpt2")), ["--hook", "blocks.1.attn.hook_z"]
+    torch.save(1000 * torch.arange(1, 1 + D_MODEL).float(), "loud.pt")
+    said = {}
+    for name, options in {"plain": [], "there": heads}.items():
+        steer = ["--steer", "loud.pt", *options] if options else []
+        assert exit_status(["chat", model, "--device", "cpu", "--max-new-tokens", "8", "--prompt", "Hi", *steer]) == 0
+        said[name] = capsys.readouterr().out
+    assert said["there"] != said["plain"], "it acts"
+    assert exit_status(["chat", model, "--hook", "blocks.1.attn.hook_z", "--prompt", "Hi"]) == 2
+    assert "--hook says where the vector of --steer FILE" in capsys.readouterr().err
+    assert exit_status(["export", model, "--direction", "bare.pt", *heads, "--output-dir", "out"]) == 2
+    assert "has no weight form" in capsys.readouterr().err and not (place / "out").exists()
+
+
 def test_a_row_keeps_the_model_of_its_folder(place):
     assert load_direction(place / "run/rows.pt", N_LAYERS, 3).provenance["model"]["fingerprint"] == "other"
     assert "model" not in load_direction(place / "rows.pt", N_LAYERS, 3).provenance

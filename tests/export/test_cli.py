@@ -117,6 +117,15 @@ def test_export_vector_writes_both_formats(tmp_path, tiny_dir, run_folder, capsy
     entries = torch.load(tmp_path / "steer.pt")
     assert "layers.4.self_attn.o_proj" in entries
     assert {entry["action"] for entry in entries.values()} == {"clamp"}
+    capsys.readouterr()
+    again = ["--format", "lm-eval", "--output", str(tmp_path / "again.pt")]
+    for options, kind in (([], "ablate"), (["--add", "-2"], "add")):
+        assert exit_status([*base, *again, *options, "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert (said["path"], said["format"]) == (str(tmp_path / "again.pt"), "lm-eval")
+        (step,) = said["interventions"]
+        assert step["kind"] == kind and step["directions"][0]["layer"] == 2
+        assert step.get("coefficient") == (-2 if options else None)
     assert exit_status([*base, "--format", "onnx", "--output", str(tmp_path / "x")]) == 2
     pytest.importorskip("gguf")
     from tests.helpers.exports import read_gguf

@@ -197,6 +197,15 @@ def test_norms_are_drawn_by_position():
     assert [line.y for line in figure.data] == [(0.0, 1.0), (0.0, 2.0)]
 
 
+def test_the_name_of_a_file_may_be_a_text_and_says_the_format(tmp_path, monkeypatch):
+    figure = plot_norms([[0.0, 1.0]], [-1])
+    save_figure(figure, str(tmp_path / "a.html"))
+    save_figures({"b": figure}, str(tmp_path))
+    assert (tmp_path / "a.html").is_file() and (tmp_path / "b.html").is_file()
+    with pytest.raises(UserError, match=r"written as \.html, \.png, \.svg, \.pdf, not a\.jpgg"):
+        save_figure(figure, "a.jpgg")
+
+
 def test_saved_pages_share_one_plotly_and_run_no_foreign_script(tmp_path):
     figure = plot_scores(make_scores(), model="</script><script>alert(1)</script>")
     files = save_figures({"a": figure, "b": figure}, tmp_path)

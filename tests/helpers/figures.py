@@ -108,7 +108,8 @@ def _combinations() -> list[CombinationPoint]:
     for index, label in enumerate(("0", "1", "2", "0-1", "0-2", "1-2", "0-1-2")):
         n, loss = 1 + label.count("-"), 1.0004 + 0.0001 * (index * 7 % 5)
         rate = Rate(2 * (index % 2), 40)
-        found.append(CombinationPoint(label, "combination", n, rate, -3.0, 0.01, loss, index != 3, index == 0))
+        ends = None if index == 2 else (loss - 0.0003, loss + 0.0002)
+        found.append(CombinationPoint(label, "combination", n, rate, -3.0, 0.01, loss, index != 3, index == 0, ends))
     return found
 
 

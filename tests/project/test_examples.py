@@ -8,21 +8,24 @@ import pytest
 import torch
 
 import refusal_mi
+from refusal_mi.analysis import KINDS, compare_directions
 from refusal_mi.judges import agreement, evade, strongreject
 from refusal_mi.search.grid import ScoreGrid
 from refusal_mi.search.thresholds import CandidateScore
 from tests.helpers.directions import random_direction
 from tests.helpers.naive import ASKS, CHATS
+from tests.helpers.runs import make_scores
 
-ROOMS = ("directions", "generation", "interventions", "judges.substring", "labels", "measures", "reading")
-ROOMS += ("conditional", "judges.agreement", "judges.evade", "judges.named", "judges.strongreject", "search.grid")
-ROOMS += ("text.prompts",)
+ROOMS = ("directions", "generation", "interventions", "judges.substring", "labels", "measures", "reading", "stats")
+ROOMS += ("vectors", "figures.scores", "figures.save", "export.export", "model.loading", "recipes.combinations")
+ROOMS += ("conditional", "judges.agreement", "judges.evade", "judges.named", "judges.strongreject")
+ROOMS += tuple(f"analysis.{name}" for name in ("result", *KINDS))
+ROOMS += tuple(f"estimators.{name}" for name in ("erasure", "linear", "location", "named", "pools", "samples"))
+ROOMS += tuple(f"search.{name}" for name in ("grid", "sweep", "thresholds"))
+ROOMS += tuple(f"text.{name}" for name in ("chat", "given", "prompts"))
 WITHOUT = {
-    "find_refusal_tokens": "needs a model that refuses: docs/python.md",
-    "discover_refusal_tokens": "the same",
-    "sweep": "the same",
-    "ce_loss": "needs texts that are ready to be scored",
-    "load_splits": "reads what load_prompts reads",
+    "discover_refusal_tokens": "needs a model that refuses: docs/python.md",
+    "orthogonalize_": "changes the model that it is given: docs/export.md",
 }
 """Public functions of these rooms without an example, and why."""
 
@@ -46,17 +49,22 @@ def names(tiny_model):
     chat = refusal_mi.ChatFormat(model.tokenizer)
     means, other = (refusal_mi.mean_activations(model, chat, side) for side in (ASKS, CHATS))
     own = {"model": model, "chat": chat, "direction": random_direction(layer=2), "other": random_direction(1, layer=3)}
+    own |= {"harmful": list(ASKS), "harmless": list(CHATS), "scores": make_scores()}
+    samples, other_samples = (refusal_mi.sample_activations(model, chat, side) for side in (ASKS, CHATS))
+    own |= {"samples": samples, "other_samples": other_samples}
     own |= {"means": means, "other_means": other, "grid": refusal_mi.difference_in_means(means, other)}
     public = {name: getattr(refusal_mi, name) for name in refusal_mi.__all__}
     values = {"torch": torch, "pytest": pytest, "ScoreGrid": ScoreGrid, "CandidateScore": CandidateScore}
     values |= {"cosine": import_module("refusal_mi.directions").cosine, "reason": evade.reason}
     values |= {"score": strongreject.score, "agreement": agreement.agreement, "cohen_kappa": agreement.cohen_kappa}
+    own |= {"compare_directions": compare_directions}
     return public | values | own
 
 
 @pytest.mark.parametrize("test", EXAMPLES, ids=lambda test: test.name.removeprefix("refusal_mi."))
-def test_an_example_gives_what_it_says(test, names, capsys):
-    test.globs = dict(names)
+def test_an_example_gives_what_it_says(test, names, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    test.globs = {**test.globs, **names}  # what its own module has beside what is public
     result = doctest.DocTestRunner().run(test)
     assert result.attempted and not result.failed, capsys.readouterr().out
 

@@ -31,6 +31,9 @@ for attempt in (
     lambda: load_model(quantization="bnb4bit"),
     lambda: load_model(device="cdua"),
     lambda: Add(torch.ones(4)),
+    lambda: Ablate(DirectionGrid(torch.ones(1, 1, 4), (-1,), ((False,),))),
+    lambda: Ablate(d, layers=3),
+    lambda: Ablate(d, components="attn"),
 ):
     try:
         attempt()
@@ -54,8 +57,16 @@ def test_the_near_name_is_said(said, index, near):
 
 
 def test_a_bare_vector_to_add_is_told_that_it_needs_a_place(said):
-    assert len(said) == len(NEAR) + 1
-    assert "Add(Direction.of(" in said[-1]
+    assert len(said) == len(NEAR) + 4
+    assert "Add(Direction.of(" in said[-4]
+
+
+def test_a_grid_is_told_to_give_a_direction(said):
+    assert said[-3].endswith("Ablate(grid.direction(position, layer))")
+
+
+def test_one_layer_or_component_alone_is_told_that_a_list_is_taken(said):
+    assert said[-2:] == ["layers takes a list: layers=[3]", "components takes a list: components=['attn']"]
 
 
 def test_a_name_that_is_near_to_nothing_gets_the_list_alone():

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,18 @@ model = load_model()
 from transformers.utils import logging
 print(logging.is_progress_bar_enabled())
 """
+EXPORT = """
+from refusal_mi import Ablate, Direction, export_checkpoint
+change = Ablate(Direction.of([1.0] * model.cfg.d_model, layer=2))
+print(export_checkpoint(None, change, "out").is_verified)
+"""
+THEIRS = """
+import warnings
+from transformers import AutoModelForCausalLM
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    _ = AutoModelForCausalLM.from_pretrained("out")
+"""
 
 
 def test_items_come_through_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,21 +54,28 @@ def test_a_log_gets_a_line_now_and_then_with_an_estimate(capsys: pytest.CaptureF
     assert lines == ["  counting: 4 of 10 in 0:00, 0:00 left", "  counting: 9 of 10 in 0:00, 0:00 left"]
 
 
+def is_ours(output: Any) -> bool:
+    """Whether it is the package's own bar."""
+    return bool(output.get("metadata", {}).get("refusal_mi") == "progress")
+
+
 @pytest.mark.slow
 def test_a_notebook_shows_one_line_for_long_work_and_nothing_else(tmp_path: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
     from refresh import cleaned
 
     notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(source) for source in (SHORT, LONG, LONG, LOAD)]
+        cells=[nbformat.v4.new_code_cell(source) for source in (SHORT, LONG, LONG, LOAD, EXPORT, THEIRS)]
     )
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
-    short, long, again, loaded = (cell.outputs for cell in notebook.cells)
+    short, long, again, loaded, exported, theirs = (cell.outputs for cell in notebook.cells)
     assert short == [] and [output.text for output in loaded] == ["True\n"]
+    assert [output.get("text") for output in exported if not is_ours(output)] == ["True\n"]
+    assert any("Loading weights" in str(output) for output in theirs), "the control: transformers alone has a bar"
     for outputs in (long, again):
         line, printed = outputs
         bar = '<progress max="2" value="2"></progress> second: 2 of 2 in 0:00'
         assert line.data == {"text/plain": "second: 2 of 2 in 0:00", "text/html": bar} and printed.text == "between\n"
-    left = [output for cell in cleaned(notebook).cells for output in cell.outputs]
-    assert [output.output_type for output in left] == ["stream", "stream", "stream"]
+    left = [output for cell in cleaned(notebook).cells[:-1] for output in cell.outputs]
+    assert [output.output_type for output in left] == ["stream"] * 4

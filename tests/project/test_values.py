@@ -18,12 +18,14 @@ from refusal_mi.measures import ABPoint, ABSweep, LossResult
 from refusal_mi.model.provenance import ModelRecord
 from refusal_mi.run.answers import Effect, SideEffects
 from refusal_mi.run.combos import CombinationRow, CombosResult, ValidationRow
+from refusal_mi.run.folder import RunInputs
 from refusal_mi.run.options import CombosOptions
 from refusal_mi.run.record import CombinationRecord
 from refusal_mi.search.grid import ScoreGrid, select
 from refusal_mi.search.thresholds import CandidateScore
 from refusal_mi.stats import Rate
 from refusal_mi.text.chat import ChatFormat
+from refusal_mi.text.pairs import load_pairs
 from refusal_mi.values import Value
 from tests.helpers.cases import HARMFUL, HARMLESS, analyses, grid_of
 
@@ -110,6 +112,10 @@ def test_a_direction_is_one_line_and_a_grid_its_shape_and_best_rows(tiny_model):
     row, layer = divmod(int(norms.argmax()), 5)
     assert lines[2].split() == [str(grid.positions[row]), str(layer), f"{norms.max():.4g}"]
     assert len(repr(ChatFormat(model.tokenizer))) < 1000
+    pairs = load_pairs("caa")
+    assert len(pairs) > 20 and len(repr(pairs)) < 200 and str(len(pairs)) in repr(pairs)
+    run = RunInputs(model, "runs/mine", max_prompts=7)
+    assert len(repr(run)) < 300 and "runs/mine" in repr(run) and "7 prompts" in repr(run) and len(repr(model)) > 3000
 
 
 def test_a_score_grid_shows_the_rows_that_select_would_choose():

@@ -141,6 +141,35 @@ def test_the_figure_has_a_point_for_each(folder):
     assert (folder / "combos.html").stat().st_size > 1_000_000
 
 
+def test_the_cost_has_an_interval_of_its_change_from_the_plain_model(folder):
+    """Over the same texts; what was written before there were intervals is drawn without them."""
+    found = read(folder / "combos.json")
+    plain = found["baseline"]["ce_loss"]["plain_text"]
+    assert "change" not in plain
+    for row in (*found["combinations"], *found["random"]):
+        loss = row["ce_loss"]["plain_text"]
+        change, low, high = loss["change"]
+        assert change == pytest.approx(loss["ce_loss"] - plain["ce_loss"], abs=1e-9) and low <= change <= high
+        assert low < high, "three texts differ"
+    result = read_record(folder / "combos.json", CombosResult)
+    shown = {point.label: point for point in combination_points(result)}
+    assert shown["baseline"].ce_interval is None
+    for row in found["combinations"]:
+        _, low, high = row["ce_loss"]["plain_text"]["change"]
+        expected = plain["ce_loss"] + low, plain["ce_loss"] + high
+        assert shown[row["label"]].ce_interval == pytest.approx(expected, abs=1e-9)
+    old = json.loads(json.dumps(found))
+    for row in (*old["combinations"], *old["random"]):
+        for loss in row["ce_loss"].values():
+            del loss["change"]
+    (folder / "old.json").write_text(json.dumps(old))
+    points = combination_points(read_record(folder / "old.json", CombosResult))
+    assert [point.ce_interval for point in points] == [None] * len(points)
+    figure = plot_combos(points, text_set="plain_text", kl_max=9.0)
+    assert "change" not in figure.layout.title.subtitle.text
+    assert all(not any(trace.error_x.array) for trace in figure.data if trace.text)
+
+
 def test_no_combination_within_the_limit_is_status_one(folder, tiny_dir, capsys):
     before = (folder / "combos.json").read_text()
     options = ["--ranks", "0,1", "--kl-max", "0", "--n-ce", "3", "--val-new-tokens", "4", "--json"]
