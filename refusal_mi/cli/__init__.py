@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UserError, cause
 from ..terminal import printable, say
-from . import analyze, chat, export, localize, methods, run, steering
+from . import analyze, capability, chat, export, localize, methods, run, steering
 from .config import with_config
 from .shown import plain_command
 
@@ -50,6 +50,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "select": run.select_saved,
     "localize": localize.localize,
     "compare-methods": methods.compare_methods,
+    "capability": capability.capability,
     "analyze": analyze.analyze,
     "plot": analyze.plot,
     "compare": analyze.compare,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -28,7 +29,7 @@ def harness_version() -> str:
         UserError: there is none.
     """
     try:
-        import lm_eval.api.model
+        import_module("lm_eval.api.model")
     except ImportError as error:
         raise UserError(
             f"capability needs lm-evaluation-harness ({cause(error)}): pip install 'refusal_mi[eval]'"

@@ -177,10 +177,7 @@ def _bare() -> Any:
 
 def _loaded(task: str, include_path: Path | None) -> Any:
     try:
-        if task in BUNDLED:
-            loaded = _bare().load([_config(task)])
-        else:
-            loaded = _manager(include_path).load([task])
+        loaded = _bare().load([_config(task)]) if task in BUNDLED else _manager(include_path).load([task])
     except Exception as error:  # foreign code: the hub, the data sets, a task's own Python
         raise UserError(
             f"the task {task} cannot be loaded ({type(error).__name__}: {cause(error)}); without a network use the "
