@@ -1,5 +1,6 @@
 """What lm-evaluation-harness asks of a model, answered by this package's own batches under interventions."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,7 +112,7 @@ class Requests:
         """ln p (nats) of whole texts, in windows where they are longer than the context; of an empty one 0."""
         pieces = [windows(self.encode(text), self.prefix_id, self.n_ctx) for text in texts]
         nats = iter(self._scored([piece for each in pieces for piece in each]))
-        return [sum(next(nats).nats for _ in each) for each in pieces]
+        return [math.fsum(next(nats).nats for _ in each) for each in pieces]
 
     def completions(self, context: Sequence[str], until: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy continuations, each up to the first of `until`."""

@@ -107,7 +107,7 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> None:
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"--include-path takes a folder with tasks (.yaml), and {include_path} is none")
     for task in tasks:
-        if task not in BUNDLED and task not in _manager(include_path).all_tasks:
+        if task not in BUNDLED and task not in _manager_of(task, include_path).all_tasks:
             near = get_close_matches(task, [*BUNDLED, *_manager(include_path).all_tasks], n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise NoSuchName(
@@ -159,25 +159,27 @@ def answer_task(
 
 
 @cache
-def _manager(include_path: Path | None) -> Any:
-    """The harness' index of tasks: thousands of files, read once."""
+def _manager(include_path: Path | None, include_defaults: bool = True) -> Any:
+    """The harness' index of tasks; its own are thousands of files, which take seconds to read."""
     from lm_eval.tasks import TaskManager
 
     with _quiet():
-        return TaskManager(include_path=None if include_path is None else str(include_path))
+        own = None if include_path is None else str(include_path)
+        return TaskManager(include_path=own, include_defaults=include_defaults)
 
 
-@cache
-def _bare() -> Any:
-    """One without any task, for those that are given."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=False)
+def _manager_of(task: str, include_path: Path | None) -> Any:
+    """The index that has a task: that of the folder alone, if it is there."""
+    own = _manager(include_path, include_defaults=False)
+    return own if task in own.all_tasks else _manager(include_path)
 
 
 def _loaded(task: str, include_path: Path | None) -> Any:
     try:
-        loaded = _bare().load([_config(task)]) if task in BUNDLED else _manager(include_path).load([task])
+        if task in BUNDLED:
+            loaded = _manager(None, include_defaults=False).load([_config(task)])
+        else:
+            loaded = _manager_of(task, include_path).load([task])
     except Exception as error:  # foreign code: the hub, the data sets, a task's own Python
         raise UserError(
             f"the task {task} cannot be loaded ({type(error).__name__}: {cause(error)}); without a network use the "
