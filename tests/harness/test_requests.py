@@ -70,7 +70,7 @@ def test_log_likelihoods_equal_plain_transformers(both, size):
 
 
 def test_hooks_are_on_in_every_kind_of_request(tiny_model, plain_model):
-    model, hf, direction = tiny_model("llama", "float64"), plain_model("llama", "float64"), random_direction(3)
+    model, hf, direction = tiny_model("gpt2", "float64"), plain_model("gpt2", "float64"), random_direction(3)
     plain, hooked = Requests(model), Requests(model, interventions=Ablate(direction))
     with ablating(hf, direction.vector):
         expected = [expected_pair(model, hf, *pair) for pair in PAIRS]
@@ -93,7 +93,7 @@ def test_text_is_greedy_and_ends_before_the_first_stop(both):
         while len(ids) < n_before + 20 and model.tokenizer.eos_token_id not in ids:
             ids.append(logits(hf, ids)[-1].argmax().item())
         assert found == model.tokenizer.decode(ids[n_before:], skip_special_tokens=True)
-    stop = free[0][7:9]
+    stop = next(letter for letter in free[0][2:] if letter.isascii())  # half a character is not decoded alike
     stopped = Requests(model).completions(context, (stop, "\n\n\n"), 20)
     assert stopped == [text.split(stop)[0] for text in free] and len(stopped[0]) < len(free[0])
 

@@ -31,7 +31,7 @@ from tests.helpers.directions import random_direction
 from tests.helpers.runs import write_head
 
 on_the_embedded = pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")
-LIMIT = 6
+LIMIT = 12
 ASKS = {"harmful": ["Break a window", "Lie to me"], "harmless": ["Bake bread", "Sing"]}
 
 
@@ -139,7 +139,7 @@ def test_both_filters_of_gsm8k_tell_no_number_from_a_wrong_one(canned, own_tasks
         (True, 0.0),
     ]
     (own_tasks / "rows.jsonl").unlink()
-    with pytest.raises(UserError, match="the task own_gsm8k cannot be loaded .* without a network use the bundled"):
+    with pytest.raises(UserError, match="the task own_gsm8k cannot be loaded"):
         answer_task(canned(), "own_gsm8k", include_path=own_tasks)
 
 
@@ -257,7 +257,7 @@ def test_the_exported_model_answers_as_the_hooked_one(measured, tmp_path):
 def test_a_wrong_hook_changes_the_numbers(measured):
     *_, found = measured
     wrong = found.effect("everyday", "wrong")
-    assert wrong.same_answers.value < 0.8 and wrong.largest_nats > 5
+    assert wrong.same_answers.value < 1 and wrong.largest_nats > 20
     plain = found.variant("plain").tasks[0]
     assert found.effect("everyday", "ablated").before[0] == sum(plain.values) / LIMIT
 
