@@ -387,7 +387,7 @@ def print_capability(found: "CapabilityResult", folder: Path) -> None:
         print_lines(f"{_task_name(row)}: exported as hooked in {row.same_answers.count} of {row.n} answers{nats}")
     n_cut = {each.task: each.n_cut for each in found.variants[0].tasks if each.n_cut}
     print_lines(
-        *(f"{task}: {n} prompts were too long for the model and lost their beginning" for task, n in n_cut.items()),
+        *(f"{task}: {n} requests were too long for the model and lost their beginning" for task, n in n_cut.items()),
         f"chat template: {'not applied' if found.chat is None else 'applied'}",
         f"{folder}",
     )

@@ -134,6 +134,7 @@ def answer_task(
         UserError: the task or its data cannot be had, or it asks for what a language model alone cannot do.
     """
     check_tasks([task], include_path)
+    n_cut_before = requests.n_cut
     with _quiet():
         loaded = _loaded(task, include_path)
         samples = _evaluated(requests, task, loaded, limit, apply_chat_template)
@@ -150,7 +151,7 @@ def answer_task(
                 _metric(task, items),
                 all(each.output_type == "multiple_choice" for each in configs.values()),
                 max(each.num_fewshot or 0 for each in configs.values()),
-                requests.n_cut,
+                requests.n_cut - n_cut_before,
                 {name: str((each.metadata or {}).get("version", "unknown")) for name, each in configs.items()},
                 items,
             )

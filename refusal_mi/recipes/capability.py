@@ -15,6 +15,7 @@ from ..model.points import HookedModel
 from ..model.provenance import describe_model, versions
 from ..run.capability import FILE, CapabilityResult, VariantAnswers, effects_of
 from ..run.folder import RunInputs
+from ..run.record import RUN, RunInfo
 from ..run.stages import RunFolder
 from ..text.chat import ChatFormat
 from ..values import Value
@@ -53,8 +54,11 @@ def variants_of_run(run: RunInputs, source: str, n_random: int = N_RANDOM) -> li
     """The plain model of a run, with its direction ablated, and with random ones, which should change little.
 
     Raises:
-        UserError: the run chose no direction.
+        UserError: the run chose no direction, or is of other weights than the model has.
     """
+    here, there = describe_model(run.model, source), read_record(run.path / RUN, RunInfo).model
+    if None not in (here.fingerprint, there.fingerprint) and here.fingerprint != there.fingerprint:
+        raise UserError(f"{run.path} was computed from other weights: {source} has changed since; make it again")
     direction, chat = run.direction, run.chat
     randoms = [direction.random_like(seed) for seed in range(n_random)]
     named = {ABLATED: direction, **{f"random {seed}": each for seed, each in enumerate(randoms)}}

@@ -369,6 +369,14 @@ def test_bad_input_is_one_line(words, message, run_folder, tmp_path, capsys):
     assert not [each for each in (tmp_path / "out").rglob("*.json") if each.name not in ("model.json",)]
 
 
+def test_a_run_of_other_weights_is_refused(run_folder, tmp_path, capsys):
+    record = read_json(run_folder / "run.json")
+    record["model"]["fingerprint"] = "0" * 64
+    (run_folder / "run.json").write_text(json.dumps(record))
+    assert say(run_folder, f"--output-dir={tmp_path / 'out'}") == 2
+    assert "was computed from other weights" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_model_without_a_run_says_how_to_make_one(tiny_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert say(tiny_dir("gpt2")) == 2
