@@ -138,6 +138,56 @@ class Answering(Value):
         return answer
 
 
+def complete(
+    model: HookedModel,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    *,
+    interventions: Interventions = (),
+    max_new_tokens: int = 256,
+    until: Sequence[str] = (),
+    batch_size: int = 8,
+    description: str = "generating",
+) -> list[str]:
+    """What the model writes greedily after token ids, without a chat template, up to the first of some texts.
+
+    Args:
+        rows: token ids, with room in the context for as many new ones.
+        until: texts at which a continuation ends; they are not part of it.
+
+    Raises:
+        UserError: a row and its new tokens do not fit into the model's context.
+    """
+    check_raw_basis(model)
+    interventions, tokenizer, ends = as_interventions(interventions), model.tokenizer, [each for each in until if each]
+    longest = max(map(len, rows), default=0)
+    if longest + max_new_tokens > model.cfg.n_ctx:
+        raise UserError(
+            f"{longest} tokens and {max_new_tokens} new ones do not fit into the model's context of {model.cfg.n_ctx}"
+        )
+    check_fits(model, rows)
+
+    def text_of(ids: Sequence[int]) -> str:
+        return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def has_ended(ids: list[int]) -> bool:
+        text = text_of(ids) if ends else ""
+        return any(end in text for end in ends)
+
+    texts: dict[int, str] = {}
+    stops = stop_token_ids(model)
+    with torch.no_grad():
+        for indices in track(batches_by_length(rows, batch_size), description):
+            batch = left_pad([rows[index] for index in indices], pad_id).to(model_device(model))
+            hooks = all_hooks(model, interventions, batch.tokens.shape[1])
+            with running(model, hooks):
+                new_ids, _ = _greedy(model, batch, max_new_tokens, stops, hooks, has_ended)
+            for index, ids in zip(indices, new_ids, strict=True):
+                text = text_of(list(takewhile(lambda token: token not in stops, ids)))
+                texts[index] = text[: min([len(text), *(text.index(end) for end in ends if end in text)])]
+    return [texts[index] for index in range(len(rows))]
+
+
 def stream(
     model: HookedModel,
     chat: ChatFormat,
@@ -212,12 +262,21 @@ def discover_response_prefix(
 
 
 def _greedy(
-    model: HookedModel, batch: TokenBatch, max_new_tokens: int, stops: tuple[int, ...], hooks: Sequence[Hook]
+    model: HookedModel,
+    batch: TokenBatch,
+    max_new_tokens: int,
+    stops: tuple[int, ...],
+    hooks: Sequence[Hook],
+    has_ended: Callable[[list[int]], bool] = lambda _: False,
 ) -> tuple[list[list[int]], Float[Tensor, "batch d_vocab"]]:
     """New ids of every row, up to its stop token; rows that have ended do not run on for the others' sake.
 
     And the logits of the first of them.
     """
+
+    def is_over(ids: list[int]) -> bool:
+        return ids[-1] in stops or has_ended(ids)
+
     answers: list[list[int]] = [[] for _ in batch.tokens]
     live, tokens, mask, past, first = answers, batch.tokens, batch.mask, None, None
     for _ in range(max_new_tokens):
@@ -227,9 +286,9 @@ def _greedy(
         if not finite(logits.gather(-1, latest[:, None])).all():  # NaN where any is; a masked entry stays out
             told(logits)
         for ids, token in zip(live, latest.tolist(), strict=True):
-            if not ids or ids[-1] not in stops:
+            if not ids or not is_over(ids):
                 ids.append(token)
-        going_on = [line for line, ids in enumerate(live) if ids[-1] not in stops]
+        going_on = [line for line, ids in enumerate(live) if not is_over(ids)]
         if not going_on:
             break
         if len(going_on) <= MOST_LIVE * len(live):

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UserError, cause
 from ..terminal import printable, say
-from . import analyze, audit, chat, export, judge, localize, methods, run, select, steering, variants
+from . import analyze, audit, capability, chat, export, judge, localize, methods, run, select, steering, variants
 from .config import with_config
 from .shown import plain_command
 
@@ -52,6 +52,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "compare-methods": methods.compare_methods,
     "variants": variants.variants,
     "audit": audit.audit,
+    "capability": capability.capability,
     "analyze": analyze.analyze,
     "plot": analyze.plot,
     "compare": analyze.compare,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..recipes.localize import LeastIntervention
     from ..recipes.responses_eval import EvalSummary
     from ..run.answers import Effect
+    from ..run.capability import CapabilityResult, TaskEffect
     from ..run.methods import MethodsResult
     from ..run.record import CombinationRecord, DirectionRecord, RunSummary
     from ..search.cosmic import CosmicSelection
@@ -405,6 +406,47 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
         *(f"{label}: left out, {reason}" for label, reason in found.skipped.items()),
         f"{folder}",
     )
+
+
+def print_capability(found: "CapabilityResult", folder: Path) -> None:
+    """What every task loses, and where nothing can be read off it."""
+    from ..stats import p_text, signed
+
+    table = Table("task", "model", "n", "before", "after", "change [95%]", "p (Holm)", "no answer", "same answers")
+    for row in found.effects:
+        change, low, high = row.change
+        none = "" if row.is_choice else f"{row.unanswered_before.value:.2f} → {row.unanswered_after.value:.2f}"
+        table.add_row(
+            _task_name(row),
+            row.variant,
+            str(row.n),
+            f"{row.before[0]:.3f}",
+            f"{row.after[0]:.3f}",
+            f"{signed(change, 3)} [{signed(low, 3)}, {signed(high, 3)}]",
+            p_text(row.p_holm).removeprefix("= "),
+            none,
+            f"{row.same_answers.value:.3f}",
+        )
+    Console().print(table)
+    guessed = {_task_name(row): row for row in found.effects if not row.says_something}
+    for name, row in guessed.items():
+        print_lines(
+            f"{name}: the plain model ({row.before[0]:.3f}, 95% from {row.before[1]:.3f}) is not above "
+            f"{'chance' if row.chance else 'zero'}{f' ({row.chance:.3f})' if row.chance else ''}: nothing can be lost"
+        )
+    for row in found.same_as_hooked:
+        nats = "" if row.largest_nats is None else f", ln p within {row.largest_nats:.1e} nats"
+        print_lines(f"{_task_name(row)}: exported as hooked in {row.same_answers.count} of {row.n} answers{nats}")
+    n_cut = {each.task: each.n_cut for each in found.variants[0].tasks if each.n_cut}
+    print_lines(
+        *(f"{task}: {n} requests were too long for the model and lost their beginning" for task, n in n_cut.items()),
+        f"chat template: {'not applied' if found.chat is None else 'applied'}",
+        f"{folder}",
+    )
+
+
+def _task_name(row: "TaskEffect") -> str:
+    return f"{row.task} ({row.metric}{'' if row.filter == 'none' else f', {row.filter}'})"
 
 
 def print_least(found: "LeastIntervention", source: str, folder: Path) -> None:
