@@ -90,9 +90,11 @@ def _by_cosines(
     both = [run.grid.direction(row.position, row.layer) for row in best]
     between = cosine(*both) if len(both) == 2 else None
     if as_json:
-        rows = {"survivors": chosen.survivors, "published": published.survivors}
-        described = {name: [row.describe() for row in each] for name, each in rows.items()}
-        print_json({"explanation": chosen.explain(), "layers": measured.layers, "cosine": between, **described})
+        survivors = {
+            "survivors": [row.describe() for row in chosen.survivors],
+            "published": [row.describe() for row in published.survivors],
+        }
+        print_json({"explanation": chosen.explain(), "layers": measured.layers, "cosine": between, **survivors})
     else:
         print_cosmic(chosen, published, measured.layers, between, top)
     return 0 if chosen.survivors else SCIENCE_FAILED

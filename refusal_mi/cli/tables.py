@@ -118,7 +118,7 @@ def print_cosmic(
 ) -> None:
     """The best candidates by COSMIC with their rank by the published rule, and both choices."""
     ranks = {(row.position, row.layer): rank for rank, row in enumerate(published.survivors)}
-    table = Table("rank", "position", "layer", "comply", "refuse", "sum", "KL (nats)", "published rank")
+    table = Table("rank", "position", "layer", "comply", "refuse", "sum", "KL (nats)", "published")
     for rank, row in enumerate(chosen.survivors[:top]):
         numbers = [
             "–" if value is None else f"{value:.4f}" for value in (row.comply, row.refuse, row.total, row.kl_nats)

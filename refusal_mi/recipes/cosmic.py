@@ -62,7 +62,7 @@ def cosmic_of_run(run: RunInputs, folder: RunFolder | None = None, *, batch_size
                 .squeeze(0)
                 for side in SIDES
             ]
-            layers = evaluation_layers(*means)
+            layers = evaluation_layers(means[0], means[1])
             scores = cosmic_scores(
                 run.model, run.chat, grid, val["harmful"], val["harmless"], layers, kl=kl, batch_size=size
             )

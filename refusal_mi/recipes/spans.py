@@ -107,8 +107,7 @@ class Spans:
         estimator = None if pool else named_estimator(name)
         found: list[tuple[tuple[int | None, int], Basis]] = []
         for place in self.places:
-            columns = self._column(*place).values()
-            vectors = self._vector(estimator, *place)[None] if pool is None else pool(*columns, k)
+            vectors = self._vector(estimator, *place)[None] if pool is None else pool(*self._column(*place).values(), k)
             if bool(vectors.any(-1).all()):
                 found.append((place, orthonormal(vectors)))
         if not found:

@@ -56,6 +56,18 @@ def test_rows_of_one_length_keep_nothing_of_the_direction_but_what_rescaling_bri
     assert (columns_kept(w, single)[0] == 0).all() and (rows_kept_then_orthogonal(w, single)[0].abs() < 1e-9).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_half_comes_back_where_the_longest_row_is_seven_times_the_shortest(seed):
+    """The number of docs/export.md; with rows of one length, the control, it is a few percent."""
+    drawn = torch.Generator().manual_seed(seed)
+    r = torch.nn.functional.normalize(torch.randn(192, generator=drawn, dtype=torch.float64), dim=0)
+    rows, scales = torch.randn(192, 400, generator=drawn, dtype=torch.float64), torch.linspace(-1, 1, 192).exp()
+    w = rows * scales[:, None]
+    assert 0.4 < left(r, w, rows_kept(w, r)) < 0.6
+    even = torch.nn.functional.normalize(rows, dim=1)
+    assert left(r, even, rows_kept(even, r)) < 0.05
+
+
 def test_biprojected_is_orthogonal_to_both_means_even_where_they_are_one(matrix):
     w, r = matrix
     means = w.T[:2]

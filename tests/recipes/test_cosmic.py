@@ -69,7 +69,7 @@ def test_what_was_measured_is_kept_and_thresholds_choose_again(folder, capsys):
     status, found, _ = asked([str(folder), "--rule=cosmic", "--kl-max=0", "--json"], capsys)
     assert status == 1 and found["survivors"] == [] and "fail by kl" in found["explanation"]
     status, text, _ = asked([str(folder), "--rule=cosmic", "--no-thresholds", "--top=2"], capsys)
-    assert status == 0 and "published rank" in text and "published rule: position" in text
+    assert status == 0 and "COSMIC, cosines at layer" in text and "published rule: position" in text
 
 
 def test_what_cannot_be_measured_is_one_line(folder, tmp_path, tiny_model, capsys):

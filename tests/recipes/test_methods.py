@@ -11,13 +11,13 @@ from refusal_mi.files import read_json, read_tensors
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Ablate
 from refusal_mi.judges.substring import SubstringJudge
-from refusal_mi.measures import kl_nats, next_token_logits
+from refusal_mi.measures import kl_nats, next_token_logits, refusal_scores
 from refusal_mi.model.loading import ORGANISM, load_model
-from refusal_mi.model.points import write_hooks
 from refusal_mi.reading import mean_activations
 from refusal_mi.run.folder import RunInputs, load_ranked
 from refusal_mi.run.methods import MethodsResult
-from refusal_mi.search.removals import RemovalScorer
+from refusal_mi.search.grid import select
+from refusal_mi.search.localize import expected_refused
 
 N = 24
 MINE, ONE = (f"tests.recipes.test_methods:{name}" for name in ("backwards", "on_one_layer"))
@@ -105,32 +105,51 @@ def test_the_numbers_are_those_of_the_ablations(compared):
     assert near, "it was measured where it is matched"
 
 
+@pytest.fixture(scope="module")
+def everywhere(compared):
+    """The same run, every layer tried."""
+    path, line = compared[0], [f"--methods={ONE}", "--n-places=9", *LINE[1:-1]]
+    assert exit_status(["compare-methods", f"--run={path}", *line, f"--output-dir={path / 'other'}"]) == 0
+    return path, MethodsResult.load(path / "other")
+
+
 @pytest.mark.slow
 @on_the_embedded
-def test_the_place_is_the_best_on_validation_prompts_and_not_on_held_out_ones(compared):
-    path, found = compared
+def test_the_place_is_the_best_of_all_on_validation_prompts_and_not_on_held_out_ones(everywhere):
+    path, found = everywhere
     run, row = RunInputs(load_model(device="cpu"), path, 10**6), found.row("mean:1")
     means = [mean_activations(run.model, run.chat, run.prompts(side, "train")) for side in ("harmful", "harmless")]
-    grid, near = difference_in_means(*means), run.direction.layer
-    layers = {near} | ({near - 1, near + 1} - {row.layer} if row.layer == near else {row.layer})
-    scorer = RemovalScorer(
-        run.model, run.chat, run.prompts("harmful", "val"), run.prompts("harmless", "val"), run.refusal_prefixes
-    )
-    whole = [dict.fromkeys(write_hooks(run.model.cfg.n_layers), 1.0)] * len(layers)
-    directions = [grid.direction(row.position, layer) for layer in layers]
-    kl = dict(zip(layers, scorer.kl(directions, whole, range(scorer.n_harmless)).mean(-1).tolist(), strict=True))
-    chosen = read_json(path / "methods/mean-1/chosen.json")
-    assert chosen["kl_nats"] == pytest.approx(kl[row.layer], rel=1e-4)
+    grid, own = difference_in_means(*means), run.direction
+    places = {own.layer: own.position}
+    for survivor in select(run.scores, run.options.thresholds).survivors:
+        places.setdefault(survivor.layer, survivor.position)
+    nearest = sorted(range(grid.n_layers), key=lambda layer: abs(layer - own.layer))
+    places = dict(list({**places, **{each: places.get(each, own.position) for each in nearest}}.items())[:9])
+    harmful, harmless = run.prompts("harmful", "val"), run.prompts("harmless", "val")
+    plain = next_token_logits(run.model, run.chat, harmless)
+
+    def measured(direction):
+        steps = Ablate(direction)
+        scores = refusal_scores(run.model, run.chat, harmful, run.refusal_prefixes, interventions=steps)
+        changed = next_token_logits(run.model, run.chat, harmless, interventions=steps)
+        return expected_refused(scores, run.record.zero_point_nats).item(), kl_nats(plain, changed).mean().item()
+
+    left = max(measured(own)[0], 0.5 / len(harmful))
+    at = {(position, layer): measured(grid.direction(position, layer)) for layer, position in places.items()}
+    cost = {place: (max(0.0, refused - left), kl) for place, (refused, kl) in at.items()}
+    assert len(at) == 9 and (row.position, row.layer) == min(cost, key=cost.get)
+    chosen = read_json(path / "other/mean-1/chosen.json")
+    assert chosen["kl_nats"] == pytest.approx(at[row.position, row.layer][1], rel=1e-3)
+    assert chosen["expected"] == pytest.approx(at[row.position, row.layer][0], abs=1e-4)
+    order = sorted(cost.values())
+    assert order[1] > (order[0][0], 1.01 * order[0][1]), "the control: no other is as good"
     assert chosen["kl_nats"] != pytest.approx(row.at(1.0).kl_nats[0], rel=1e-3), "the control: held-out KL differs"
 
 
 @pytest.mark.slow
 @on_the_embedded
-def test_a_function_of_all_layers_is_read_at_the_place(compared, capsys):
-    path, _ = compared
-    line = ["compare-methods", f"--run={path}", *LINE[1:], f"--methods={ONE}", "--n-places=9"]
-    assert exit_status([*line, f"--output-dir={path / 'other'}"]) == 0
-    row = MethodsResult.load(path / "other").row(f"{ONE}:1")
+def test_a_function_of_all_layers_is_read_at_the_place(everywhere):
+    row = everywhere[1].row(f"{ONE}:1")
     assert row.layer == 3 and row.at(1.0).refused.value <= 0.1
 
 
