@@ -55,6 +55,9 @@ class Variant:
         n = self.template.count(PLACE)
         if n != 1:
             raise UserError(f"the template of {self.name!r} has {PLACE} {n} times: it must stand in it once")
+        for text in (self.template, self.system or ""):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(f"{self.name!r} has half of a character in it (a lone surrogate): {ascii(text)[:80]}")
         if self.template == PLACE and self.system is None:
             raise UserError(f"{self.name!r} changes nothing: give it a template with other words, or a system message")
 

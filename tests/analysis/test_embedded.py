@@ -137,6 +137,10 @@ def test_candidates_are_stable_and_shuffled_labels_are_not(run, groups):
     assert found.stability[place] > 0.8 > found.shuffled_p95[place]
     assert found.norms[place] > 1.5 * found.norms_null_p95[place]
     assert (found.norms[:, 0] == 0).all() and found.stability[:, 0].isnan().all()
+    for measure in ("held-out accuracy", "silhouette", "signal to noise"):
+        assert found.measure(measure)[place] > found.table_null_high[found.measures.index(measure)][place] + 0.2
+    assert found.measure("held-out accuracy")[place] >= 0.95
+    assert (found.measure("held-out accuracy")[:, 0] == 0.5).all(), "the template's own tokens tell nothing"
     chosen, grid = run.direction, run.grid
     named = {"chosen": chosen, "layer before": grid.direction(chosen.position, chosen.layer - 1)}
     compared = compare_directions(named | {"random": chosen.random_like(0)})

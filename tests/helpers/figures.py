@@ -95,9 +95,9 @@ def _of_runs(**look: Any) -> dict[str, go.Figure]:
         "plot_front": plot_front(*_front(), model=MODEL, n=32, **look),
         "plot_cost": plot_cost(_compared(), model=MODEL, **look),
         "plot_ratios": plot_ratios(_compared(), model=MODEL, **look),
-        "plot_variants": plot_variants(_worded(), model=MODEL, **look),
-        "plot_variant_rates": plot_variant_rates(_worded(), model=MODEL, **look),
-        "plot_variant_parts": plot_variant_parts(_worded(), model=MODEL, **look),
+        "plot_variants": plot_variants(worded(), model=MODEL, **look),
+        "plot_variant_rates": plot_variant_rates(worded(), model=MODEL, **look),
+        "plot_variant_parts": plot_variant_parts(worded(), model=MODEL, **look),
         "plot_audit": plot_audit(_audited(), **look),
     }
 
@@ -148,7 +148,7 @@ def _compared() -> Any:
     return Compared(rows, controls, 0.05, 40)
 
 
-def _worded() -> VariantsResult:
+def worded() -> VariantsResult:
     """Five variants of a model of 24 layers, which move the direction more the later they stand."""
 
     def wording(shift: float, refused: int) -> Wording:

@@ -31,12 +31,15 @@ from refusal_mi.run.directions import read_directions
 from refusal_mi.run.folder import RunRecord, load_evaluations, load_grid, load_scores, models_of
 from refusal_mi.run.methods import AtStrength, ControlRow, MethodRow, MethodsResult
 from refusal_mi.run.stages import RunFolder
+from refusal_mi.run.variants import VariantsResult
 from refusal_mi.search.methods import Matched
 from refusal_mi.stats import Rate
 from refusal_mi.text.pairs import load_pairs
 from refusal_mi.text.prompts import load_prompts
+from refusal_mi.text.variants import read_variants
 from refusal_mi.vectors import read_vectors
 from tests.helpers.directions import direction_of
+from tests.helpers.figures import worded
 from tests.helpers.runs import make_run
 
 N_FILES = int(os.environ.get("REFUSAL_MI_FUZZ", "30"))
@@ -194,6 +197,11 @@ def made(tmp_path_factory, tiny_dir) -> Path:
     control = ControlRow("random", 2, 0, 0.9, 0.01)
     found = MethodsResult(MODEL, 1, 0.0, 4, 4, Rate(4, 4), 0.05, (row,), (control,), ((1.0,),), 16, {"rdo:1": "none"})
     write_record(root / "methods/methods.json", found)
+    write_record(root / "worded/variants.json", worded())
+    wordings = [{"name": "kind", "template": "Please: {instruction}"}, {"name": "careful", "system": "Be careful."}]
+    (root / "wordings").mkdir()
+    (root / "wordings/w.json").write_text(json.dumps(wordings))
+    (root / "wordings/w.toml").write_text('[[variants]]\nname = "kind"\ntemplate = "Please: {instruction}"\n')
     RunFolder(root / "signed").sign(MODEL)
     (root / "vector").mkdir()
     writer = GGUFWriter(root / "vector/v.gguf", "controlvector")
@@ -228,6 +236,8 @@ READERS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "checkpoint": ("checkpoint", "*.safetensors", open_checkpoint),
     "options": ("options", "*", options_of_files),
     "methods": ("methods", "*.json", MethodsResult.load),
+    "variants": ("worded", "*.json", VariantsResult.load),
+    "wordings": ("wordings", "*", lambda folder: [read_variants(path) for path in sorted(folder.iterdir())]),
     "model of a folder": ("signed", "model.json", claimed),
     "control vector": ("vector", "v.gguf", lambda folder: read_vectors(folder / "v.gguf")),
 }

@@ -156,6 +156,7 @@ def test_the_file_of_the_page_is_one(tmp_path):
         ({"name": "KIND!", "system": "x"}, "two variants are called 'kind' and 'KIND!'"),
         ({"name": "kind", "system": "x"}, "two variants are called 'kind' and 'kind'"),
         ({"name": "", "system": "x"}, "1 to 40 printable characters"),
+        ({"name": "a", "system": "\ud83d"}, "half of a character"),
         ("x {instruction}", "expected an object"),
     ],
 )
