@@ -76,8 +76,6 @@ class RayEngine:
         self.n_workers, self.n_tries, self.n_threads, self.n_gpus = n_workers, n_tries, n_threads, n_gpus
         self._ray = _ray()
         self._is_ours = _connect(self._ray, address)
-        self._model: HookedModel | None = None
-        self._job: Job | None = None
         self._forget()
 
     def __enter__(self) -> "RayEngine":
@@ -145,10 +143,12 @@ class RayEngine:
             raise ItemsFailed(f"{len(failed)} of {len(items)} items failed, tried {self.n_tries} times each: {named}")
 
     def _forget(self) -> None:
+        self._model: HookedModel | None = None
+        self._job: Job | None = None
+        self._job_reference: Any = None
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         """What is waited for -> the worker that gets ready."""
-        self._job_reference: Any = None
 
     def _serve(self, job: Job, model: HookedModel) -> None:
         """Have all workers get ready for this job, with copies of this model."""
@@ -156,7 +156,7 @@ class RayEngine:
             for worker in [*self._idle, *self._starting.values()]:
                 self._ray.kill(worker)
             self._forget()
-            self._model, self._same, self._job = model, SameModel.of(model), None
+            self._same, self._model = SameModel.of(model), model
             self._n = self._number(str(model.cfg.device).partition(":")[0] == "cuda")
         if self._job is not job:
             self._job_reference, self._job = self._put(job), job
