@@ -358,12 +358,17 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
 
 def print_capability(found: "CapabilityResult", folder: Path) -> None:
     """What every task loses, and where nothing can be read off it."""
+    from ..run.capability import SHARES
     from ..stats import p_text, signed
 
     table = Table("task", "model", "n", "before", "after", "change [95%]", "p (Holm)", "no answer", "same answers")
     for row in found.effects:
         change, low, high = row.change
-        none = "" if row.is_choice else f"{row.unanswered_before.value:.2f} → {row.unanswered_after.value:.2f}"
+        none = (
+            ""
+            if row.is_choice or row.metric not in SHARES
+            else f"{row.unanswered_before.value:.2f} → {row.unanswered_after.value:.2f}"
+        )
         table.add_row(
             _task_name(row),
             row.variant,

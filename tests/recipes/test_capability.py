@@ -79,6 +79,15 @@ def test_choices_are_scored_by_their_likelihood(canned):
         assert (int(item.answer) == row["answer"]) is (item.values["acc"] == 1)
 
 
+def test_texts_are_scored_whole(tiny_model):
+    requests = Requests(tiny_model("llama"))
+    (found,) = answer_task(requests, "plain_text", limit=3)
+    texts = [row["text"] for row in read_json(BUNDLED["plain_text"])][:3]
+    expected = [-nats / len(text.encode()) for nats, text in zip(requests.rolling(texts), texts, strict=True)]
+    assert found.metric == "nats per byte" and found.values == pytest.approx(expected, rel=1e-6)
+    assert found.chance is None and not found.is_right_or_wrong
+
+
 def test_no_number_is_apart_from_a_wrong_one(canned):
     answers = ["It is 3 * 6 = 18 eggs.", "I do not know.", "There are 11.", "$20.00", "", "55"]
     (found,) = answer_task(canned(answers), "sums", limit=6)
