@@ -340,12 +340,17 @@ def test_a_run_a_checkpoint_and_a_model_are_measured(run_folder, tmp_path, tiny_
 
 
 def test_the_table_and_the_chat_template(run_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "80")
     options = ["--limit=2", "--n-random=0", "--tasks=everyday,sums", f"--output-dir={tmp_path / 'out'}"]
     assert say(run_folder, *options, "--apply-chat-template") == 0
     shown = capsys.readouterr().out
-    assert "chat template: applied" in shown and "not above chance (0.250): nothing can be lost" in shown
-    assert "not above zero: nothing can be lost" in shown and "sums (exact_match, last number)" in shown
+    assert "chat template: applied" in shown and "…" not in shown
+    assert "is not above chance (0.250): nothing can be lost" in " ".join(shown.split())
+    assert (
+        "not above zero: nothing can be lost" in " ".join(shown.split())
+        and "sums (last number), ablated: 2 of 2" in shown
+    )
+    assert "no answer found in 2 → 2" in shown and "everyday" in shown and "acc_norm" in shown
     with_template = CapabilityResult.load(tmp_path / "out")
     assert say(run_folder, *options) == 0
     assert "chat template: not applied" in capsys.readouterr().out
