@@ -29,7 +29,7 @@ def capability(
         str | None, typer.Option(help="A checkpoint of MODEL that is measured too, such as an export of it.")
     ] = None,
     tasks: Annotated[
-        str, typer.Option(help="Tasks or groups of lm-evaluation-harness, or bundled: everyday, sums. Commas.")
+        str, typer.Option(help="Tasks or groups of lm-evaluation-harness, or bundled: everyday, sums, plain_text.")
     ] = TASKS,
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with tasks of your own, in YAML, which can run Python.")

@@ -410,30 +410,25 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
 
 def print_capability(found: "CapabilityResult", folder: Path) -> None:
     """What every task loses, and where nothing can be read off it."""
+    from ..run.capability import SHARES
     from ..stats import p_text, signed
 
-    table = Table("task", "model", "n", "before", "after", "change [95%]", "p (Holm)", "no answer", "same answers")
+    table = Table("task", "model", "before → after", "change [95%]", "p (Holm)")
     for row in found.effects:
-        change, low, high = row.change
-        none = "" if row.is_choice else f"{row.unanswered_before.value:.2f} → {row.unanswered_after.value:.2f}"
-        table.add_row(
-            _task_name(row),
-            row.variant,
-            str(row.n),
-            f"{row.before[0]:.3f}",
-            f"{row.after[0]:.3f}",
-            f"{signed(change, 3)} [{signed(low, 3)}, {signed(high, 3)}]",
-            p_text(row.p_holm).removeprefix("= "),
-            none,
-            f"{row.same_answers.value:.3f}",
-        )
+        change, low, high = (signed(value, 3) for value in row.change)
+        means = f"{row.before[0]:.3f} → {row.after[0]:.3f}"
+        p = p_text(row.p_holm).removeprefix("= ")
+        table.add_row(f"{row.task}\n{row.metric}", row.variant, means, f"{change} [{low}, {high}]", p)
     Console().print(table)
-    guessed = {_task_name(row): row for row in found.effects if not row.says_something}
-    for name, row in guessed.items():
-        print_lines(
-            f"{name}: the plain model ({row.before[0]:.3f}, 95% from {row.before[1]:.3f}) is not above "
-            f"{'chance' if row.chance else 'zero'}{f' ({row.chance:.3f})' if row.chance else ''}: nothing can be lost"
-        )
+    for row in found.effects:
+        alike = f"{row.same_answers.count} of {row.n} answers as the plain model's"
+        gone = row.unanswered_before.count, row.unanswered_after.count
+        none = "" if row.is_choice or row.metric not in SHARES else f"; no answer found in {gone[0]} → {gone[1]}"
+        print_lines(f"{_task_name(row)}, {row.variant}: {alike}{none}")
+    for name, row in {_task_name(row): row for row in found.effects if not row.says_something}.items():
+        level = f"chance ({row.chance:.3f})" if row.chance else "zero"
+        plain = f"the plain model ({row.before[0]:.3f}, 95% from {row.before[1]:.3f}) is not above {level}"
+        print_lines(f"{name}: {plain}: nothing can be lost")
     for row in found.same_as_hooked:
         nats = "" if row.largest_nats is None else f", ln p within {row.largest_nats:.1e} nats"
         print_lines(f"{_task_name(row)}: exported as hooked in {row.same_answers.count} of {row.n} answers{nats}")
@@ -446,7 +441,7 @@ def print_capability(found: "CapabilityResult", folder: Path) -> None:
 
 
 def _task_name(row: "TaskEffect") -> str:
-    return f"{row.task} ({row.metric}{'' if row.filter == 'none' else f', {row.filter}'})"
+    return row.task if row.filter == "none" else f"{row.task} ({row.filter})"
 
 
 def print_least(found: "LeastIntervention", source: str, folder: Path) -> None:

@@ -15,13 +15,13 @@ from ..values import Value
 from .requests import Requests, as_harness_model, harness_version
 
 DATA = Path(__file__).parents[1] / "data"
-CHOICES, NUMBERS = "everyday", "sums"
-BUNDLED = {CHOICES: DATA / "everyday.json", NUMBERS: DATA / "sums.json"}
+CHOICES, NUMBERS, TEXTS = "everyday", "sums", "plain_text"
+BUNDLED = {name: DATA / f"{name}.json" for name in (CHOICES, NUMBERS, TEXTS)}
 SEED = 1234
 """Of the examples that a task draws for its prompts: the harness' own default."""
 NO_ANSWER = "[invalid]"
 """What the harness' filters make of an answer in which they find none, such as no number."""
-PREFERRED = ("acc_norm", "acc", "exact_match")
+PREFERRED = ("acc_norm", "acc", "exact_match", "nats per byte")
 """The metric of a task that has several: the first of these, else its own first."""
 PER_UNIT = {"word_perplexity": "nats per word", "byte_perplexity": "nats per byte"}
 SHOTS = (
@@ -112,7 +112,7 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> None:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise NoSuchName(
                 f"lm-evaluation-harness {harness_version()} has no task {task!r}{hint}; bundled are "
-                f"{' and '.join(BUNDLED)}, and --include-path names a folder with tasks of your own"
+                f"{', '.join(BUNDLED)}, and --include-path names a folder with tasks of your own"
             )
 
 
@@ -184,7 +184,7 @@ def _loaded(task: str, include_path: Path | None) -> Any:
     except Exception as error:  # foreign code: the hub, the data sets, a task's own Python
         raise UserError(
             f"the task {task} cannot be loaded ({type(error).__name__}: {cause(error)}); without a network use the "
-            f"bundled {' and '.join(BUNDLED)}, or tasks of your own with --include-path"
+            f"bundled {', '.join(BUNDLED)}, or tasks of your own with --include-path"
         ) from error
     for each in loaded["tasks"].values():
         if each.get_config("num_fewshot") is None:
@@ -279,6 +279,14 @@ def _config(task: str) -> dict[str, Any]:
             "doc_to_choice": "choices",
             "doc_to_target": "answer",
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+            "metadata": {"version": 1.0},
+        }
+    if task == TEXTS:
+        return shared | {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}],
             "metadata": {"version": 1.0},
         }
     numbers = [

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import read_record, sha256_json, write_record
 from ..harness.requests import Requests, harness_version
-from ..harness.tasks import BUNDLED, TaskAnswers, answer_task, check_tasks, task_inputs
+from ..harness.tasks import CHOICES, NUMBERS, TaskAnswers, answer_task, check_tasks, task_inputs
 from ..interventions import Ablate, Intervention
 from ..model.points import HookedModel
 from ..model.provenance import describe_model, versions
@@ -20,7 +20,7 @@ from ..run.stages import RunFolder
 from ..text.chat import ChatFormat
 from ..values import Value
 
-TASKS, N_RANDOM = tuple(BUNDLED), 1
+TASKS, N_RANDOM = (CHOICES, NUMBERS), 1
 PLAIN, ABLATED, EXPORTED, NOTHING = "plain", "ablated", "exported", "none"
 
 

@@ -16,6 +16,8 @@ from ..values import Value, frame
 FILE = "capability.json"
 SHARES = ("acc", "acc_norm", "exact_match")
 """Metrics that are 0 where a model can do nothing."""
+ROUNDING = 1e-4
+"""Metrics that differ less are the same: what float32 leaves of equal texts."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,7 +59,7 @@ class TaskEffect(Value):
     unanswered_change: Mapping[str, float | int]
     """Paired: difference, interval, McNemar's p."""
     same_answers: Rate
-    """Items that both answer alike."""
+    """Items that both answer alike: the same choice or text found, and a metric that differs by `ROUNDING` at most."""
     largest_nats: float | None
     """Largest difference of ln p of a choice; None where text is written."""
 
@@ -133,7 +135,7 @@ def _effect(before: TaskAnswers, after: TaskAnswers, label: str) -> TaskEffect:
     unanswered = [[not item.is_answered for item in each.items] for each in (before, after)]
     (mean_before, mean_after), change, p = (_flags if is_binary else _numbers)(before.values, after.values)
     same = [
-        (one.answer, one.values[before.metric]) == (other.answer, other.values[before.metric])
+        one.answer == other.answer and abs(one.values[before.metric] - other.values[before.metric]) <= ROUNDING
         for one, other in zip(before.items, after.items, strict=True)
     ]
     nats = [
