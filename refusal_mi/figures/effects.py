@@ -199,7 +199,7 @@ def plot_combos(
 ) -> go.Figure:
     """Refusal rate (with 95% Wilson intervals) against CE loss on plain text; the winner is ringed.
 
-    Intervals of the CE loss are of its change from the plain model, which has none.
+    Intervals of the CE loss stand below, a row each: of its change from the plain model, drawn at what it makes.
 
     Args:
         text_set: what the CE loss is measured on.
@@ -217,17 +217,23 @@ def plot_combos(
         figure.add_trace(go.Scatter(**place, mode="markers", name=groups[-1], marker=ring))
     _label(figure, points, look.get("width", WIDTH) - _BESIDE)
     figure.update_xaxes(title=f"CE loss on {plain(text_set)} (nats per token)", tickformat=f".{_digits(points)}~f")
-    figure.update_yaxes(title="fraction of validation answers that refuse", range=[-0.05, 1.07], dtick=0.25)
+    measured = sorted((point for point in points if point.ce_interval is not None), key=lambda each: each.ce_loss)
+    rows = {id(point): -0.1 - _ROW * row for row, point in enumerate(measured)}
+    for group in groups:
+        if below := [point for point in measured if point.group == group]:
+            figure.add_trace(_cost(group, below, [rows[id(point)] for point in below]))
+    lowest = min(rows.values(), default=0.0) - 0.05
+    ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
+    figure.update_yaxes(title="fraction of validation answers that refuse", range=[lowest, 1.07], tickvals=ticks)
     n = points[0].refusal.n if points else 0
     rule = "" if kl_max is None else f"winners need KL ≤ {kl_max:g} nats"
-    is_paired = any(point.ce_interval is not None for point in points)
-    intervals = "95% intervals" + ("; of CE: of its change from the plain model" if is_paired else "")
+    intervals = "95% intervals" + (", below: of the change of CE loss from the plain model" if measured else "")
     parts = (plain(model), f"n = {n} harmful validation prompts", intervals, rule)
     return finish(
         figure,
         title="Refusal against cost, by ablated directions",
         about=" · ".join(part for part in parts if part),
-        height=420,
+        height=420 + 11 * len(measured),
         legend_names=groups,
         look=look,
     )
@@ -275,13 +281,6 @@ def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
             "arrayminus": [point.refusal.value - point.refusal.interval[0] for point in points],
             **_BARS,
         },
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [point.ends[1] - point.ce_loss for point in points],
-            "arrayminus": [point.ce_loss - point.ends[0] for point in points],
-            **_BARS,
-        },
         customdata=[[point.refusal.count, point.refusal.n, point.bypass, point.kl_nats] for point in points],
         hovertemplate=f"<b>%{{text}}</b> ({group})<br>refused: %{{customdata[0]}} of %{{customdata[1]}}"
         "<br>refusal score %{customdata[2]:.2f} nats<br>KL %{customdata[3]:.4f} nats"
@@ -289,6 +288,28 @@ def _trace(group: str, points: Sequence[CombinationPoint]) -> go.Scatter:
     )
 
 
+def _cost(group: str, points: Sequence[CombinationPoint], rows: Sequence[float]) -> go.Scatter:
+    """Intervals of the CE loss, each in a row of its own: points without refusals would share one line."""
+    trace = _trace(group, points)
+    trace.update(y=list(rows), error_y=None, showlegend=False, name=f"{group}, CE loss")
+    trace.marker.size = 6
+    trace.error_x = {
+        "type": "data",
+        "symmetric": False,
+        "array": [point.ends[1] - point.ce_loss for point in points],
+        "arrayminus": [point.ce_loss - point.ends[0] for point in points],
+        **_BARS,
+    }
+    trace.customdata = [list(point.ends) for point in points]
+    trace.hovertemplate = (
+        f"<b>%{{text}}</b> ({group})<br>CE loss %{{x:.4f}} [%{{customdata[0]:.4f}}, %{{customdata[1]:.4f}}]"
+        " nats per token<extra></extra>"
+    )
+    return trace
+
+
+_ROW = 0.032
+"""Between two of these rows, as a fraction of answers."""
 _BARS: dict[str, Any] = {"color": "rgba(107,107,107,0.8)", "thickness": 1, "width": 4}
 
 

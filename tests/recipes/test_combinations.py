@@ -166,8 +166,17 @@ def test_the_cost_has_an_interval_of_its_change_from_the_plain_model(folder):
     points = combination_points(read_record(folder / "old.json", CombosResult))
     assert [point.ce_interval for point in points] == [None] * len(points)
     figure = plot_combos(points, text_set="plain_text", kl_max=9.0)
-    assert "change" not in figure.layout.title.subtitle.text
-    assert all(not any(trace.error_x.array) for trace in figure.data if trace.text)
+    assert "change" not in figure.layout.title.subtitle.text and figure.layout.yaxis.range[0] == -0.05
+    assert all(trace.error_x.array is None for trace in figure.data)
+    now = plot_combos(combination_points(result), text_set="plain_text", kl_max=9.0)
+    rows = [
+        (y, x, low, high)
+        for trace in now.data
+        if trace.error_x.array
+        for y, x, high, low in zip(trace.y, trace.x, trace.error_x.array, trace.error_x.arrayminus, strict=True)
+    ]
+    assert len(rows) == 6 + 2 == len({y for y, *_ in rows}) and max(rows)[0] < 0, "a row for each"
+    assert [x for _, x, *_ in sorted(rows, reverse=True)] == sorted(x for _, x, *_ in rows)
 
 
 def test_no_combination_within_the_limit_is_status_one(folder, tiny_dir, capsys):
