@@ -37,7 +37,17 @@ from tests.helpers.audit import (
 )
 
 PAGE = Path(__file__).parent.parent / "docs" / "audit.md"
-COLUMNS = ("what was done to BASE", "verdict", "lost it", "cosine", "strength", "left", "explains", "largest fit")
+COLUMNS = (
+    "what was done to BASE",
+    "verdict",
+    "lost it",
+    "cosine",
+    "strength",
+    "left",
+    "explains",
+    "least fit",
+    "largest other",
+)
 OF_REAL = (
     "all writes (export)",
     "blocks 6 to 17 (export)",
@@ -123,6 +133,7 @@ def row(name: str, record: Mapping[str, Any], *more: str) -> str:
     cells = [name, record["verdict"], f"{len(lost)} of {n_differ}" if n_differ else "–"]
     cells += [", ".join(f"{each:.4f}" for each in record["cosines"]) or "–"]
     cells += [f"{median(each[key] for each in lost):.3f}" if lost else "–" for key in ("strength", "left", "explained")]
+    cells += [f"{min(each['fit'] for each in lost):.2f}" if lost else "–"]
     fits = [each["fit"] for each in record["writers"] if not each["is_removal"] and each["change"] > 0]
     cells += [f"{max(fits):.2f}" if fits else "–", *more]
     return f"| {' | '.join(cells)} |\n"

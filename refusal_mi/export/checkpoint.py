@@ -218,8 +218,8 @@ def _check_not_quantized(config: Mapping[str, Any], directory: Path) -> None:
     if method is None:
         method = "bitsandbytes" if any(key.startswith(("load_in_", "bnb_")) for key in settings) else "unnamed"
     raise UserError(
-        f"{directory} is quantized ({method}): projecting quantized weights is not exact, nor is comparing them; use the "
-        "unquantized model"
+        f"{directory} is quantized ({method}): projecting quantized weights is not exact, nor is comparing them; use "
+        "the unquantized model"
     )
 
 
