@@ -1,7 +1,7 @@
 """What an audit says of checkpoints that were changed in known ways: `python -m benchmarks.audit` writes docs/audit.md.
 
 The embedded model: about a minute. With --run RUN_DIR, the run of a real model, that model's table too (the 0.5B model
-of docs/real-models.md: about 12 minutes, and 4 GB of disk).
+of docs/real-models.md: some minutes, and 4 GB of disk).
 """
 
 import argparse
@@ -37,7 +37,26 @@ from tests.helpers.audit import (
 )
 
 PAGE = Path(__file__).parent.parent / "docs" / "audit.md"
-COLUMNS = ("what was done to BASE", "verdict", "lost it", "cosine", "strength", "left", "explains", "largest fit")
+COLUMNS = (
+    "what was done to BASE",
+    "verdict",
+    "lost it",
+    "cosine",
+    "strength",
+    "left",
+    "explains",
+    "least fit",
+    "largest other",
+)
+OF_REAL = (
+    "all writes (export)",
+    "blocks 6 to 17 (export)",
+    "LoRA adapter (export), merged by PEFT",
+    "row norms kept",
+    "a random LoRA of rank 8",
+    "rounded to 8 bits",
+)
+"""What is done to a real model."""
 Make = Callable[[Path, Path], object]
 """Of a source and a new folder: the changed copy."""
 
@@ -52,7 +71,7 @@ def removals(r: Direction, band: range) -> dict[str, Make]:
         "strength .3 (export)": partial(export, what=Ablate(r, strength=0.3)),
         "two directions, r and a random one (export)": partial(export, what=Ablate([r, other])),
         "LoRA adapter (export), as it is": partial(adapter, what=Ablate(r, layers=band)),
-        "the same adapter, merged by PEFT": partial(merged, what=Ablate(r, layers=band)),
+        "LoRA adapter (export), merged by PEFT": partial(merged, what=Ablate(r, layers=band)),
         "row norms kept": partial(changed, change=rows_kept(unit), which=inside),
         "column norms kept": partial(changed, change=columns_kept(unit), which=inside),
         "all writes, then 8 bits": then(projection(unit[None]), quantized(8)),
@@ -114,6 +133,7 @@ def row(name: str, record: Mapping[str, Any], *more: str) -> str:
     cells = [name, record["verdict"], f"{len(lost)} of {n_differ}" if n_differ else "–"]
     cells += [", ".join(f"{each:.4f}" for each in record["cosines"]) or "–"]
     cells += [f"{median(each[key] for each in lost):.3f}" if lost else "–" for key in ("strength", "left", "explained")]
+    cells += [f"{min(each['fit'] for each in lost):.2f}" if lost else "–"]
     fits = [each["fit"] for each in record["writers"] if not each["is_removal"] and each["change"] > 0]
     cells += [f"{max(fits):.2f}" if fits else "–", *more]
     return f"| {' | '.join(cells)} |\n"
@@ -139,26 +159,29 @@ def table(source: Path, r: Direction, makes: Mapping[str, Make], *, alone: bool 
     return "".join(lines)
 
 
+def put(mark: str, text: str) -> None:
+    """Write a table into the page."""
+    write_text(PAGE, replace_table(PAGE.read_text(encoding="utf-8"), mark, text))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, help="Run folder of a real model, which REFUSAL_MI_REAL_MODELS holds.")
     parser.add_argument("--only-real", action="store_true", help="Leave the embedded model's table as it is.")
     given = parser.parse_args()
     logging.set_verbosity_error()
-    page = PAGE.read_text(encoding="utf-8")
     if not given.only_real:
         planted = read_tensors(ORGANISM.parent / "planted_direction.pt").reshape(-1)
         r = Direction.of(planted, layer=3)
         makes = {**removals(r, range(3, 7)), **controls(r), **trained()}
-        page = replace_table(page, "embedded", table(ORGANISM, r, makes))
-        write_text(PAGE, page)
+        put("embedded", table(ORGANISM, r, makes))
     if given.run is not None:
         r = Direction.load(given.run)
         source = (
             Path(os.environ["REFUSAL_MI_REAL_MODELS"]) / Path(read_json(given.run / "run.json")["model"]["source"]).name
         )
-        page = replace_table(page, "real", table(source, r, {**removals(r, range(6, 18)), **controls(r)}, alone=True))
-        write_text(PAGE, page)
+        makes = {name: make for name, make in {**removals(r, range(6, 18)), **controls(r)}.items() if name in OF_REAL}
+        put("real", table(source, r, makes, alone=True))
     return 0
 
 

@@ -88,8 +88,9 @@ def _name(files: tuple[str | Path | None, str | None, str | None]) -> str:
     source, _, name = files
     if name is not None:
         return name
-    is_adapter = source is not None and at_home(source).is_dir()
-    return display_name(str(at_home(source).resolve()) if is_adapter and source is not None else resolve_source(source))
+    if source is not None and at_home(source).is_dir():  # an adapter too, which is no source of a model
+        return display_name(str(at_home(source).resolve()))
+    return display_name(resolve_source(source))
 
 
 def _given(

@@ -68,8 +68,8 @@ def open_sides(
     if suspect is not None and is_adapter(at_home(suspect)):
         return _paired(layout, one, adapted(one, at_home(suspect)))
     directory = _files("SUSPECT", suspect, revisions[1])
-    _check_same_architecture(config, read_config(directory))
     suspected = open_checkpoint(directory)
+    _check_same_architecture(config, read_config(directory))
     two = _stored(suspected)
     missing = [name for name in one.shapes if name not in two.shapes and _role(layout, name) not in ("head", "other")]
     if missing:  # experts may be stored one by one here and fused there

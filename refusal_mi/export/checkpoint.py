@@ -113,7 +113,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     # Where there are both, transformers loads the single file.
     is_sharded = not (directory / SINGLE).is_file()
     if is_sharded and not (directory / INDEX).is_file():
-        raise UserError(f"{directory} holds no {SINGLE} and no {INDEX}: only safetensors weights can be exported")
+        raise UserError(
+            f"{directory} holds no {SINGLE} and no {INDEX}: only safetensors weights can be exported or audited"
+        )
     index = read_record(directory / INDEX, ShardIndex) if is_sharded else None
     shards = [SINGLE] if index is None else sorted(set(index.weight_map.values()))
     tensors: dict[str, StoredTensor] = {}
@@ -216,7 +218,8 @@ def _check_not_quantized(config: Mapping[str, Any], directory: Path) -> None:
     if method is None:
         method = "bitsandbytes" if any(key.startswith(("load_in_", "bnb_")) for key in settings) else "unnamed"
     raise UserError(
-        f"{directory} is quantized ({method}): projecting quantized weights is not exact; export the unquantized model"
+        f"{directory} is quantized ({method}): projecting quantized weights is not exact, nor is comparing them; use "
+        "the unquantized model"
     )
 
 
