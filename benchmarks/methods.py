@@ -15,6 +15,7 @@ HEADERS = (
     "layer",
     "refused at 1",
     "KL at 1",
+    "matched at",
     "strength",
     "KL there",
     "ratio",
@@ -48,16 +49,17 @@ def table(found: MethodsResult) -> list[str]:
         ranks = sorted({each.k for each in of_kind})
         what = f"{len(of_kind)} controls, {name}, of {ranks[0]} to {ranks[-1]}"
         spans = f"{min(shares):.2f} to {max(shares):.2f} (score)", f"{min(kl):.4f} to {max(kl):.4f}"
-        lines.append("| " + " | ".join([what, "", *spans, "", "", "", "", "", ""]) + " |")
+        lines.append("| " + " | ".join([what, "", *spans, "", "", "", "", "", "", ""]) + " |")
     return lines
 
 
 def cells(row: MethodRow) -> list[str]:
     """One method."""
     whole, matched = row.at(1.0), row.matched
-    there = ["–", "–", "never as few", ""]
-    if matched.strength is not None and matched.kl_nats is not None:
-        there = [f"{matched.strength:.2f}", f"{matched.kl_nats:.4f}", ratio(matched.ratio), ratio(row.over_single)]
+    there = ["–", "–", "–", "never fewer", ""]
+    if matched.strength is not None and matched.kl_nats is not None and matched.refused is not None:
+        there = [f"{matched.refused:.2f}", f"{matched.strength:.2f}", f"{matched.kl_nats:.4f}"]
+        there += [ratio(matched.ratio), ratio(row.over_single)]
     name = f"`{row.label}`"
     kl = f"{whole.kl_nats[0]:.4f}"
     return [

@@ -374,9 +374,10 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
         whole, matched = row.at(1.0), row.matched
         ratio, low, high = matched.ratio
         limits = " [unbounded]" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
-        there = ["not reached", "", ""]
+        there = ["never fewer", "", ""]
         if matched.strength is not None and matched.kl_nats is not None:
-            there = [f"{matched.strength:.2f}", f"{matched.kl_nats:.4f}", f"{ratio:.2f}{limits}" if ratio else ""]
+            at = f" at {matched.refused:.2f}" if matched.refused and matched.refused > found.target else ""
+            there = [f"{matched.strength:.2f}", f"{matched.kl_nats:.4f}", f"{ratio:.2f}{limits}{at}" if ratio else ""]
         table.add_row(
             row.label,
             str(row.layer),
@@ -400,7 +401,7 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
             f"{name}, {min(each.k for each in of_kind)} to {max(each.k for each in of_kind)} directions: refused by "
             f"score {min(shares):.3f} to {max(shares):.3f}, KL {min(kl):.4f} to {max(kl):.4f}"
         )
-    where = f"costs are matched where {found.target:.3f} of {found.n_held_out} held-out prompts are refused"
+    where = f"costs are matched where {found.target:.3f} of {found.n_held_out} held-out prompts are refused, or at more"
     print_lines(
         f"plain: refused {found.plain_refused_by_text}; {where if found.target else 'there is nothing to match'}",
         *(f"{label}: left out, {reason}" for label, reason in found.skipped.items()),

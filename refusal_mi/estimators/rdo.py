@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..directions import Direction
 from ..errors import UserError
@@ -177,17 +178,19 @@ def retention_loss(model: HookedModel, texts: Sequence[Span], pad_id: int, form:
     check_named("retention_form", form, get_args(RetentionForm))
     batch, n_answer = padded(model, texts, pad_id)
     with torch.no_grad():
-        plain = [as_double(rows).log_softmax(-1) for rows in _logits(model, batch, n_answer, [])]
+        plain = [rows.clone() for rows in _logits(model, batch, n_answer, [])]
+
+    def divergence(before: Tensor, after: Tensor) -> Tensor:
+        log_p, log_q = (as_double(rows).log_softmax(-1) for rows in (before, after))
+        if form == "paper":
+            return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        return (log_q.exp() * (log_q - log_p)).sum()
 
     def loss(vector: Tensor) -> Tensor:
-        kl = []
         changed = _logits(model, batch, n_answer, ablation_hooks(model, vector))
-        for log_p, rows in zip(plain, changed, strict=True):
-            log_q = as_double(rows).log_softmax(-1)
-            paper = form == "paper"
-            each = (log_p.exp() * (log_p - log_q) if paper else log_q.exp() * (log_q - log_p)).sum(-1)
-            kl.append(each.mean() if paper else each.sum())
-        return torch.stack(kl).mean()
+        # Computed again for the gradient: in float64 over a large vocabulary it would be most of the memory.
+        each = (recomputed(divergence, *rows, use_reentrant=False) for rows in zip(plain, changed, strict=True))
+        return torch.stack(list(each)).mean()
 
     return loss
 

@@ -32,6 +32,8 @@ class AtMatch(Protocol):
 
     @property
     def ratio(self) -> tuple[float | None, float | None, float | None]: ...
+    @property
+    def refused(self) -> float | None: ...
 
 
 @runtime_checkable
@@ -115,6 +117,11 @@ def plot_ratios(found: Compared, *, model: str = "", **look: Unpack[draw.Look]) 
     reached = [(plain(row.label), value, low, high) for row, (value, low, high) in there if value is not None]
     open_ended = [name for name, _, low, high in reached if low is None or high is None]
     never = [plain(row.label) for row, (value, _, _) in there if value is None]
+    at_more = [
+        f"{plain(row.label)} ({row.matched.refused:.2f})"
+        for row, (value, _, _) in there
+        if value is not None and row.matched.refused is not None and row.matched.refused > found.target
+    ]
     figure, names = go.Figure(), [name for name, *_ in reached]
     figure.add_trace(
         go.Scatter(
@@ -143,7 +150,8 @@ def plot_ratios(found: Compared, *, model: str = "", **look: Unpack[draw.Look]) 
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1])
     notes = [f"{found.n_held_out} held-out prompts a side, 95% intervals"]
     notes += [f"open: no bounds ({', '.join(open_ended)})"] if open_ended else []
-    notes += [f"never as few refusals: {', '.join(never)}"] if never else []
+    notes += [f"matched at more refusals: {', '.join(at_more)}"] if at_more else []
+    notes += [f"never fewer refusals: {', '.join(never)}"] if never else []
     about = draw.subtitle(model, *notes)
     height = 80 + 24 * len(names)
     return draw.finish(figure, title="Cost at equal refusal", about=about, height=height, legend_names=[], look=look)

@@ -1,7 +1,7 @@
 """One direction or several, by which method: each chosen on validation prompts, compared at equal refusal on others."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..run.methods import FILE, AtStrength, ControlRow, MethodRow, MethodsResult
 from ..run.record import DIRECTION, EVALUATIONS, MEAN_DIFFS, PROMPTS, RUN, RunInfo
 from ..run.stages import RunFolder
 from ..search.localize import expected_refused
-from ..search.methods import N_HALVINGS, STRENGTHS, Curve, crossing_ends, match, overlap
+from ..search.methods import CLOSE, STRENGTHS, Curve, common_target, crossing_ends, match, overlap
 from ..search.passes import Basis
 from ..search.removals import RemovalScorer
 from ..stats import Paired, Rate, mean_interval
@@ -62,6 +62,12 @@ class _HeldOut(Value):
     @property
     def curve(self) -> Curve:
         return Curve(self.strengths, *(torch.tensor(each, dtype=torch.float64) for each in (self.refused, self.kl)))
+
+    def with_more(self, other: "_HeldOut") -> "_HeldOut":
+        """Both, in the order of their strengths."""
+        names = ("strengths", "refused", "scores", "kl")
+        tables = [zip(*(getattr(each, name) for name in names), strict=True) for each in (self, other)]
+        return _HeldOut(*zip(*sorted(row for table in tables for row in table), strict=True))
 
     def at_strengths(self, zero: float) -> tuple[AtStrength, ...]:
         rows = zip(self.strengths, self.refused, self.scores, self.kl, strict=True)
@@ -128,13 +134,21 @@ def compare_methods(
         measured[label] = work.held_out_of(label, basis, plain_short, first)
         first = measured[label].curve if first is None else first
     assert first is not None
-    curves = {label: each.curve for label, each in measured.items()}
-    matches = {label: match(each, first) for label, each in curves.items()}
     singles = {label: f"{label.rpartition(':')[0]}:1" for label, basis in bases.items() if len(basis) > 1}
+    pairs = [(label, reference) for label in bases]
+    pairs += [(label, single) for label, single in singles.items() if single in bases]
+    targets: dict[str, set[float]] = {label: set() for label in bases}
+    for label, other in pairs:
+        target = common_target(measured[label].curve, measured[other].curve, first).item()
+        if target > first.target.item():
+            targets[label].add(target)
+            targets[other].add(target)
+    for label in [each for each in bases if targets[each]]:
+        measured[label] = work.nearer(label, bases[label], plain_short, measured[label], sorted(targets[label]))
+    curves = {label: each.curve for label, each in measured.items()}
+    matches = {label: match(curves[label], curves[reference]) for label in curves}
     over = {
-        label: match(curves[label], curves[single], first).ratio
-        for label, single in singles.items()
-        if single in curves
+        label: match(curves[label], curves[single], curves[reference]).ratio for label, single in pairs[len(bases) :]
     }
     read_at = {label: 1.0 if each.strength is None else each.strength for label, each in matches.items()}
     answers = {label: work.answers(label, bases[label], read_at[label]) for label in chosen}
@@ -281,36 +295,63 @@ class _Comparison:
     def held_out_of(self, label: str, basis: Basis, plain: tuple[bool, ...], reference: Curve | None) -> _HeldOut:
         """Answers, scores and KL of held-out prompts at every strength.
 
-        And at more of them, halving `N_HALVINGS` times where the share of refusals falls to the reference's target:
-        between two strengths of the first it may fall from all to none.
+        And at more of them where the share of refusals falls to the reference's target: between two strengths of the
+        first it may fall from all to none.
         """
-        where, n_tokens = f"{_folder(label)}/held_out.json", self.run.options.label_tokens
+        where = f"{_folder(label)}/held_out.json"
+        target = None if reference is None else reference.target.item()
 
         def compute() -> None:
-            scorer, names = self.held_out, write_hooks(self.run.model.cfg.n_layers)
-            answered = judged_answers(self.run, self.run.prompts("harmful"), n_tokens)
+            found = self._at(basis, plain, (0.0, *STRENGTHS))
+            found = self._halved(found, basis, plain, found.curve.target.item() if target is None else target)
+            write_record(self.folder.path / where, found)
 
-            def at(strengths: Sequence[float]) -> dict[float, _Row]:
-                weights, bases = [dict.fromkeys(names, each) for each in strengths], [basis] * len(strengths)
-                scores = scorer.score(bases, weights, range(scorer.n_harmful)).tolist()
-                kl = scorer.kl(bases, weights, range(scorer.n_harmless)).tolist()
-                refused = [plain if each == 0 else answered([Ablate(basis, each)]).refused for each in strengths]
-                return dict(zip(strengths, zip(refused, map(tuple, scores), map(tuple, kl), strict=True), strict=True))
-
-            rows = at((0.0, *STRENGTHS))
-            for _ in range(N_HALVINGS):
-                found = _held_out(rows).curve
-                ends = crossing_ends(found, (found if reference is None else reference).target.item())
-                if ends is None:
-                    break
-                rows |= at([sum(ends) / 2])
-            write_record(self.folder.path / where, _held_out(rows))
-
-        target = None if reference is None else reference.target.item()
-        inputs = self.inputs | {"basis": self.hashes[label], "strengths": STRENGTHS, "n": n_tokens, "target": target}
-        about = f"{len(STRENGTHS)} strengths and {N_HALVINGS} between, held-out prompts"
+        about = f"{len(STRENGTHS)} strengths and more between, held-out prompts"
+        inputs = self._held_out_inputs(label) | {"target": target}
         self.folder.stage(f"{_folder(label)}-held-out", inputs, [where], compute, about=about)
         return read_record(self.folder.path / where, _HeldOut)
+
+    def nearer(
+        self, label: str, basis: Basis, plain: tuple[bool, ...], found: _HeldOut, targets: Sequence[float]
+    ) -> _HeldOut:
+        """What was measured, and more strengths where the share of refusals falls to each of the targets."""
+        where = f"{_folder(label)}/nearer.json"
+
+        def compute() -> None:
+            more = found
+            for target in targets:
+                more = self._halved(more, basis, plain, target)
+            write_record(self.folder.path / where, more)
+
+        about = f"strengths where {', '.join(f'{each:.2f}' for each in targets)} are refused, held-out prompts"
+        inputs = self._held_out_inputs(label) | {"targets": targets, "before": found.strengths}
+        self.folder.stage(f"{_folder(label)}-nearer", inputs, [where], compute, about=about)
+        return read_record(self.folder.path / where, _HeldOut)
+
+    def _held_out_inputs(self, label: str) -> dict[str, Any]:
+        return self.inputs | {
+            "basis": self.hashes[label],
+            "strengths": STRENGTHS,
+            "n": self.run.options.label_tokens,
+        }
+
+    def _halved(self, found: _HeldOut, basis: Basis, plain: tuple[bool, ...], target: float) -> _HeldOut:
+        """With strengths halfway between those around a target, until they are close."""
+        while True:
+            ends = crossing_ends(found.curve, target)
+            if ends is None or ends[1] - ends[0] < CLOSE:
+                return found
+            found = found.with_more(self._at(basis, plain, [sum(ends) / 2]))
+
+    def _at(self, basis: Basis, plain: tuple[bool, ...], strengths: Sequence[float]) -> _HeldOut:
+        """Answers, scores and KL of held-out prompts."""
+        scorer, names = self.held_out, write_hooks(self.run.model.cfg.n_layers)
+        answered = judged_answers(self.run, self.run.prompts("harmful"), self.run.options.label_tokens)
+        weights, bases = [dict.fromkeys(names, each) for each in strengths], [basis] * len(strengths)
+        scores = scorer.score(bases, weights, range(scorer.n_harmful)).tolist()
+        kl = scorer.kl(bases, weights, range(scorer.n_harmless)).tolist()
+        refused = [plain if each == 0 else answered([Ablate(basis, each)]).refused for each in strengths]
+        return _HeldOut(tuple(strengths), tuple(refused), tuple(map(tuple, scores)), tuple(map(tuple, kl)))
 
     def plain_refused(self) -> tuple[bool, ...]:
         """Whether the plain model refuses each held-out prompt, in a short answer."""
@@ -372,11 +413,3 @@ class _Controls(Value):
 
 def _folder(label: str) -> str:
     return re.sub(r"\W+", "-", label)
-
-
-_Row = tuple[tuple[bool, ...], tuple[float, ...], tuple[float, ...]]
-
-
-def _held_out(rows: Mapping[float, _Row]) -> _HeldOut:
-    ordered = sorted(rows)
-    return _HeldOut(tuple(ordered), *zip(*(rows[strength] for strength in ordered), strict=True))

@@ -17,8 +17,8 @@ STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 """Fractions of the component in the subspace that are removed; the plain model is 0."""
 TOLERATED = 0.05
 """Of the plain model's refusals, where a whole removal leaves fewer: a few prompts would decide otherwise."""
-N_HALVINGS = 3
-"""Of the interval between two strengths in which the share of refusals falls to the target."""
+CLOSE = 0.03
+"""Strengths around the one at which the share of refusals falls to a target lie closer than this."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,14 +61,17 @@ class Matched:
     kl_nats: float | None
     ratio: tuple[float | None, float | None, float | None]
     """KL over that of the reference, with its 95% interval (BCa over prompts); no limits where they are unbounded."""
+    refused: float | None = None
+    """The share of refusals at which both are compared."""
 
 
 def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matched:
     """The least strength at which a method leaves as few refusals as the reference does at strength 1, and its cost.
 
-    Between two strengths the share of refusals is taken to be linear, and the square root of each prompt's KL: where
-    the share falls, strengths should lie close. The interval draws prompts, for all methods the same, and does
-    everything else again. Where the sides differ in number, as many of each count as there are of both.
+    A method that leaves more is compared where the other leaves as many as it does itself at strength 1. Between two
+    strengths the share of refusals is taken to be linear, and the square root of each prompt's KL: where the share
+    falls, strengths should lie close. The interval draws prompts, for all methods the same, and does everything else
+    again. Where the sides differ in number, as many of each count as there are of both.
 
     Args:
         other: whose cost, at its own least strength, the ratio is to.
@@ -76,7 +79,8 @@ def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matche
     """
     n = min(each for curve in (method, other) for each in (curve.refused.shape[1], curve.kl.shape[1]))
     curves = [each.of_first(n) for each in (method, other, other if reference is None else reference)]
-    strength, kl = _crossing(curves[0], curves[2].target)
+    target = common_target(*curves)
+    strength, kl = _crossing(curves[0], target)
     if not strength.isfinite():
         return Matched(None, None, (None, None, None))
     tables = [table for each in curves for table in (each.refused, each.kl)]
@@ -85,12 +89,17 @@ def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matche
     def ratio(*drawn: Any) -> Any:
         parts = [torch.stack([torch.as_tensor(row) for row in drawn[a:b]]) for a, b in pairwise(ends)]
         again = [Curve(each.strengths, *parts[2 * i : 2 * i + 2]) for i, each in enumerate(curves)]
-        own, others = (_crossing(each, again[2].target)[1] for each in again[:2])
+        own, others = (_crossing(each, common_target(*again))[1] for each in again[:2])
         return (own / others).numpy()
 
     samples = [row.tolist() for table in tables for row in table]
     value, low, high = (each if each == each else None for each in bootstrap_interval(*samples, statistic=ratio))
-    return Matched(strength.item(), kl.item(), (value, low, high))
+    return Matched(strength.item(), kl.item(), (value, low, high), target.item())
+
+
+def common_target(method: Curve, other: Curve, reference: Curve) -> Float[Tensor, "*rest"]:
+    """The share of refusals that all of them leave: the reference's target, or the most of what two leave whole."""
+    return torch.maximum(reference.target, torch.maximum(method.share(1.0), other.share(1.0)))
 
 
 def crossing_ends(method: Curve, target: float) -> tuple[float, float] | None:

@@ -143,7 +143,7 @@ def _compared() -> Any:
         ratio = (
             (None, None, None) if label == "lda:1" else (0.5 + index, 0.3 + index, None if index == 2 else 1.0 + index)
         )
-        rows.append(Method(label, curve, AtMatch(ratio)))
+        rows.append(Method(label, curve, AtMatch(ratio, 0.31 if label == "peel:3" else 0.05)))
     controls = [Control(name, k, 0.97, 1e-3 * k) for name in ("random", "within harmful") for k in (1, 2, 3)]
     return Compared(rows, controls, 0.05, 40)
 
@@ -173,7 +173,7 @@ def worded() -> VariantsResult:
 
 
 At = make_dataclass("At", ("strength", "refused", "kl_nats"), frozen=True)
-AtMatch = make_dataclass("AtMatch", ("ratio",), frozen=True)
+AtMatch = make_dataclass("AtMatch", ("ratio", "refused"), frozen=True)
 Method = make_dataclass("Method", ("label", "curve", "matched"), frozen=True)
 Control = make_dataclass("Control", ("label", "k", "refused_by_score", "kl_nats"), frozen=True)
 Compared = make_dataclass("Compared", ("rows", "controls", "target", "n_held_out"), frozen=True)

@@ -55,6 +55,17 @@ def test_the_cost_over_another_is_matched_where_the_reference_says():
     assert match(half, reference).ratio[0] > 1, "the control: over the reference, which stops them earlier, it is dear"
 
 
+def test_a_method_that_leaves_more_is_compared_where_the_other_leaves_as_many():
+    reference = planted(0.5, 0.01)
+    halfway = Curve(AT, reference.refused.clone(), 0.25 * reference.kl)
+    halfway.refused[:, : N // 2] = 1.0  # it never stops these, and the others between .4 and .6
+    found = match(halfway, reference)
+    assert (found.refused, found.strength) == pytest.approx((0.5, 0.6))
+    value, low, high = found.ratio
+    assert value == pytest.approx(0.25 * (0.6 / 0.5) ** 2) and low < value < high < 0.5
+    assert match(reference, reference).refused == TOLERATED, "the control: what stops as many is compared there"
+
+
 def test_where_a_share_falls_is_bracketed():
     assert crossing_ends(planted(0.5, 0.01), 0.05) == (0.4, 0.6) and crossing_ends(planted(9.0, 0.01), 0.05) is None
     fine = (0.0, 0.2, 0.4, 0.475, 0.5, 0.525, 0.6, 0.8, 1.0, 1.2)
