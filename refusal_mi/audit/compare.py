@@ -29,7 +29,7 @@ from .sources import Sides, open_sides
 MIN_ROWS = 16
 """Inputs that a tensor must have to be evidence by itself: the change of a bias is always of rank one."""
 IN_COMMON, CLOSE = 0.4, 0.9
-"""Share of the writers that lost a common direction; |cos| of a writer's own with it, and the share of a bias's change."""
+"""Share of the writers that lost a common direction; |cos| of a writer's own with it, and share of a bias's change."""
 _CHUNK = 2**22
 
 
