@@ -28,8 +28,8 @@ from .sources import Sides, open_sides
 
 MIN_ROWS = 16
 """Inputs that a tensor must have to be evidence by itself: the change of a bias is always of rank one."""
-IN_COMMON, MIN_SHARE = 0.4, 0.9
-"""Share of the writers that a common direction is removed from; share of a bias's change that lies along it."""
+IN_COMMON, CLOSE = 0.4, 0.9
+"""Share of the writers that lost a common direction; |cos| of a writer's own with it, and share of a bias's change."""
 _CHUNK = 2**22
 
 
@@ -129,6 +129,8 @@ _NOTHING = Removal(torch.zeros(0, 0, dtype=torch.float64), (), 0.0, 0.0, (), "pl
 
 def _change(sides: Sides, name: str) -> _Change:
     base, suspect = sides.base.read(name), sides.suspect.read(name)
+    if base.dtype == suspect.dtype and torch.equal(base, suspect):
+        return _Change(0.0, False, _NOTHING)
     size = relative_change(base, suspect)
     if not math.isfinite(size):
         raise UserError(f"{name} holds numbers that are not finite in BASE or in SUSPECT: one of them is damaged")
@@ -193,11 +195,11 @@ def _writer(
     lost = along = None
     if change.differs and (len(span) or given is not None):
         pair = _pair(sides, writer, sides.base.read(name), sides.suspect.read(name))
-        is_like_all = not removal.strengths or agreements[name] >= MIN_SHARE
+        is_like_all = not removal.strengths or agreements[name] >= CLOSE
         lost = _along(pair, span if is_like_all else removal.directions) if len(span) else None
         along = None if given is None else _along(pair, given)
     rank, is_alone = len(removal.strengths), writer.is_bias
-    is_removal = lost is not None and (rank > 0 or (lost.is_removal and (not is_alone or lost.share >= MIN_SHARE)))
+    is_removal = lost is not None and (rank > 0 or (lost.is_removal and (not is_alone or lost.share >= CLOSE)))
     untouched = None if not len(span) else (0.0, 1.0)
     strength, left = (lost.strength, lost.left) if lost is not None else untouched or (None, None)
     return WriterChange(
