@@ -449,16 +449,26 @@ def _cells_(figure: go.Figure, spec: dict[str, Any], place: _Place, size: Pixels
         if fitting >= _LEAST_TEXT:
             trace.text, trace.textfont.size, trace.texttemplate = numbers, fitting, "%{text}"
             continue
-        fitting = min(_SMALL * size, cell[0] / 0.8, cell[1] / 1.25)
-        signs = _signs(trace)
-        has_room = fitting >= _LEAST_TEXT and any(map(any, signs))
-        trace.text, trace.texttemplate = (signs, "%{text}") if has_room else (None, None)
+        fitting = max(_LEAST_TEXT, min(_SMALL * size, cell[0] / 0.8, cell[1] / 1.25))
+        across, down = (math.ceil(fitting * part / side - 1e-9) for part, side in zip((0.8, 1.25), cell, strict=True))
+        signs = _signs(trace, across, down)
+        trace.text, trace.texttemplate = (signs, "%{text}") if any(map(any, signs)) else (None, None)
         trace.textfont.size = fitting
 
 
-def _signs(trace: Any) -> list[list[str]]:
-    """A minus in each cell well below zero, of a scale that diverges: the two sides differ in a grey copy too."""
+def _signs(trace: Any, columns: int, rows: int) -> list[list[str]]:
+    """A minus in each cell well below zero, of a scale that diverges: the two sides differ in a grey copy too.
+
+    Args:
+        columns: and `rows`: of so many that have no room for more, one has a sign.
+    """
     if trace.zmin is None or trace.zmin != -trace.zmax:
         return []
     limit = -_WELL * trace.zmax
-    return [["−" if value is not None and value < limit else "" for value in row] for row in trace.z]
+    return [
+        [
+            "−" if value is not None and value < limit and not (index % rows or column % columns) else ""
+            for column, value in enumerate(row)
+        ]
+        for index, row in enumerate(trace.z)
+    ]

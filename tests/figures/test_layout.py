@@ -3,11 +3,13 @@
 import json
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import pytest
+import torch
 from plotly.colors import sample_colorscale
 from plotly.offline import get_plotlyjs
 
@@ -15,7 +17,7 @@ from refusal_mi.analysis.result import AnalysisResult
 from refusal_mi.errors import UserError
 from refusal_mi.figures.fit import laid_out, text_width, wrapped
 from refusal_mi.figures.scores import plot_score_lines, plot_scores
-from refusal_mi.figures.style import COOL, DIVERGING, INK, SEQUENTIAL, WARM, group_styles, heatmap
+from refusal_mi.figures.style import COOL, DIVERGING, INK, SEQUENTIAL, WARM, finish, group_styles, heatmap
 from refusal_mi.stats import mean_interval
 from tests.helpers.browser import Page, find_chromium, open_browser
 from tests.helpers.cases import analyses
@@ -166,6 +168,25 @@ def test_what_diverges_is_white_at_zero_and_negative_cells_are_told_apart_withou
         for text, value in zip(texts, row, strict=True)
     }
     assert signs == {(True, True), (False, False)}
+
+
+def test_a_table_too_dense_for_a_sign_in_each_cell_has_them_as_a_grid():
+    values = torch.linspace(-1, 1, 120).repeat(40, 1)
+    names = [str(index) for index in range(120)]
+    figure = finish(
+        go.Figure(heatmap(values, names, names[:40], "x", hover="", limits=(-1.0, 1.0))),
+        title="dense",
+        about="",
+        height=200,
+        look={"width": 350},
+    )
+    signs = [(row, column) for row, texts in enumerate(figure.data[0].text) for column, t in enumerate(texts) if t]
+    assert all(values[place] < -0.05 for place in signs) and len(signs) >= 20
+    columns = sorted({column for _, column in signs})
+    step = {b - a for a, b in pairwise(columns)}
+    assert len(step) == 1 and 350 / 120 * step.pop() >= 6, "as far apart as they are wide"
+    wide = laid_out(go.Figure(figure), width=2600)
+    assert sum(map(bool, (text for texts in wide.data[0].text for text in texts))) > len(signs)
 
 
 def test_numbers_of_a_table_stand_where_they_fit(results):
