@@ -1,11 +1,13 @@
-"""Would Optuna's TPE find a better least removal than the search does? `python -m benchmarks.tpe RUN [SOURCE]`.
+"""Would Optuna's TPE find a better least removal than the search does? `python -m benchmarks.tpe RUN [SOURCE [N]]`.
 
 Both begin with the same successive halving; then the search tries generations of neighbours, and TPE as many removals,
-all of them on all prompts. Needs `pip install optuna`, which nothing else does. Seeds 0 to 2; some minutes.
+all of them on all N validation prompts a side (SOURCE "" is the embedded model). Needs `pip install optuna`, which
+nothing else does. Seeds 0 to 2; some minutes.
 """
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -119,13 +121,13 @@ def area(found: Localized, measured: Sequence[Measured]) -> float:
     return total
 
 
-def main(path: str, source: str | None = None) -> None:
+def main(path: str, source: str | None = None, n_validation: str = "32") -> None:
     """Print both, and what the best of each does on held-out prompts."""
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    run = RunInputs(load_model(source), path, 100)
+    run = RunInputs(load_model(source or None), path, 100)
     zero = run.record.zero_point_nats or 0.0
-    scorer: Any = Remembering(removal_scorer(run, "val", 1, None))
+    scorer: Any = Remembering(removal_scorer(replace(run, max_prompts=int(n_validation)), "val", 1, None))
     held_out = removal_scorer(run, "test", 1, None)
     directions = source_directions(run, N_DIRECTIONS)
     halved, ours = (localize_removal(scorer, directions, zero, n_generations=n) for n in (0, 4))
