@@ -152,4 +152,4 @@ def _inside(wording: "Wording", change: "Change | None", slot: int, layer: int) 
         )
     )
     score, at = wording.score_nats[0], wording.projections[slot][layer][0]
-    return [tokens, f"{score:.2f}", f"{at:.2f}", *changed, attention, written]
+    return [each.replace("-", "−") for each in (tokens, f"{score:.2f}", f"{at:.2f}", *changed, attention, written)]
