@@ -145,7 +145,7 @@ def _inside(wording: "Wording", change: "Change | None", slot: int, layer: int) 
         changed = [f"{mean} [{low}, {high}]", signed(change.random_projections[slot][layer][0])]
     parts = ("instruction", "variant", "template")
     tokens = ", ".join(f"{wording.n_tokens[part]:.0f}" for part in parts)
-    attention = ", ".join(f"{wording.attention[part][0]:.2f}" for part in parts)
-    written = ", ".join(f"{wording.written[part][0]:.1f}" for part in parts)
+    attention = ", ".join(f"{round(wording.attention[part][0], 2) + 0.0:.2f}" for part in parts)
+    written = ", ".join(f"{round(wording.written[part][0], 1) + 0.0:.1f}" for part in parts)
     score, at = wording.score_nats[0], wording.projections[slot][layer][0]
     return [each.replace("-", "−") for each in (tokens, f"{score:.2f}", f"{at:.2f}", *changed, attention, written)]
