@@ -105,7 +105,7 @@ def _print(found: "VariantsResult", folder: Path) -> None:
         "random",
         "attention",
         "written",
-        caption="tokens, attention of the last token, what is written along r: from the instruction, from the variant",
+        caption="tokens, attention of the last one, what is written along r: of instruction, variant, template",
     )
     for rows in zip(*(found.wordings(side) for side in sides), strict=True):
         cells = [cell for _, each, change in rows for cell in (str(each.refused), _of_rate(change))]
@@ -143,13 +143,9 @@ def _inside(wording: "Wording", change: "Change | None", slot: int, layer: int) 
     if change is not None:
         mean, low, high = map(signed, change.projections[slot][layer])
         changed = [f"{mean} [{low}, {high}]", signed(change.random_projections[slot][layer][0])]
-    tokens, attention, written = (
-        f"{instruction:.{digits}f}, {own:.{digits}f}"
-        for instruction, own, digits in (
-            (wording.n_tokens["instruction"], wording.n_tokens["variant"], 0),
-            (wording.attention["instruction"][0], wording.attention["variant"][0], 2),
-            (wording.written["instruction"][0], wording.written["variant"][0], 2),
-        )
-    )
+    parts = ("instruction", "variant", "template")
+    tokens = ", ".join(f"{wording.n_tokens[part]:.0f}" for part in parts)
+    attention = ", ".join(f"{round(wording.attention[part][0], 2) + 0.0:.2f}" for part in parts)
+    written = ", ".join(f"{round(wording.written[part][0], 1) + 0.0:.1f}" for part in parts)
     score, at = wording.score_nats[0], wording.projections[slot][layer][0]
-    return [tokens, f"{score:.2f}", f"{at:.2f}", *changed, attention, written]
+    return [each.replace("-", "−") for each in (tokens, f"{score:.2f}", f"{at:.2f}", *changed, attention, written)]
