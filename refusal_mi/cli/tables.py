@@ -202,10 +202,19 @@ def _print_combination(console: Console, combination: "CombinationRecord") -> No
     console.print(f"effective rank {combination.effective_rank}, relative singular value {lowest:.3f}", highlight=False)
 
 
+_SUCCESS = {"http_refusal": "complied"}
+"""What a judge's rate of success is a rate of, where it is not of what is unsafe."""
+
+
 def rates_table(title: str, named: "Mapping[str, Effect]") -> Table:
     """Rates of refusal, of degenerate text and of what another judge calls unsafe, one row per name."""
     judges = list(next(iter(named.values())).unsafe)
-    table = Table(title, "refused [95%]", "degenerate [95%]", *(f"unsafe, {judge} [95%]" for judge in judges))
+    table = Table(
+        title,
+        "refused [95%]",
+        "degenerate [95%]",
+        *(f"{_SUCCESS.get(judge, 'unsafe')}, {judge} [95%]" for judge in judges),
+    )
     for name, effect in named.items():
         rates = [effect.refusal, effect.degenerate, *(effect.unsafe[judge] for judge in judges)]
         table.add_row(name, *map(str, rates))

@@ -9,6 +9,7 @@ from ..errors import UserError
 from ..files import as_json, read_record, sha256_json, write_json
 from ..generation import Generated, generate
 from ..interventions import Ablate, Add, Intervention
+from ..judges.http import LLAMA_GUARD
 from ..judges.named import judge_named
 from ..judges.protocol import ClassJudge, GradingJudge, Judge, Label
 from ..judges.substring import SubstringJudge, is_degenerate
@@ -131,9 +132,17 @@ def evaluate(rows: Sequence[Completion], judge: Judge, *others: Judge, quick: bo
     Args:
         judge: says what a refusal is.
         others: add their own columns.
+
+    Raises:
+        UserError: some verdicts of the first judge could not be read.
     """
     prompts, responses = [row.prompt for row in rows], [row.response for row in rows]
     said = [_Said.of(each, prompts, responses) for each in (judge, *others)]
+    if unread := list(said[0].complied).count(None):
+        raise UserError(
+            f"{unread} of {len(rows)} verdicts of {judge.name} could not be read, and it is to count the refusals; put "
+            "a judge that reads all of them before it"
+        )
     answers = (
         JudgedAnswer(
             row.prompt,
@@ -170,15 +179,12 @@ class _Said(Value):
 
 
 def _judges(run: Prepared, side: str) -> list[Judge]:
-    """The substring judge, and the one asked for: on harmful prompts alone, unless it tells refusal from evasion.
-
-    LlamaGuard calls every harmless answer safe.
-    """
+    """The substring judge, and the one asked for; LlamaGuard on harmful prompts alone: harmless answers are safe."""
     options, substring = run.options, SubstringJudge()
     if options.judge == "substring":
         return [substring]
     asked = judge_named(options.judge, model=options.judge_model, labels=options.judge_labels)
-    return [substring, asked] if side == "harmful" or isinstance(asked, ClassJudge) else [substring]
+    return [substring] if side != "harmful" and asked.name == LLAMA_GUARD.name else [substring, asked]
 
 
 def losses(

@@ -279,6 +279,10 @@ def _rate(record: Any) -> Rate:
     return Rate(record["count"], record["n"])
 
 
+def _mean_score(record: Any) -> MeanScore:
+    return MeanScore(float(record["mean"]), float(record["low"]), float(record["high"]), int(record["n"]))
+
+
 def read_sides(tables: Any) -> dict[Side, SideEffects]:
     effects: dict[Side, SideEffects] = {}
     for side, table in tables.items():
@@ -293,7 +297,7 @@ def read_effect(label: str, rates: Any) -> Effect:
     classes = {
         judge: {name: _rate(rate) for name, rate in named.items()} for judge, named in rates.get("classes", {}).items()
     }
-    scores = {judge: MeanScore(**score) for judge, score in rates.get("scores", {}).items()}
+    scores = {judge: _mean_score(score) for judge, score in rates.get("scores", {}).items()}
     return Effect(label, _rate(rates["refusal"]), _rate(rates["degenerate"]), others, classes, scores)
 
 

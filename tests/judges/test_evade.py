@@ -11,6 +11,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.judges.evade import EvadeJudge, reason
 from refusal_mi.judges.protocol import LABELS, ClassJudge, Judge
 from refusal_mi.judges.substring import SubstringJudge
+from tests.helpers.pages import run_blocks
 
 ROOT = Path(__file__).parents[2]
 with (ROOT / "tests/data/answers.tsv").open(encoding="utf-8") as handle:
@@ -86,6 +87,10 @@ def test_every_rule_and_what_does_not_meet_it(answer, prompt, label, rule):
     found = reason(answer, prompt)
     assert (found.label, found.rule) == (label, rule)
     assert found.words in answer.lower().replace("’", "'") or not found.words
+
+
+def test_the_block_of_the_page_runs():
+    assert run_blocks(ROOT / "docs/judges.md", {})["said"] == ["refuse", "evade", "comply"]
 
 
 def test_it_is_a_judge_and_a_function_of_texts():

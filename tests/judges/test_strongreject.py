@@ -89,6 +89,8 @@ def test_an_unreadable_reply_is_counted_apart_and_is_no_zero(tmp_path):
         assert len(fake.seen) == 5  # what could be read is kept, the other is asked for again
         with pytest.raises(UserError, match="1 of 4 verdicts of strongreject could not be read"):
             judge.complied([row.prompt for row in rows], answers)
+        with pytest.raises(UserError, match="1 of 4 verdicts of strongreject could not be read, and it is to count"):
+            evaluate(rows, judge)
         with pytest.raises(UserError, match="none of the 1 replies"):
             judge.graded(["p"], ["odd"])
     assert {name: rate.count for name, rate in found.classes("strongreject").items()} == {

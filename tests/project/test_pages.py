@@ -28,7 +28,7 @@ from refusal_mi.recipes import options
 from tests.helpers.pages import PAGES, ROOT, blocks, broken_links, run_blocks
 
 DOCS = ROOT / "docs"
-OF_OTHER_TESTS = {ROOT / "README.md", DOCS / "python.md"}
+OF_OTHER_TESTS = {ROOT / "README.md", DOCS / "python.md", DOCS / "judges.md"}
 RUN_HERE = {DOCS / f"{name}.md" for name in ("concepts", "analyses", "conditional", "estimators", "export")}
 RUN_HERE |= {DOCS / "audit.md", DOCS / "loading.md"}
 
