@@ -39,7 +39,7 @@ TOKENS = [43]
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -110,8 +110,9 @@ def test_workers_killed_at_random_moments_change_nothing(searched, engine, numbe
     def kill() -> None:
         """After a result, at a random moment, a random worker: one that works or one that gets ready."""
         while len(killed) < -(-N_KILLS // N_RUNS) and not is_over.is_set():
+            if not came.wait(0.1):
+                continue
             came.clear()
-            came.wait()
             is_over.wait(draw.uniform(0, 0.5))
             workers = worker_processes()
             for each in draw.sample(workers, min(1, len(workers))):
@@ -124,7 +125,6 @@ def test_workers_killed_at_random_moments_change_nothing(searched, engine, numbe
     for _ in there.done(items, engine):
         came.set()
     is_over.set()
-    came.set()
     killer.join()
     assert len(set(killed)) == -(-N_KILLS // N_RUNS)
     assert there.grids() == here.grids()
