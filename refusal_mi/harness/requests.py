@@ -52,7 +52,8 @@ class Writing:
         Raises:
             UserError: it asks for sampled text, or for beams.
         """
-        is_sampled = asked.get("do_sample", float(asked.get("temperature") or 0) > 0)
+        said = asked.get("do_sample")
+        is_sampled = float(asked.get("temperature") or 0) > 0 if said is None else bool(said)
         if is_sampled or int(asked.get("num_beams") or 1) > 1:
             raise UserError("a task asks for sampled text or for beams, and capability reads greedy answers only")
         until = asked.get("until") or ()
