@@ -311,7 +311,7 @@ def plot_geometry_table(result: GeometryResult, **look: Unpack[draw.Look]) -> go
     draw.layer_axis(figure, "layer")
     about = draw.subtitle(result.model_name, _counts(result), f"{result.n_resamples} shuffles")
     title = "The two classes at every place"
-    return draw.finish(figure, title=title, about=about, height=220, look=look)
+    return draw.finish(figure, title=title, about=about, height=340, look=look)
 
 
 def _layers(result: GeometryResult) -> list[int]:
