@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
+import ray
 import torch
 
 from refusal_mi.directions import difference_in_means
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--n-prompts", type=int, default=16, help="Validation prompts a side.")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     overhead(of_embedded(asked.n_prompts))
     if asked.run_dir is None:
         scorer = of_embedded(64)
