@@ -343,14 +343,10 @@ def test_the_table_and_the_chat_template(run_folder, tmp_path, capsys, monkeypat
     monkeypatch.setenv("COLUMNS", "80")
     options = ["--limit=2", "--n-random=0", "--tasks=everyday,sums", f"--output-dir={tmp_path / 'out'}"]
     assert say(run_folder, *options, "--apply-chat-template") == 0
-    shown = capsys.readouterr().out
-    assert "chat template: applied" in shown and "…" not in shown
-    assert "is not above chance (0.250): nothing can be lost" in " ".join(shown.split())
-    assert (
-        "not above zero: nothing can be lost" in " ".join(shown.split())
-        and "sums (last number), ablated: 2 of 2" in shown
-    )
-    assert "no answer found in 2 → 2" in shown and "everyday" in shown and "acc_norm" in shown
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "chat template: applied" in shown and "is not above chance (0.250): nothing can be lost" in shown
+    assert "is not above zero: nothing can be lost" in shown and "everyday" in shown and "acc_norm" in shown
+    assert "sums (last number), ablated: " in shown and "; no answer found in " in shown
     with_template = CapabilityResult.load(tmp_path / "out")
     assert say(run_folder, *options) == 0
     assert "chat template: not applied" in capsys.readouterr().out
