@@ -79,12 +79,13 @@ def sample_activations(
             model has no such hook point, or none that holds a vector at every position.
         ValueError: the model's weights are not in HF coordinates.
     """
-    if hook is not None:
-        return _samples_at(model, chat, as_prompts(instructions), hook, batch_size)
-    layers = range(model.cfg.n_layers)
-    table = template_residuals(model, chat, instructions, layers=layers, batch_size=batch_size)
     categories = instructions.categories if isinstance(instructions, PromptSet) else ()
-    return ActivationSamples(table, chat.positions, categories if any(categories) else ())
+    if hook is not None:
+        table = _samples_at(model, chat, as_prompts(instructions), hook, batch_size)
+    else:
+        layers = range(model.cfg.n_layers)
+        table = template_residuals(model, chat, instructions, layers=layers, batch_size=batch_size)
+    return ActivationSamples(table, chat.positions, categories if any(categories) else (), hook)
 
 
 def combine_spans(
@@ -238,12 +239,12 @@ def _means_at(
 
 def _samples_at(
     model: HookedModel, chat: ChatFormat, instructions: Sequence[str], hook: str, batch_size: int
-) -> ActivationSamples:
+) -> Float[Tensor, "prompt pos 1 width"]:
     """Every prompt at one hook point, heads one after the other."""
     table = _table(len(instructions), len(chat.positions), 1, _width_at(model, chat, hook))
     for indices, read in _at_point(model, chat, instructions, hook, batch_size):
         table[indices, :, 0] = read.float().cpu()
-    return ActivationSamples(table, chat.positions, hook)
+    return table
 
 
 def _table(n_prompts: int, n_positions: int, n_layers: int, width: int) -> Float[Tensor, "prompt pos layer width"]:

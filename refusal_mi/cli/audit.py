@@ -58,7 +58,7 @@ def _directions(
     from ..files import at_home
     from ..model.guards import read_config
     from ..model.provenance import check_origin
-    from ..run.folder import read_directions
+    from ..run.directions import read_directions
 
     if place is None:
         if ranks is not None:
