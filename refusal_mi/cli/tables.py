@@ -377,31 +377,23 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
     """What every method costs at equal refusal, and the controls."""
     from ..stats import signed
 
-    headers = ("method", "layer", "refused at 1", "KL at 1", "strength", "KL there", "ratio [95%]", "refused", "Δ CE")
-    table = Table(*headers)
+    whole = Table("method", "layer", "refused", "KL", title="the whole span removed")
+    there = Table("method", "where refused", "strength", "KL", "ratio [95%]", "Δ CE", title="at equal refusal")
     for row in found.rows:
-        whole, matched = row.at(1.0), row.matched
-        ratio, low, high = matched.ratio
-        limits = " [unbounded]" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
-        there = ["never fewer", "", ""]
-        if matched.strength is not None and matched.kl_nats is not None:
-            at = f" at {matched.refused:.2f}" if matched.refused and matched.refused > found.target else ""
-            there = [f"{matched.strength:.2f}", f"{matched.kl_nats:.4f}", f"{ratio:.2f}{limits}{at}" if ratio else ""]
-        table.add_row(
-            row.label,
-            str(row.layer),
-            f"{whole.refused.value:.2f}",
-            f"{whole.kl_nats[0]:.4f}",
-            *there,
-            str(row.refused_by_text),
-            signed(row.ce_change, 3),
-        )
-    Console().print(table)
+        at = row.at(1.0)
+        whole.add_row(row.label, str(row.layer), str(at.refused), f"{at.kl_nats[0]:.4f}")
+        matched = row.matched
+        if matched.strength is None or matched.kl_nats is None:
+            there.add_row(row.label, "never fewer", "", "", "", "")
+            continue
+        refused = found.target if matched.refused is None else matched.refused
+        cost = f"{matched.strength:.2f}", f"{matched.kl_nats:.4f}", _ratio(matched.ratio)
+        there.add_row(row.label, f"{refused:.2f}", *cost, signed(row.ce_change, 3))
+    for table in (whole, there):
+        Console().print(table)
     for row in found.rows:
-        value, low, high = row.over_single
-        if value is not None:
-            limits = "[unbounded]" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
-            print_lines(f"{row.label} / one direction of it: {value:.2f} {limits}")
+        if row.over_single[0] is not None:
+            print_lines(f"{row.label} / one direction of it: {_ratio(row.over_single)}")
     for name in dict.fromkeys(each.label for each in found.controls):
         of_kind = [each for each in found.controls if each.label == name]
         shares = [each.refused_by_score for each in of_kind]
@@ -416,6 +408,12 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
         *(f"{label}: left out, {reason}" for label, reason in found.skipped.items()),
         f"{folder}",
     )
+
+
+def _ratio(found: tuple[float | None, float | None, float | None]) -> str:
+    value, low, high = found
+    limits = "[unbounded]" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
+    return "" if value is None else f"{value:.2f} {limits}"
 
 
 def print_capability(found: "CapabilityResult", folder: Path) -> None:
