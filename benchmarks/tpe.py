@@ -2,7 +2,7 @@
 
 Both begin with the same successive halving; then the search tries generations of neighbours, and TPE as many removals,
 all of them on all N validation prompts a side (SOURCE "" is the embedded model). Needs `pip install optuna`, which
-nothing else does. Seeds 0 and 1; some minutes.
+nothing else does. Seeds 0 to 2; some minutes.
 """
 
 import sys
@@ -22,7 +22,7 @@ from refusal_mi.search.passes import Weights
 from refusal_mi.search.removals import Removal, RemovalScorer
 
 PARTS = (("embed", "attn", "mlp"), ("attn", "mlp"), ("embed", "attn"), ("embed", "mlp"), ("attn",), ("mlp",))
-N_SEEDS, GENERATION = 2, 12
+N_SEEDS, GENERATION = 3, 12
 PENALTY = 10.0
 """Nats of KL for every share of refusals beyond those that the whole ablation leaves."""
 
