@@ -276,8 +276,8 @@ class _Comparison:
             scores = scorer.score(bases, whole, range(scorer.n_harmful))
             kl = scorer.kl(bases, whole, range(scorer.n_harmless)).mean(-1)
             shares = expected_refused(scores, self.zero)
-            left = shares[0].clamp(min=0.5 / scores.shape[1])
-            best = min(range(1, len(bases)), key=lambda i: (max(0.0, (shares[i] - left).item()), kl[i].item()))
+            more = (shares - shares[0] - 0.5 / scores.shape[1]).clamp(min=0)  # half a prompt is no difference
+            best = min(range(1, len(bases)), key=lambda i: (more[i].item(), kl[i].item()))
             (position, layer), basis = trials[best - 1]
             write_tensors(self.folder.path / where[1], basis)
             write_record(self.folder.path / where[0], _Chosen(layer, position, shares[best].item(), kl[best].item()))
