@@ -134,10 +134,11 @@ def test_the_place_is_the_best_of_all_on_validation_prompts_and_not_on_held_out_
         changed = next_token_logits(run.model, run.chat, harmless, interventions=steps)
         return expected_refused(scores, run.record.zero_point_nats).item(), kl_nats(plain, changed).mean().item()
 
-    left = max(measured(own)[0], 0.5 / len(harmful))
+    left = measured(own)[0] + 0.5 / len(harmful)
     at = {(position, layer): measured(grid.direction(position, layer)) for layer, position in places.items()}
     cost = {place: (max(0.0, refused - left), kl) for place, (refused, kl) in at.items()}
     assert len(at) == 9 and (row.position, row.layer) == min(cost, key=cost.get)
+    assert cost[own.position, own.layer][0] == 0, "the run's own direction is as good as itself"
     chosen = read_json(path / "other/mean-1/chosen.json")
     assert chosen["kl_nats"] == pytest.approx(at[row.position, row.layer][1], rel=1e-3)
     assert chosen["expected"] == pytest.approx(at[row.position, row.layer][0], abs=1e-4)
