@@ -68,7 +68,8 @@ class Conditional(Value):
     pass that a condition did not change is the plain one. An ablation of all writes acts below; from layer l on, of n
     blocks, `[Ablate(d, hook=f"blocks.{l}.hook_resid_pre"), Ablate(d, layers=range(l, n))]` leaves as little.
 
-    What stands before it in a list of interventions acts before the condition is read. At thresholds −∞ and ∞ it is,
+    What acts at a lower layer, wherever it stands in a list of interventions, acts before the condition is read, and so
+    does what stands before it at the same layer. At thresholds −∞ and ∞ it is,
     bit for bit, `then` and the plain model.
 
     Examples:
@@ -133,7 +134,8 @@ class Verdicts:
     def __call__(self, activation: Float[Tensor, "batch pos d_model"], hook: Any) -> Any:
         n_rows, n_columns = activation.shape[:2]
         width = torch.as_tensor(n_columns if self.prompt_width is None else self.prompt_width, device=activation.device)
-        if n_columns < int(width.max()):  # a step of cached generation
+        is_step = self.prompt_width is not None and self.of_rows is not None and n_columns == 1
+        if is_step or n_columns < int(width.max()):  # of cached generation
             return
         last = activation[torch.arange(n_rows, device=activation.device), (width - 1).expand(n_rows)]
         wide = last.detach().to(torch.promote_types(last.dtype, torch.float32))
@@ -142,7 +144,7 @@ class Verdicts:
     def keep_rows_(self, rows: Int[Tensor, " kept"]) -> None:
         """Forget all other rows of the batch, which have ended."""
         if self.of_rows is not None:
-            self.of_rows = self.of_rows[rows]
+            self.of_rows = self.of_rows[rows.to(self.of_rows.device)]
 
 
 class _Within:
@@ -162,7 +164,8 @@ class _Within:
         changed = self.function(activation, hook=hook)
         if changed is None:
             return activation
-        return torch.where(of_rows.reshape(-1, *[1] * (activation.ndim - 1)), changed, activation)
+        of_rows = of_rows.to(activation.device).reshape(-1, *[1] * (activation.ndim - 1))
+        return torch.where(of_rows, changed, activation)
 
 
 def _within(function: HookFn, verdicts: Verdicts) -> HookFn:

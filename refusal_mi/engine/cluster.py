@@ -73,6 +73,8 @@ class RayEngine:
         for name, value in (("n_workers (--workers)", n_workers), ("n_tries", n_tries), ("n_threads", n_threads)):
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
+        if not n_gpus > 0:
+            raise UserError(f"n_gpus must be above 0, not {n_gpus}")
         self.n_workers, self.n_tries, self.n_threads, self.n_gpus = n_workers, n_tries, n_threads, n_gpus
         self._ray = _ray()
         self._is_ours = _connect(self._ray, address)
@@ -152,11 +154,12 @@ class RayEngine:
 
     def _serve(self, job: Job, model: HookedModel) -> None:
         """Have all workers get ready for this job, with copies of this model."""
-        if self._model is not model:
+        same = self._same if self._model is model and self._job is job else SameModel.of(model)
+        if self._model is not model or same != self._same:
             for worker in [*self._idle, *self._starting.values()]:
                 self._ray.kill(worker)
             self._forget()
-            self._same, self._model = SameModel.of(model), model
+            self._same, self._model, self._job = same, model, None
             self._n = self._number(str(model.cfg.device).partition(":")[0] == "cuda")
         if self._job is not job:
             self._job_reference, self._job = self._put(job), job
@@ -171,7 +174,7 @@ class RayEngine:
         there = self._ray.cluster_resources()
         self._each = {"num_cpus": self.n_threads, "num_gpus": self.n_gpus if on_gpu else 0}
         most = min(int(there.get(kind, 0) / self._each[key]) for kind, key in _KINDS.items() if self._each[key])
-        n = self.n_workers or (most if on_gpu else N_WORKERS)
+        n = self.n_workers or (most if on_gpu else min(N_WORKERS, most))
         if not 1 <= n <= most:
             asked = f"{max(n, 1)} workers of {self.n_threads} threads{f' and {self.n_gpus:g} GPUs' if on_gpu else ''}"
             has = f"{there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs"

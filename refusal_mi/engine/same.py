@@ -7,7 +7,7 @@ from typing import get_args
 from ..errors import UserError
 from ..model.loading import quiet_load, resolve_source
 from ..model.points import HookedModel, hf_config, is_from_files
-from ..model.provenance import ModelRecord, describe_model, is_embedded, versions
+from ..model.provenance import ModelRecord, describe_model, is_embedded, parameters_fingerprint, versions
 from ..options import Quantization
 
 
@@ -17,6 +17,8 @@ class SameModel:
 
     record: ModelRecord
     versions: Mapping[str, str]
+    parameters: str
+    """Fingerprint of the parameters as they are now, which may have been edited since they were loaded."""
 
     @classmethod
     def of(cls, model: HookedModel) -> "SameModel":
@@ -33,7 +35,7 @@ class SameModel:
         record = describe_model(model, str(hf_config(model)._name_or_path))
         if record.is_split:
             raise UserError("a model that is split over devices has no copies: use no engine (--engine local)")
-        return cls(record, versions())
+        return cls(record, versions(), parameters_fingerprint(model))
 
     def load(self) -> HookedModel:
         """The same model in this process.
@@ -66,4 +68,9 @@ class SameModel:
                     f"a worker finds another model than this process as {asked.source}: its {what} is "
                     f"{str(value)[:12]}, not {str(expected)[:12]}"
                 )
+        if parameters_fingerprint(model) != self.parameters:
+            raise UserError(
+                f"the parameters of this model are not those of {asked.source}: they were edited after they were "
+                "loaded, which no other process knows of; save the model, or use no engine (--engine local)"
+            )
         return model

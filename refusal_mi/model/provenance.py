@@ -113,9 +113,16 @@ def check_same_weights(made: ModelRecord, model: HookedModel, where: str) -> Non
     Raises:
         UserError: the files, the parameters in memory, or the hub's commit are others.
     """
+    source = model_source(model)
+    sizes = (model.cfg.n_layers, model.cfg.d_model, model.cfg.d_vocab)
+    if sizes != (made.n_layers, made.d_model, made.d_vocab):
+        raise UserError(
+            f"{where} was computed from a model of {made.n_layers} layers, {made.d_model} wide, {made.d_vocab} tokens "
+            f"({made.name}), and {source} has {sizes[0]}, {sizes[1]}, {sizes[2]}: load that model, or make a run of "
+            "this one"
+        )
     if made.is_held == is_from_files(model):
         return
-    source = model_source(model)
     there, here = made.fingerprint, _fingerprint(model, source)
     if there is None and here is None:
         there, here = made.revision, model_revision(model)

@@ -35,7 +35,8 @@ class RunContext:
     seconds_each: dict[str, float] = field(default_factory=dict)
     """What a unit of work took, by kind."""
     engine: Engine | None = None
-    """Where the search's candidates are scored and answers are written; None is here. No number depends on it."""
+    """Where the search's candidates are scored and answers are written; None is here. Numbers depend on it
+    no more than on the number of threads."""
 
     @classmethod
     def start(

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import torch
 
+from ..errors import UserError
 from ..files import parsed, read_record, sha256_file, sha256_json, write_record
 from ..model.provenance import check_same_weights, describe_model, versions
 from ..reading import template_residuals
@@ -13,7 +14,7 @@ from ..run.folder import RunInputs
 from ..run.record import EVALUATIONS, MEAN_DIFFS, RUN, RunInfo
 from ..run.stages import RunFolder
 from ..search.cosmic import CosmicScore, CosmicSelection, cosmic_scores, evaluation_layers, select_cosmic
-from ..search.thresholds import Thresholds
+from ..search.thresholds import Thresholds, layer_limit
 from ..text.batches import with_smaller_batches
 from ..values import Value
 
@@ -31,8 +32,20 @@ class CosmicRecord(Value):
     """Of every candidate, on the validation prompts; KL as the run's search measured it."""
 
     def choose(self, thresholds: Thresholds) -> CosmicSelection:
-        """The published filters, with these thresholds of KL and layers; a sum of cosines has none."""
+        """The published filters, with these thresholds of KL and layers; a sum of cosines has none.
+
+        Raises:
+            UserError: KL has a threshold, and the run's search left it unmeasured.
+        """
         kl_max, prune_layers = thresholds.kl_max, thresholds.prune_layers
+        limit = layer_limit(self.n_layers, prune_layers)
+        asked = [row for row in self.rows if row.layer < limit and row.total is not None]
+        n_without = sum(row.kl_nats is None for row in asked)
+        if n_without and kl_max is not None:
+            raise UserError(
+                f"the run's search did not measure the KL of {n_without} of {len(asked)} candidates, which this rule asks "
+                "for: give --kl-max inf, or make the run with --search exact"
+            )
         return select_cosmic(self.rows, self.n_layers, kl_max=kl_max, prune_layers=prune_layers)
 
 

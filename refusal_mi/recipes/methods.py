@@ -35,6 +35,8 @@ from .search import named_estimator
 from .spans import NoDirections, Spans
 
 REFERENCE, N_PLACES, N_RANDOM = "mean", 4, 5
+AS_FEW = 0.5
+"""Prompts by which a place may leave more refusals than the run's own direction and still count as leaving as few."""
 N_TEXTS = 64
 """Plain texts that CE is measured on."""
 
@@ -61,7 +63,9 @@ class _HeldOut(Value):
 
     @property
     def curve(self) -> Curve:
-        return Curve(self.strengths, *(torch.tensor(each, dtype=torch.float64) for each in (self.refused, self.kl)))
+        """Of as many prompts of each side as there are of both."""
+        tables = (torch.tensor(each, dtype=torch.float64) for each in (self.refused, self.kl))
+        return Curve(self.strengths, *tables).of_first(min(len(self.refused[0]), len(self.kl[0])))
 
     def with_more(self, other: "_HeldOut") -> "_HeldOut":
         """Both, in the order of their strengths."""
@@ -261,7 +265,7 @@ class _Comparison:
         """The best place of a method on validation prompts."""
         label = f"{name}:{k}"
         where = f"{_folder(label)}/chosen.json", f"{_folder(label)}/basis.pt"
-        inputs = self.inputs | {"label": label, "places": self.spans.places}
+        inputs = self.inputs | {"label": label, "places": self.spans.places, "as_few": AS_FEW}
         if ":" in name:
             inputs |= {"call": str(uuid4())}  # a function of the user's own, which may have changed
 
@@ -276,7 +280,7 @@ class _Comparison:
             scores = scorer.score(bases, whole, range(scorer.n_harmful))
             kl = scorer.kl(bases, whole, range(scorer.n_harmless)).mean(-1)
             shares = expected_refused(scores, self.zero)
-            more = (shares - shares[0] - 0.5 / scores.shape[1]).clamp(min=0)  # half a prompt is no difference
+            more = (shares - shares[0] - AS_FEW / scores.shape[1]).clamp(min=0)
             best = min(range(1, len(bases)), key=lambda i: (more[i].item(), kl[i].item()))
             (position, layer), basis = trials[best - 1]
             write_tensors(self.folder.path / where[1], basis)
@@ -332,6 +336,7 @@ class _Comparison:
         return self.inputs | {
             "basis": self.hashes[label],
             "strengths": STRENGTHS,
+            "close": CLOSE,
             "n": self.run.options.label_tokens,
         }
 

@@ -1,5 +1,6 @@
 """Cones chosen by thresholds, as directions are: what each mixture does, which pass, and which cone is the best."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ class ScoredCone(Value):
     @property
     def mean_bypass(self) -> float:
         """Over the mixtures (nats); the published choice minimises it."""
-        return sum(row.bypass or 0.0 for row in self.of_mixtures) / len(self.of_mixtures)
+        return sum(math.inf if row.bypass is None else row.bypass for row in self.of_mixtures) / len(self.of_mixtures)
 
     def passing(self, thresholds: Thresholds = PUBLISHED, zero_point: float | None = None) -> tuple[Direction, ...]:
         """The mixtures that a search for directions would keep, the lowest refusal score under ablation first."""
@@ -44,10 +45,17 @@ class ScoredCone(Value):
         return tuple(direction for _, direction in sorted(kept, key=lambda pair: pair[0].bypass or 0.0))
 
     def fails(self, thresholds: Thresholds = PUBLISHED, zero_point: float | None = None) -> tuple[str, ...]:
-        """The rules that the cone breaks: KL of a mixture, induced refusals of a direction of its basis."""
-        kl = any("kl" in thresholds.reasons(row, self.n_layers, zero_point) for row in self.of_mixtures)
-        induce = any("induce" in thresholds.reasons(row, self.n_layers, zero_point) for row in self.of_directions)
-        return tuple(rule for rule, broken in (("kl", kl), ("induce", induce)) if broken)
+        """The rules that the cone breaks: KL of a mixture, induced refusals of a direction of its basis, no score.
+
+        Its layer is none of them: all cones of a model are of the layer of the direction that they began with.
+        """
+        kinds = {"kl": self.of_mixtures, "induce": self.of_directions}
+        kinds |= {"no score": (*self.of_mixtures, *self.of_directions)}
+        return tuple(
+            rule
+            for rule, rows in kinds.items()
+            if any(rule in thresholds.reasons(row, self.n_layers, zero_point) for row in rows)
+        )
 
 
 def score_cone(

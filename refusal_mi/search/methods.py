@@ -68,8 +68,8 @@ class Matched:
 def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matched:
     """The least strength at which a method leaves as few refusals as the reference does at strength 1, and its cost.
 
-    A method that leaves more is compared where the other leaves as many as it does itself at strength 1. Between two
-    strengths the share of refusals is taken to be linear, and the square root of each prompt's KL: where the share
+    A method that never leaves as few is compared where the other leaves as many as it does itself at strength 1; where
+    that is not `TOLERATED` of the plain model's refusals less than all, it has no cost. Between two strengths the share of refusals is taken to be linear, and the square root of each prompt's KL: where the share
     falls, strengths should lie close. The interval draws prompts, for all methods the same, and does everything else
     again. Where the sides differ in number, as many of each count as there are of both.
 
@@ -81,7 +81,7 @@ def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matche
     curves = [each.of_first(n) for each in (method, other, other if reference is None else reference)]
     target = common_target(*curves)
     strength, kl = _crossing(curves[0], target)
-    if not strength.isfinite():
+    if not strength.isfinite() or target > (1 - TOLERATED) * curves[0].share(0.0):
         return Matched(None, None, (None, None, None))
     tables = [table for each in curves for table in (each.refused, each.kl)]
     ends = [0, *accumulate(map(len, tables))]
@@ -98,8 +98,14 @@ def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matche
 
 
 def common_target(method: Curve, other: Curve, reference: Curve) -> Float[Tensor, "*rest"]:
-    """The share of refusals that all of them leave: the reference's target, or the most of what two leave whole."""
-    return torch.maximum(reference.target, torch.maximum(method.share(1.0), other.share(1.0)))
+    """The share of refusals that two methods are compared at.
+
+    The reference's target where both reach it at any strength, else the most that the two leave at strength 1.
+    """
+    target = reference.target
+    both = torch.maximum(*(each.refused.mean(-1).amin(0) for each in (method, other))) <= target
+    whole = torch.maximum(target, torch.maximum(method.share(1.0), other.share(1.0)))
+    return torch.where(both, target, whole)
 
 
 def crossing_ends(method: Curve, target: float) -> tuple[float, float] | None:

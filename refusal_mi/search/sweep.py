@@ -199,7 +199,7 @@ def sweep(
         kl_formula: of `refusal_mi.kl_nats`.
         batch_size: most rows (prompts × candidates) in a pass; None: as many as are fast, fewer if memory ends.
         share_work: False runs every prompt in full for every candidate: slow, the same scores up to rounding.
-        engine: where candidates are scored; None is here. The scores do not depend on it.
+        engine: where candidates are scored; None is here. Scores depend on it no more than on the number of threads.
     """
     (scores,) = sweep_token_sets(
         model,

@@ -64,6 +64,12 @@ def test_a_method_that_leaves_more_is_compared_where_the_other_leaves_as_many():
     value, low, high = found.ratio
     assert value == pytest.approx(0.25 * (0.6 / 0.5) ** 2) and low < value < high < 0.5
     assert match(reference, reference).refused == TOLERATED, "the control: what stops as many is compared there"
+    late = Curve(AT, reference.refused.clone(), reference.kl)
+    late.refused[AT.index(1.0), : N // 3] = 1.0  # as few at .6, and at 1.2, but not at 1
+    assert match(late, reference).refused == TOLERATED, "what reaches it at some strength is compared there"
+    hardly = Curve(AT, torch.ones_like(reference.refused), reference.kl)
+    hardly.refused[-3:, 0] = 0.0
+    assert match(hardly, reference).ratio == (None, None, None), "one prompt less is not a removal"
 
 
 def test_where_a_share_falls_is_bracketed():
