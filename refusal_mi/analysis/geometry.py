@@ -309,6 +309,7 @@ def plot_geometry_table(result: GeometryResult, **look: Unpack[draw.Look]) -> go
             values = draw.gaps(result.table[row, index])
             draw.add_line(figure, layers, values, position, style, hover, custom, **place)
     draw.layer_axis(figure, "layer")
+    figure.update_yaxes(title="value", row=1, col=1)
     about = draw.subtitle(result.model_name, _counts(result), f"{result.n_resamples} shuffles")
     title = "The two classes at every place"
     return draw.finish(figure, title=title, about=about, height=340, look=look)

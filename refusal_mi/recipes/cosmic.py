@@ -43,8 +43,8 @@ class CosmicRecord(Value):
         n_without = sum(row.kl_nats is None for row in asked)
         if n_without and kl_max is not None:
             raise UserError(
-                f"the run's search did not measure the KL of {n_without} of {len(asked)} candidates, which this rule asks "
-                "for: give --kl-max inf, or make the run with --search exact"
+                f"the run's search did not measure the KL of {n_without} of {len(asked)} candidates, which this "
+                "rule asks for: give --kl-max inf, or make the run with --search exact"
             )
         return select_cosmic(self.rows, self.n_layers, kl_max=kl_max, prune_layers=prune_layers)
 

@@ -69,9 +69,10 @@ def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matche
     """The least strength at which a method leaves as few refusals as the reference does at strength 1, and its cost.
 
     A method that never leaves as few is compared where the other leaves as many as it does itself at strength 1; where
-    that is not `TOLERATED` of the plain model's refusals less than all, it has no cost. Between two strengths the share of refusals is taken to be linear, and the square root of each prompt's KL: where the share
-    falls, strengths should lie close. The interval draws prompts, for all methods the same, and does everything else
-    again. Where the sides differ in number, as many of each count as there are of both.
+    that is not `TOLERATED` of the plain model's refusals less than all, it has no cost. Between two strengths the share
+    of refusals is taken to be linear, and the square root of each prompt's KL: where the share falls, strengths should
+    lie close. The interval draws prompts, for all methods the same, and does everything else again. Where the sides
+    differ in number, as many of each count as there are of both.
 
     Args:
         other: whose cost, at its own least strength, the ratio is to.

@@ -100,8 +100,8 @@ def test_other_changes_are_no_removal(name):
 
 def test_what_is_small_and_is_rounded_to_zero_was_not_removed():
     """Along these coordinates all is gone, and in proportion; but it is no more than rounding changes elsewhere."""
-    matrix = 3 * draw(48, 4000)
-    matrix[:8] = 0.49 * draw(8, 4000, seed=4).sign()
+    matrix = 3 * draw(96, 4000)
+    matrix[:16] = 0.49 * draw(16, 4000, seed=4).sign()
     removal = found(matrix.round(), matrix)
     assert removal.fit > 0.99 and removal.strengths == ()
 

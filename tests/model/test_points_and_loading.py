@@ -117,7 +117,7 @@ def test_only_the_folder_of_models_knows_how_transformer_lens_lays_them_out():
     layout = re.compile(
         r"original_model|hook_dict|original_component|\.ln_final|\.unembed\b|adapter\.apply|run_with_cache\(|\.blocks\b"
     )
-    sources = {path: path.read_text("utf-8") for path in package.rglob("*.py")}
+    sources = {path: re.sub(r"(?m)^ *>>>.*$", "", path.read_text("utf-8")) for path in package.rglob("*.py")}
     known = {path.parent.name for path, text in sources.items() if layout.search(text)}
     assert known == {"model"}
 

@@ -187,7 +187,7 @@ def made(tmp_path_factory, tiny_dir) -> Path:
     (root / "config").mkdir()
     (root / "config/c.yaml").write_text("model_path: m\ndata_path:\n  generation: a.json\ntarget_layer: 3\n")
     (root / "options").mkdir()
-    (root / "options/o.toml").write_text('device = "cpu"\n[run]\nseed = 3\n[caa]\nbatch-size = "4"\n')
+    (root / "options/o.toml").write_text('device = "cpu"\n[run]\nseed = 3\n[caa.ab]\nbatch-size = "4"\n')
     (root / "options/o.yaml").write_text("device: cpu\nrun:\n  seed: 3\ncaa ab:\n  multipliers: [1, 2]\n")
     at = AtStrength(1.0, Rate(1, 4), Rate(2, 4), (0.1, 0.0, 0.2))
     row = MethodRow(

