@@ -12,8 +12,9 @@ from ..model.families import Role
 from ..model.points import Component
 from ..values import Value, frame, html_table
 
-Verdict = Literal["removed", "other", "none"]
-"""A direction was removed; weights differ in other ways alone; they are the same up to rounding."""
+Verdict = Literal["removed", "own", "other", "none"]
+"""A direction was removed; every tensor lost directions of its own, and none is common to them; weights differ in other
+ways alone; they are the same up to rounding."""
 COMPONENTS: tuple[Component, ...] = ("embed", "attn", "mlp")
 
 
@@ -109,7 +110,8 @@ class AuditResult(Value):
     added: tuple[str, ...]
     """Tensors that the base has not."""
     directions: Float[Tensor, "removed d_model"]
-    """Orthonormal, float64: the span that the removed directions of all writers have in common; no rows if none."""
+    """Orthonormal, float64: the span that the removed directions of all writers have in common; no rows if none, or
+    if no two of them agree."""
     agreement: float | None
     """Mean |cos| of the writers' first removed directions with it; low where every block lost another one."""
     given: tuple[str, ...]
@@ -121,7 +123,7 @@ class AuditResult(Value):
     def verdict(self) -> Verdict:
         """Decided by every writer's own change."""
         if self.removed:
-            return "removed"
+            return "removed" if len(self.directions) else "own"
         differs = self.added or any(kind.n_differ for kind in self.kinds)
         return "other" if differs else "none"
 
@@ -129,6 +131,11 @@ class AuditResult(Value):
     def removed(self) -> tuple[WriterChange, ...]:
         """The writers that lost a direction."""
         return tuple(each for each in self.writers if each.is_removal)
+
+    @property
+    def of_ones(self) -> float | None:
+        """|cos| of the direction that adds to all coordinates alike with the span; 1 where the mean was removed."""
+        return self.directions.sum(1).norm().item() / self.d_model**0.5 if len(self.directions) else None
 
     @property
     def chance(self) -> float:
@@ -171,8 +178,15 @@ class AuditResult(Value):
                 f"the most that a removal explains of what any writer's change does along one direction: {fit:.2f}",
                 *self._of_given(),
             ]
-        n, strength = len(self.directions), _median(each.strength for each in self.removed)
-        where = "; ".join(f"{part} {blocks}".strip() for part, blocks in self._places())
+        if self.verdict == "own":
+            agreement = f"|cos| with what is most common {self.agreement:.3f} on average"
+            return [
+                f"verdict: each tensor lost directions of its own ({agreement}): low-rank compression does that too; "
+                f"other changes: {others or 'none'}",
+                self._where(),
+                *self._of_given(),
+            ]
+        n = len(self.directions)
         agreement = (
             "" if self.agreement is None else f" (|cos| of the writers' own with it {self.agreement:.3f} on average)"
         )
@@ -180,10 +194,18 @@ class AuditResult(Value):
         return [
             f"verdict: {'a direction was' if n == 1 else f'{n} directions were'} removed{agreement}; other changes: "
             f"{others or 'none'}",
-            f"where: {len(self.removed)} of {len(self.writers)} tensors that write ({where}); strength {strength:.2f}, "
-            f"{_median(each.left for each in self.removed):.1%} of what BASE writes there is left",
+            self._where(),
+            *([_CENTRED] if self.of_ones is not None and self.of_ones > 0.99 else []),
             *self._of_given(),
         ]
+
+    def _where(self) -> str:
+        where = "; ".join(f"{part} {blocks}".strip() for part, blocks in self._places())
+        strength, left = (_median(getattr(each, key) for each in self.removed) for key in ("strength", "left"))
+        return (
+            f"where: {len(self.removed)} of {len(self.writers)} tensors that write ({where}); strength {strength:.2f}, "
+            f"{left:.1%} of what BASE writes there is left"
+        )
 
     def _others(self) -> Iterator[str]:
         """What differs and is no removal."""
@@ -246,12 +268,17 @@ class AuditResult(Value):
         return {
             "verdict": self.verdict,
             "n_directions": len(self.directions),
+            "of_ones": self.of_ones,
             "explanation": self.explain(),
             "components": {part: self.of_component(part) for part in COMPONENTS},
             **own,
         }
 
 
+_CENTRED = (
+    "the mean over the coordinates of the stream (all ones) was removed: centred writers, which changes nothing in a "
+    "LayerNorm model"
+)
 NAMES: Mapping[Role, str] = {
     "embed": "embedding",
     "attn": "attention outputs",
