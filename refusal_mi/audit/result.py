@@ -2,15 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from statistics import median
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..model.families import Role
 from ..model.points import Component
 from ..values import Value, frame, html_table
+from .removal import N_LEADING
 
 Verdict = Literal["removed", "own", "other", "none"]
 """A direction was removed; every tensor lost directions of its own, and none is common to them; weights differ in other
@@ -138,9 +141,14 @@ class AuditResult(Value):
         return self.directions.sum(1).norm().item() / self.d_model**0.5 if len(self.directions) else None
 
     @property
+    def is_cut_off(self) -> bool:
+        """Whether a tensor lost as many directions as are looked for, and maybe more."""
+        return any(each.rank >= N_LEADING for each in self.writers)
+
+    @property
     def chance(self) -> float:
-        """|cos| that 95% of random directions stay below."""
-        return 1.96 / self.d_model**0.5
+        """Largest |cos| that 95% of random spans stay below, of as many directions as were removed and given."""
+        return cosine_by_chance(max(1, len(self.directions)), max(1, len(self.cosines), len(self.given)), self.d_model)
 
     def blocks(self, component: Component | None = None) -> tuple[int, ...]:
         """The blocks whose writers lost a direction, of one component or any; the embedding is of no block."""
@@ -187,13 +195,16 @@ class AuditResult(Value):
                 *self._of_given(),
             ]
         n = len(self.directions)
+        how_many = "a direction was" if n == 1 else f"{n} directions were"
+        if self.is_cut_off:
+            how_many = f"at least {max(n, N_LEADING)} directions (of a tensor no more than {N_LEADING} are told) were"
         agreement = (
             "" if self.agreement is None else f" (|cos| of the writers' own with it {self.agreement:.3f} on average)"
         )
-        agreement += ", of other blocks others" if self.agreement is not None and self.agreement < 0.9 else ""
+        if self.agreement is not None and self.agreement < 0.9 and not self.is_cut_off:
+            agreement += ", of other blocks others"
         return [
-            f"verdict: {'a direction was' if n == 1 else f'{n} directions were'} removed{agreement}; other changes: "
-            f"{others or 'none'}",
+            f"verdict: {how_many} removed{agreement}; other changes: {others or 'none'}",
             self._where(),
             *([_CENTRED] if self.of_ones is not None and self.of_ones > 0.99 else []),
             *self._of_given(),
@@ -228,7 +239,7 @@ class AuditResult(Value):
         lines = []
         if self.cosines:
             cosines = ", ".join(f"{each:.4f}" for each in self.cosines)
-            lines.append(f"|cos| with {names}: {cosines} (95% of random directions: below {self.chance:.2f})")
+            lines.append(f"|cos| with {names}: {cosines} (95% of random ones: below {self.chance:.2f})")
         if left:
             lines.append(
                 f"of what BASE writes along {names}, {min(left):.1%} to {max(left):.1%} is left in these tensors"
@@ -279,6 +290,18 @@ _CENTRED = (
     "the mean over the coordinates of the stream (all ones) was removed: centred writers, which changes nothing in a "
     "LayerNorm model"
 )
+
+
+@cache
+def cosine_by_chance(one: int, other: int, d_model: int) -> float:
+    """Of the largest principal |cos| of two random spans of these sizes, what 95% stay below, by seeded draws."""
+    few, many = min(one, other, d_model), min(max(one, other), d_model)
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(d_model, few, generator=generator, dtype=torch.float64) for _ in range(1000))
+    largest = [torch.linalg.matrix_norm(torch.linalg.qr(each).Q[:many], 2) for each in drawn]
+    return min(1.0, torch.stack(largest).quantile(0.95).item())
+
+
 NAMES: Mapping[Role, str] = {
     "embed": "embedding",
     "attn": "attention outputs",

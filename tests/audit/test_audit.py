@@ -141,6 +141,15 @@ def test_centred_writers_are_named(tmp_path):
     assert other.of_ones < 0.3 and "LayerNorm" not in repr(other)
 
 
+def test_more_directions_than_are_told_of_a_tensor_are_at_least_so_many(tmp_path):
+    basis = torch.linalg.qr(torch.randn(WIDTH, 30, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).Q.T
+    result = audit(None, changed(ORGANISM, tmp_path / "out", projection(basis)), PLANTED)
+    assert result.verdict == "removed" and "at least 8 directions" in repr(result) and "others" not in repr(result)
+    n = len(result.directions)
+    drawn = torch.randn(WIDTH, n, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert torch.linalg.qr(drawn).Q[0].norm() < 2 * result.chance and result.chance > 1.2 * 1.96 / WIDTH**0.5
+
+
 def test_a_random_direction_is_a_removal_of_another_direction(tmp_path):
     suspect = changed(ORGANISM, tmp_path / "out", projection(unit(0)[None]))
     result = audit(None, suspect, PLANTED)
