@@ -27,8 +27,10 @@ from refusal_mi.interventions import Ablate
 from refusal_mi.model.loading import ORGANISM
 from tests.helpers.audit import (
     audited_alone,
+    centred,
     changed,
     columns_kept,
+    compressed,
     fine_tuned,
     low_rank,
     projection,
@@ -82,12 +84,14 @@ def removals(r: Direction, band: range) -> dict[str, Make]:
 
 
 def controls(r: Direction) -> dict[str, Make]:
-    """Changes that remove none."""
+    """Changes that remove none, or none that matters."""
     return {
         "a random LoRA of rank 1": partial(changed, change=low_rank(1)),
         "a random LoRA of rank 8": partial(changed, change=low_rank(8)),
         "rounded to 8 bits": partial(changed, change=quantized(8)),
         "rounded to 4 bits": partial(changed, change=quantized(4)),
+        "every tensor cut to 97% of its rank": partial(changed, change=compressed()),
+        "every tensor centred": partial(changed, change=centred),
         "a tenth smaller": partial(changed, change=lambda matrix: 0.9 * matrix),
         "r amplified by half": partial(changed, change=projection(r.unit[None], -0.5)),
         "stored as float16": partial(changed, change=lambda matrix: matrix, dtype=torch.float16),

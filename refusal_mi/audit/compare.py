@@ -30,7 +30,7 @@ MIN_ROWS = 16
 """Inputs that a tensor must have to be evidence by itself: the change of a bias is always of rank one."""
 IN_COMMON, CLOSE = 0.4, 0.9
 """Share of the writers that lost a common direction; |cos| of a writer's own with it, and share of a bias's change."""
-_CHUNK = 2**22
+_CHUNK, _N_COMPARED, _N_DRAWS = 2**22, 64, 10
 
 
 def audit(
@@ -172,7 +172,10 @@ def is_same_rounded(base: Shaped[Tensor, "..."], suspect: Shaped[Tensor, "..."],
 def _in_common(
     changes: Mapping[str, _Change], d_model: int
 ) -> tuple[Float[Tensor, "removed d_model"], dict[str, float]]:
-    """The span that most writers lost, and |cos| of each one's first direction with it."""
+    """The span that most writers lost, and |cos| of each one's first direction with it.
+
+    No rows where hardly any two agree: then each lost directions of its own.
+    """
     found = [(name, each.removal) for name, each in changes.items() if each.removal.strengths]
     if not found:
         return torch.zeros(0, d_model, dtype=torch.float64), {}
@@ -180,7 +183,30 @@ def _in_common(
     _, values, span = torch.linalg.svd(rows, full_matrices=False)
     n = max(1, int((values.square() >= IN_COMMON * len(found)).sum()))
     span = span[:n] * span[:n].gather(1, span[:n].abs().argmax(1, keepdim=True)).sign()
-    return span, {name: (span @ removal.directions[0]).norm().item() for name, removal in found}
+    agreements = {name: (span @ removal.directions[0]).norm().item() for name, removal in found}
+    spans = [removal.directions for _, removal in found[:_N_COMPARED]]
+    is_of_some = len(found) == 1 or mean(agreements.values()) >= CLOSE or nearest(spans) > nearest_by_chance(spans)
+    return span if is_of_some else span[:0], agreements
+
+
+def nearest(spans: Sequence[Float[Tensor, "_ d_model"]]) -> float:
+    """Largest |cos| of each span (orthonormal rows) with any other: their mean."""
+    rows = torch.zeros(len(spans), max(map(len, spans)), spans[0].shape[1], dtype=torch.float64)
+    for index, span in enumerate(spans):
+        rows[index, : len(span)] = span
+    products = torch.einsum("aid, bjd -> abij", rows, rows)
+    cosines = torch.linalg.matrix_norm(products, 2).fill_diagonal_(0)
+    return cosines.amax(1).mean().item()
+
+
+def nearest_by_chance(spans: Sequence[Float[Tensor, "_ d_model"]], *, seed: int = 0) -> float:
+    """Halfway from what random spans of these ranks reach, of which some like each other are a part, to 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(span: Tensor) -> Tensor:
+        return torch.linalg.qr(torch.randn(span.T.shape, generator=generator, dtype=torch.float64)).Q.T
+
+    return (1 + max(nearest([drawn(span) for span in spans]) for _ in range(_N_DRAWS))) / 2
 
 
 def _writer(
@@ -193,14 +219,15 @@ def _writer(
 ) -> WriterChange:
     name, removal = bare_name(writer.name), change.removal
     lost = along = None
-    if change.differs and (len(span) or given is not None):
+    is_like_all = bool(len(span)) and (not removal.strengths or agreements[name] >= CLOSE)
+    where = span if is_like_all else removal.directions if removal.strengths else None
+    if change.differs and (where is not None or given is not None):
         pair = _pair(sides, writer, sides.base.read(name), sides.suspect.read(name))
-        is_like_all = not removal.strengths or agreements[name] >= CLOSE
-        lost = _along(pair, span if is_like_all else removal.directions) if len(span) else None
+        lost = None if where is None else _along(pair, where)
         along = None if given is None else _along(pair, given)
     rank, is_alone = len(removal.strengths), writer.is_bias
     is_removal = lost is not None and (rank > 0 or (lost.is_removal and (not is_alone or lost.share >= CLOSE)))
-    untouched = None if not len(span) else (0.0, 1.0)
+    untouched = (0.0, 1.0) if len(span) else None
     strength, left = (lost.strength, lost.left) if lost is not None else untouched or (None, None)
     return WriterChange(
         writer.name,

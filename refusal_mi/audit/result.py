@@ -2,18 +2,22 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from statistics import median
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..model.families import Role
 from ..model.points import Component
 from ..values import Value, frame, html_table
+from .removal import N_LEADING
 
-Verdict = Literal["removed", "other", "none"]
-"""A direction was removed; weights differ in other ways alone; they are the same up to rounding."""
+Verdict = Literal["removed", "own", "other", "none"]
+"""A direction was removed; every tensor lost directions of its own, and none is common to them; weights differ in other
+ways alone; they are the same up to rounding."""
 COMPONENTS: tuple[Component, ...] = ("embed", "attn", "mlp")
 
 
@@ -109,7 +113,8 @@ class AuditResult(Value):
     added: tuple[str, ...]
     """Tensors that the base has not."""
     directions: Float[Tensor, "removed d_model"]
-    """Orthonormal, float64: the span that the removed directions of all writers have in common; no rows if none."""
+    """Orthonormal, float64: the span that the removed directions of all writers have in common; no rows if none, or
+    if no two of them agree."""
     agreement: float | None
     """Mean |cos| of the writers' first removed directions with it; low where every block lost another one."""
     given: tuple[str, ...]
@@ -121,7 +126,7 @@ class AuditResult(Value):
     def verdict(self) -> Verdict:
         """Decided by every writer's own change."""
         if self.removed:
-            return "removed"
+            return "removed" if len(self.directions) else "own"
         differs = self.added or any(kind.n_differ for kind in self.kinds)
         return "other" if differs else "none"
 
@@ -131,9 +136,19 @@ class AuditResult(Value):
         return tuple(each for each in self.writers if each.is_removal)
 
     @property
+    def of_ones(self) -> float | None:
+        """|cos| of the direction that adds to all coordinates alike with the span; 1 where the mean was removed."""
+        return self.directions.sum(1).norm().item() / self.d_model**0.5 if len(self.directions) else None
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether a tensor lost as many directions as are looked for, and maybe more."""
+        return any(each.rank >= N_LEADING for each in self.writers)
+
+    @property
     def chance(self) -> float:
-        """|cos| that 95% of random directions stay below."""
-        return 1.96 / self.d_model**0.5
+        """Largest |cos| that 95% of random spans stay below, of as many directions as were removed and given."""
+        return cosine_by_chance(max(1, len(self.directions)), max(1, len(self.cosines), len(self.given)), self.d_model)
 
     def blocks(self, component: Component | None = None) -> tuple[int, ...]:
         """The blocks whose writers lost a direction, of one component or any; the embedding is of no block."""
@@ -171,19 +186,37 @@ class AuditResult(Value):
                 f"the most that a removal explains of what any writer's change does along one direction: {fit:.2f}",
                 *self._of_given(),
             ]
-        n, strength = len(self.directions), _median(each.strength for each in self.removed)
-        where = "; ".join(f"{part} {blocks}".strip() for part, blocks in self._places())
+        if self.verdict == "own":
+            agreement = f"|cos| with what is most common {self.agreement:.3f} on average"
+            return [
+                f"verdict: each tensor lost directions of its own ({agreement}): low-rank compression does that too; "
+                f"other changes: {others or 'none'}",
+                self._where(),
+                *self._of_given(),
+            ]
+        n = len(self.directions)
+        how_many = "a direction was" if n == 1 else f"{n} directions were"
+        if self.is_cut_off:
+            how_many = f"at least {max(n, N_LEADING)} directions (of a tensor no more than {N_LEADING} are told) were"
         agreement = (
             "" if self.agreement is None else f" (|cos| of the writers' own with it {self.agreement:.3f} on average)"
         )
-        agreement += ", of other blocks others" if self.agreement is not None and self.agreement < 0.9 else ""
+        if self.agreement is not None and self.agreement < 0.9 and not self.is_cut_off:
+            agreement += ", of other blocks others"
         return [
-            f"verdict: {'a direction was' if n == 1 else f'{n} directions were'} removed{agreement}; other changes: "
-            f"{others or 'none'}",
-            f"where: {len(self.removed)} of {len(self.writers)} tensors that write ({where}); strength {strength:.2f}, "
-            f"{_median(each.left for each in self.removed):.1%} of what BASE writes there is left",
+            f"verdict: {how_many} removed{agreement}; other changes: {others or 'none'}",
+            self._where(),
+            *([_CENTRED] if self.of_ones is not None and self.of_ones > 0.99 else []),
             *self._of_given(),
         ]
+
+    def _where(self) -> str:
+        where = "; ".join(f"{part} {blocks}".strip() for part, blocks in self._places())
+        strength, left = (_median(getattr(each, key) for each in self.removed) for key in ("strength", "left"))
+        return (
+            f"where: {len(self.removed)} of {len(self.writers)} tensors that write ({where}); strength {strength:.2f}, "
+            f"{left:.1%} of what BASE writes there is left"
+        )
 
     def _others(self) -> Iterator[str]:
         """What differs and is no removal."""
@@ -206,7 +239,7 @@ class AuditResult(Value):
         lines = []
         if self.cosines:
             cosines = ", ".join(f"{each:.4f}" for each in self.cosines)
-            lines.append(f"|cos| with {names}: {cosines} (95% of random directions: below {self.chance:.2f})")
+            lines.append(f"|cos| with {names}: {cosines} (95% of random ones: below {self.chance:.2f})")
         if left:
             lines.append(
                 f"of what BASE writes along {names}, {min(left):.1%} to {max(left):.1%} is left in these tensors"
@@ -246,10 +279,27 @@ class AuditResult(Value):
         return {
             "verdict": self.verdict,
             "n_directions": len(self.directions),
+            "of_ones": self.of_ones,
             "explanation": self.explain(),
             "components": {part: self.of_component(part) for part in COMPONENTS},
             **own,
         }
+
+
+_CENTRED = (
+    "the mean over the coordinates of the stream (all ones) was removed: centred writers, which changes nothing in a "
+    "LayerNorm model"
+)
+
+
+@cache
+def cosine_by_chance(one: int, other: int, d_model: int) -> float:
+    """Of the largest principal |cos| of two random spans of these sizes, what 95% stay below, by seeded draws."""
+    few, many = min(one, other, d_model), min(max(one, other), d_model)
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(d_model, few, generator=generator, dtype=torch.float64) for _ in range(1000))
+    largest = [torch.linalg.matrix_norm(torch.linalg.qr(each).Q[:many], 2) for each in drawn]
+    return min(1.0, torch.stack(largest).quantile(0.95).item())
 
 
 NAMES: Mapping[Role, str] = {

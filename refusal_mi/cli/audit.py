@@ -1,5 +1,6 @@
 """`refusal-mi audit`: was a direction removed from this checkpoint, which, where, how strongly?"""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,10 +37,16 @@ def audit(
     removed directions are compared with those of a file or a run of BASE.
     """
     from ..audit import audit as compare
+    from ..errors import UserError
+    from ..files import at_home
     from ..model.loading import resolve_source
     from .export import quiet
     from .tables import print_audit, print_json
 
+    if suspect is None and revision is not None:
+        raise UserError("--revision is that of BASE, which is the embedded model here: say --suspect-revision")
+    if output_dir is not None:
+        _check_folder(at_home(output_dir))
     first, second = (None, base) if suspect is None else (base, suspect)
     quiet()
     given = _directions(resolve_source(first), revision, direction, directions, allow_other_model)
@@ -71,6 +78,15 @@ def _directions(
     named = [each.provenance for each in found if isinstance(each, Direction)]
     check_origin(named, source, revision, allowed=is_other_allowed)
     return found  # type: ignore[return-value]
+
+
+def _check_folder(folder: Path) -> None:
+    """Before the work, not after it."""
+    from ..errors import UserError
+
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--output-dir {folder} cannot be written: {there} is no folder, or one that is read-only")
 
 
 def _write(found: "AuditResult", folder: Path) -> None:

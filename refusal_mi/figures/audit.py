@@ -46,6 +46,10 @@ def plot_audit(result: AuditResult, **look: Unpack[draw.Look]) -> go.Figure:
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(title="block", row=2, col=1)
     figure.update_annotations(font_size=13)
-    found = {"removed": f"directions removed: {len(result.directions)}", "other": "no direction was removed"}
+    found = {
+        "removed": f"directions removed: {len(result.directions)}",
+        "own": "each tensor lost directions of its own",
+        "other": "no direction was removed",
+    }
     about = draw.subtitle(f"{result.suspect} against {result.base}", found.get(result.verdict, "nothing changed"))
     return draw.finish(figure, title="What was removed, and from where", about=about, height=240, look=look)

@@ -13,7 +13,17 @@ from refusal_mi.export import export_adapter, export_checkpoint, load_adapter
 from refusal_mi.files import read_json, read_tensors
 from refusal_mi.interventions import Ablate
 from refusal_mi.model.loading import ORGANISM
-from tests.helpers.audit import changed, columns_kept, fine_tuned, low_rank, projection, quantized, rows_kept
+from tests.helpers.audit import (
+    centred,
+    changed,
+    columns_kept,
+    compressed,
+    fine_tuned,
+    low_rank,
+    projection,
+    quantized,
+    rows_kept,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STAGE_1 = ORGANISM.parent / "stage1"
@@ -111,6 +121,33 @@ def test_another_direction_in_every_block(tmp_path):
     assert result.blocks() == (3, 4, 5, 6) and result.agreement < 0.9
     assert all(each.strength == pytest.approx(1, abs=0.02) for each in result.removed)
     assert "of other blocks others" in repr(result)
+
+
+@pytest.mark.parametrize("share", (0.97, 0.9))
+def test_compression_takes_directions_of_its_own_from_every_tensor(share, tmp_path):
+    result = audit(None, changed(ORGANISM, tmp_path / "out", compressed(share)), PLANTED)
+    assert len(result.removed) >= 10 and result.verdict == "own"
+    assert len(result.directions) == 0 and not result.cosines and result.of_ones is None
+    assert "each tensor lost directions of its own" in repr(result) and "a direction was removed" not in repr(result)
+    assert all(each.strength == pytest.approx(1, abs=0.1) for each in result.removed)
+    both = changed(tmp_path / "out", tmp_path / "both", projection(PLANTED.unit[None]))
+    assert abs((audit(tmp_path / "out", both).directions[0] @ PLANTED.unit).item()) > 0.99
+
+
+def test_centred_writers_are_named(tmp_path):
+    result = audit(None, changed(ORGANISM, tmp_path / "out", centred))
+    assert result.of_ones == pytest.approx(1, abs=1e-3) and "changes nothing in a LayerNorm model" in repr(result)
+    other = audit(None, changed(ORGANISM, tmp_path / "other", projection(unit(0)[None])))
+    assert other.of_ones < 0.3 and "LayerNorm" not in repr(other)
+
+
+def test_more_directions_than_are_told_of_a_tensor_are_at_least_so_many(tmp_path):
+    basis = torch.linalg.qr(torch.randn(WIDTH, 30, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).Q.T
+    result = audit(None, changed(ORGANISM, tmp_path / "out", projection(basis)), PLANTED)
+    assert result.verdict == "removed" and "at least 8 directions" in repr(result) and "others" not in repr(result)
+    n = len(result.directions)
+    drawn = torch.randn(WIDTH, n, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert torch.linalg.qr(drawn).Q[0].norm() < 2 * result.chance and result.chance > 1.2 * 1.96 / WIDTH**0.5
 
 
 def test_a_random_direction_is_a_removal_of_another_direction(tmp_path):

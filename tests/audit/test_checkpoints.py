@@ -231,6 +231,8 @@ def test_the_status_is_0_whatever_the_verdict(pair, capsys):
         (["BASE", "SUSPECT", "--direction", "none.pt"], "no such direction"),
         (["BASE", "SUSPECT", "--directions", "0-2"], "name it with --direction"),
         (["BASE", "model.gguf"], "quantized file"),
+        (["SUSPECT", "--revision", "main"], "say --suspect-revision"),
+        (["BASE", "nowhere", "--output-dir", "model.gguf/out"], "cannot be written"),
         ([], "BASE"),
     ],
 )

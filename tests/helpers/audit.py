@@ -90,6 +90,22 @@ def low_rank(rank: int, size: float = 0.05) -> Change:
     return change
 
 
+def compressed(share: float = 0.97) -> Change:
+    """Only the largest of its singular values are kept, that share of them."""
+
+    def change(matrix: Tensor) -> Tensor:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        n = int(share * len(values))
+        return left[:, :n] @ (values[:n, None] * right[:n])
+
+    return change
+
+
+def centred(matrix: Tensor) -> Tensor:
+    """Every input writes with mean zero, which LayerNorm would make of it anyway."""
+    return matrix - matrix.mean(0)
+
+
 def quantized(n_bits: int) -> Change:
     """Rounded to integers of so many bits, scaled by the largest of every row, and back."""
     most = 2 ** (n_bits - 1) - 1
