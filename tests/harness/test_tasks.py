@@ -98,7 +98,9 @@ filter_list:
 """
 
 
-@pytest.mark.parametrize(("text", "is_answered"), [("I do not know...", False), ("$, maybe,.", False), ("It is 7", True)])
+@pytest.mark.parametrize(
+    ("text", "is_answered"), [("I do not know...", False), ("$, maybe,.", False), ("It is 7", True)]
+)
 def test_dots_are_no_number(text, is_answered, canned, folder):
     own = folder(WRITES + NUMBERS, [{"question": "7?", "answer": "7"}])
     (found,) = answer_task(canned(text), "own_writes", include_path=own)
