@@ -123,8 +123,8 @@ class _Asked:
 
     def variants(self, n_random: int) -> Iterator["Variant"]:
         """The plain model first; the exported one is loaded when the others are done."""
-        from ..recipes.capability import EXPORTED, PLAIN, Variant, variants_of_run
         from ..model.provenance import describe_model
+        from ..recipes.capability import EXPORTED, PLAIN, Variant, variants_of_run
         from ..run.folder import RunInputs
 
         _check_origin(self.exported, self.model.source)
@@ -200,7 +200,8 @@ def _check_kind(other: "ModelRecord", plain: "ModelRecord") -> None:
     ]
     if kinds[0] != kinds[1]:
         raise UserError(
-            f"--exported {other.source} ({kinds[0]}) is no checkpoint of {plain.source} ({kinds[1]}): name an export of it"
+            f"--exported {other.source} ({kinds[0]}) is no checkpoint of {plain.source} ({kinds[1]}): "
+            "name an export of it"
         )
 
 

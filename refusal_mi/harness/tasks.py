@@ -48,7 +48,7 @@ class Item(Value):
     prompt: str
     """The beginning of the prompt's SHA-256: the same prompt, the same number."""
     answer: str
-    """The index of the choice that the task's metric counts (acc_norm: by length), or what the task's filter found in the text."""
+    """The index of the choice that the metric counts (acc_norm: by length), or what the filter found in the text."""
     is_answered: bool
     """False where the filter found nothing, such as no number."""
     values: Mapping[str, float]

@@ -18,7 +18,7 @@ class Canned(Requests):
     """Answers that are made up: the same text to everything, and ln p of every choice."""
 
     text: str = ""
-    nats: dict[str, float] = {}
+    nats = None
 
     def log_likelihoods(self, pairs):
         return [Likelihood(self.nats.get(f"{before}|{after.strip()}", -9.0), False) for before, after in pairs]
