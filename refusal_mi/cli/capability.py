@@ -15,6 +15,7 @@ from .options import AsJson, BatchSize, Fresh, ModelOptions, NRandom, OutputDir,
 
 if TYPE_CHECKING:
     from ..model.points import HookedModel
+    from ..model.provenance import ModelRecord
     from ..recipes.capability import Variant
     from ..text.chat import ChatFormat
 
@@ -122,6 +123,7 @@ class _Asked:
 
     def variants(self, n_random: int) -> Iterator["Variant"]:
         """The plain model first; the exported one is loaded when the others are done."""
+        from ..model.provenance import describe_model
         from ..recipes.capability import EXPORTED, PLAIN, Variant, variants_of_run
         from ..run.folder import RunInputs
 
@@ -133,6 +135,7 @@ class _Asked:
             yield Variant(PLAIN, loaded, self.model.source, _chat(loaded))
         if self.exported is not None:
             other = replace(self.model, model=self.exported, model_path=None, revision=None).load()
+            _check_kind(describe_model(other, self.exported), describe_model(loaded, self.model.source))
             chat = _chat(other)
             if self.run is not None and chat is not None:
                 chat = replace(RunInputs(other, self.run).chat, tokenizer=other.tokenizer)
@@ -187,6 +190,19 @@ def _check_origin(exported: str | None, source: str) -> None:
     base = _base_of(Path(exported))
     if base != source and (base is not None or resolve_source(None) != source):
         warnings.warn(f"{exported} was exported from {base or 'the embedded model'}, not from {source}", stacklevel=2)
+
+
+def _check_kind(other: "ModelRecord", plain: "ModelRecord") -> None:
+    """Refuse a checkpoint that no export of the model can be."""
+    kinds = [
+        f"{each.model_type}, {each.n_layers} layers, width {each.d_model}, {each.d_vocab} tokens"
+        for each in (other, plain)
+    ]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"--exported {other.source} ({kinds[0]}) is no checkpoint of {plain.source} ({kinds[1]}): "
+            "name an export of it"
+        )
 
 
 def _chat(model: "HookedModel") -> "ChatFormat | None":

@@ -423,20 +423,18 @@ def print_capability(found: "CapabilityResult", folder: Path) -> None:
 
     table = Table("task", "model", "before → after", "change [95%]", "p (Holm)")
     for row in found.effects:
-        change, low, high = (signed(value, 3) for value in row.change)
+        change, *ends = ("" if value is None else signed(value, 3) for value in row.change)
         means = f"{row.before[0]:.3f} → {row.after[0]:.3f}"
-        p = p_text(row.p_holm).removeprefix("= ")
-        table.add_row(f"{row.task}\n{row.metric}", row.variant, means, f"{change} [{low}, {high}]", p)
+        p = "" if row.p_holm is None else p_text(row.p_holm).removeprefix("= ")
+        limits = f" [{', '.join(ends)}]" if all(ends) else ""
+        table.add_row(f"{row.task}\n{row.metric}", row.variant, means, f"{change}{limits}", p)
     Console().print(table)
     for row in found.effects:
         alike = f"{row.same_answers.count} of {row.n} answers as the plain model's"
         gone = row.unanswered_before.count, row.unanswered_after.count
         none = "" if row.is_choice or row.metric not in SHARES else f"; no answer found in {gone[0]} → {gone[1]}"
         print_lines(f"{_task_name(row)}, {row.variant}: {alike}{none}")
-    for name, row in {_task_name(row): row for row in found.effects if not row.says_something}.items():
-        level = f"chance ({row.chance:.3f})" if row.chance else "zero"
-        plain = f"the plain model ({row.before[0]:.3f}, 95% from {row.before[1]:.3f}) is not above {level}"
-        print_lines(f"{name}: {plain}: nothing can be lost")
+    print_lines(*dict.fromkeys(f"{_task_name(row)}: {row.caveat}" for row in found.effects if row.caveat))
     for row in found.same_as_hooked:
         nats = "" if row.largest_nats is None else f", ln p within {row.largest_nats:.1e} nats"
         print_lines(f"{_task_name(row)}: exported as hooked in {row.same_answers.count} of {row.n} answers{nats}")

@@ -1,6 +1,8 @@
 """Tasks of lm-evaluation-harness, the bundled ones among them, and what a model answered to each of their items."""
 
 import logging
+import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,11 @@ DATA = Path(__file__).parents[1] / "data"
 CHOICES, NUMBERS, TEXTS = "everyday", "sums", "plain_text"
 BUNDLED = {name: DATA / f"{name}.json" for name in (CHOICES, NUMBERS, TEXTS)}
 SEED = 1234
-"""Of the examples that a task draws for its prompts: the harness' own default."""
+"""Of the examples that a task draws for its prompts, of numpy and of torch: the harness' own default."""
+PYTHON_SEED = 0
+"""Of Python's random numbers, with which a task can draw its items: the harness' own default."""
+READING = 2
+"""Of answers: what an older one kept is computed again."""
 NO_ANSWER = "[invalid]"
 """What the harness' filters make of an answer in which they find none, such as no number."""
 PREFERRED = ("acc_norm", "acc", "exact_match", "nats per byte")
@@ -42,7 +48,7 @@ class Item(Value):
     prompt: str
     """The beginning of the prompt's SHA-256: the same prompt, the same number."""
     answer: str
-    """The index of the likeliest choice, or what the task's filter found in the text."""
+    """The index of the choice that the metric counts (acc_norm: by length), or what the filter found in the text."""
     is_answered: bool
     """False where the filter found nothing, such as no number."""
     values: Mapping[str, float]
@@ -90,9 +96,11 @@ class TaskAnswers(Value):
 def task_inputs(task: str, include_path: Path | None) -> dict[str, Any]:
     """What a task's answers depend on beside the model, as far as it lies here, as JSON values."""
     bundled = BUNDLED.get(task) if include_path is None else None
-    own = [] if include_path is None else sorted(each for each in include_path.rglob("*") if each.is_file())
-    files = {str(each.name if bundled else each): sha256_file(each) for each in ([bundled] if bundled else own)}
-    return {"task": task, "harness": harness_version(), "task_files": files}
+    files = {} if bundled is None else {bundled.name: sha256_file(bundled)}
+    if include_path is not None:  # less what Python writes there itself when it loads a task
+        own = [each for each in sorted(include_path.rglob("*")) if each.is_file() and "__pycache__" not in each.parts]
+        files = {each.relative_to(include_path).as_posix(): sha256_file(each) for each in own}
+    return {"task": task, "harness": harness_version(), "task_files": files, "reading": READING}
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> None:
@@ -135,7 +143,7 @@ def answer_task(
     """
     check_tasks([task], include_path)
     n_cut_before = requests.n_cut
-    with _quiet():
+    with _quiet(), _seeded():
         loaded = _loaded(task, include_path)
         samples = _evaluated(requests, task, loaded, limit, apply_chat_template)
     filters = dict.fromkeys(sample["filter"] for rows in samples.values() for sample in rows)
@@ -143,12 +151,14 @@ def answer_task(
     found = []
     for filter_name in filters:
         rows = [(name, each) for name, some in samples.items() for each in some if each["filter"] == filter_name]
-        items = tuple(_item(name, row, configs[name].output_type) for name, row in sorted(rows, key=_place))
+        rows.sort(key=_place)
+        metric = _metric(task, [_values(row) for _, row in rows])
+        items = tuple(_item(name, row, loaded["tasks"][name], metric) for name, row in rows)
         found.append(
             TaskAnswers(
                 task,
                 filter_name,
-                _metric(task, items),
+                metric,
                 all(each.output_type == "multiple_choice" for each in configs.values()),
                 max(each.num_fewshot or 0 for each in configs.values()),
                 requests.n_cut - n_cut_before,
@@ -218,18 +228,37 @@ def _evaluated(
     return samples
 
 
-def _item(name: str, sample: Mapping[str, Any], output_type: str) -> Item:
-    found = sample["filtered_resps"]
-    values = dict(_numbers({metric: sample[metric] for metric in sample["metrics"]}))
-    answer, nats = "", tuple[float, ...]()
-    if output_type == "multiple_choice":
-        nats = tuple(float(each[0]) for each in found)
-        answer = str(max(range(len(nats)), key=nats.__getitem__))
-    elif output_type == "generate_until":
+def _item(name: str, sample: Mapping[str, Any], task: Any, metric: str) -> Item:
+    found, answer, nats = sample["filtered_resps"], "", tuple[float, ...]()
+    is_answered = True
+    if task.config.output_type == "multiple_choice":
+        choices = task.doc_to_choice(sample["doc"])
+        each_nats = [float(each[0]) for each in found]
+        nats, scores = tuple(each_nats[: len(choices)]), each_nats[: len(choices)]
+        if metric in ("acc_norm", "acc_bytes"):
+            lengths = [len(each) if metric == "acc_norm" else len(each.encode()) for each in choices]
+            scores = [ln_p / length if length else -math.inf for ln_p, length in zip(scores, lengths, strict=True)]
+        elif metric == "acc_mutual_info":
+            scores = [ln_p - alone for ln_p, alone in zip(scores, each_nats[len(choices) :], strict=True)]
+        answer = str(max(range(len(scores)), key=scores.__getitem__))
+    elif task.config.output_type == "generate_until":
         answer = " | ".join(map(str, found))
-    elif output_type == "loglikelihood":
+        has_sign = any(map(str.isalnum, answer))
+        is_answered = answer != NO_ANSWER and (has_sign or not _finds_numbers(task, sample["filter"]))
+    elif task.config.output_type == "loglikelihood":
         nats = tuple(float(each[0]) for each in found)
-    return Item(name, int(sample["doc_id"]), sample["prompt_hash"][:16], answer, answer != NO_ANSWER, values, nats)
+    return Item(name, int(sample["doc_id"]), sample["prompt_hash"][:16], answer, is_answered, _values(sample), nats)
+
+
+def _finds_numbers(task: Any, filter_name: str) -> bool:
+    """Whether a filter looks for digits, as those of GSM8K, which also find "..."."""
+    steps = [step for each in task.config.filter_list or () if each["name"] == filter_name for step in each["filter"]]
+    patterns = [str(step.get("regex_pattern", "0-9")) for step in steps if step["function"] == "regex"]
+    return any("0-9" in each or "\\d" in each for each in patterns)
+
+
+def _values(sample: Mapping[str, Any]) -> dict[str, float]:
+    return dict(_numbers({metric: sample[metric] for metric in sample["metrics"]}))
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -242,8 +271,8 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield "nats" if name == "perplexity" else name, float(value)
 
 
-def _metric(task: str, items: Sequence[Item]) -> str:
-    shared = [name for name in (items[0].values if items else ()) if all(name in item.values for item in items)]
+def _metric(task: str, values: Sequence[Mapping[str, float]]) -> str:
+    shared = [name for name in (values[0] if values else ()) if all(name in each for each in values)]
     if not shared:
         raise UserError(f"the items of {task} have no metric in common that is one number: name its tasks one by one")
     return next((name for name in PREFERRED if name in shared), shared[0])
@@ -268,6 +297,24 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Random numbers begin as in the harness' own evaluation, so that a task draws the same items for every model."""
+    import numpy as np
+    import torch
+
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(PYTHON_SEED)
+        np.random.seed(SEED)
+        torch.default_generator.manual_seed(SEED)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
 def _config(task: str) -> dict[str, Any]:
     """A bundled set as a task of the harness."""
     shared = {"task": task, "custom_dataset": _rows_of(BUNDLED[task]), "test_split": "test", "num_fewshot": 0}
@@ -290,7 +337,7 @@ def _config(task: str) -> dict[str, Any]:
             "metadata": {"version": 1.0},
         }
     numbers = [
-        {"function": "regex", "group_select": -1, "regex_pattern": "(-?[$0-9.,]{2,})|(-?[0-9]+)"},
+        {"function": "regex", "group_select": -1, "regex_pattern": r"(-?\$?[0-9][$0-9.,]*)"},
         {"function": "take_first"},
     ]
     ignored = [",", "\\$", "\\.$"]

@@ -1,5 +1,6 @@
 """`capability.json`: what models with and without an intervention answer to the same items of tasks."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..text.chat import ChatRecord
 from ..values import Value, frame
 
 FILE = "capability.json"
+NATS_PER_BYTE = "nats per byte"
 SHARES = ("acc", "acc_norm", "exact_match")
 """Metrics that are 0 where a model can do nothing."""
 ROUNDING = 1e-4
@@ -44,14 +46,16 @@ class TaskEffect(Value):
     is_choice: bool
     chance: float | None
     """The share that is right by guessing."""
-    before: tuple[float, float, float]
-    """Mean of the plain model and its 95% interval: Wilson's where each item is right or wrong, else Student's t."""
-    after: tuple[float, float, float]
-    change: tuple[float, float, float]
+    before: tuple[float, float | None, float | None]
+    """Mean of the plain model and its 95% interval: Wilson's where each item is right or wrong, else Student's t.
+
+    None, None: one item, of which Student's t says nothing."""
+    after: tuple[float, float | None, float | None]
+    change: tuple[float, float | None, float | None]
     """After minus before, paired: Newcombe's interval where each item is right or wrong, else Student's t."""
-    p: float
-    """McNemar's exact test where each item is right or wrong, else the paired t test."""
-    p_holm: float
+    p: float | None
+    """McNemar's exact test where each item is right or wrong, else the paired t test, which one item has not."""
+    p_holm: float | None
     """Over the tasks of this variant."""
     unanswered_before: Rate
     """Where the task's filter finds no answer, such as no number; neither right nor merely wrong."""
@@ -64,10 +68,35 @@ class TaskEffect(Value):
     """Largest difference of ln p of a choice; None where text is written."""
 
     @property
-    def says_something(self) -> bool:
-        """Whether the plain model is above chance, or above zero: where it guesses or fails, nothing can be lost."""
-        is_share = self.chance is not None or self.metric in SHARES
-        return not is_share or (self.before[1] if self.chance else self.before[0]) > (self.chance or 0.0)
+    def guess(self) -> float | None:
+        """What the metric is where a model knows nothing; None where that is not known."""
+        if self.metric == NATS_PER_BYTE:
+            return math.log(256)
+        return 0.0 if self.metric in SHARES and not self.is_choice else self.chance
+
+    @property
+    def says_something(self) -> bool | None:
+        """Whether the plain model is better than a guess: where not, nothing can be lost. None: not known."""
+        mean, low, high = self.before
+        if self.guess is None:
+            return None
+        if self.metric == NATS_PER_BYTE:
+            return (mean if high is None else high) < self.guess
+        return (mean if low is None or not self.guess else low) > self.guess
+
+    @property
+    def caveat(self) -> str | None:
+        """Why a change says nothing, in words; None where it can say something."""
+        if self.says_something is None:
+            return f"what a model scores that knows nothing is not known for {self.metric}: nor whether it can be lost"
+        if self.says_something:
+            return None
+        mean, low, high = self.before
+        is_nats = self.metric == NATS_PER_BYTE
+        end = "" if low is None or high is None else f", 95% to {high:.3f}" if is_nats else f", 95% from {low:.3f}"
+        level = f"chance ({self.guess:.3f})" if self.guess else "zero"
+        place = f"below guesses of bytes ({self.guess:.3f})" if is_nats else f"above {level}"
+        return f"the plain model ({mean:.3f}{end}) is not {place}: nothing can be lost"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,8 +152,8 @@ def effects_of(before: VariantAnswers, after: VariantAnswers) -> tuple[TaskEffec
         UserError: the two did not answer the same questions.
     """
     found = [_effect(one, other, after.label) for one, other in zip(before.tasks, after.tasks, strict=True)]
-    adjusted = holm([each.p for each in found])
-    return tuple(replace(each, p_holm=p) for each, p in zip(found, adjusted, strict=True))
+    adjusted = iter(holm([each.p for each in found if each.p is not None]))
+    return tuple(each if each.p is None else replace(each, p_holm=next(adjusted)) for each in found)
 
 
 def _effect(before: TaskAnswers, after: TaskAnswers, label: str) -> TaskEffect:
@@ -164,20 +193,25 @@ def _effect(before: TaskAnswers, after: TaskAnswers, label: str) -> TaskEffect:
     )
 
 
-_Interval = tuple[float, float, float]
+_Interval = tuple[float, float | None, float | None]
+_Compared = tuple[tuple[_Interval, _Interval], _Interval, float | None]
 
 
-def _flags(before: Sequence[float], after: Sequence[float]) -> tuple[tuple[_Interval, _Interval], _Interval, float]:
+def _flags(before: Sequence[float], after: Sequence[float]) -> _Compared:
     flags = [[value == 1 for value in each] for each in (before, after)]
     rates, paired = [Rate.of(each) for each in flags], Paired.of(*flags)
     one, other = ((rate.value, *rate.interval) for rate in rates)
     return (one, other), (paired.difference, *paired.interval), paired.p_value
 
 
-def _numbers(before: Sequence[float], after: Sequence[float]) -> tuple[tuple[_Interval, _Interval], _Interval, float]:
+def _numbers(before: Sequence[float], after: Sequence[float]) -> _Compared:
     from scipy.stats import ttest_1samp
 
     changes = [b - a for a, b in zip(before, after, strict=True)]
-    varies = len(set(changes)) > 1
-    p = float(ttest_1samp(changes, 0).pvalue) if varies else 1.0
+    if len(changes) == 1:
+        return ((before[0], None, None), (after[0], None, None)), (changes[0], None, None), None
+    if not any(changes):
+        p = 1.0
+    else:  # the t of equal changes is infinite
+        p = float(ttest_1samp(changes, 0).pvalue) if len(set(changes)) > 1 else 0.0
     return (mean_interval(before), mean_interval(after)), mean_interval(changes), p

@@ -215,6 +215,42 @@ def test_a_guess_is_said_to_be_one(record):
     assert effect(20, is_choice=True).chance == 0.25 and effect(20, is_choice=True).same_answers.value == 1
 
 
+def test_where_nothing_can_be_lost_or_that_is_not_known(record):
+    def effect(values, **how):
+        tasks = answers_of("a", values, **how)
+        return effects_of(variant(record, "plain", tasks), variant(record, "ablated", tasks))[0]
+
+    high, low = ([shift + value for value in (0.1, 0.0, -0.1)] for shift in (6.1, 2.0))
+    lost = effect(high, metric="nats per byte")
+    assert lost.says_something is False and "is not below guesses of bytes (5.545): nothing can be lost" in lost.caveat
+    assert effect(low, metric="nats per byte").says_something and effect(low, metric="nats per byte").caveat is None
+    mc2 = effect([0.4, 0.5, 0.3], is_choice=True)
+    assert mc2.says_something is None and "not known" in mc2.caveat and effect([1.5, 0.4], metric="rouge").caveat
+    assert "is not above zero" in effect([0, 0]).caveat
+
+
+@pytest.mark.parametrize(
+    ("changes", "p", "has_interval"), [([0, 0, 0], 1.0, True), ([0.5, 0.5, 0.5], 0.0, True), ([0.5], None, False)]
+)
+def test_equal_changes_and_one_item(changes, p, has_interval, record):
+    before = [0.25, 0.5, 0.75][: len(changes)]
+    after = [a + b for a, b in zip(before, changes, strict=True)]
+    one, other = (
+        variant(record, label, answers_of("a", values), answers_of("b", [1, 0]))
+        for label, values in (("plain", before), ("ablated", after))
+    )
+    found, second = effects_of(one, other)
+    assert found.p == p and found.change[0] == changes[0] and (None not in found.change) is has_interval
+    assert found.p_holm == (None if p is None else min(1.0, 2 * p)) and second.p_holm == 1
+
+
+def test_a_checkpoint_of_another_kind_is_refused(run_folder, tmp_path, tiny_dir, capsys):
+    options = ["--tasks=sums", "--limit=1", "--n-random=0", f"--output-dir={tmp_path / 'out'}"]
+    assert say(run_folder, "--exported", tiny_dir("llama"), *options) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "is no checkpoint of" in errors[0] and "(llama, " in errors[0]
+
+
 def test_other_questions_are_not_compared(record):
     task = answers_of("a", [1, 0])
     moved = replace(task, items=(task.items[0], replace(task.items[1], prompt="f" * 16)))
