@@ -89,7 +89,7 @@ class ComponentChange(Value):
     n: int
     n_differ: int
     n_removed: int
-    blocks: str
+    in_blocks: str
     """From which a direction was removed: "0-9"."""
     strength: tuple[float, float, float] | None
     """Median, least and most of those."""
@@ -150,7 +150,7 @@ class AuditResult(Value):
         """Largest |cos| that 95% of random spans stay below, of as many directions as were removed and given."""
         return cosine_by_chance(max(1, len(self.directions)), max(1, len(self.cosines), len(self.given)), self.d_model)
 
-    def blocks(self, component: Component | None = None) -> tuple[int, ...]:
+    def in_blocks(self, component: Component | None = None) -> tuple[int, ...]:
         """The blocks whose writers lost a direction, of one component or any; the embedding is of no block."""
         of = [each for each in self.removed if component in (None, each.component) and each.block is not None]
         return tuple(sorted({each.block for each in of if each.block is not None}))
@@ -165,7 +165,7 @@ class AuditResult(Value):
             len(every),
             sum(each.differs for each in every),
             len(lost),
-            in_ranges(self.blocks(component)),
+            in_ranges(self.in_blocks(component)),
             (median(strengths), min(strengths), max(strengths)) if strengths else None,
             _median(each.left for each in lost),
             _median(each.agreement for each in lost),
@@ -229,7 +229,11 @@ class AuditResult(Value):
 
     def _places(self) -> list[tuple[str, str]]:
         of = [(part, self.of_component(part)) for part in COMPONENTS]
-        return [(NAMES[part], f"of blocks {each.blocks}" if each.blocks else "") for part, each in of if each.n_removed]
+        return [
+            (NAMES[part], f"of blocks {each.in_blocks}" if each.in_blocks else "")
+            for part, each in of
+            if each.n_removed
+        ]
 
     def _of_given(self) -> list[str]:
         if not self.given:
@@ -337,4 +341,4 @@ def _cells(part: ComponentChange) -> tuple[str, ...]:
         middle, low, high = part.strength
         strength = f"{middle:.2f}" if high - low < 0.005 else f"{middle:.2f} ({low:.2f} to {high:.2f})"
     shown = ["" if value is None else f"{value:.3f}" for value in (part.left, part.agreement, part.explained)]
-    return (f"{part.n_removed} of {part.n}", part.blocks, strength, *shown)
+    return (f"{part.n_removed} of {part.n}", part.in_blocks, strength, *shown)

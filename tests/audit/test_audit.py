@@ -61,7 +61,7 @@ def test_an_export_lost_its_direction_where_it_was_removed(options, strength, tm
     result = audit(None, tmp_path / "out", PLANTED)
     edited = edited_by(tmp_path / "out")
     assert result.verdict == "removed" and {each.name for each in result.removed} == edited
-    assert list(result.blocks()) == blocks_in(edited)
+    assert list(result.in_blocks()) == blocks_in(edited)
     assert len(result.directions) == 1 and abs((result.directions[0] @ PLANTED.unit).item()) > 0.999
     assert result.cosines[0] > 0.999 and result.agreement > 0.999
     for each in result.writers:
@@ -89,7 +89,7 @@ def test_an_adapter_is_audited_as_it_is_and_merged(tmp_path):
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     for suspect in (tmp_path / "adapter", tmp_path / "merged"):
         result = audit(None, suspect, PLANTED)
-        assert result.blocks("attn") == result.blocks("mlp") == tuple(range(2, 9))
+        assert result.in_blocks("attn") == result.in_blocks("mlp") == tuple(range(2, 9))
         assert len(result.removed) == 14 and result.cosines[0] > 0.999
 
 
@@ -97,7 +97,7 @@ def test_an_adapter_is_audited_as_it_is_and_merged(tmp_path):
 def test_an_edit_that_keeps_norms_is_found(keeping, tmp_path):
     suspect = changed(ORGANISM, tmp_path / "out", keeping(PLANTED.unit), which=r"layers\.[2-7]\.")
     result = audit(None, suspect, PLANTED)
-    assert result.blocks("attn") == result.blocks("mlp") == tuple(range(2, 8)) and len(result.removed) == 12
+    assert result.in_blocks("attn") == result.in_blocks("mlp") == tuple(range(2, 8)) and len(result.removed) == 12
     assert result.cosines[0] > 0.99 and len(result.directions) == 1
     assert all(0.9 < each.strength < 1.1 and each.left < 0.2 for each in result.removed)
 
@@ -118,7 +118,7 @@ def test_another_direction_in_every_block(tmp_path):
         edit = projection(unit(block)[None])
         suspect = changed(suspect, tmp_path / str(block), edit, which=rf"layers\.{block}\.")
     result = audit(None, suspect)
-    assert result.blocks() == (3, 4, 5, 6) and result.agreement < 0.9
+    assert result.in_blocks() == (3, 4, 5, 6) and result.agreement < 0.9
     assert all(each.strength == pytest.approx(1, abs=0.02) for each in result.removed)
     assert "of other blocks others" in repr(result)
 

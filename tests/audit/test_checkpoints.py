@@ -44,7 +44,7 @@ def test_what_an_export_edited_is_what_lost_a_direction(family, tmp_path):
     seen = R.unit.clone()
     if family in POST_NORM:  # this coordinate never reaches the stream
         seen[SWITCHED_OFF] = 0
-    assert result.blocks() == (1, 2, 3) and result.cosines[0] == pytest.approx(seen.norm().item(), abs=1e-3)
+    assert result.in_blocks() == (1, 2, 3) and result.cosines[0] == pytest.approx(seen.norm().item(), abs=1e-3)
     assert all(each.left < 0.01 and each.strength == pytest.approx(1, abs=0.01) for each in result.removed)
     assert not [kind for kind in result.kinds if kind.n_differ and kind.role not in ("attn", "mlp")]
 
@@ -74,7 +74,7 @@ def test_shards_and_experts_that_are_fused_elsewhere(tmp_path):
     shutil.copytree(tmp_path / "out", tmp_path / "fused", ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(fused, tmp_path / "fused" / "model.safetensors", {"format": "pt"})
     result = audit(source, tmp_path / "fused", R)
-    assert result.blocks("mlp") == tuple(range(N_LAYERS)) and result.cosines[0] > 0.999
+    assert result.in_blocks("mlp") == tuple(range(N_LAYERS)) and result.cosines[0] > 0.999
     assert {each.name for each in result.writers if each.component == "mlp"} == {
         f"model.layers.{block}.mlp.experts.down_proj" for block in range(N_LAYERS)
     }
