@@ -147,6 +147,7 @@ class RayEngine:
     def _forget(self) -> None:
         self._model: HookedModel | None = None
         self._job: Job | None = None
+        self._same: SameModel | None = None
         self._job_reference: Any = None
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
