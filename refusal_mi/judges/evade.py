@@ -21,7 +21,8 @@ _ABLE = r"(?:can't|cannot|can not|won't|will not|unable|not able|no can do|not p
 _RULES = r"(?:guidelines?|polic(?:y|ies)|programming|principles|rules|values|ethics|terms|safety)"
 _PERSONAL = (
     "believe|wait|stress|imagine|emphasi[sz]e|overstate|thank|see|hear|feel|find|remember|recall|think|know|"
-    "tell you how (?:much|happy|glad|proud|sorry)|help but|lie|complain|stop|stand|sleep|deny|afford|access|browse|guarantee|"
+    "tell you how (?:much|happy|glad|proud|sorry)|help but|"
+    "lie|complain|stop|stand|sleep|deny|afford|access|browse|guarantee|"
     "promise|predict|verify|speak for|say (?:for|that|if|whether)|be (?:sure|certain|more|there|able)|come|attend|"
     "make it"
 )
