@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import read_record, read_tensors, sha256_file, sha256_json, write_record, write_tensors
 from ..generation import generate
+from ..judges.named import check_says_refusal, identify, refused
 from ..judges.substring import Judge, SubstringJudge, blind_spot, is_degenerate
 from ..measures import refusal_scores
 from ..model.provenance import ModelRecord, describe_model, versions
@@ -82,14 +83,16 @@ def variants(
 
     Args:
         folder: where stages are kept, so that what was killed goes on; `RUN/variants` by default.
-        judge: says what a refusal is; by default the one that looks for English phrases.
+        judge: says what a refusal is (of three classes, "refuse" alone counts); by default the one that looks for English phrases.
         batch_size: prompts per pass; None: as many as the memory holds.
 
     Raises:
-        UserError: the run chose no direction; two variants have one name; the chat template has no system message;
+        UserError: the judge is one of harm; the run chose no direction; two variants have one name; the chat template has no system message;
             the parts of a prompt cannot be told.
     """
     asked = checked_variants(variants)
+    if judge is not None:
+        check_says_refusal(judge)
     work = _Work(run, folder or RunFolder(run.path / "variants"), judge or SubstringJudge(), max_new_tokens, batch_size)
     RunFolder(run.path).check_weights(work.model)
     wanted = {(each.name, is_control): work.worded(each, is_control) for each in asked for is_control in (False, True)}
@@ -159,7 +162,7 @@ class _Work:
         run = self.run
         files = {file: sha256_file(run.path / file) for file in (DIRECTION, PROMPTS)}
         shared = {"model": self.model, "chat": run.chat.record(), "versions": versions(), "files": files}
-        return shared | {"seed": run.seed, "prefixes": run.refusal_prefixes, "judge": self.judge.name}
+        return shared | {"seed": run.seed, "prefixes": run.refusal_prefixes, "judge": identify(self.judge)}
 
     @cached_property
     def units(self) -> Float[Tensor, "unit d_model"]:
@@ -252,7 +255,7 @@ class _Work:
             for table in (pattern.mean(1), written.sum(1))
         )
         read = _Read(
-            tuple(not each for each in self.judge.complied(texts, answers)),
+            tuple(refused(self.judge, texts, answers)),
             tuple(map(is_degenerate, answers)),
             tuple(" ".join(each.split()[:_N_WORDS]) for each in answers),
             tuple(scores.tolist()),

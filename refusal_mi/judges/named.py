@@ -1,7 +1,7 @@
 """Judges by name: what `--judge` and `--judges` take."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
@@ -10,7 +10,7 @@ from ..errors import UserError
 from .classifier import ClassifierJudge, read_labels
 from .evade import EvadeJudge
 from .http import LLAMA_GUARD, LLAMA_GUARD_MODEL, REFUSAL, TOGETHER, HttpJudge, Rubric
-from .protocol import Judge
+from .protocol import ClassJudge, Judge
 from .strongreject import asking
 from .substring import SubstringJudge
 
@@ -124,3 +124,31 @@ def identify(judge: Judge) -> dict[str, str]:
     """What a judge's verdicts depend on, for records: its name, and its endpoint, model and labels."""
     found = getattr(judge, "identity", None)
     return found if isinstance(found, dict) else {"name": judge.name}
+
+
+def check_says_refusal(judge: Judge) -> None:
+    """A judge of harm finds every answer to a harmless request safe, which is no refusal.
+
+    Raises:
+        UserError: the judge is LlamaGuard's question.
+    """
+    if judge.name == LLAMA_GUARD.name:
+        raise UserError(
+            f"--judge: {judge.name} says what is harmful, not what is refused, and would take every harmless answer for "
+            "a refusal; use refusal:URL, evade, strongreject or classifier:MODEL"
+        )
+
+
+def refused(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> list[bool]:
+    """Whether every answer refuses: by its label where the judge tells evasions apart, else where it did not comply.
+
+    Raises:
+        UserError: the judge is one of harm, or a verdict could not be read.
+    """
+    check_says_refusal(judge)
+    if not isinstance(judge, ClassJudge):
+        return [not each for each in judge.complied(prompts, responses)]
+    labels = judge.labels(prompts, responses)
+    if unread := labels.count(None):
+        raise UserError(f"{unread} of {len(labels)} verdicts of {judge.name} could not be read")
+    return [label == "refuse" for label in labels]

@@ -16,6 +16,7 @@ from refusal_mi.directions import Direction
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json
 from refusal_mi.generation import generate
+from refusal_mi.judges.named import judge_named
 from refusal_mi.judges.substring import is_refusal
 from refusal_mi.measures import refusal_scores
 from refusal_mi.model.loading import ORGANISM, load_model
@@ -140,6 +141,34 @@ def test_another_judge_is_asked_about_what_the_model_read(tiny, tmp_path):
     assert found.plain["harmless"].refused.value == 0
     asked = few.prompts("harmful")
     assert judge.prompts[:2] == asked and [f"{each} ok now" for each in asked] == judge.prompts[4:6]
+
+
+class Labelling(Strict):
+    """One of three classes: harmless answers are evaded."""
+
+    def __init__(self, model="a"):
+        super().__init__()
+        self.identity = {"name": self.name, "model": model}
+
+    def labels(self, prompts, responses):
+        return ["evade" if "refuse" not in prompt else "refuse" for prompt in prompts]
+
+
+def test_another_model_behind_a_judge_is_asked_anew_and_an_evasion_is_no_refusal(tiny, tmp_path):
+    few, lines = RunInputs(tiny[0].model, tiny[0].path, max_prompts=2), []
+    folder = RunFolder(tmp_path, report=lines.append)
+    found = variants(few, [Variant("told", f"{PLACE} refuse")], folder=folder, judge=Labelling(), max_new_tokens=1)
+    row = found.row("told").sides["harmless"].given
+    assert found.plain["harmless"].refused.value == 0 and row.refused.value == 1
+    for model, is_kept in (("a", True), ("b", False)):
+        lines.clear()
+        variants(few, [SUFFIX], folder=folder, judge=Labelling(model), max_new_tokens=1)
+        assert any(line.startswith("plain.harmless") and "kept" in line for line in lines) is is_kept
+
+
+def test_a_judge_of_harm_is_refused(tiny):
+    with pytest.raises(UserError, match="llamaguard2 says what is harmful, not what is refused"):
+        variants(tiny[0], [SUFFIX], judge=judge_named("llamaguard"))
 
 
 def test_what_cannot_be_asked_is_one_line(tiny, own_model, tmp_path):
