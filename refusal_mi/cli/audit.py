@@ -31,7 +31,7 @@ def audit(
     output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Was a direction removed from a checkpoint: which, where?
+    """Say whether a direction was removed from a checkpoint.
 
     Every tensor of SUSPECT is compared with that of BASE, which it was made from; nothing is run. With --direction, the
     removed directions are compared with those of a file or a run of BASE.

@@ -209,7 +209,7 @@ def test_the_command_prints_a_table_and_a_verdict(pair, tmp_path, capsys):
     ]  # fmt: skip
     assert exit_status([*line, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["verdict"] == "removed" and record["components"]["mlp"]["blocks"] == "1-2"
+    assert record["verdict"] == "removed" and record["components"]["mlp"]["in_blocks"] == "1-2"
     assert record["cosines"][0] > 0.999 and len(record["writers"]) == 11
     assert {**record, "format": 1} == json.loads((tmp_path / "files" / "audit.json").read_text())
     assert abs((torch.load(tmp_path / "files" / "directions.pt")[0] @ R.unit).item()) > 0.999

@@ -198,7 +198,7 @@ def test_an_audit_finds_what_was_removed(run_page: Any, tmp_path: Path, given: d
     shutil.copytree(ORGANISM, tmp_path / "path/to/model")
     export_checkpoint(None, Ablate(given["direction"], layers=range(2, 5)), tmp_path / "edited", verify="none")
     names = run_page("audit")
-    assert names["found"].verdict == "removed" and names["found"].blocks("mlp") == (2, 3, 4)
+    assert names["found"].verdict == "removed" and names["found"].in_blocks("mlp") == (2, 3, 4)
     assert names["found"].cosines[0] > 0.999 and len(names["figure"].data) == 2
 
 

@@ -135,9 +135,8 @@ def test_the_place_is_the_best_of_all_on_validation_prompts_and_not_on_held_out_
         return expected_refused(scores, run.record.zero_point_nats).item(), kl_nats(plain, changed).mean().item()
 
     left = measured(own)[0] + 0.5 / len(harmful)
-    there = {
-        place: row for place in places.items() if (row := grid.vectors[grid.positions.index(place[1]), place[0]]).any()
-    }
+    rows = {position: index for index, position in enumerate(grid.positions)}
+    there = [(layer, position) for layer, position in places.items() if grid.vectors[rows[position], layer].any()]
     at = {(position, layer): measured(grid.direction(position, layer)) for layer, position in there}
     cost = {place: (max(0.0, refused - left), kl) for place, (refused, kl) in at.items()}
     assert len(at) >= 8 and (row.position, row.layer) == min(cost, key=cost.get)
