@@ -105,7 +105,8 @@ def _print(found: "VariantsResult", folder: Path) -> None:
     names = [name for name, _, _ in _named(found, sides[0])]
     print_matrix("share", sides, [(name, row) for name, *row in zip(names, *each_side, strict=True)])
     print_lines(
-        "harmful requests; tokens, attention of the last one, what is written along r: of instruction, variant, template"
+        "harmful requests: score, ⟨x, r̂⟩ and its change; tokens, attention of the last one",
+        "and what is written along r̂, each of instruction, variant, template",
     )
     layer = found.direction_layer
     inside = [(name, _inside(each, change, found.slot, layer)) for name, each, change in _named(found, "harmful")]
@@ -138,7 +139,7 @@ def _of_rate(change: "Change | None") -> list[str]:
     if change is None:
         return ["", ""]
     limits = f"[{signed(change.refused['low'])}, {signed(change.refused['high'])}]"
-    return [f"{signed(change.refused['difference'])} {limits}", p_text(change.p_holm)]
+    return [f"{signed(change.refused['difference'])} {limits}", p_text(change.p_holm).removeprefix("= ")]
 
 
 def _inside(wording: "Wording", change: "Change | None", slot: int, layer: int) -> list[str]:

@@ -136,7 +136,8 @@ def folder_name(name: str) -> str:
 def neutral(variant: Variant, count: Callable[[str], int], seed: int, index: int = 0) -> Variant:
     """The control of a variant: everyday words drawn at random in place of its own, as many tokens in each place.
 
-    White space around them stays, and a blank parts them from the instruction if the tokens allow it. The system message is the same for every prompt, the other words are drawn anew.
+    White space around them stays, and a blank parts them from the instruction if the tokens allow it. The system
+    message is the same for every prompt, the other words are drawn anew.
 
     Args:
         count: how many tokens a text has.

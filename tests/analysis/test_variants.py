@@ -252,7 +252,7 @@ def test_a_suffix_that_stops_refusals_does_so_where_the_direction_is_read(asked)
 
 
 @pytest.mark.slow
-def test_the_command_prints_draws_and_goes_on(asked, capsys):
+def test_the_command_prints_draws_and_goes_on(asked, capsys, monkeypatch):
     words, found = asked
     folder = Path(words[2].partition("=")[2]) / "variants"
     assert exit_status([*words, "--json"]) == 0
@@ -261,6 +261,7 @@ def test_the_command_prints_draws_and_goes_on(asked, capsys):
     assert said.err.count("kept") == 11 and "tokens" not in said.err, "nothing was computed again"
     for name in ("projections", "rates", "parts"):
         assert "Plotly.newPlot" in (folder / f"{name}.html").read_text(encoding="utf-8")
+    monkeypatch.setenv("COLUMNS", "80")
     assert exit_status(words) == 0
     shown = capsys.readouterr().out
     assert (
@@ -268,6 +269,10 @@ def test_the_command_prints_draws_and_goes_on(asked, capsys):
         and "three more changes ⟨x, r̂⟩ beyond its control: harmful" in shown
         and "I cannot help" in shown
     )
+    rows = [line for line in shown.splitlines() if line.startswith("│")]
+    assert all(len(line) <= 80 and line.count("[") == line.count("]") for line in rows)
+    assert sum("│ three more" in line for line in rows) >= 4 and not any("…" in line for line in rows)
+    assert sum(line.strip("│ ").partition("│")[0] == "" for line in rows) == 0, "no cell goes on in a second line"
     assert read_json(folder / "variants.json")["n_prompts"] == found.n_prompts
 
 
