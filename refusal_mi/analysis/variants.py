@@ -83,14 +83,13 @@ def variants(
 
     Args:
         folder: where stages are kept, so that what was killed goes on; `RUN/variants` by default.
-        judge: says what a refusal is (of three classes, "refuse" alone counts); by default the one that looks for
-        English phrases.
+        judge: says what a refusal is (of three classes, "refuse" alone counts); by default
+            the one that looks for English phrases.
         batch_size: prompts per pass; None: as many as the memory holds.
 
     Raises:
-        UserError: the judge is one of harm; the run chose no direction; two variants have one name; the chat
-        template has no system message;
-            the parts of a prompt cannot be told.
+        UserError: the judge is one of harm; the run chose no direction; two variants have one name; the chat template
+            has no system message; the parts of a prompt cannot be told.
     """
     asked = checked_variants(variants)
     if judge is not None:

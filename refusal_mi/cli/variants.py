@@ -92,34 +92,30 @@ def _draw(found: "VariantsResult", name: str, folder: Path) -> None:
 
 
 def _print(found: "VariantsResult", folder: Path) -> None:
-    """Rates on both sides; then, for harmful requests, what is inside."""
-    from .tables import Console, Table, print_lines
+    """Rates, a table for each side; then, for harmful requests, what is inside."""
+    from .tables import print_lines, print_matrix
 
     sides = list(found.plain)
-    heads = [head for side in sides for head in (side, "change [95%], p")]
-    rates = Table("refused by text [95%]", *heads, "degenerate")
-    inside = Table(
-        "harmful requests",
-        "tokens",
-        "score",
-        f"at layer {found.direction_layer}",
-        "change [95%]",
-        "random",
-        "attention",
-        "written",
-        caption="tokens, attention of the last one, what is written along r: of instruction, variant, template",
+    for side in sides:
+        rates = [(name, [str(each.refused), *_of_rate(change)]) for name, each, change in _named(found, side)]
+        print_lines(f"{side} requests, refused by text")
+        print_matrix(side, ["refused [95%]", "change [95%]", "p (Holm)"], rates)
+    print_lines("degenerate answers")
+    each_side = [[f"{each.degenerate.value:.2f}" for _, each, _ in found.wordings(side)] for side in sides]
+    names = [name for name, _, _ in _named(found, sides[0])]
+    print_matrix("share", sides, [(name, row) for name, *row in zip(names, *each_side, strict=True)])
+    print_lines(
+        "harmful requests: score, ⟨x, r̂⟩ and its change; tokens, attention of the last one",
+        "and what is written along r̂, each of instruction, variant, template",
     )
-    for rows in zip(*(found.wordings(side) for side in sides), strict=True):
-        cells = [cell for _, each, change in rows for cell in (str(each.refused), _of_rate(change))]
-        name, wording, change = rows[0]
-        rates.add_row(name, *cells, " / ".join(f"{each.degenerate.value:.2f}" for _, each, _ in rows))
-        inside.add_row(name, *_inside(wording, change, found.slot, found.direction_layer))
-    Console().print(rates)
-    Console().print(inside)
+    layer = found.direction_layer
+    inside = [(name, _inside(each, change, found.slot, layer)) for name, each, change in _named(found, "harmful")]
+    heads = ["tokens", "score", f"layer {layer}", "change [95%]", "random", "attention", "written"]
+    print_matrix("harmful", heads, inside)
     for row in found.rows:
-        where = [(side, found.acts_from(row.name, side)) for side in sides]
-        layers = ", ".join(f"{side} {'at no layer' if at is None else f'from layer {at} on'}" for side, at in where)
-        print_lines(f"{row.name} changes ⟨x, r̂⟩ beyond its control: {layers}")
+        for label, layers in (("changes ⟨x, r̂⟩ beyond", found.acts_at), ("differs there from", found.differs_at)):
+            where = ", ".join(f"{side} {found.in_words(layers(row.name, side))}" for side in sides)
+            print_lines(f"{row.name} {label} its control: {where}")
     for side in sides:
         for name, wording, _ in found.wordings(side):
             if wording.n_shared:
@@ -129,13 +125,21 @@ def _print(found: "VariantsResult", folder: Path) -> None:
     print_lines(*(f"caution: {each}" for each in found.cautions), f"{folder}")
 
 
-def _of_rate(change: "Change | None") -> str:
+def _named(found: "VariantsResult", side: str) -> "list[tuple[str, Wording, Change | None]]":
+    """The wordings of a side; a control, which follows its variant, under a short name."""
+    return [
+        ("  control" if index and index % 2 == 0 else name, each, change)
+        for index, (name, each, change) in enumerate(found.wordings(side))
+    ]
+
+
+def _of_rate(change: "Change | None") -> list[str]:
     from ..stats import p_text, signed
 
     if change is None:
-        return ""
+        return ["", ""]
     limits = f"[{signed(change.refused['low'])}, {signed(change.refused['high'])}]"
-    return f"{signed(change.refused['difference'])} {limits}, p {p_text(change.p_holm)}"
+    return [f"{signed(change.refused['difference'])} {limits}", p_text(change.p_holm).removeprefix("= ")]
 
 
 def _inside(wording: "Wording", change: "Change | None", slot: int, layer: int) -> list[str]:

@@ -134,8 +134,8 @@ def check_says_refusal(judge: Judge) -> None:
     """
     if judge.name == LLAMA_GUARD.name:
         raise UserError(
-            f"--judge: {judge.name} says what is harmful, not what is refused, and would take every harmless answer for "  # noqa: E501
-            "a refusal; use refusal:URL, evade, strongreject or classifier:MODEL"
+            f"--judge: {judge.name} says what is harmful, not what is refused, and would take every harmless answer "
+            "for a refusal; use refusal:URL, evade, strongreject or classifier:MODEL"
         )
 
 

@@ -1,6 +1,6 @@
 """`variants.json`: the same requests in other wordings, and what that does to refusals and to the stream."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,17 +123,38 @@ class VariantsResult(Value):
         """One variant's."""
         return next(each for each in self.rows if each.name == name)
 
-    def acts_from(self, name: str, side: str = "harmful") -> int | None:
-        """The first layer from which on, at the direction's position, the projection stays changed; None if nowhere.
+    def acts_at(self, name: str, side: str = "harmful") -> tuple[int, ...]:
+        """The layers at which, at the direction's position, the projection is changed beyond the control.
 
-        Changed: the intervals (pointwise, 95%) of the change from plain and from the control exclude 0 on one side.
+        The intervals (pointwise, 95%) of the change from plain and from the control exclude 0 on one side.
         """
-        row, found = self.row(name).sides[side], None
+        row = self.row(name).sides[side]
         layers = zip(row.change.projections[self.slot], row.beyond_control.projections[self.slot], strict=True)
-        for layer, (change, beyond) in enumerate(layers):
-            signs = {_sign(change), _sign(beyond)}
-            found = None if len(signs) == 2 or 0 in signs else layer if found is None else found
-        return found
+        signs = [(_sign(change), _sign(beyond)) for change, beyond in layers]
+        return tuple(layer for layer, (change, beyond) in enumerate(signs) if change == beyond != 0)
+
+    def differs_at(self, name: str, side: str = "harmful") -> tuple[int, ...]:
+        """The layers at which it differs from the control at all: also where it changes less, or the other way."""
+        beyond = self.row(name).sides[side].beyond_control.projections[self.slot]
+        return tuple(layer for layer, each in enumerate(beyond) if _sign(each) != 0)
+
+    def in_words(self, layers: Sequence[int]) -> str:
+        """Layers as "at no layer", "at layers 1–7, not up to the last" or "from layer 4 on"."""
+        last = len(next(iter(self.plain.values())).projections[0]) - 1
+        runs: list[list[int]] = []
+        for layer in layers:
+            if runs and layer == runs[-1][1] + 1:
+                runs[-1][1] = layer
+            else:
+                runs.append([layer, layer])
+        if not runs:
+            return "at no layer"
+        tail = f"from layer {runs.pop()[0]} on" if runs[-1][1] == last else ""
+        between = ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)
+        many = "layer" if between.isdigit() else "layers"
+        if not tail:
+            return f"at {many} {between}, not up to the last"
+        return f"at {many} {between} and {tail}" if between else tail
 
     def wordings(self, side: str) -> Iterator[tuple[str, Wording, Change | None]]:
         """The plain requests, every variant, and its control: name, what was measured, change from plain."""

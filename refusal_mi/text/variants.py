@@ -58,8 +58,11 @@ class Variant:
         for text in (self.template, self.system or ""):
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise UserError(f"{self.name!r} has half of a character in it (a lone surrogate): {ascii(text)[:80]}")
-        if self.template == PLACE and self.system is None:
-            raise UserError(f"{self.name!r} changes nothing: give it a template with other words, or a system message")
+        if not any(each.strip() for each in (self.before, self.after, self.system or "")):
+            raise UserError(
+                f"{self.name!r} changes nothing or adds no words, so that it would be its own control: give it a "
+                "template with other words, or a system message"
+            )
 
     @property
     def before(self) -> str:
@@ -133,7 +136,8 @@ def folder_name(name: str) -> str:
 def neutral(variant: Variant, count: Callable[[str], int], seed: int, index: int = 0) -> Variant:
     """The control of a variant: everyday words drawn at random in place of its own, as many tokens in each place.
 
-    White space around them stays. The system message is the same for every prompt, the other words are drawn anew.
+    White space around them stays, and a blank parts them from the instruction if the tokens allow it. The system
+    message is the same for every prompt, the other words are drawn anew.
 
     Args:
         count: how many tokens a text has.
@@ -141,7 +145,7 @@ def neutral(variant: Variant, count: Callable[[str], int], seed: int, index: int
     """
     own, shared = (random.Random(f"{seed}/{variant.name}/{each}") for each in (index, "system"))
     system = None if variant.system is None else _refilled(variant.system, count, shared)
-    before, after = (_refilled(text, count, own) for text in (variant.before, variant.after))
+    before, after = _apart(variant.before, count, own, is_before=True), _apart(variant.after, count, own)
     return Variant(f"{variant.name[: _LONGEST_NAME - 10]} (control)", f"{before}{PLACE}{after}", system)
 
 
@@ -232,13 +236,27 @@ def _mark(index: int) -> str:
     return f"\ue000{index}\ue001"
 
 
-def _refilled(text: str, count: Callable[[str], int], rng: random.Random) -> str:
-    """White space as it was, and words in between, so that the text has as many tokens."""
+def _apart(text: str, count: Callable[[str], int], rng: random.Random, is_before: bool = False) -> str:
+    """`_refilled`, with a blank between drawn words and the instruction where the text is as long with it."""
+    touches = text.strip() and not (text[-1:] if is_before else text[:1]).isspace()
+    if not touches:
+        return _refilled(text, count, rng)
+    probe = _WORDS[0] if is_before else ""  # the blank behind words is counted with the word that follows
+
+    def in_place(part: str) -> int:
+        return count(f"{part}{probe}") - (count(probe) if probe else 0)
+
+    found = _refilled(f"{text} " if is_before else f" {text}", in_place, rng, in_place(text))
+    return found if in_place(found) == in_place(text) else _refilled(text, count, rng)
+
+
+def _refilled(text: str, count: Callable[[str], int], rng: random.Random, n_tokens: int | None = None) -> str:
+    """White space as it was, and words in between, so that the text has as many tokens, or `n_tokens`."""
     inside = text.strip()
     if not inside:
         return text
     left, right = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
-    n, found = count(text), ""
+    n, found = count(text) if n_tokens is None else n_tokens, ""
     while not found or count(f"{left}{found}{right}") < n:
         words = [*rng.sample(_WORDS, 8), *_FILLERS]
         longer = [f"{found} {each}" for each in words] + [f"{found}{each}" for each in _FILLERS] if found else words
@@ -258,9 +276,11 @@ def _toml_rows(path: Path) -> list[Any]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:  # of TOML, or of UTF-8
         raise UserError(f"{path} is not TOML: {error}") from None
+    if not held:
+        return []
     name = next((each for each in _LISTS if isinstance(held.get(each), list)), None)
     if name is None or len(held) > 1:
-        other = next((key for key in held if key != name), "nothing")
+        other = next(key for key in held if key != name)
         raise UserError(f"{path} holds {other!r}: expected tables [[variants]] and nothing else")
     rows: list[Any] = held[name]
     return rows

@@ -143,6 +143,32 @@ def test_another_judge_is_asked_about_what_the_model_read(tiny, tmp_path):
     assert judge.prompts[:2] == asked and [f"{each} ok now" for each in asked] == judge.prompts[4:6]
 
 
+def test_layers_that_do_not_reach_the_last_are_told_too(tiny):
+    found, far, none = tiny[1], (1.0, 0.5, 1.5), (0.0, -1.0, 1.0)
+    row = found.row("suffix")
+    side = row.sides["harmful"]
+    n = len(side.change.projections[0])
+
+    def acting(change, beyond):
+        grids = [
+            tuple(tuple(far if at in of else none for at in range(n)) for _ in found.positions)
+            for of in (change, beyond)
+        ]
+        new = [
+            replace(each, projections=grid)
+            for each, grid in zip((side.change, side.beyond_control), grids, strict=True)
+        ]
+        sides = row.sides | {"harmful": replace(side, change=new[0], beyond_control=new[1])}
+        return replace(found, rows=(replace(row, sides=sides), found.rows[1]))
+
+    one = acting({0, 1}, {1})
+    assert one.acts_at("suffix") == (1,) and one.in_words((1,)) == "at layer 1, not up to the last"
+    apart = acting(set(), {0, 1})
+    assert apart.acts_at("suffix") == () and apart.differs_at("suffix") == (0, 1)
+    assert found.in_words(()) == "at no layer" and found.in_words(range(1, n)) == "from layer 1 on"
+    assert found.in_words((0, n - 1)) == f"at layer 0 and from layer {n - 1} on"
+
+
 class Labelling(Strict):
     """One of three classes: harmless answers are evaded."""
 
@@ -220,13 +246,13 @@ def test_a_suffix_that_stops_refusals_does_so_where_the_direction_is_read(asked)
     assert abs(random[0]) < 0.3 * abs(at["change"][0]), "a random direction hardly moves"
     assert more.given.attention["instruction"][2] < found.plain["harmful"].attention["instruction"][1]
     assert more.given.written["instruction"][0] < 0.5 * found.plain["harmful"].written["instruction"][0]
-    assert found.acts_from("three more") is not None and found.acts_from("polite") is None
+    assert found.in_words(found.acts_at("three more")).endswith("on") and set(found.acts_at("three more")) >= {place[1]}
     values = holm([Paired(0, 0, 0, 1).p_value, more.change.refused["p"]])
     assert more.change.p_holm == pytest.approx(values[1]), "over both variants"
 
 
 @pytest.mark.slow
-def test_the_command_prints_draws_and_goes_on(asked, capsys):
+def test_the_command_prints_draws_and_goes_on(asked, capsys, monkeypatch):
     words, found = asked
     folder = Path(words[2].partition("=")[2]) / "variants"
     assert exit_status([*words, "--json"]) == 0
@@ -235,9 +261,18 @@ def test_the_command_prints_draws_and_goes_on(asked, capsys):
     assert said.err.count("kept") == 11 and "tokens" not in said.err, "nothing was computed again"
     for name in ("projections", "rates", "parts"):
         assert "Plotly.newPlot" in (folder / f"{name}.html").read_text(encoding="utf-8")
+    monkeypatch.setenv("COLUMNS", "80")
     assert exit_status(words) == 0
     shown = capsys.readouterr().out
-    assert "three more begins: " in shown and "harmful at no layer" in shown and "I cannot help" in shown
+    assert (
+        "three more begins: " in shown
+        and "three more changes ⟨x, r̂⟩ beyond its control: harmful" in shown
+        and "I cannot help" in shown
+    )
+    rows = [line for line in shown.splitlines() if line.startswith("│")]
+    assert all(len(line) <= 80 and line.count("[") == line.count("]") for line in rows)
+    assert sum("│ three more" in line for line in rows) >= 4 and not any("…" in line for line in rows)
+    assert sum(line.strip("│ ").partition("│")[0] == "" for line in rows) == 0, "no cell goes on in a second line"
     assert read_json(folder / "variants.json")["n_prompts"] == found.n_prompts
 
 

@@ -118,6 +118,17 @@ def test_a_control_has_as_many_tokens_in_every_place_and_other_words(seed):
     assert neutral(FRAME, count, seed + 5) != first
 
 
+def test_words_that_are_drawn_are_not_glued_to_the_instruction():
+    def count(text: str) -> int:
+        return len(re.findall(r" ?\w+|[^\w\s]+|\s+(?!\w)|\s+", text))
+
+    for index in range(20):
+        control = neutral(Variant("marks", f"###{PLACE}!!!"), count, 0, index)
+        assert control.before[-1] == " " == control.after[0] and control.before.strip() and control.after.strip()
+        whole, plain = (count(each.wrap("Tell me why")) for each in (control, Variant("x", f"###{PLACE}!!!")))
+        assert whole == plain
+
+
 def write(path, rows):
     if path.suffix == ".toml":
         tables = [[f"{key} = {json.dumps(value)}" for key, value in row.items() if value is not None] for row in rows]
@@ -151,6 +162,8 @@ def test_the_file_of_the_page_is_one(tmp_path):
         ({"name": "a", "template": "x {instuction}"}, r"has \{instruction\} 0 times"),
         ({"name": "a", "template": f"{PLACE} {PLACE}"}, r"has \{instruction\} 2 times"),
         ({"name": "a", "template": PLACE}, "changes nothing"),
+        ({"name": "a", "template": f" {PLACE}\n"}, "adds no words"),
+        ({"name": "a", "system": ""}, "adds no words"),
         ({"name": "a", "template": 3}, "template must be a text, not int"),
         ({"name": "Plain", "system": "x"}, "is that of the request as it stands"),
         ({"name": "KIND!", "system": "x"}, "two variants are called 'kind' and 'KIND!'"),
@@ -170,6 +183,7 @@ def test_files_that_are_none(tmp_path):
         ("a.yaml", "", "ends in .toml, .json"),
         ("a.toml", "[[variant", "is not TOML"),
         ("a.toml", "x = 1", "holds 'x': expected tables"),
+        ("a.toml", "# none yet", "a.toml holds no variant"),
         ("a.json", "[", "cannot be read as JSON"),
         ("a.json", "[]", "holds no variant"),
     ):
