@@ -210,7 +210,7 @@ def _numbers(before: Sequence[float], after: Sequence[float]) -> _Compared:
     changes = [b - a for a, b in zip(before, after, strict=True)]
     if len(changes) == 1:
         return ((before[0], None, None), (after[0], None, None)), (changes[0], None, None), None
-    p = 1.0 if not any(changes) else 0.0  # the t of equal changes is infinite
+    p = 0.0 if any(changes) else 1.0  # the t of equal changes is infinite
     if len(set(changes)) > 1:
         p = float(ttest_1samp(changes, 0).pvalue)
     return (mean_interval(before), mean_interval(after)), mean_interval(changes), p
