@@ -329,10 +329,13 @@ class JudgeOptions:
         return "substring" if self.judge is None else self.judge
 
     def build(self, question: Literal["harm", "refusal"]) -> "Judge":
-        """The judge; a name that is none is a UserError."""
-        from ..judges.named import judge_named
+        """The judge; a name that is none, or of refusals a judge of harm, is a UserError."""
+        from ..judges.named import check_says_refusal, judge_named
 
-        return judge_named(self.name, model=self.judge_model, labels=self.judge_labels, question=question)
+        judge = judge_named(self.name, model=self.judge_model, labels=self.judge_labels, question=question)
+        if question == "refusal":
+            check_says_refusal(judge)
+        return judge
 
 
 @dataclass(frozen=True)

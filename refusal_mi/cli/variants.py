@@ -53,7 +53,6 @@ def variants(
     text, the direction in the stream at every layer, what the heads read. Beside each: as many tokens of random words.
     """
     from ..errors import UserError
-    from ..judges.named import check_says_refusal
     from ..model.provenance import display_name
     from ..recipes.options import default_folder
     from ..run.folder import check_model_of_run
@@ -67,7 +66,6 @@ def variants(
     at_most = at_least("--n-prompts", n_prompts, 2, 100)
     tokens = at_least("--max-new-tokens", max_new_tokens, 1, 64)
     asked, size, says = read_variants(variants), number_or_auto(batch_size), judge.build("refusal")
-    check_says_refusal(says)
     path = run or default_folder(source)
     check_model_of_run(path, source)
     folder = RunFolder(output_dir or path / FOLDER, fresh, say)

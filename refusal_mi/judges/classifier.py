@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import UserError, cause
 from ..files import at_home
 from ..model.guards import guarded, read_config
+from ..model.provenance import identify_source
 from ..text.given import as_prompts
 from ..values import check_named
 from .protocol import LABELS, Label, OfClasses
@@ -27,6 +28,7 @@ _MEANT: Mapping[Label, tuple[str, ...]] = {
 }
 """What the names of a classifier's labels mean, where nobody says it; written apart by blanks, in lower case."""
 _BY_NAME = {name: label for label, names in _MEANT.items() for name in names}
+_CLASSIFIES = "ForSequenceClassification"
 _LONGEST = 10**6
 """Tokenizers that know no limit say a larger one."""
 
@@ -58,9 +60,9 @@ class ClassifierJudge(OfClasses):
 
     @property
     def identity(self) -> dict[str, str]:
-        """Its name, source, and what its labels were said to mean."""
+        """Its name, source, which weights are there, and what its labels were said to mean."""
         said = {"labels": ",".join(f"{key}={label}" for key, label in self.named.items())} if self.named else {}
-        return {"name": self.name, "model": self.source, **said}
+        return {"name": self.name, "model": self.source, **identify_source(self.source), **said}
 
     @cached_property
     def classes(self) -> list[Label]:
@@ -69,7 +71,11 @@ class ClassifierJudge(OfClasses):
         Raises:
             UserError: there is no such classifier, or a label is not named and its own name says nothing.
         """
-        found = {int(index): str(label) for index, label in read_config(self._source).id2label.items()}
+        config = read_config(self._source)
+        kinds = config.architectures or []
+        if kinds and not any(kind.endswith(_CLASSIFIES) for kind in kinds):
+            raise UserError(f"{self.source} is no classifier of texts, but a {kinds[0]}: name a …{_CLASSIFIES}")
+        found = {int(index): str(label) for index, label in config.id2label.items()}
         names = [found[index] for index in sorted(found)]
         if len(names) < 2:
             raise UserError(f"{self.source} has one output, and a judge needs a classifier of at least two labels")
@@ -106,15 +112,17 @@ class ClassifierJudge(OfClasses):
                 stacklevel=2,
             )
         order = sorted(range(len(texts)), key=lambda index: len(rows[index]))
+        pads = tokenizer.pad_token is not None
+        at_once = self.batch_size if pads else 1
         found: dict[int, Label] = {}
         with torch.no_grad():
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
+            for start in range(0, len(order), at_once):
+                batch = order[start : start + at_once]
                 given = tokenizer(
                     [texts[index] for index in batch],
                     truncation=True,
                     max_length=longest,
-                    padding=True,
+                    padding=pads,
                     return_tensors="pt",
                 ).to(model.device)
                 best = model(**given).logits.float().argmax(-1).tolist()
@@ -152,6 +160,10 @@ class ClassifierJudge(OfClasses):
             raise UserError(
                 f"{self.source} is no whole classifier: {missing[0]} is in no weight file, and would be made up"
             )
+        # A decoder is read at its last token that is no padding, which its own config knows; without one, at the last.
+        padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+        tokenizer.pad_token = None if padding is None else tokenizer.convert_ids_to_tokens(padding)
+        tokenizer.padding_side = "right"
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return model, tokenizer, _most_tokens(model, tokenizer)
 

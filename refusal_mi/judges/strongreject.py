@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from ..errors import UserError
+from ..model.provenance import identify_source
 from .http import HttpJudge, Rubric
 from .protocol import Graded, Label, OfClasses
 from .substring import answer_of
@@ -89,8 +90,8 @@ class LocalChat:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Which model."""
-        return {"model": self.source}
+        """Which model, and which weights are there."""
+        return {"model": self.source, **identify_source(self.source)}
 
     def readings(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Any]:
         """What the rubric reads in the model's answers, in order; equal pairs are asked about once.
@@ -148,7 +149,7 @@ class StrongRejectJudge(OfClasses):
         grades: list[Graded | None] = self.asked.readings(prompts, responses)
         if grades and all(each is None for each in grades):
             raise UserError(
-                f"none of the {len(grades)} replies of {' '.join(self.asked.identity.values())} is a grading: the "
+                f"none of the {len(grades)} replies of {self.asked.identity['model']} is a grading: the "
                 "rubric needs a model that can keep to three lines"
             )
         return grades

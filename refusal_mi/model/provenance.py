@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..files import at_home
 from .loading import ORGANISM, hub_commit
 from .points import (
     HookedModel,
@@ -211,6 +212,15 @@ def display_name(source: str) -> str:
     if is_embedded(source):
         return "the embedded model"
     return Path(source).name if Path(source).is_absolute() else source
+
+
+def identify_source(source: str) -> dict[str, str]:
+    """What a directory holds now, or which commit of the hub was loaded, for records of what depends on it."""
+    path = at_home(source)
+    if path.exists():
+        return {"fingerprint": fingerprint(path)}
+    commit = hub_commit(source, None)
+    return {} if commit is None else {"revision": commit}
 
 
 def fingerprint(source: Path) -> str:

@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..files import read_record, write_json, write_record
 from ..generation import generate
 from ..interventions import Add, Positions
+from ..judges.named import refused
 from ..judges.substring import Judge, SubstringJudge, blind_spot, is_degenerate
 from ..model.points import HookedModel, explain_layer, model_source, our_layer
 from ..model.provenance import describe_model, versions
@@ -143,5 +144,4 @@ def open_ended(
 
 
 def _text_rates(questions: Sequence[str], texts: Sequence[str], judge: Judge) -> TextRates:
-    refused = [not flag for flag in judge.complied(questions, texts)]
-    return TextRates(Rate.of(refused), Rate.of([is_degenerate(text) for text in texts]))
+    return TextRates(Rate.of(refused(judge, questions, texts)), Rate.of([is_degenerate(text) for text in texts]))

@@ -10,7 +10,7 @@ from ..files import as_json, read_record, sha256_json, write_json
 from ..generation import Generated, generate
 from ..interventions import Ablate, Add, Intervention
 from ..judges.http import LLAMA_GUARD
-from ..judges.named import judge_named
+from ..judges.named import identify, judge_named
 from ..judges.protocol import ClassJudge, GradingJudge, Judge, Label
 from ..judges.substring import SubstringJudge, is_degenerate
 from ..measures import LossResult, ScoredText, answers_to_score, ce_loss, texts_to_score
@@ -105,9 +105,7 @@ def completions(run: Prepared, side: str, labelled: Labelled, where: str = "") -
     about = f"{len(prompts)} answers of up to {run.options.max_new_tokens} tokens"
     about += run.estimate("answer", len(prompts))
     run.stage(_stage(where, f"completions_{prompts.name}_{labelled.label}"), inputs, files[:1], compute, about)
-    asked = [run.options.judge, run.options.judge_model] if len(judges) > 1 else []
-    asked += [run.options.judge_labels] if run.options.judge_labels is not None else []
-    judged = run.inputs(files[0], judges=["substring", *asked])
+    judged = run.inputs(files[0], judges=["substring", *map(identify, judges[1:])])
     about = "" if len(judges) == 1 else f"{len(prompts)} verdicts of {judges[-1].name}"
     run.stage(_stage(where, f"evaluations_{prompts.name}_{labelled.label}"), judged, files[1:], judge, about)
     return Evaluation.load(run.path / files[1])

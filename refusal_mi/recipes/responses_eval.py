@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..files import parsed, read_record, sha256_file, write_json
 from ..generation import generate
 from ..interventions import Ablate, Add
+from ..judges.named import refused
 from ..judges.substring import MAX_DEGENERATE, Judge, SubstringJudge, blind_spot, is_degenerate
 from ..labels import Label, find_refusal_tokens, published_refusal_tokens
 from ..measures import (
@@ -241,10 +242,10 @@ class Evaluation:
 
     def rates(self, rows: Sequence[Completion]) -> RefusalRates:
         """How many answers refuse, and how many are no text."""
-        complied = self.judge.complied([row.prompt for row in rows], [row.response for row in rows])
-        refused = Rate.of([not flag for flag in complied])
+        flags = refused(self.judge, [row.prompt for row in rows], [row.response for row in rows])
+        rate = Rate.of(flags)
         degenerate = Rate.of([is_degenerate(row.response) for row in rows])
-        return RefusalRates(refused.count, refused.n, refused.value, refused.interval, degenerate)
+        return RefusalRates(rate.count, rate.n, rate.value, rate.interval, degenerate)
 
     def degenerate_rate(self, layer: int) -> float:
         """Of answers to the validation queries with row `layer` added once."""

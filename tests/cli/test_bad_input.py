@@ -52,6 +52,7 @@ def fails(tiny_dir, tmp_path, monkeypatch, capsys):
         ("vector MODEL --dataset queries.json --column ask", "no column 'ask'"),
         ("vector MODEL --dataset queries.json --layers 9", "layer 9 does not exist"),
         ("vector MODEL --judge nobody", "--judge takes substring, evade"),
+        ("vector MODEL --judge llamaguard", "says what is harmful, not what is refused"),
         ("vector MODEL --dataset alpaca", "cannot load the dataset tatsu-lab/alpaca from the hub"),
         ("vector-eval MODEL", "make it with refusal-mi responses extract"),
         ("vector-eval MODEL --layer 1.5", "--choose-layer takes auto, sound or a number"),

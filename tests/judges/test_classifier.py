@@ -13,6 +13,9 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -83,6 +86,42 @@ def test_labels_are_plain_transformers_own_whatever_the_batch(bert):
     assert judge([f"<think>{given[1]}</think>{given[0]}"]) == expected[:1] and judge([]) == []
 
 
+@pytest.mark.parametrize("padding", [None, 5])
+def test_a_decoder_is_read_at_its_last_token_whatever_its_tokenizer_pads_with(tmp_path, padding):
+    """Without a padding token one text at a time; with one that the tokenizer does not know of, with that."""
+    torch.manual_seed(3)
+    named = {"id2label": NAMED, "label2id": {name: index for index, name in NAMED.items()}}
+    ids = {"pad_token_id": padding, "bos_token_id": 2, "eos_token_id": 3}
+    config = GPT2Config(
+        vocab_size=64, n_positions=40, n_embd=16, n_layer=2, n_head=2, initializer_range=1.0, **named, **ids
+    )
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    given = [text for text in texts(40) if WORDS[1] not in text.split()]  # w1 is the padding
+    expected = [MEANT[name] for name in plain_labels(tmp_path, given)]
+    assert len(set(expected)) > 1
+    for size in (1, 7, 64):
+        assert ClassifierJudge(str(tmp_path), batch_size=size)(given) == expected
+
+
+def test_a_model_of_another_kind_is_no_classifier(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="no classifier of texts, but a GPT2LMHeadModel"):
+        ClassifierJudge(str(tmp_path))(["w1"])
+
+
+def test_other_weights_are_another_judge(bert, tmp_path):
+    folder = shutil.copytree(bert, tmp_path / "again")
+    judge = ClassifierJudge(str(folder))
+    before = identify(judge)
+    assert before == identify(ClassifierJudge(str(folder))), "the control"
+    model = BertForSequenceClassification.from_pretrained(folder)
+    model.classifier.bias.data += 1
+    model.save_pretrained(folder)
+    assert identify(judge) != before and identify(judge)["model"] == before["model"]
+
+
 def test_a_long_answer_is_read_to_its_limit_and_that_is_said(bert, recwarn):
     tail = " ".join(WORDS[:40])
     long = [f"{' '.join(text.split()[:1] * 30)} {tail}" for text in texts(8)]
@@ -138,6 +177,10 @@ def test_what_is_no_whole_classifier_is_refused(bert, tmp_path):
     bare = tmp_path / "bare"
     BertModel(BertConfig(vocab_size=64, max_position_embeddings=40, **SMALL)).save_pretrained(bare)
     save_tokenizer(bare)
+    with pytest.raises(UserError, match="is no classifier of texts, but a BertModel"):
+        ClassifierJudge(str(bare))(["w1"])
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"architectures": ["BertForSequenceClassification"]}))
     with pytest.raises(UserError, match="is no whole classifier: classifier"):
         judge_named(f"classifier:{bare}", labels="LABEL_0=comply,LABEL_1=refuse")(["w1"])
     pickled = tmp_path / "pickled"
