@@ -80,6 +80,7 @@ def audit(
         mean(agreements.values()) if agreements else None,
         given,
         () if basis is None or not len(span) else tuple(torch.linalg.svdvals(span @ basis.T).clamp(max=1).tolist()),
+        sides.remarks,
     )
 
 

@@ -121,6 +121,8 @@ class AuditResult(Value):
     """Names of the directions that were given."""
     cosines: tuple[float, ...]
     """Of the principal angles between both spans, the largest first."""
+    remarks: tuple[str, ...] = ()
+    """What the verdict says nothing of: a config that differs, an adapter of another base."""
 
     @property
     def verdict(self) -> Verdict:
@@ -174,6 +176,9 @@ class AuditResult(Value):
 
     def explain(self) -> list[str]:
         """The verdict and the numbers that it stands on, a line each."""
+        return [*self._reasons(), *self.remarks]
+
+    def _reasons(self) -> list[str]:
         if self.verdict == "none":
             n = sum(kind.n_rounded for kind in self.kinds)
             how = f"{n} tensors are the same rounded to another dtype" if n else "every weight is the same"

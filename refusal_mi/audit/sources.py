@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from ..export.adapter import CONFIG, SECOND, WEIGHTS
 from ..export.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from ..export.plan import local_files
 from ..export.streaming import CheckpointWeights
-from ..files import at_home, read_record, read_tensors
+from ..files import at_home, read_json, read_record, read_tensors
 from ..model.families import Role, bare_name, text_config
 from ..model.guards import read_config
 from ..model.loading import resolve_source
+from ..model.provenance import display_name
 from ..model.writers import Layout, build_skeleton, classify
 from ..values import Value
 
@@ -46,6 +47,8 @@ class Sides(Value):
     """Of every tensor that both have."""
     added: tuple[str, ...]
     """Tensors of the suspect alone."""
+    remarks: tuple[str, ...] = ()
+    """What else than weights differs, and whether an adapter names another base."""
 
 
 def open_sides(
@@ -66,10 +69,13 @@ def open_sides(
     layout = classify(config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
     one = _stored(checkpoint)
     if suspect is not None and is_adapter(at_home(suspect)):
-        return _paired(layout, one, adapted(one, at_home(suspect)))
+        return replace(
+            _paired(layout, one, adapted(one, at_home(suspect))), remarks=_other_base(base, at_home(suspect))
+        )
     directory = _files("SUSPECT", suspect, revisions[1])
     suspected = open_checkpoint(directory)
-    _check_same_architecture(config, read_config(directory))
+    other = read_config(directory)
+    _check_same_architecture(config, other)
     two = _stored(suspected)
     missing = [name for name in one.shapes if name not in two.shapes and _role(layout, name) not in ("head", "other")]
     if missing:  # experts may be stored one by one here and fused there
@@ -77,7 +83,7 @@ def open_sides(
         shapes = {name: tuple(value.shape) for name, value in skeleton.named_parameters()}
         layout = classify(config, shapes, skeleton=skeleton)
         one, two = (_as_loaded(each, layout, shapes) for each in (checkpoint, suspected))
-    return _paired(layout, one, two)
+    return replace(_paired(layout, one, two), remarks=_other_config(config, other))
 
 
 def is_adapter(directory: Path) -> bool:
@@ -99,6 +105,28 @@ def _check_same_architecture(base: Any, suspect: Any) -> None:
 
     if said(base) != said(suspect):
         raise UserError(f"BASE is a {said(base)}, SUSPECT a {said(suspect)}: {_SAME}")
+
+
+_SAYS_NOTHING = {"architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config", "name_or_path"}
+"""Keys of a config that change with how a model was saved."""
+
+
+def _other_config(base: Any, suspect: Any) -> tuple[str, ...]:
+    """The keys whose values differ, which weights do not show."""
+    one, two = (text_config(each).to_dict() for each in (base, suspect))
+    keys = [key for key in sorted({*one, *two} - _SAYS_NOTHING) if not key.startswith("_")]
+    differ = [f"{key} {one.get(key)} → {two.get(key)}" for key in keys if one.get(key) != two.get(key)]
+    return (f"config differs, which is not judged: {', '.join(differ)}",) if differ else ()
+
+
+def _other_base(base: str | Path | None, adapter: Path) -> tuple[str, ...]:
+    """Whether an adapter says that it was made for another model; a name is compared by its last part."""
+    held = read_json(adapter / CONFIG)
+    named = held.get("base_model_name_or_path") if isinstance(held, dict) else None
+    here = resolve_source(base)
+    if not isinstance(named, str) or Path(named).name == Path(here).name:
+        return ()
+    return (f"the adapter says that it is of {display_name(named)}, and BASE is {display_name(here)}: is it the same?",)
 
 
 _SAME = "an audit compares a checkpoint with the one that it was made from"

@@ -12,7 +12,7 @@ from refusal_mi.audit import audit
 from refusal_mi.cli import exit_status
 from refusal_mi.errors import UserError
 from refusal_mi.export import export_adapter, export_checkpoint
-from refusal_mi.files import read_json
+from refusal_mi.files import read_json, write_json
 from refusal_mi.interventions import Ablate, Add
 from refusal_mi.model.families import bare_name
 from tests.helpers.audit import changed, low_rank
@@ -221,6 +221,23 @@ def test_the_status_is_0_whatever_the_verdict(pair, capsys):
     assert "verdict: other changes, and no direction was removed" in capsys.readouterr().out
     assert exit_status(["audit", base, base]) == 0
     assert "verdict: none" in capsys.readouterr().out
+
+
+def test_what_weights_do_not_show_is_remarked(tmp_path):
+    """A config that differs, and an adapter that names another base; with the same ones, nothing."""
+    source = save_model("llama", tmp_path / "base")
+    other = shutil.copytree(source, tmp_path / "other")
+    assert audit(source, other).explain() == ["verdict: none (every weight is the same)"]
+    config = read_json(other / "config.json")
+    write_json(other / "config.json", config | {"rms_norm_eps": 0.5, "transformers_version": "0"})
+    (remark,) = audit(source, other).remarks
+    assert remark == f"config differs, which is not judged: rms_norm_eps {config['rms_norm_eps']} → 0.5"
+    export_adapter(source, Ablate(R), tmp_path / "adapter", verify="none")
+    assert audit(source, tmp_path / "adapter", R).remarks == ()
+    held = read_json(tmp_path / "adapter/adapter_config.json")
+    write_json(tmp_path / "adapter/adapter_config.json", held | {"base_model_name_or_path": "somebody/else"})
+    found = audit(source, tmp_path / "adapter", R)
+    assert "the adapter says that it is of somebody/else" in found.explain()[-1] and found.verdict == "removed"
 
 
 @pytest.mark.parametrize(
