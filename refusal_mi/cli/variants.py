@@ -47,7 +47,7 @@ def variants(
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> int:
-    """Ask the same requests in other wordings, and see what that changes.
+    """Ask the same requests in other wordings, and compare.
 
     Held-out requests, harmful and harmless, with a prefix, suffix, role or system message of your own: refusals by
     text, the direction in the stream at every layer, what the heads read. Beside each: as many tokens of random words.
