@@ -1,6 +1,7 @@
 """What is measured of a model in one pass: refusal score, KL, CE loss, p of the matching answer."""
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,6 +28,8 @@ from .values import Value, check_named, frame
 
 SCORE_EPSILON = 1e-8
 KL_EPSILON = 1e-6
+MOST_NATS = math.log(sys.float_info.max)
+"""Above it a perplexity is the largest number that a file can hold."""
 
 
 def refusal_score(logits: Float[Tensor, "batch d_vocab"], refusal_tokens: Sequence[int]) -> Float[Tensor, " batch"]:
@@ -259,11 +262,12 @@ class LossResult:
         """
         counts = [loss.n_tokens for loss in losses]
         mean = math.fsum(loss.nats for loss in losses) / sum(counts)
+        perplexity = math.exp(min(mean, MOST_NATS))
         if plain is None:
-            return cls(mean, math.exp(mean), sum(counts))
+            return cls(mean, perplexity, sum(counts))
         changes = [loss.nats - before.nats for loss, before in zip(losses, plain, strict=True)]
         change = bootstrap_interval(changes, list(map(float, counts)), statistic=ratio_of_means)
-        return cls(mean, math.exp(mean), sum(counts), change)
+        return cls(mean, perplexity, sum(counts), change)
 
     def describe(self) -> dict[str, Any]:
         """The published keys, and the change where it is known."""

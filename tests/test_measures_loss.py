@@ -162,3 +162,8 @@ def test_a_uniform_model_costs_the_log_of_its_vocabulary(tiny_model):
     chat = ChatFormat(model.tokenizer)
     found = ce_loss(model, chat, [ScoredText((1, 2, 3, 4), 2)], interventions=[Flat()])
     assert found.ce_loss == pytest.approx(math.log(model.cfg.d_vocab), rel=1e-6) and found.n_tokens == 2
+
+
+def test_a_loss_beyond_all_perplexities_is_a_number_still():
+    result = LossResult.of([TextLoss(1e6, 1)], [TextLoss(0.0, 1)])
+    assert (result.ce_loss, result.change[0]) == (1e6, 1e6) and 1e308 < result.perplexity < math.inf

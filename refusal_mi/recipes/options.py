@@ -77,7 +77,9 @@ def default_folder(source: str, *, quick: bool = False) -> Path:
 
     mark = "-quick" if quick else ""
     plain, unique = (Path("runs") / f"{alias(source)}{mark}" for alias in (model_alias, unique_alias))
-    is_anothers = plain.name.removesuffix(mark) == EMBEDDED or "--" in plain.name or models_of(plain) - {source}
+    held = models_of(plain)
+    is_anothers = plain.name.removesuffix(mark) == EMBEDDED or "--" in plain.name
+    is_anothers = is_anothers or not all(each.is_at(source) for each in held)
     return unique if unique != plain and (is_anothers or unique.exists()) else plain
 
 

@@ -43,7 +43,7 @@ from .record import (
     RunInfo,
     RunSummary,
 )
-from .stages import SIGNED
+from .stages import SIGNED, Origin
 
 
 def load_grid(folder: Path) -> DirectionGrid:
@@ -366,16 +366,17 @@ class RunInputs:
         return dict(list(flags.items())[: self.max_prompts])
 
 
-def models_of(path: Path) -> set[str]:
+def models_of(path: Path) -> set[Origin]:
     """The models that the files of a folder name: of its runs, and of what CAA made; a damaged file names none."""
-    found: set[str] = set()
+    found: set[Origin] = set()
     records = [place for name in (RUN, SIGNED) for place in (path / name, *sorted(path.glob(f"*/{name}")))]
     for file in [*records, *sorted(path.glob("caa/vec_layer_*_metadata.json"))[:1]]:
         with suppress(UserError):
             held = read_json(file)
             named = held.get("model") if isinstance(held, dict) else None
-            named = named.get("source") if isinstance(named, dict) else named
-            found |= {named} if isinstance(named, str) else set()
+            named = {"source": named} if isinstance(named, str) else named
+            if isinstance(named, dict) and isinstance(named.get("source"), str):
+                found.add(Origin(named["source"], fingerprint=named.get("fingerprint")))
     return found
 
 
@@ -387,6 +388,6 @@ def check_model_of_run(path: Path, source: str) -> None:
     """
     if not (path / RUN).exists():
         raise UserError(f"{path} is not a run folder: it has no run.json; make one with refusal-mi run")
-    before = read_record(path / RUN, RunInfo).model.source
-    if before != source:
-        raise UserError(f"{path} holds a run of {before}, not of {source}: name that MODEL")
+    before = read_record(path / RUN, RunInfo).model
+    if not Origin(before.source, before.revision, before.fingerprint).is_at(source):
+        raise UserError(f"{path} holds a run of {before.source}, not of {source}: name that MODEL")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import clear_leftovers, read_record, sha256_file, sha256_json, write_json, write_record
-from ..model.provenance import ModelRecord
+from ..files import as_json, clear_leftovers, read_record, sha256_file, sha256_json, write_json, write_record
+from ..model.provenance import ModelRecord, fingerprint
 from ..values import Value
 
 try:
@@ -41,17 +41,25 @@ class StageRecord(Value):
 
 
 @dataclass(frozen=True)
-class _Model:
+class Origin:
+    """What a folder says of the model that it is about."""
+
     source: str
     revision: str | None = None
     fingerprint: str | None = None
+
+    def is_at(self, source: str) -> bool:
+        """Whether it is the model of this name, or its very files lie there: models and packages are moved."""
+        if self.source == source or self.fingerprint is None or not Path(source).exists():
+            return self.source == source
+        return fingerprint(Path(source)) == self.fingerprint
 
 
 @dataclass(frozen=True)
 class _Run:
     """What every recipe's `run.json` says."""
 
-    model: _Model
+    model: Origin
 
 
 @dataclass
@@ -85,7 +93,7 @@ class RunFolder:
             with self.locked():
                 clear_leftovers(self.path, deep=True)
         before = self._model()
-        if before is None:
+        if before is None or (model.fingerprint is not None and before.fingerprint == model.fingerprint):
             return
         for key in ("source", "revision"):
             if getattr(before, key) != getattr(model, key):
@@ -142,7 +150,7 @@ class RunFolder:
     def _stage(
         self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str], compute: Callable[[], None], about: str
     ) -> dict[str, str]:
-        record, key = self._records / f"{name}.json", sha256_json(inputs)
+        record, key = self._records / f"{name}.json", _key(inputs)
         if not self.fresh:
             done = self._done(record, key, outputs)
             if done is None and self._bring_back(name, key):
@@ -222,7 +230,7 @@ class RunFolder:
         for name in names:
             record = self._records / f"{name}.json"
             before = read_record(record, StageRecord)
-            aside = self._aside(before.key)
+            aside = self._aside(_key(before.inputs))
             write_json(aside / record.name, before)
             for output in before.outputs:
                 _move(self.path / output, aside / "outputs" / output)
@@ -230,7 +238,7 @@ class RunFolder:
         if names:
             self.report(f"set aside: {len(names)} stages of {file}, which no longer holds")
 
-    def _model(self) -> "_Model | None":
+    def _model(self) -> Origin | None:
         """The model of the run that lies here."""
         records = (self.path / name for name in ("run.json", SIGNED))
         return next((read_record(record, _Run).model for record in records if record.exists()), None)
@@ -274,10 +282,18 @@ class RunFolder:
         if not record.exists():
             return None
         before = read_record(record, StageRecord)
-        return dict(before.outputs) if before.key == key and self._hashes(outputs) == before.outputs else None
+        return dict(before.outputs) if _key(before.inputs) == key and self._hashes(outputs) == before.outputs else None
 
     def _hashes(self, outputs: Sequence[str]) -> dict[str, str]:
         return {output: sha256_file(self.path / output) for output in outputs if (self.path / output).is_file()}
+
+
+def _key(inputs: Mapping[str, Any]) -> str:
+    """Hash of a stage's inputs; where a model lies is none of them if its files' fingerprint is."""
+    model = as_json(inputs.get("model"))
+    if isinstance(model, dict) and model.get("fingerprint") is not None:
+        inputs = {**inputs, "model": {name: value for name, value in model.items() if name != "source"}}
+    return sha256_json(inputs)
 
 
 def _peak_mib() -> float | None:

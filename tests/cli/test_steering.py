@@ -94,6 +94,7 @@ def test_too_few_pairs_for_two_halves_are_one_line_before_the_model_is_loaded(pl
 
 def test_two_models_of_one_name_have_folders_of_their_own(place, tiny_dir, capsys):
     models = [shutil.copytree(tiny_dir("gpt2"), Path(parent) / "m") for parent in ("a", "b")]
+    (models[1] / "vocab.txt").write_text("another")
     assert exit_status(["caa", "vectors", str(models[0]), "--pairs=pairs.json", "--layers=1", "--output-dir=v"]) == 0
     one = ["--vector=v/vec_layer_1_m.pt", "--allow-other-model"]
     ab = [*one, "--pairs=pairs.json", "--n-questions=0"]

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,8 +12,8 @@ import pytest
 
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, sha256_file, write_json
-from refusal_mi.model.provenance import ModelRecord
-from refusal_mi.run.stages import RunFolder
+from refusal_mi.model.provenance import ModelRecord, fingerprint
+from refusal_mi.run.stages import Origin, RunFolder
 
 MODEL = ModelRecord("a", None, None, "llama", 2, 8, 16, "float32", "cpu")
 
@@ -95,7 +96,7 @@ def test_a_folder_of_another_model_or_revision_is_refused(tmp_path, other):
 HOLD = """
 import sys, time
 from pathlib import Path
-from refusal_mi.run.stages import RunFolder
+from refusal_mi.run.stages import Origin, RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 with folder.locked():
     print("held", flush=True)
@@ -187,3 +188,29 @@ def test_a_file_is_written_over_what_a_killed_write_left(tmp_path):
     assert [path.exists() for path in left] == [False, True, True]
     write_json(tmp_path / "[a].json", 1)
     assert [path.exists() for path in left] == [False, True, False]
+
+
+def test_a_model_that_was_moved_is_the_same_one(tmp_path, calls):
+    here, there = (ModelRecord(place, None, "f", "llama", 2, 8, 16, "float32", "cpu") for place in ("a", "b"))
+    folder = RunFolder(tmp_path)
+    folder.sign(here)
+    stage(folder, calls, {"model": here})
+    folder.check_weights(there)
+    stage(folder, calls, {"model": there})
+    assert len(calls) == 1
+    stage(folder, calls, {"model": replace(there, fingerprint="g")})
+    stage(folder, calls, {"model": replace(here, fingerprint=None)})
+    stage(folder, calls, {"model": replace(there, fingerprint=None)})
+    assert len(calls) == 4
+    for other in (replace(there, fingerprint="g"), replace(there, fingerprint=None)):
+        with pytest.raises(UserError, match="holds a run of a "):
+            folder.check_weights(other)
+
+
+def test_a_moved_model_is_found_by_its_files(tiny_dir, tmp_path):
+    first = shutil.copytree(tiny_dir("gpt2"), tmp_path / "a")
+    origin = Origin(str(first), fingerprint=fingerprint(first))
+    second = first.rename(tmp_path / "b")
+    assert origin.is_at(str(second)) and origin.is_at(str(first)) and not origin.is_at(str(tmp_path / "c"))
+    (second / "vocab.txt").write_text("another")
+    assert not origin.is_at(str(second))
