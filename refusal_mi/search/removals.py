@@ -159,7 +159,6 @@ class RemovalScorer:
         if self._answered is not None:
             check_fits(model, self._answered.rows)
         self._plain: dict[int, Tensor] = {}
-        self._n_read: list[int] = []
 
     def measure(
         self,
@@ -173,7 +172,7 @@ class RemovalScorer:
     ) -> tuple[Float[Tensor, "removal harmful"], Float[Tensor, "removal harmless"]]:
         """Scores and KL of the first prompts of both sides under every removal, measured here or by an engine."""
         items = self._cut(removed, weights, n_prompts, at_once)
-        here = ((index, self.run(item)) for index, item in enumerate(items))
+        here = ((index, self._scored(item)) for index, item in enumerate(items))
         runs = here if engine is None else engine.run(self, self.model, items)
         found = dict(track(runs, about, total=len(items)))
         scores, kl = zip(*(found[index] for index in range(len(items))), strict=True)
@@ -184,8 +183,8 @@ class RemovalScorer:
     ) -> list[RemovalItem]:
         n_harmful, n = min(n_prompts, self.n_harmful), min(n_prompts, self.n_harmless)
         if n not in self._n_read:
-            self._n_read.append(n)
-        before = tuple(self._n_read[: self._n_read.index(n) + 1])
+            self._n_read = (*self._n_read, n)
+        before = self._n_read[: self._n_read.index(n) + 1]
         parts = [slice(start, start + at_once) for start in range(0, len(weights), at_once)]
         return [RemovalItem(tuple(removed[some]), tuple(weights[some]), n_harmful, before) for some in parts]
 
@@ -200,6 +199,9 @@ class RemovalScorer:
         """Scores and KL under the removals of an item."""
         for n in item.n_harmless[:-1]:
             self._run_plain(range(n))
+        return self._scored(item)
+
+    def _scored(self, item: RemovalItem) -> tuple[Tensor, Tensor]:
         return (
             self.score(item.removed, item.weights, range(item.n_harmful)),
             self.kl(item.removed, item.weights, range(item.n_harmless[-1])),
