@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice, takewhile
@@ -13,14 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from .engine.jobs import Engine
 from .errors import UserError
 from .interventions import Interventions, all_hooks, as_interventions
 from .model.points import Hook, HookedModel, explain_layer, model_device
 from .model.running import all_logits, batches, last_logits, read_out, residuals, running
 from .options import KLFormula
 from .precision import as_double, finite, told
+from .progress import track
 from .stats import bootstrap_interval, ratio_of_means
-from .text.batches import TokenBatch
+from .text.batches import TokenBatch, batches_by_length
 from .text.chat import ChatFormat
 from .text.given import Prompts, as_prompts
 from .text.pairs import ABPair, LetterSpan, locate_letter
@@ -304,6 +306,7 @@ def ce_loss(
     interventions: Interventions = (),
     batch_size: int = 8,
     description: str = "CE loss",
+    engine: Engine | None = None,
 ) -> LossResult:
     """Cross-entropy (nats per token) of `texts`; every predicted token counts once, summed in float64.
 
@@ -313,11 +316,12 @@ def ce_loss(
 
     Args:
         texts: plain texts, or what `texts_to_score` and `answers_to_score` make.
+        engine: where the batches run, the same ones; None is here.
 
     Raises:
         UserError: no text has a token to predict, or the loss is not finite.
     """
-    given: dict[str, Any] = {"batch_size": batch_size, "description": description}
+    given: dict[str, Any] = {"batch_size": batch_size, "description": description, "engine": engine}
     return LossResult.of(text_losses(model, chat, texts, interventions=interventions, **given))
 
 
@@ -329,6 +333,7 @@ def text_losses(
     interventions: Interventions = (),
     batch_size: int = 8,
     description: str = "CE loss",
+    engine: Engine | None = None,
 ) -> list[TextLoss]:
     """That of every text which has a token to predict, in their order.
 
@@ -343,6 +348,13 @@ def text_losses(
     sums = [0.0] * len(texts)
     most_tokens = PASS_TOKENS.get(model_device(model).type, PASS_TOKENS["cpu"])
     rows = [text.token_ids for text in texts]
+    if engine is not None:
+        groups = batches_by_length(rows, batch_size, most_tokens=most_tokens)
+        items = [TextBatch(tuple(texts[index] for index in indices)) for indices in groups]
+        losses_of: dict[int, TextLoss] = {}
+        for number, some in track(engine.run(Losing(chat, interventions), model, items), description, total=len(items)):
+            losses_of |= zip(groups[number], some, strict=True)
+        return [losses_of[index] for index in range(len(rows))]
     for indices, batch in batches(
         model, rows, chat.pad_id, batch_size, description=description, most_tokens=most_tokens
     ):
@@ -354,6 +366,33 @@ def text_losses(
     if not all(map(math.isfinite, sums)):
         raise UserError("the CE loss is not finite in the model's dtype under this intervention; try --dtype float32")
     return [TextLoss(nats, len(text.token_ids) - text.first) for nats, text in zip(sums, texts, strict=True)]
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """An item of `Losing`."""
+
+    texts: tuple[ScoredText, ...]
+
+    def __str__(self) -> str:
+        return f"{len(self.texts)} texts of up to {len(self.texts[0].token_ids)} tokens"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Losing(Value):
+    """`text_losses` as an engine's job, whose items are the texts of one batch."""
+
+    chat: ChatFormat
+    interventions: tuple[Any, ...]
+
+    def start(self, model: HookedModel) -> Callable[[TextBatch], list[TextLoss]]:
+        """Losses of a batch."""
+
+        def losses(batch: TextBatch) -> list[TextLoss]:
+            some, n = list(batch.texts), len(batch.texts)
+            return text_losses(model, self.chat, some, interventions=self.interventions, batch_size=n)
+
+        return losses
 
 
 def _token_losses(model: HookedModel, batch: TokenBatch, scored: Sequence[int], hooks: Sequence[Hook]) -> list[float]:

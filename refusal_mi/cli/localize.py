@@ -6,7 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..options import number_or_auto
-from .options import AsJson, BatchSize, ModelOptions, NewTokens, NPrompts, NRandom, OutputDir, at_least, flat
+from .options import (
+    AsJson,
+    BatchSize,
+    Engine,
+    ModelOptions,
+    NewTokens,
+    NPrompts,
+    NRandom,
+    OutputDir,
+    Workers,
+    at_least,
+    flat,
+)
 
 if TYPE_CHECKING:
     from ..recipes.localize import LeastIntervention
@@ -24,6 +36,8 @@ def localize(
     n_prompts: NPrompts = None,
     max_new_tokens: NewTokens = None,
     batch_size: BatchSize = None,
+    engine: Engine = "local",
+    workers: Workers = None,
     output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> int:
@@ -32,6 +46,7 @@ def localize(
     Bands of blocks, components, strengths and source directions are searched by refusal score and KL, without
     generating; the best are judged by their answers, and the one that is taken is measured on held-out prompts.
     """
+    from ..engine.named import engine_named
     from ..model.provenance import display_name
     from ..recipes.localize import localize as compute
     from ..recipes.options import default_folder
@@ -45,15 +60,17 @@ def localize(
     tokens = at_least("--max-new-tokens", max_new_tokens, 1, 64)
     at_least("--kl-tokens", kl_tokens, 1, 1), at_least("--n-directions", n_directions, 1, 4)
     folder = output_dir or path / FOLDER
-    found, _ = compute(
-        RunInputs(model.load(), path, at_most),
-        kl_tokens=kl_tokens,
-        n_directions=n_directions,
-        n_random=random,
-        max_new_tokens=tokens,
-        batch_size=number_or_auto(batch_size),
-        output_dir=folder,
-    )
+    with engine_named(engine, workers) as elsewhere:
+        found, _ = compute(
+            RunInputs(model.load(), path, at_most),
+            kl_tokens=kl_tokens,
+            n_directions=n_directions,
+            n_random=random,
+            max_new_tokens=tokens,
+            batch_size=number_or_auto(batch_size),
+            output_dir=folder,
+            engine=elsewhere,
+        )
     _draw(found, display_name(source), folder)
     print_json(found) if as_json else print_least(found, source, folder)
     return 0

@@ -8,7 +8,20 @@ import typer
 from ..estimators.names import parse_methods
 from ..options import number_or_auto
 from ..terminal import say
-from .options import AsJson, BatchSize, Fresh, ModelOptions, NewTokens, NPrompts, NRandom, OutputDir, at_least, flat
+from .options import (
+    AsJson,
+    BatchSize,
+    Engine,
+    Fresh,
+    ModelOptions,
+    NewTokens,
+    NPrompts,
+    NRandom,
+    OutputDir,
+    Workers,
+    at_least,
+    flat,
+)
 
 if TYPE_CHECKING:
     from ..run.methods import MethodsResult
@@ -35,6 +48,8 @@ def compare_methods(
     n_prompts: NPrompts = None,
     max_new_tokens: NewTokens = None,
     batch_size: BatchSize = None,
+    engine: Engine = "local",
+    workers: Workers = None,
     output_dir: OutputDir = None,
     fresh: Fresh = False,
     as_json: AsJson = False,
@@ -44,6 +59,7 @@ def compare_methods(
     Every method's directions are removed from all writes, at several strengths; costs are compared where all leave as
     many refusals on held-out prompts as one difference of means. What was killed goes on where it was.
     """
+    from ..engine.named import engine_named
     from ..model.provenance import display_name
     from ..recipes.methods import check_methods
     from ..recipes.methods import compare_methods as compute
@@ -62,16 +78,18 @@ def compare_methods(
     folder = RunFolder(output_dir or path / FOLDER, fresh, say)
     folder.check_writable()
     check_methods(asked)
-    found = compute(
-        RunInputs(model.load(), path, at_most),
-        asked,
-        folder=folder,
-        kl_tokens=kl_tokens,
-        n_places=n_places,
-        n_random=random,
-        max_new_tokens=tokens,
-        batch_size=number_or_auto(batch_size),
-    )
+    with engine_named(engine, workers) as elsewhere:
+        found = compute(
+            RunInputs(model.load(), path, at_most),
+            asked,
+            folder=folder,
+            kl_tokens=kl_tokens,
+            n_places=n_places,
+            n_random=random,
+            max_new_tokens=tokens,
+            batch_size=number_or_auto(batch_size),
+            engine=elsewhere,
+        )
     _draw(found, display_name(source), folder.path)
     print_json(found) if as_json else print_methods(found, folder.path)
     return 0

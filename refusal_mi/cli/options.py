@@ -85,7 +85,7 @@ Hook = Annotated[str | None, typer.Option(help=MEANINGS["hook"])]
 Engine = Annotated[
     str,
     typer.Option(
-        help="Where candidates are scored and answers written; ray: in --workers processes.",
+        help="Where the model is run; ray: in --workers processes.",
         metavar="local|ray|ray://HOST:PORT",
     ),
 ]

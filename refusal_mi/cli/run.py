@@ -120,6 +120,8 @@ def combos(
     options: CombosOptions,
     judge: JudgeOptions,
     quick: Annotated[bool, typer.Option("--quick", help=MEANINGS["quick"])] = False,
+    engine: Engine = "local",
+    workers: Workers = None,
     fresh: Fresh = False,
     batch_size: BatchSize = None,
     output_dir: OutputDir = None,
@@ -133,6 +135,7 @@ def combos(
     """
     from dataclasses import replace
 
+    from ..engine.named import engine_named
     from ..figures.effects import draw_combos
     from ..recipes.combinations import run_combos
     from ..recipes.options import default_folder
@@ -152,7 +155,8 @@ def combos(
     folder = RunFolder(path, fresh, say)
     folder.check_writable()
     before = identity_of(path)
-    result = run_combos(model.load(), model.source, run_options, folder, options)
+    with engine_named(engine, workers) as elsewhere:
+        result = run_combos(model.load(), model.source, run_options, folder, options, elsewhere)
     if result.baseline is not None:
         draw_combos(result, path)
         list_combinations(path, before)

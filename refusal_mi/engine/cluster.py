@@ -156,12 +156,13 @@ class RayEngine:
     def _serve(self, job: Job, model: HookedModel) -> None:
         """Have all workers get ready for this job, with copies of this model."""
         same = self._same if self._model is model and self._job is job else SameModel.of(model)
-        if self._model is not model or same != self._same:
+        if same != self._same:
             for worker in [*self._idle, *self._starting.values()]:
                 self._ray.kill(worker)
             self._forget()
-            self._same, self._model, self._job = same, model, None
+            self._same = same
             self._n = self._number(str(model.cfg.device).partition(":")[0] == "cuda")
+        self._model = model
         if self._job is not job:
             self._job_reference, self._job = self._put(job), job
             workers, self._idle, self._starting = [*self._idle, *self._starting.values()], [], {}

@@ -1,6 +1,8 @@
 """Work in pure items: what is done with each, and who does it."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import UserError
@@ -28,6 +30,24 @@ class Engine(Protocol):
             model: as it is here; other processes load the same one.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A job whose results come with the seconds that each took."""
+
+    job: Job
+
+    def start(self, model: HookedModel) -> Callable[[Any], tuple[float, Any]]:
+        """Get that job ready."""
+        work = self.job.start(model)
+
+        def timed(item: Any) -> tuple[float, Any]:
+            begun = time.perf_counter()
+            result = work(item)
+            return time.perf_counter() - begun, result
+
+        return timed
 
 
 class ItemsFailed(UserError):

@@ -3,24 +3,21 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
 from itertools import combinations
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from ..directions import Direction, cosine
+from ..engine.jobs import Engine
 from ..errors import UserError
 from ..files import as_json, read_record, write_json, write_record, write_tensors
-from ..generation import Generated, generate
 from ..interventions import Ablate, AblateInTurn, Intervention
-from ..judges.substring import SubstringJudge
-from ..measures import LossResult, ScoredText, TextLoss, kl_nats, next_token_logits, refusal_scores, text_losses
+from ..measures import ScoredText
 from ..model.points import HookedModel
 from ..options import check_choice
-from ..run.answers import Completion, Evaluation, Side, SideEffects
+from ..run.answers import Evaluation, Side, SideEffects
 from ..run.combos import CombinationRow, CombosResult, CombosTest, Difference, Skipped, ValidationRow
 from ..run.folder import ranked
 from ..run.options import CombosOptions, RunOptions
@@ -37,10 +34,12 @@ from ..run.record import (
     RunSummary,
 )
 from ..run.stages import RunFolder
-from ..stats import Paired, mean_interval
+from ..stats import Paired
 from ..text.prompts import PromptSet
+from .arms import Arm, Validating
 from .context import Prepared, RunContext
-from .effects import BASELINE, Labelled, evaluate, loss_sets, loss_texts, losses, rates, texts_sha256
+from .effects import BASELINE, Labelled, loss_sets, loss_texts, losses, rates, texts_sha256
+from .pieces import Piece, Pieces
 from .prompts import prepare
 from .search import choose_direction, find_directions, record_run, score_directions
 
@@ -204,16 +203,24 @@ TIE_NATS = 0.01
 
 
 def run_combos(
-    model: HookedModel, source: str, options: RunOptions, folder: RunFolder, combos: CombosOptions
+    model: HookedModel,
+    source: str,
+    options: RunOptions,
+    folder: RunFolder,
+    combos: CombosOptions,
+    engine: Engine | None = None,
 ) -> CombosResult:
     """Ablate every single direction and every combination on validation prompts; test the winner on held-out ones.
 
     The winner has the lowest bypass score among those with KL ≤ `kl_max`; of those within 0.01 nats of it, the one
     with the lowest CE loss on plain text. Choosing the best of many on the prompts that it is reported on would
     overstate it. Returns what `combos.json` holds; the search is the run's own.
+
+    Args:
+        engine: where combinations are measured, candidates scored, answers written and losses read; None is here.
     """
     sets = loss_sets(options)
-    run = prepare(RunContext.start(model, source, options, folder))
+    run = prepare(RunContext.start(model, source, options, folder, engine))
     texts = loss_texts(run, sets, own_answers=False)
     if not texts:
         raise UserError("combos decides ties by CE loss, and neither the run's text set nor its answers can be scored")
@@ -230,9 +237,7 @@ def run_combos(
     ranks = combos.ranks or tuple(range(min(N_BEST, len(chosen.survivors))))
     by_rank = dict(zip(ranks, ranked(grid, chosen, ranks), strict=True))
     validation = _Validation(run, combos, texts)
-    baseline = validation.row("baseline", ())
     there: dict[str, Combination] = {}
-    rows: list[CombinationRow] = []
     skipped: list[Skipped] = []
     for members in _members(ranks, combos.max_size):
         try:
@@ -241,13 +246,16 @@ def run_combos(
             skipped.append(Skipped(members, str(error)))
             continue
         there[each.label] = each
-        rows.append(CombinationRow(each.record(), validation.row(each.label, each.interventions)))
+    arms = [Arm(each.label, each.interventions) for each in there.values()]
+    baseline, *measured = validation.rows([Arm("baseline"), *arms])
+    rows = [CombinationRow(each.record(), row) for each, row in zip(there.values(), measured, strict=True)]
+    for each in there.values():
         if each.warning:
             folder.report(f"warning: {each.warning}")
     result = replace(
         result,
         text_set=validation.text_set,
-        n_validation={"harmful": len(validation.harmful), "harmless": len(validation.harmless)},
+        n_validation={"harmful": len(validation.job.harmful), "harmless": len(validation.job.harmless)},
         baseline=baseline,
         combinations=tuple(rows),
         skipped=tuple(skipped),
@@ -258,10 +266,10 @@ def run_combos(
     if winner is None:
         return _finish(run, replace(result, status=f"no combination has a KL of at most {combos.kl_max} nats"))
     best = there[winner.label]
-    randoms = [(f"{best.label}_random_{seed}", best.random_like(seed)) for seed in range(combos.n_random)]
+    randoms = [Arm(f"{best.label}_random_{seed}", (best.random_like(seed),)) for seed in range(combos.n_random)]
     result = replace(
         result,
-        random=tuple(validation.row(label, (control,)) for label, control in randoms),
+        random=tuple(validation.rows(randoms)),
         winner=winner.label,
         single_best=single.label if single else None,
         test=_test(run, best, there[single.label] if single else None, combos.n_random),
@@ -281,95 +289,38 @@ def choose(rows: Sequence[ValidationRow], kl_max: float | None, text_set: str) -
 
 
 class _Validation:
-    """Scores, short answers and CE loss under an intervention, one stage each: `combos/{label}.json`."""
+    """Scores, short answers and CE loss under interventions, one stage each: `combos/{label}.json`."""
 
     def __init__(self, run: Prepared, options: CombosOptions, texts: Mapping[str, Sequence[ScoredText]]) -> None:
-        self.run, self.options = run, options
-        self.harmful, self.harmless = run.kept("harmful", "val"), run.kept("harmless", "val")
-        self.prefixes = run.prompts.prefixes
-        self.texts = {name: scored[: options.n_ce] for name, scored in texts.items()}
-        self.text_set = next(iter(self.texts))
+        some = {name: tuple(scored[: options.n_ce]) for name, scored in texts.items()}
+        self.run, self.text_set = run, next(iter(some))
+        self.job = Validating(
+            run.chat,
+            run.options,
+            tuple(run.kept("harmful", "val")),
+            tuple(run.kept("harmless", "val")),
+            run.prompts.prefixes,
+            some,
+            options.val_new_tokens,
+        )
+        self.pieces = Pieces(run.folder, self.job, run.model, run.engine)
 
-    @cached_property
-    def plain(self) -> Float[Tensor, "harmless d_vocab"]:
-        return self._logits(())
+    def rows(self, arms: Sequence[Arm]) -> list[ValidationRow]:
+        """What `combos/{label}.json` holds, for every label."""
+        self.run.hashes |= self.pieces.run([self._piece(arm) for arm in arms])
+        return [read_record(self.run.path / f"combos/{arm.label}.json", ValidationRow) for arm in arms]
 
-    @cached_property
-    def plain_losses(self) -> dict[str, list[TextLoss]]:
-        return {name: self._text_losses(texts, ()) for name, texts in self.texts.items()}
-
-    def row(self, label: str, interventions: Sequence[Intervention]) -> ValidationRow:
-        """What `combos/{label}.json` holds."""
-        path = f"combos/{label}.json"
-        files = [PROMPTS, *([MEAN_DIFFS, SURVIVORS] if interventions else [])]
+    def _piece(self, arm: Arm) -> Piece:
+        path, job = f"combos/{arm.label}.json", self.job
+        files = [PROMPTS, *([MEAN_DIFFS, SURVIVORS] if arm.interventions else [])]
         inputs = self.run.inputs(
-            *files, label=label, texts=texts_sha256(self.texts), val_new_tokens=self.options.val_new_tokens
+            *files, label=arm.label, texts=texts_sha256(job.texts), val_new_tokens=job.val_new_tokens
         )
         inputs |= self.run.options.kl_input
-        n_prompts = len(self.harmful) + len(self.harmless)
-        about = f"{n_prompts} prompts, {len(self.harmful)} short answers, {sum(map(len, self.texts.values()))} texts"
-        write = lambda: write_record(self.run.path / path, self._measure(label, interventions))  # noqa: E731
-        self.run.stage(f"combos_{label}", inputs, [path], write, about)
-        return read_record(self.run.path / path, ValidationRow)
-
-    def _measure(self, label: str, interventions: Sequence[Intervention]) -> ValidationRow:
-        run = self.run
-        scores = run.batched(
-            lambda size: refusal_scores(
-                run.model, run.chat, self.harmful, self.prefixes, interventions=interventions, batch_size=size
-            )
-        )
-        mean, low, high = mean_interval(scores.tolist())
-        verdicts = evaluate(self._answers(label, interventions), SubstringJudge())
-        return ValidationRow(
-            label,
-            mean,
-            (low, high),
-            kl_nats(self.plain, self._logits(interventions), run.options.kl_formula).mean().item(),
-            verdicts.refusal,
-            verdicts.degenerate,
-            {name: self._loss(name, interventions) for name in self.texts},
-            self.run.options.quick,
-        )
-
-    def _logits(self, interventions: Sequence[Intervention]) -> Float[Tensor, "harmless d_vocab"]:
-        run = self.run
-        return run.batched(
-            lambda size: next_token_logits(
-                run.model, run.chat, self.harmless, interventions=interventions, batch_size=size
-            )
-        )
-
-    def _answers(self, label: str, interventions: Sequence[Intervention]) -> list[Completion]:
-        run = self.run
-
-        def answer(batch_size: int) -> list[Generated]:
-            return generate(
-                run.model,
-                run.chat,
-                self.harmful,
-                interventions=interventions,
-                max_new_tokens=self.options.val_new_tokens,
-                batch_size=batch_size,
-                description=f"validation, {label}",
-            )
-
-        pairs = zip(self.harmful, run.batched(answer), strict=True)
-        return [Completion(None, prompt, answered.text) for prompt, answered in pairs]
-
-    def _loss(self, name: str, interventions: Sequence[Intervention]) -> LossResult:
-        plain = self.plain_losses[name]
-        if not interventions:
-            return LossResult.of(plain)
-        return LossResult.of(self._text_losses(self.texts[name], interventions), plain)
-
-    def _text_losses(self, texts: Sequence[ScoredText], interventions: Sequence[Intervention]) -> list[TextLoss]:
-        run = self.run
-        return run.batched(
-            lambda size: text_losses(
-                run.model, run.chat, texts, interventions=interventions, batch_size=run.loss_batch(size)
-            )
-        )
+        n_prompts = len(job.harmful) + len(job.harmless)
+        about = f"{n_prompts} prompts, {len(job.harmful)} short answers, {sum(map(len, job.texts.values()))} texts"
+        write = partial(write_record, self.run.path / path)
+        return Piece(f"combos_{arm.label}", inputs, [path], about, lambda: arm, write)
 
 
 def _test(run: Prepared, winner: Combination, single: Combination | None, n_random: int) -> CombosTest:

@@ -97,8 +97,8 @@ class RunContext:
         return with_smaller_batches(work, self.options.batch_size)
 
     def loss_batch(self, batch_size: int) -> int:
-        """Texts per pass of CE loss, whose logits at every position need more memory; a size asked for is kept."""
-        return batch_size if self.options.batch_size is not None else max(1, batch_size // 4)
+        """Texts per pass of CE loss (`loss_batch`)."""
+        return loss_batch(self.options, batch_size)
 
     @property
     def path(self) -> Path:
@@ -130,6 +130,11 @@ class Prepared(RunContext):
         name = self.evaluation_set.name if side == "harmful" else side
         rows = self.prompts.side(side).test
         return PromptSet(name, tuple(Prompt(row.instruction, row.category, row.output) for row in rows))
+
+
+def loss_batch(options: RunOptions, batch_size: int) -> int:
+    """Texts per pass of CE loss, whose logits at every position need more memory; a size asked for is kept."""
+    return batch_size if options.batch_size is not None else max(1, batch_size // 4)
 
 
 def _check_tokens(tokens: Sequence[int] | None, d_vocab: int) -> None:

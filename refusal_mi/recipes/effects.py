@@ -199,6 +199,7 @@ def losses(
             interventions=labelled.interventions,
             batch_size=run.loss_batch(batch_size),
             description=f"CE loss on {name}, {labelled.label}",
+            engine=run.engine,
         )
 
     def compute() -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..directions import Direction
+from ..engine.jobs import Engine
 from ..errors import UserError
 from ..files import read_record, write_record
 from ..generation import generate
 from ..interventions import Ablate
 from ..judges.substring import SubstringJudge, is_degenerate
-from ..model.points import Component, write_hooks
+from ..measures import RefusalTokens
+from ..model.points import Component, HookedModel, write_hooks
 from ..model.provenance import ModelRecord
 from ..progress import track
+from ..run.answers import SIDES
 from ..run.folder import RunInputs
 from ..run.record import RUN, RunInfo
 from ..search.grid import select
@@ -25,6 +29,7 @@ from ..search.localize import Localized, Measured, localize_removal, map_writes
 from ..search.passes import Weights
 from ..search.removals import Removal, RemovalScorer, complement
 from ..stats import Paired, Rate, bootstrap_interval, mean_interval, ratio_of_means
+from ..text.chat import ChatFormat
 from ..values import Value, frame
 
 FILE, DIRECTION_FILE = "localize.json", "direction.pt"
@@ -131,6 +136,7 @@ def localize(
     max_new_tokens: int = NEW_TOKENS,
     batch_size: int | None = None,
     output_dir: Path | None = None,
+    engine: Engine | None = None,
 ) -> tuple[LeastIntervention, Ablate]:
     """Find the removal of a run's direction with the least KL that stops as many refusals as ablating it whole.
 
@@ -144,6 +150,7 @@ def localize(
         n_directions: source directions: the chosen one, then survivors of other layers and means of neighbours.
         batch_size: most rows in a pass.
         output_dir: where `localize.json` and the direction go; None writes nothing.
+        engine: where removals are measured and answers written; None is here.
 
     Returns:
         What was measured, and the removal as an ordinary `Ablate`.
@@ -154,13 +161,13 @@ def localize(
     if kl_tokens < 1:
         raise UserError(f"--kl-tokens must be at least 1, not {kl_tokens}")
     n_layers, zero = run.model.cfg.n_layers, run.record.zero_point_nats or 0.0
-    scorer = removal_scorer(run, "val", kl_tokens, batch_size)
+    scorer = removal_scorer(run, "val", kl_tokens, batch_size, engine)
     sources = source_directions(run, n_directions)
-    found = localize_removal(scorer, sources, zero)
-    plain, *mapped = map_writes(scorer, run.direction)
-    texts = judged_answers(run, run.prompts("harmful", "val"), max_new_tokens)
+    found = localize_removal(scorer, sources, zero, engine=engine)
+    plain, *mapped = map_writes(scorer, run.direction, engine)
+    texts = judged_answers(run, run.prompts("harmful", "val"), max_new_tokens, engine)
     least, counts = _verified(found, texts)
-    rows = _held_out(run, found, least, kl_tokens, n_random, max_new_tokens, batch_size)
+    rows = _held_out(run, found, least, kl_tokens, n_random, max_new_tokens, batch_size, engine)
     by_text = {label: texts for label, _, _, texts in rows if texts is not None}
     kl = {label: values.tolist() for label, _, values, _ in rows}
     record = LeastIntervention(
@@ -213,23 +220,31 @@ def _between(chosen: Direction, grid: Any, layer: int) -> Direction | None:
     return replace(chosen, vector=vector, provenance={**chosen.provenance, **made})
 
 
-def removal_scorer(run: RunInputs, part: str, kl_tokens: int, batch_size: int | None) -> RemovalScorer:
+def removal_scorer(
+    run: RunInputs, part: str, kl_tokens: int, batch_size: int | None, engine: Engine | None = None
+) -> RemovalScorer:
     """A scorer of a part of a run's prompts: "train", "val" or "test"."""
-    harmful, harmless = run.prompts("harmful", part), run.prompts("harmless", part)
+    sides = (run.prompts(side, part) for side in SIDES)
+    return scorer_of(run.model, run.chat, *sides, run.refusal_prefixes, kl_tokens, batch_size, engine)
+
+
+def scorer_of(
+    model: HookedModel,
+    chat: ChatFormat,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    tokens: RefusalTokens,
+    kl_tokens: int,
+    batch_size: int | None,
+    engine: Engine | None = None,
+) -> RemovalScorer:
+    """A scorer of these prompts, whose KL goes over so many tokens of the plain model's answers."""
     answers: list[tuple[int, ...]] = []
     if kl_tokens > 1:
-        made = generate(run.model, run.chat, harmless, max_new_tokens=kl_tokens, description="plain answers")
-        answers = [each.token_ids for each in made]
-    return RemovalScorer(
-        run.model,
-        run.chat,
-        harmful,
-        harmless,
-        run.refusal_prefixes,
-        answers=answers,
-        n_kl=kl_tokens,
-        batch_size=batch_size,
-    )
+        how = {"max_new_tokens": kl_tokens, "description": "plain answers", "engine": engine}
+        answers = [each.token_ids for each in generate(model, chat, list(harmless), **how)]  # type: ignore[arg-type]
+    how = {"answers": answers, "n_kl": kl_tokens, "batch_size": batch_size}
+    return RemovalScorer(model, chat, list(harmful), list(harmless), tokens, **how)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -240,25 +255,28 @@ class Judged:
     degenerate: tuple[bool, ...]
 
 
-def judged_answers(run: RunInputs, prompts: Sequence[str], max_new_tokens: int) -> Callable[[Sequence[Ablate]], Judged]:
+def judged_answers(
+    run: RunInputs, prompts: Sequence[str], max_new_tokens: int, engine: Engine | None = None
+) -> Callable[[Sequence[Ablate]], Judged]:
     """A function that reads the answers to these prompts under interventions."""
-    judge = SubstringJudge()
+    return partial(judged, run.model, run.chat, prompts, max_new_tokens, run.batch_size, engine)
 
-    def judged(interventions: Sequence[Ablate]) -> Judged:
-        answers = generate(
-            run.model,
-            run.chat,
-            prompts,
-            interventions=interventions,
-            max_new_tokens=max_new_tokens,
-            batch_size=run.batch_size,
-            description="answers",
-        )
-        texts = [each.text for each in answers]
-        complied = judge.complied(prompts, texts)
-        return Judged(tuple(not each for each in complied), tuple(map(is_degenerate, texts)))
 
-    return judged
+def judged(
+    model: HookedModel,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+    engine: Engine | None,
+    interventions: Sequence[Ablate],
+) -> Judged:
+    """What a judge of substrings says of the answers to these prompts under interventions."""
+    how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "description": "answers", "engine": engine}
+    answers = generate(model, chat, list(prompts), interventions=interventions, **how)  # type: ignore[arg-type]
+    texts = [each.text for each in answers]
+    complied = SubstringJudge().complied(list(prompts), texts)
+    return Judged(tuple(not each for each in complied), tuple(map(is_degenerate, texts)))
 
 
 def _verified(found: Localized, texts: Callable[[Sequence[Ablate]], Judged]) -> tuple[Measured, dict[int, int]]:
@@ -300,11 +318,12 @@ def _held_out(
     n_random: int,
     max_new_tokens: int,
     batch_size: int | None,
+    engine: Engine | None,
 ) -> _Rows:
     """Scores, KL and, of all but the later random ones, judged answers; the only use of the held-out prompts."""
     n_layers, removal = run.model.cfg.n_layers, least.removal
-    scorer = removal_scorer(run, "test", kl_tokens, batch_size)
-    texts = judged_answers(run, run.prompts("harmful"), max_new_tokens)
+    scorer = removal_scorer(run, "test", kl_tokens, batch_size, engine)
+    texts = judged_answers(run, run.prompts("harmful"), max_new_tokens, engine)
     everything = found.whole.removal
     named: list[tuple[str, Direction, Weights, Sequence[Ablate] | None]] = [
         ("plain", everything.direction, {}, ()),
@@ -317,8 +336,8 @@ def _held_out(
         read = other.interventions if seed == 0 else None
         named.append((f"random {seed}", other.direction, other.weights(n_layers), read))
     directions, weights = [each[1] for each in named], [each[2] for each in named]
-    scores = scorer.score(directions, weights, range(scorer.n_harmful))
-    kl = scorer.kl(directions, weights, range(scorer.n_harmless))
+    n, n_all = len(named), max(scorer.n_harmful, scorer.n_harmless)
+    scores, kl = scorer.measure(directions, weights, n_all, about="held-out scores", engine=engine, at_once=n)
     rows: _Rows = []
     for (label, _, _, steps), score, cost in track(list(zip(named, scores, kl, strict=True)), "held-out prompts"):
         rows.append((label, score, cost, None if steps is None else texts(steps)))

@@ -27,6 +27,7 @@ from ..run.folder import RunInputs, load_ranked
 from ..search.grid import select
 from ..search.passes import Basis
 from ..text.prompts import PromptSet
+from .pieces import NothingToDo
 from .rdo import own_texts
 from .search import estimated, named_estimator
 
@@ -34,7 +35,7 @@ N_FITTED = 64
 """Training prompts a side that RDO and cones are fitted to."""
 
 
-class NoDirections(Exception):
+class NoDirections(NothingToDo):
     """A method gives none here."""
 
 

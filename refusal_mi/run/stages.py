@@ -132,6 +132,7 @@ class RunFolder:
         compute: Callable[[], None],
         *,
         about: str = "",
+        seconds_elsewhere: float = 0.0,
     ) -> dict[str, str]:
         """Run `compute`, which must write `outputs`, unless they are there and came from the same `inputs`.
 
@@ -140,24 +141,38 @@ class RunFolder:
             inputs: everything that the outputs depend on, as JSON values.
             outputs: paths relative to the folder.
             about: how much work it is, for the progress line.
+            seconds_elsewhere: what it took before, in another process.
 
         Returns:
             The SHA-256 of every output: what a later stage names among its inputs.
         """
         with self.locked():
-            return self._stage(name, inputs, outputs, compute, about)
+            return self._stage(name, inputs, outputs, compute, about, seconds_elsewhere)
+
+    def done(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, str] | None:
+        """The SHA-256 of every output of a stage that needs not run again; None where it does."""
+        if self.fresh:
+            return None
+        record, key = self._records / f"{name}.json", _key(inputs)
+        done = self._done(record, key, outputs)
+        if done is None and self._bring_back(name, key):
+            done = self._done(record, key, outputs)
+        return done
 
     def _stage(
-        self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str], compute: Callable[[], None], about: str
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[str],
+        compute: Callable[[], None],
+        about: str,
+        seconds_elsewhere: float,
     ) -> dict[str, str]:
         record, key = self._records / f"{name}.json", _key(inputs)
-        if not self.fresh:
-            done = self._done(record, key, outputs)
-            if done is None and self._bring_back(name, key):
-                done = self._done(record, key, outputs)
-            if done is not None:
-                self.report(f"{name}: done before, kept")
-                return done
+        done = self.done(name, inputs, outputs)
+        if done is not None:
+            self.report(f"{name}: done before, kept")
+            return done
         self.report(f"{name}{f': {about}' if about else ''}")
         record.unlink(missing_ok=True)
         start = time.perf_counter()
@@ -166,7 +181,7 @@ class RunFolder:
         missing = [output for output in outputs if output not in hashes]
         if missing:
             raise RuntimeError(f"stage {name} did not write {missing[0]}")
-        seconds = round(time.perf_counter() - start, 3)
+        seconds = round(time.perf_counter() - start + seconds_elsewhere, 3)
         write_json(record, StageRecord(key, dict(inputs), hashes, seconds, _peak_mib()))
         return hashes
 

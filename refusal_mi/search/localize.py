@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -9,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..directions import Direction
+from ..engine.jobs import Engine
 from ..errors import UserError
 from ..model.points import Component, write_hooks
-from ..progress import track
 from ..values import Value
+from .passes import Weights
 from .removals import COMPONENTS, Removal, RemovalScorer
 
 MOST_EDGES = 6
@@ -139,6 +141,7 @@ def localize_removal(
     zero_point: float = 0.0,
     *,
     n_generations: int = 4,
+    engine: Engine | None = None,
 ) -> Localized:
     """Search for the removal with the least KL that leaves no more refusals than ablating the first direction whole.
 
@@ -149,23 +152,25 @@ def localize_removal(
         directions: where from; the first is the one that a whole ablation is made of.
         zero_point: refusal score (nats) above which a prompt counts as refused.
         n_generations: at most; fewer where a generation finds nothing better.
+        engine: where the removals of a round or a generation are measured; None is here. What is tried next is decided
+            here, once all of them are known.
 
     Raises:
         UserError: there are no directions.
     """
     if not directions:
         raise UserError("localizing needs at least one direction")
-    n_layers = scorer.model.cfg.n_layers
+    n_layers, measure = scorer.model.cfg.n_layers, partial(_measure, scorer, engine)
     whole = Removal(directions[0], 0, n_layers)
     open_, n_prompts, n_tried = first_removals(directions, n_layers), FIRST_PROMPTS, 0
     n_all = max(scorer.n_harmful, scorer.n_harmless)
     n_tried = len(open_)
     while n_prompts < n_all and len(open_) > FEWEST:
-        measured = _measure(scorer, [whole, *open_], n_prompts, f"{len(open_)} removals on {n_prompts} prompts a side")
+        measured = measure([whole, *open_], n_prompts, f"{len(open_)} removals on {n_prompts} prompts a side")
         best = sorted(measured[1:], key=_order(measured[0], zero_point))
         open_ = [each.removal for each in best[: max(FEWEST, len(open_) // KEPT)]]
         n_prompts *= 2
-    found = _measure(scorer, [whole, *open_], n_all, f"{len(open_)} removals on all prompts")
+    found = measure([whole, *open_], n_all, f"{len(open_)} removals on all prompts")
     reference, known = found[0], {_key(each.removal, n_layers): each for each in found}
     order = _order(reference, zero_point)
     for generation in range(1, n_generations + 1):
@@ -179,9 +184,9 @@ def localize_removal(
         n_tried += len(some)
         if n_all > 2 * FIRST_PROMPTS and len(some) > FEWEST:
             about = f"generation {generation}: {len(some)} neighbours on {2 * FIRST_PROMPTS} prompts a side"
-            first, *measured = _measure(scorer, [whole, *some], 2 * FIRST_PROMPTS, about)
+            first, *measured = measure([whole, *some], 2 * FIRST_PROMPTS, about)
             some = [each.removal for each in sorted(measured, key=_order(first, zero_point))[:FEWEST]]
-        for each in _measure(scorer, some, n_all, f"generation {generation}: {len(some)} neighbours") if some else ():
+        for each in measure(some, n_all, f"generation {generation}: {len(some)} neighbours") if some else ():
             known[_key(each.removal, n_layers)] = each
         if sorted(known.values(), key=order)[0] is best[0]:
             break
@@ -190,35 +195,26 @@ def localize_removal(
 
 
 def map_writes(
-    scorer: RemovalScorer, direction: Direction
+    scorer: RemovalScorer, direction: Direction, engine: Engine | None = None
 ) -> tuple[float, Float[Tensor, " write"], Float[Tensor, " write"]]:
     """The plain model's mean refusal score; the score and KL when one write alone loses the direction.
 
     All of the same prompts, in the order of `write_hooks`.
     """
-    weights = [{}, *({name: 1.0} for name in write_hooks(scorer.model.cfg.n_layers))]
-    n = (min(2 * FIRST_PROMPTS, scorer.n_harmful), min(2 * FIRST_PROMPTS, scorer.n_harmless))
-    rows: list[tuple[float, float]] = []
-    for start in track(range(0, len(weights), 8), "one write at a time"):
-        some = weights[start : start + 8]
-        directions = [direction] * len(some)
-        scores, kl = scorer.score(directions, some, range(n[0])), scorer.kl(directions, some, range(n[1]))
-        rows += zip(scores.mean(-1).tolist(), kl.mean(-1).tolist(), strict=True)
-    (plain, _), *others = rows
-    table = torch.tensor(others, dtype=torch.float64)
-    return plain, table[:, 0], table[:, 1]
+    weights: list[Weights] = [{}, *({name: 1.0} for name in write_hooks(scorer.model.cfg.n_layers))]
+    directions, n = [direction] * len(weights), 2 * FIRST_PROMPTS
+    scores, kl = scorer.measure(directions, weights, n, about="one write at a time", engine=engine)
+    (plain, *means), (_, *kl_means) = scores.mean(-1).tolist(), kl.mean(-1).tolist()
+    return plain, torch.tensor(means, dtype=torch.float64), torch.tensor(kl_means, dtype=torch.float64)
 
 
-def _measure(scorer: RemovalScorer, removals: Sequence[Removal], n_prompts: int, about: str) -> list[Measured]:
-    harmful, harmless = range(min(n_prompts, scorer.n_harmful)), range(min(n_prompts, scorer.n_harmless))
-    measured: list[Measured] = []
-    for start in track(range(0, len(removals), 8), about):
-        some = removals[start : start + 8]
-        directions = [each.direction for each in some]
-        weights = [each.weights(scorer.model.cfg.n_layers) for each in some]
-        rows = scorer.score(directions, weights, harmful), scorer.kl(directions, weights, harmless)
-        measured += [Measured(*each) for each in zip(some, *rows, strict=True)]
-    return measured
+def _measure(
+    scorer: RemovalScorer, engine: Engine | None, removals: Sequence[Removal], n_prompts: int, about: str
+) -> list[Measured]:
+    directions = [each.direction for each in removals]
+    weights = [each.weights(scorer.model.cfg.n_layers) for each in removals]
+    rows = scorer.measure(directions, weights, n_prompts, about=about, engine=engine)
+    return [Measured(*each) for each in zip(removals, *rows, strict=True)]
 
 
 def _order(whole: Measured, zero_point: float) -> Callable[[Measured], tuple[float, float]]:

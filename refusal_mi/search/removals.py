@@ -1,20 +1,23 @@
 """Removals of a direction from some writes only: described, turned into `Ablate`, and scored many to a pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..directions import Direction
+from ..engine.jobs import Engine
 from ..errors import UserError
 from ..interventions import Ablate
 from ..measures import RefusalPrefixes, RefusalTokens, kl_nats
 from ..model.points import Component, HookedModel, check_raw_basis, model_device, write_hooks
 from ..model.running import check_fits, running, tail_logits
 from ..precision import as_double
+from ..progress import track
 from ..text.batches import TokenBatch, batches_by_length, left_pad
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
@@ -23,6 +26,8 @@ from .passes import PASS_TOKENS, AblateWritesEach, Basis, Passes, Weights, choos
 
 Shape = Literal["flat", "peak"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
+AT_ONCE = 8
+"""Removals that share passes."""
 MOST_LOGITS = 2**26
 """Numbers in the logits of one pass."""
 MOST_PLAIN = 2**29
@@ -92,8 +97,24 @@ def complement(removal: Removal, n_layers: int) -> dict[str, float]:
     return {name: 1.0 for name in write_hooks(n_layers) if name not in touched}
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class RemovalItem(Value):
+    """Removals that share passes, and the prompts they are scored on; an item of a `RemovalScorer`."""
+
+    removed: tuple[Direction | Basis, ...]
+    weights: tuple[Weights, ...]
+    n_harmful: int
+    """The first so many prompts."""
+    n_harmless: tuple[int, ...]
+    """The last of them are scored. The plain model runs the first so many in turn, each time those that are new: which
+    prompts share one of its passes changes the rounding."""
+
+    def __str__(self) -> str:
+        return f"{len(self.weights)} removals on {self.n_harmful} and {self.n_harmless[-1]} prompts"
+
+
 class RemovalScorer:
-    """Refusal scores of harmful prompts and KL of harmless ones under removals, without generating.
+    """Refusal scores of harmful prompts and KL of harmless ones under removals, without generating; an engine's `Job`.
 
     The KL is the mean over the first tokens of an answer, teacher-forced on the plain model's own; over the first
     token alone it is the KL of the search for directions.
@@ -119,6 +140,9 @@ class RemovalScorer:
         """
         check_raw_basis(model)
         harmful, harmless = as_prompts(harmful), as_prompts(harmless)
+        given: dict[str, Any] = {"answers": answers, "n_kl": n_kl, "batch_size": batch_size}
+        sets = {"chat": chat, "harmful": list(harmful), "harmless": list(harmless), "tokens": tokens}
+        self._again: Callable[[HookedModel], RemovalScorer] = partial(RemovalScorer, **sets, **given)  # type: ignore[arg-type]
         if not harmful or not harmless:
             raise UserError(f"removals need prompts on both sides, not {len(harmful)} and {len(harmless)}")
         if n_kl > 1 and len(answers) != len(harmless):
@@ -135,6 +159,59 @@ class RemovalScorer:
         if self._answered is not None:
             check_fits(model, self._answered.rows)
         self._plain: dict[int, Tensor] = {}
+
+    def measure(
+        self,
+        removed: Sequence[Direction | Basis],
+        weights: Sequence[Weights],
+        n_prompts: int,
+        *,
+        about: str,
+        engine: Engine | None = None,
+        at_once: int = AT_ONCE,
+    ) -> tuple[Float[Tensor, "removal harmful"], Float[Tensor, "removal harmless"]]:
+        """Scores and KL of the first prompts of both sides under every removal, measured here or by an engine."""
+        items = self._cut(removed, weights, n_prompts, at_once)
+        here = ((index, self._scored(item)) for index, item in enumerate(items))
+        runs = here if engine is None else engine.run(self, self.model, items)
+        found = dict(track(runs, about, total=len(items)))
+        scores, kl = zip(*(found[index] for index in range(len(items))), strict=True)
+        return torch.cat(scores), torch.cat(kl)
+
+    def _cut(
+        self, removed: Sequence[Direction | Basis], weights: Sequence[Weights], n_prompts: int, at_once: int
+    ) -> list[RemovalItem]:
+        n_harmful, n = min(n_prompts, self.n_harmful), min(n_prompts, self.n_harmless)
+        if n not in self._n_read:
+            self._n_read = (*self._n_read, n)
+        before = self._n_read[: self._n_read.index(n) + 1]
+        parts = [slice(start, start + at_once) for start in range(0, len(weights), at_once)]
+        return [RemovalItem(tuple(removed[some]), tuple(weights[some]), n_harmful, before) for some in parts]
+
+    def start(self, model: HookedModel) -> Callable[[RemovalItem], tuple[Tensor, Tensor]]:
+        """`run`, for another copy of the model that of a scorer like this one."""
+        return (self if model is self.model else self._again(model)).run
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": None, "_again": self._again}
+
+    def run(self, item: RemovalItem) -> tuple[Float[Tensor, "removal harmful"], Float[Tensor, "removal harmless"]]:
+        """Scores and KL under the removals of an item."""
+        for n in item.n_harmless[:-1]:
+            self._run_plain(range(n))
+        return self._scored(item)
+
+    def _scored(self, item: RemovalItem) -> tuple[Tensor, Tensor]:
+        return (
+            self.score(item.removed, item.weights, range(item.n_harmful)),
+            self.kl(item.removed, item.weights, range(item.n_harmless[-1])),
+        )
+
+    def _run_plain(self, harmless: Sequence[int]) -> None:
+        if self._answered is not None:
+            self._read_plain(self._answered, harmless)
+        else:
+            self.passes.plain([self._first_harmless + prompt for prompt in harmless])
 
     def score(
         self, removed: Sequence[Direction | Basis], weights: Sequence[Weights], harmful: Sequence[int]

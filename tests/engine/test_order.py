@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from refusal_mi.engine.jobs import Engine, Job
 from refusal_mi.engine.named import engine_named
@@ -12,8 +13,11 @@ from refusal_mi.engine.same import SameModel
 from refusal_mi.errors import UserError
 from refusal_mi.generation import Sampling, generate
 from refusal_mi.interventions import Add
+from refusal_mi.measures import ce_loss, text_losses, texts_to_score
 from refusal_mi.model.loading import load_model
 from refusal_mi.search.grid import select
+from refusal_mi.search.localize import localize_removal, map_writes
+from refusal_mi.search.removals import RemovalScorer
 from refusal_mi.search.staged import Screening, staged_sweep
 from refusal_mi.search.sweep import Scorer, ScoreTable, exact_items, sweep
 from refusal_mi.search.thresholds import Thresholds
@@ -73,6 +77,49 @@ def test_answers_are_the_same_in_any_order(parts):
         assert generate(model, chat, asked, max_new_tokens=6, **how, engine=engine) == here
     with pytest.raises(UserError, match="greedy"):
         generate(model, chat, asked, sampling=Sampling(seed=0), engine=ENGINES[0])
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_losses_are_the_same_in_any_order(parts, is_plain):
+    model, chat, grid = parts
+    texts = texts_to_score(chat, [*HARMFUL, *HARMLESS, "long " * 30])
+    how = {"interventions": () if is_plain else Add(grid.direction(-1, 2)), "batch_size": 2}
+    here = text_losses(model, chat, texts, **how)
+    assert len({each.nats for each in here}) == len(texts)
+    for engine in ENGINES:
+        assert text_losses(model, chat, texts, **how, engine=engine) == here
+    assert ce_loss(model, chat, texts, **how, engine=ENGINES[0]) == ce_loss(model, chat, texts, **how)
+    assert text_losses(model, chat, texts, **how | {"batch_size": 5}) != here, (
+        "the control: other batches round otherwise"
+    )
+
+
+@pytest.mark.parametrize("n_kl", [1, 3])
+def test_the_least_removal_is_found_the_same_in_any_order(parts, n_kl):
+    """Its rounds read more and more prompts: what the plain model gives of them must not depend on who reads them."""
+    model, chat, grid = parts
+    asked, answered = ([f"{text} {'now ' * n}" for n in range(5) for text in side] for side in (HARMFUL, HARMLESS))
+    made = generate(model, chat, answered, max_new_tokens=n_kl)
+    how = {"answers": [each.token_ids for each in made] if n_kl > 1 else (), "n_kl": n_kl}
+    direction = grid.direction(-1, 2)
+
+    def search(engine=None):
+        scorer = RemovalScorer(model, chat, asked, answered, [5], **how)
+        found = localize_removal(scorer, [direction], n_generations=1, engine=engine)
+        return found, *map_writes(scorer, direction, engine)
+
+    found, *mapped = search()
+    assert found.n_tried > len(found.measured) > 12 and len({each.mean_kl for each in found.measured}) > 10
+    for engine in ENGINES:
+        again, *others = search(engine)
+        assert [each.removal for each in again.measured] == [each.removal for each in found.measured]
+        pairs = [
+            (getattr(a, name), getattr(b, name))
+            for a, b in zip(again.measured, found.measured, strict=True)
+            for name in ("scores", "kl")
+        ]
+        assert all(torch.equal(a, b) for a, b in [*pairs, *zip(others[1:], mapped[1:], strict=True)])
+        assert others[0] == mapped[0]
 
 
 def test_jobs_and_engines_are_what_they_say(parts):

@@ -6,7 +6,10 @@ REFUSAL_MI_KILLS workers are killed (10); `make long` has many.
 import json
 import os
 import random
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -130,8 +133,8 @@ def test_workers_killed_at_random_moments_change_nothing(searched, engine, numbe
     assert there.grids() == here.grids()
 
 
-def worker_processes() -> list[psutil.Process]:
-    """The workers of all engines, by the title that Ray gives them."""
+def worker_processes(of: int | None = None) -> list[psutil.Process]:
+    """The workers below this process or another one, by the title that Ray gives them."""
 
     def title(process: psutil.Process) -> str:
         try:
@@ -139,7 +142,7 @@ def worker_processes() -> list[psutil.Process]:
         except psutil.Error:  # it has just ended
             return ""
 
-    return [each for each in psutil.Process().children(recursive=True) if title(each).startswith("ray::Worker")]
+    return [each for each in psutil.Process(of).children(recursive=True) if title(each).startswith("ray::Worker")]
 
 
 def test_a_run_leaves_the_files_of_a_local_one_and_each_goes_on_where_the_other_ended(cluster, tiny_dir, tmp_path):
@@ -159,6 +162,37 @@ def test_a_run_leaves_the_files_of_a_local_one_and_each_goes_on_where_the_other_
     before = [record.read_bytes() for record in records]
     run(tmp_path / "there")
     assert [record.read_bytes() for record in records] == before
+
+
+@pytest.mark.parametrize("is_own", [True, False], ids=["own cluster", "a cluster that goes on"])
+def test_a_killed_run_leaves_no_workers_and_goes_on(cluster, tiny_dir, tmp_path, is_own):
+    for side in ("harmful", "harmless"):
+        (tmp_path / f"{side}.json").write_text(json.dumps([f"{side} {n}" for n in range(60)]))
+    words = "--n-train=6 --n-val=40 --n-test=2 --no-thresholds --no-filter --steps=directions,selection --device=cpu"
+    sets = [f"--{side}={tmp_path / side}.json" for side in ("harmful", "harmless")]
+    line = ["run", str(tiny_dir("gpt2")), *words.split(), "--refusal-tokens=40", *sets]
+    assert exit_status([*line, f"--output-dir={tmp_path / 'whole'}"]) == 0
+    address = "local" if is_own else ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "refusal_mi", *line, f"--output-dir={tmp_path / 'out'}", "--engine=ray"]
+    begun = subprocess.Popen([*command, "--workers=1"], env={**os.environ, "RAY_ADDRESS": address})
+    before = {each.pid for each in worker_processes()}
+    for _ in range(1200):
+        there = [*worker_processes(begun.pid), *worker_processes()]
+        started = [each for each in there if each.pid not in before]
+        if started or begun.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert started and begun.poll() is None
+    time.sleep(random.Random(is_own).uniform(0, 2))
+    records = tmp_path / "out" / ".stages"
+    kept = {path.name: path.read_bytes() for path in records.glob("*.json")}
+    assert {"prompts.json", "directions.json"} <= set(kept) and "scores.json" not in kept
+    begun.kill()
+    begun.wait()
+    assert not psutil.wait_procs(started, timeout=60)[1], "workers outlive the run"
+    assert exit_status([*line, f"--output-dir={tmp_path / 'out'}"]) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert {name: (records / name).read_bytes() for name in kept} == kept
 
 
 def content(folder: Path) -> dict[str, object]:

@@ -7,6 +7,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from refusal_mi.engine.jobs import ItemsFailed
 from refusal_mi.search.sweep import Scorer
 
 
@@ -62,3 +63,18 @@ class Squares:
         if item == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         return item**2
+
+
+@dataclass(frozen=True)
+class Poisoned:
+    """Does all items but those of one name, and says so at the end."""
+
+    name: str
+
+    def run(self, job, model, items):
+        work = job.start(model)
+        for index, item in enumerate(items):
+            if str(item) != self.name:
+                yield index, work(item)
+        if n := sum(str(item) == self.name for item in items):
+            raise ItemsFailed(f"{n} of {n} items failed: {self.name}")
