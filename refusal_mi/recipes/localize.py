@@ -224,8 +224,8 @@ def removal_scorer(
     run: RunInputs, part: str, kl_tokens: int, batch_size: int | None, engine: Engine | None = None
 ) -> RemovalScorer:
     """A scorer of a part of a run's prompts: "train", "val" or "test"."""
-    sides = (run.prompts(side, part) for side in SIDES)
-    return scorer_of(run.model, run.chat, *sides, run.refusal_prefixes, kl_tokens, batch_size, engine)
+    harmful, harmless = (run.prompts(side, part) for side in SIDES)
+    return scorer_of(run.model, run.chat, harmful, harmless, run.refusal_prefixes, kl_tokens, batch_size, engine)
 
 
 def scorer_of(

@@ -98,9 +98,9 @@ class Removing(Value):
     @classmethod
     def of(cls, run: RunInputs, part: str, kl_tokens: int, pass_rows: int | None, n_long: int) -> "Removing":
         """Of a part of a run's prompts, without texts."""
-        sides = (tuple(run.prompts(side, part)) for side in SIDES)
+        harmful, harmless = (tuple(run.prompts(side, part)) for side in SIDES)
         how = kl_tokens, pass_rows, run.batch_size, run.options.label_tokens, n_long
-        return cls(run.chat, *sides, run.refusal_prefixes, *how)
+        return cls(run.chat, harmful, harmless, run.refusal_prefixes, *how)
 
     def start(self, model: HookedModel) -> Callable[[Task], Any]:
         """Do a task."""

@@ -120,6 +120,9 @@ class RemovalScorer:
     token alone it is the KL of the search for directions.
     """
 
+    _n_read: tuple[int, ...] = ()
+    """How many harmless prompts were scored, in the order of the first time."""
+
     def __init__(
         self,
         model: HookedModel,

@@ -17,7 +17,7 @@ from refusal_mi.measures import ce_loss, text_losses, texts_to_score
 from refusal_mi.model.loading import load_model
 from refusal_mi.search.grid import select
 from refusal_mi.search.localize import localize_removal, map_writes
-from refusal_mi.search.removals import RemovalScorer
+from refusal_mi.search.removals import RemovalItem, RemovalScorer
 from refusal_mi.search.staged import Screening, staged_sweep
 from refusal_mi.search.sweep import Scorer, ScoreTable, exact_items, sweep
 from refusal_mi.search.thresholds import Thresholds
@@ -94,32 +94,31 @@ def test_losses_are_the_same_in_any_order(parts, is_plain):
     )
 
 
-@pytest.mark.parametrize("n_kl", [1, 3])
-def test_the_least_removal_is_found_the_same_in_any_order(parts, n_kl):
+def test_the_least_removal_is_found_the_same_in_any_order(parts):
     """Its rounds read more and more prompts: what the plain model gives of them must not depend on who reads them."""
     model, chat, grid = parts
     asked, answered = ([f"{text} {'now ' * n}" for n in range(5) for text in side] for side in (HARMFUL, HARMLESS))
-    made = generate(model, chat, answered, max_new_tokens=n_kl)
-    how = {"answers": [each.token_ids for each in made] if n_kl > 1 else (), "n_kl": n_kl}
     direction = grid.direction(-1, 2)
 
     def search(engine=None):
-        scorer = RemovalScorer(model, chat, asked, answered, [5], **how)
-        found = localize_removal(scorer, [direction], n_generations=1, engine=engine)
+        scorer = RemovalScorer(model, chat, asked, answered, [5])
+        found = localize_removal(scorer, [direction], n_generations=0, engine=engine)
         return found, *map_writes(scorer, direction, engine)
 
     found, *mapped = search()
-    assert found.n_tried > len(found.measured) > 12 and len({each.mean_kl for each in found.measured}) > 10
-    for engine in ENGINES:
-        again, *others = search(engine)
-        assert [each.removal for each in again.measured] == [each.removal for each in found.measured]
-        pairs = [
-            (getattr(a, name), getattr(b, name))
-            for a, b in zip(again.measured, found.measured, strict=True)
-            for name in ("scores", "kl")
-        ]
-        assert all(torch.equal(a, b) for a, b in [*pairs, *zip(others[1:], mapped[1:], strict=True)])
-        assert others[0] == mapped[0]
+    again, *others = search(Shuffled(1))
+    assert found.n_tried > len(found.measured) >= 12 and len({each.mean_kl for each in found.measured}) > 10
+    assert [each.removal for each in again.measured] == [each.removal for each in found.measured]
+    both = zip(again.measured, found.measured, strict=True)
+    pairs = [pair for a, b in both for pair in ((a.scores, b.scores), (a.kl, b.kl))]
+    assert all(torch.equal(a, b) for a, b in [*pairs, *zip(others[1:], mapped[1:], strict=True)])
+    assert others[0] == mapped[0]
+    scorer = RemovalScorer(model, chat, asked, answered, [5])
+    removal = found.measured[0].removal
+    item = RemovalItem((direction,), (removal.weights(model.cfg.n_layers),), len(asked), (len(answered),))
+    _, kl = scorer.run(item)
+    assert not kl[0].equal(found.measured[0].kl), "the control: all at once round otherwise"
+    assert torch.allclose(kl[0], found.measured[0].kl, atol=1e-5)
 
 
 def test_jobs_and_engines_are_what_they_say(parts):
