@@ -139,6 +139,10 @@ class RunFolder:
         with self.locked():
             return self._stage(name, inputs, outputs, compute, about)
 
+    def is_done(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> bool:
+        """Whether `stage` would keep what is there; takes no lock and writes nothing."""
+        return self._done(self._records / f"{name}.json", sha256_json(inputs), outputs) is not None
+
     def _stage(
         self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str], compute: Callable[[], None], about: str
     ) -> dict[str, str]:
