@@ -71,7 +71,7 @@ def study(
         if images:
             check_images()
         for ended in run_study(asked, path, fresh=fresh, engine=engine, n_workers=workers):
-            if ended.found is not None:
+            if ended.found is not None and not (path / ended.cell.folder / "report.html").exists():
                 write_report(path / ended.cell.folder)
     found = states(asked, path)
     if not status:

@@ -16,7 +16,7 @@ from ..run.stages import RunFolder
 from ..terminal import say
 from .spec import Cell, Study
 from .table import TABLE, CellRows, TableRow, table_rows, write_table
-from .work import ROWS, Apart, Failure, Here, Work, Worker, failure
+from .work import ROWS, Apart, Failure, Here, Work, failure
 
 FAILED, RUNNING = "failed.json", "running.json"
 State = Literal["done", "running", "failed", "changed", "left"]
@@ -120,7 +120,7 @@ def states(study: Study, path: Path) -> list[CellState]:
     return found
 
 
-def _done(folder: RunFolder, cell: Cell, worker: Worker) -> CellState:
+def _done(folder: RunFolder, cell: Cell, worker: Here | Apart) -> CellState:
     """Do a cell, if it is not done."""
     path = folder.path
     (path / cell.folder / FAILED).unlink(missing_ok=True)

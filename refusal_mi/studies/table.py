@@ -12,7 +12,7 @@ from ..model.provenance import ModelRecord
 from ..run.methods import MethodsResult
 from ..run.record import RunSummary
 from ..stats import Rate, mean_interval
-from ..values import Value, frame
+from ..values import Value
 
 TABLE = "study.parquet"
 PLAIN = "plain"
@@ -211,12 +211,3 @@ def read_table(path: str | Path) -> tuple[TableRow, ...]:
     if other is not None:
         raise UserError(f"{path} is of format {other!r}, and this version of refusal_mi reads format {FORMAT}")
     return found
-
-
-def to_frame(rows: Sequence[TableRow]) -> Any:
-    """A pandas table of rows.
-
-    Raises:
-        UserError: pandas is not installed.
-    """
-    return frame([asdict(row) for row in rows])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -54,21 +54,6 @@ class Work:
     fresh: bool = False
     engine: str = "local"
     n_workers: int | None = None
-
-
-@runtime_checkable
-class Worker(Protocol):
-    """Does cells."""
-
-    def __enter__(self) -> "Worker": ...
-    def __exit__(self, *_: object) -> None: ...
-    def load(self) -> Failure | None:
-        """Have the model ready; what goes wrong comes back."""
-        ...
-
-    def do(self, cell: Cell) -> Failure | None:
-        """Write a cell's folder; what goes wrong comes back."""
-        ...
 
 
 class Here:

@@ -245,7 +245,7 @@ def test_a_model_of_another_place_gets_the_folder_and_the_old_run_is_kept(whole,
 
 
 def test_the_command_says_how_far_it_is_without_a_lock_and_makes_the_page(whole, inside, capsys):
-    study, path, _ = whole
+    _, path, _ = whole
     words = ["study", "study.yaml", "--output-dir", str(path)]
     files = sorted(path.rglob("*"))
     with RunFolder(path).locked():
