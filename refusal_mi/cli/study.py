@@ -147,13 +147,14 @@ def _listed(path: Path, held: Mapping[str, Any], key: str, default: list[Any]) -
 def _model(path: Path, entry: Any) -> tuple[str, str | None, dict[str, Any]]:
     """Short name, source, and options of loading."""
     said = {"model": entry} if isinstance(entry, str) else entry
-    if not isinstance(said, dict) or not isinstance(said.get("model"), str):
+    if not isinstance(said, dict) or not said.get("model") or not isinstance(said["model"], str):
         raise UserError(f"{path}: a model is a directory, a hub id, {EMBEDDED}, or a table with model: and name:")
     known = [each.name for each in fields(ModelOptions) if each.name not in ("model", "model_path")]
     for key in said:
         check_named(f"key of a model in {path}", key, ["model", "name", *known])
     source = said["model"]
-    base = source.replace("/", "--") if source.count("/") == 1 and not Path(source).exists() else Path(source).name
+    is_local = source[0] in "./~" or source.count("/") != 1 or Path(source).exists()
+    base = Path(source).name if is_local else source.replace("/", "--")
     rest = {key: value for key, value in said.items() if key not in ("model", "name")}
     return str(said.get("name", base)), None if source == EMBEDDED else source, rest
 
@@ -244,4 +245,4 @@ def _values(path: Path, name: str, options: Mapping[str, Any]) -> dict[str, Any]
     known = options_by_name(command)
     words = [word for key, value in options.items() for word in option_words(str(path), known[key], value)]
     values: dict[str, Any] = command.make_context(name, words).params
-    return values
+    return {key: list(value) or None if isinstance(value, tuple) else value for key, value in values.items()}

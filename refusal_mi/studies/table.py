@@ -93,7 +93,9 @@ class TableRow:
         cls, model: str, folder: str, reason: str, created: str, data: str | None, seed: int | None
     ) -> "TableRow":
         """Of a model, or a cell, that failed."""
-        return cls(model, data, seed, *[None] * 10, "failed", reason, *[None] * 7, folder, created)
+        said = {"model": model, "data": data, "seed": seed, "status": "failed", "reason": reason}
+        nothing: dict[str, Any] = {each.name: None for each in fields(cls)}
+        return cls(**nothing | said | {"folder": folder, "created": created, "format": FORMAT})
 
 
 def table_rows(model: str, data: str, seed: int, folder: str, found: CellRows) -> list[TableRow]:
@@ -162,8 +164,8 @@ def _of_methods(compared: MethodsResult) -> list[Number]:
             ("kl", _NATS, "harmless", [each.kl_nats for each in drawn]),
         ):
             mean, low, high = mean_interval(values)
-            ends = (low, high) if len(values) > 1 else (None, None)
-            found.append(Number(stage, f"control: {name}", k, of_set, metric, mean, *ends, len(values), unit))
+            limits = (None, None) if len(values) == 1 else (low, high)
+            found.append(Number(stage, f"control: {name}", k, of_set, metric, mean, *limits, len(values), unit))
     for label, reason in compared.skipped.items():
         method, _, k_text = label.rpartition(":")
         nothing = (None, None, None, None)

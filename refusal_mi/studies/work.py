@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
@@ -115,7 +115,8 @@ class Apart:
         """Send a cell there; after a failure, the next one finds a new process."""
         failed = self.load()
         if failed is None:
-            self._pipe.send(cell)
+            with suppress(ConnectionError):  # it ended: the answer says so
+                self._pipe.send(cell)
             failed = self._answer(of_model=False)
         return failed
 

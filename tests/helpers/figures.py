@@ -180,7 +180,7 @@ def studied() -> list[TableRow]:
 
     def share(method: str, k: int, value: float, stage: str = "compare-methods") -> Number:
         return Number(
-            stage, method, k, "harmful", "refused", value, max(0, value - 0.1), min(1, value + 0.1), 40, "share"
+            stage, method, k, "harmful", "refused", value, max(0.0, value - 0.1), min(1.0, value + 0.1), 40, "share"
         )
 
     rows = []

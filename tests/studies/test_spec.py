@@ -76,6 +76,7 @@ def test_an_option_that_both_commands_have_goes_to_both_and_a_file_of_nothing_is
         ("methods: [mean]\noptions: {steps: directions}", "add selection to steps"),
         ("seeds: [a]", "seeds are whole numbers"),
         ("models: [{name: x}]", "a model is a directory"),
+        ("models: ['']", "a model is a directory"),
         ("models: [{model: a/b, dtyp: float32}]", "did you mean 'dtype'"),
         ("models: [{model: a/b, dtype: flaot32}]", "did you mean float32"),
         ("models: [a/b, {model: c/d, name: a--b}]", "give each model and set of prompts its own name"),

@@ -1,4 +1,4 @@
-"""A study of the embedded model and others like it: its table, what failed, what was killed, what changed."""
+"""Studies of tiny models and of the embedded one: the table, what failed, what was killed, what changed."""
 
 import json
 import os
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from refusal_mi.cli import exit_status
 from refusal_mi.cli.study import read_study
@@ -25,41 +24,45 @@ from refusal_mi.studies.study import run_study, states
 from refusal_mi.studies.table import TableRow, read_table, write_table
 from refusal_mi.studies.work import Failure
 from tests.helpers.figures import studied
+from tests.helpers.models import save_tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")]
+pytestmark = pytest.mark.slow
 STUDY = """
-models:
-  - embedded
-  - retrained
-  - {{model: {helps}, name: helps}}
-  - {{model: ./nowhere, name: missing}}
-data:
-  - name: planted
-    harmful: organism_harmful_train,organism_harmful_val,organism_harmful_test
-    harmless: organism_harmless_train,organism_harmless_val,organism_harmless_test
-    text_set: organism_plain_text
-    instruction_set: organism_instructions
+models: [first, second, {model: ./nowhere, name: missing}]
+data: {name: own, harmful: harmful.json, harmless: harmless.json, text_set: texts.json}
 methods: [dim, "peel:2"]
 seeds: [0, 1]
 options:
-  {{device: cpu, search: staged, steps: "directions,selection", n_train: 16, n_val: 8, n_test: 6, label_tokens: 6}}
+  {device: cpu, n_train: 6, n_val: 4, n_test: 3, kl_max: inf, induce_min: -inf, filter: false, refusal_tokens: 40,
+   steps: "directions,selection", compare-methods: {n_places: 2, n_random: 1, n_prompts: 3, max_new_tokens: 4}}
 """
-COMPARED = "  compare-methods: {n_places: 1, n_random: 1, n_prompts: 6, max_new_tokens: 6}\n"
-MEASURED = ("created", "versions")
+REFUSING = f"""
+models: [embedded, {{model: {ORGANISM.parent / "stage1"}, name: helps}}]
+data:
+  name: planted
+  harmful: organism_harmful_train,organism_harmful_val,organism_harmful_test
+  harmless: organism_harmless_train,organism_harmless_val,organism_harmless_test
+  text_set: organism_plain_text
+  instruction_set: organism_instructions
+methods: dim
+seeds: 0
+options:
+  {{device: cpu, search: staged, steps: "directions,selection", n_train: 16, n_val: 8, n_test: 6, label_tokens: 6,
+   compare-methods: {{n_places: 1, n_random: 1, n_prompts: 6, max_new_tokens: 6}}}}
+"""
+MEASURED = ("created",)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """The study's file, and a retrained copy of the embedded model: every weight a little another one."""
+    """A study's file, two random models, prompts."""
     folder = tmp_path_factory.mktemp("study")
-    shutil.copytree(ORGANISM, folder / "retrained")
-    weights, drawn = load_file(ORGANISM / "model.safetensors"), torch.Generator().manual_seed(0)
-    for name, tensor in weights.items():
-        noise = torch.randn(tensor.shape, generator=drawn) * tensor.float().std() * 0.01
-        weights[name] = (tensor.float() + noise).to(tensor.dtype)
-    save_file(weights, folder / "retrained/model.safetensors", {"format": "pt"})
-    text = STUDY.format(helps=ORGANISM.parent / "stage1").rstrip().removesuffix("}")
-    (folder / "study.yaml").write_text(f"{text}, {COMPARED.strip()}}}\n")
+    for seed, name in enumerate(("first", "second")):
+        save_tiny("llama", folder / name, seed=seed)
+    for side in ("harmful", "harmless"):
+        (folder / f"{side}.json").write_text(json.dumps([f"{side} {n}" for n in range(24)]))
+    (folder / "texts.json").write_text(json.dumps(["A short text.", "Another one."]))
+    (folder / "study.yaml").write_text(STUDY)
     return folder
 
 
@@ -76,10 +79,10 @@ def whole(place):
     os.chdir(place)
     try:
         study = read_study(Path("study.yaml"))
-        ended = list(run_study(study, place / "whole", apart=False))
+        ended = list(run_study(study, place / "runs/whole", apart=False))
     finally:
         os.chdir(before)
-    return study, place / "whole", ended
+    return study, place / "runs/whole", ended
 
 
 def plain(rows: tuple[TableRow, ...]) -> list[dict[str, object]]:
@@ -87,27 +90,36 @@ def plain(rows: tuple[TableRow, ...]) -> list[dict[str, object]]:
     return [{key: value for key, value in asdict(row).items() if key not in MEASURED} for row in rows]
 
 
-def test_every_model_is_there_and_none_ends_the_others(whole):
+METHODS = (("mean", 1), ("peel", 2))
+
+
+def test_every_cell_is_there_and_a_model_that_fails_ends_no_other(whole, inside):
     study, path, ended = whole
-    assert [each.cell.model.name for each in ended] == ["embedded"] * 2 + ["retrained"] * 2 + ["helps"] * 2 + [
-        "missing"
+    assert [each.cell.folder for each in ended][:4] == [
+        f"{m}/own/seed-{s}" for m in ("first", "second") for s in (0, 1)
     ]
-    assert [each.state for each in ended] == ["done"] * 6 + ["failed"]
-    assert [each.says for each in ended][:6] == ["done"] * 4 + ["does not refuse"] * 2
+    assert [each.state for each in ended] == ["done"] * 4 + ["failed"]
     rows = read_table(path)
     (missing,) = (row for row in rows if row.model == "missing")
     assert missing.status == "failed" and "no such model: './nowhere'" in missing.reason and missing.seed is None
-    helps = [row for row in rows if row.model == "helps"]
-    assert {(row.method, row.metric) for row in helps} == {("plain", "refused")} and len(helps) == 2
-    assert all(row.status == "does not refuse" and row.low <= row.value <= row.high < 0.2 and row.n for row in helps)
-    refused = {row.model: row.value for row in rows if row.stage == "run" and row.set.startswith("harmful")}
-    assert refused["embedded"] > 0.9 and refused["retrained"] > 0.9, "the control: these refuse"
     of_methods = {(row.model, row.seed, row.method, row.k) for row in rows if row.metric == "kl_ratio"}
-    assert of_methods == {(m, s, *each) for m in ("embedded", "retrained") for s in (0, 1) for each in METHODS}
-    assert [each.state for each in states(study, path)] == ["done"] * 6 + ["failed"] * 2
+    assert of_methods == {(m, s, *each) for m in ("first", "second") for s in (0, 1) for each in METHODS}
+    assert [each.state for each in states(study, path)] == ["done"] * 4 + ["failed"] * 2
 
 
-METHODS = (("mean", 1), ("peel", 2))
+@pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built")
+def test_a_model_that_does_not_refuse_is_a_row_with_its_rate(tmp_path, monkeypatch):
+    """The embedded model, and what it was before it learned when to refuse."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.yaml").write_text(REFUSING)
+    embedded, helps = run_study(read_study(Path("s.yaml")), tmp_path / "out", apart=False)
+    assert (embedded.state, embedded.says, helps.state, helps.says) == ("done", "done", "done", "does not refuse")
+    rows = read_table("out")
+    (rate,) = (row for row in rows if row.model == "helps")
+    assert (rate.method, rate.k, rate.metric, rate.set) == ("plain", 0, "refused", "harmful: train and val")
+    assert rate.status == "does not refuse" and rate.low <= rate.value <= rate.high < 0.2 and rate.n == 24
+    refused = {row.method: row for row in rows if row.model == "embedded" and row.metric == "refused"}
+    assert refused["plain"].low > 0.5 > refused["mean"].high, "the control: the other one refuses, until it is removed"
 
 
 def test_the_table_says_what_the_run_folders_say_and_pandas_reads_it(whole):
@@ -120,9 +132,9 @@ def test_the_table_says_what_the_run_folders_say_and_pandas_reads_it(whole):
     keys = ["model", "data", "seed", "stage", "method", "k", "set", "metric"]
     assert not frame.duplicated(keys).any()
     kl = {}
-    for model in ("embedded", "retrained"):
+    for model in ("first", "second"):
         for seed in (0, 1):
-            folder = f"{model}/planted/seed-{seed}"
+            folder = f"{model}/own/seed-{seed}"
             found = MethodsResult.load(path / folder / "methods")
             summary = read_json(path / folder / "summary.json")
             of_cell = frame[frame.folder == folder].set_index(["stage", "method", "k", "set", "metric"])
@@ -143,7 +155,7 @@ def test_the_table_says_what_the_run_folders_say_and_pandas_reads_it(whole):
             assert of_cell.fingerprint.unique().tolist() == [found.model.fingerprint]
             assert json.loads(of_cell.versions.iloc[0])["torch"] == torch.__version__
     assert len(set(kl.values())) == 4, "the control: other weights and other prompts give other numbers"
-    assert (path / "retrained/planted/seed-1/methods/cost.html").is_file()
+    assert (path / "second/own/seed-1/methods/cost.html").is_file()
 
 
 def test_one_that_was_killed_comes_to_the_same_numbers(whole, inside):
@@ -154,7 +166,7 @@ def test_one_that_was_killed_comes_to_the_same_numbers(whole, inside):
     line = [sys.executable, "-m", "refusal_mi", "study", "study.yaml", "--output-dir", str(path)]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        first, second = (path / f"embedded/planted/seed-{seed}" for seed in (0, 1))
+        first, second = (path / f"first/own/seed-{seed}" for seed in (0, 1))
         wait_for(first / "methods/mean-1/chosen.json", process)
         with pytest.raises(UserError, match="another process is at work"):
             list(run_study(study, path, apart=False))
@@ -176,11 +188,11 @@ def test_one_that_was_killed_comes_to_the_same_numbers(whole, inside):
     assert not Path(f"/proc/{child}").exists(), "the process of the model ends with the study's"
     assert [each.state for each in states(study, path)] == ["failed", "left"]
     assert [each.state for each in run_study(study, path, apart=False)] == ["done", "done"]
-    rows = [row for row in read_table(expected) if row.model == "embedded"]
+    rows = [row for row in read_table(expected) if row.model == "first"]
     assert plain(read_table(path)) == plain(tuple(rows)) and len(rows) > 40
     for seed in (0, 1):
         for name in ("methods/methods.json", "select_direction/direction_evaluations.json", "prompts.json"):
-            file = f"embedded/planted/seed-{seed}/{name}"
+            file = f"first/own/seed-{seed}/{name}"
             assert read_json(path / file) == read_json(expected / file)
     assert not list(path.rglob(".*.tmp")) and not list(path.rglob("failed.json"))
 
@@ -204,30 +216,30 @@ def test_what_changed_is_done_again_alone(whole, inside, capsys):
     study, path, _ = whole
     shutil.copytree(path, inside / "changed", dirs_exist_ok=True)
     path = inside / "changed"
-    before = {cell.folder: (path / cell.folder / "rows.json").read_bytes() for cell in study.cells[:6]}
+    before = {cell.folder: (path / cell.folder / "rows.json").read_bytes() for cell in study.cells[:4]}
     capsys.readouterr()
-    assert [each.state for each in run_study(study, path, apart=False)] == ["done"] * 6 + ["failed"]
+    assert [each.state for each in run_study(study, path, apart=False)] == ["done"] * 4 + ["failed"]
     said = capsys.readouterr().err.splitlines()
-    assert sum("done before, kept" in line for line in said) == 6 and not any("cannot load" in line for line in said)
+    assert sum("done before, kept" in line for line in said) == 4 and not any("cannot load" in line for line in said)
     assert before == {folder: (path / folder / "rows.json").read_bytes() for folder in before}
     shorter = [
         replace(c, compared=replace(c.compared, max_new_tokens=5)) if i == 3 else c for i, c in enumerate(study.cells)
     ]
-    changed = replace(study, cells=tuple(shorter[:6]))
-    expected = ["done"] * 3 + ["changed"] + ["done"] * 2
+    changed = replace(study, cells=tuple(shorter[:4]))
+    expected = ["done"] * 3 + ["changed"]
     assert [each.state for each in states(changed, path)] == expected
     list(run_study(changed, path, apart=False))
     said = capsys.readouterr().err.splitlines()
-    inner = [line.partition(": ")[2] for line in said if line.startswith("retrained planted seed-1: ")]
+    inner = [line.partition(": ")[2] for line in said if line.startswith("second own seed-1: ")]
     assert "scores: done before, kept" in inner and "peel-2-held-out: done before, kept" in inner
     assert not any(line.startswith("peel-2-answers: done before") for line in inner), "its answers are shorter now"
     now = {folder: (path / folder / "rows.json").read_bytes() for folder in before}
-    assert [folder for folder in before if now[folder] != before[folder]] == ["retrained/planted/seed-1"]
-    config = inside / "retrained/generation_config.json"
+    assert [folder for folder in before if now[folder] != before[folder]] == ["second/own/seed-1"]
+    config = inside / "second/generation_config.json"
     text = config.read_text()
     try:
         config.write_text(text.rstrip() + "\n\n\n")
-        expected = ["done"] * 2 + ["changed"] * 2 + ["done"] * 2
+        expected = ["done"] * 2 + ["changed"] * 2
         assert [each.state for each in states(changed, path)] == expected
     finally:
         config.write_text(text)
@@ -235,13 +247,13 @@ def test_what_changed_is_done_again_alone(whole, inside, capsys):
 
 def test_a_model_of_another_place_gets_the_folder_and_the_old_run_is_kept(whole, inside):
     study, path, _ = whole
-    shutil.copytree(path / "helps", inside / "moved/retrained")
-    cell = replace(study.cells[4], model=replace(study.cells[4].model, name="retrained", source="retrained"))
+    shutil.copytree(path / "second", inside / "moved/first")
+    cell = study.cells[0]
     only = replace(cell, methods=(), options=replace(cell.options, steps=("directions",)))
     (ended,) = run_study(replace(study, cells=(only,)), inside / "moved", apart=False)
-    assert ended.says == "directions only" and ended.found.model.source == str(inside / "retrained")
-    old = read_json(inside / "moved/replaced/retrained/planted/seed-0/run.json")
-    assert old["model"]["source"].endswith("stage1")
+    assert ended.says == "directions only" and ended.found.model.source == str(inside / "first")
+    old = read_json(inside / "moved/replaced/first/own/seed-0/run.json")
+    assert old["model"]["source"] == str(inside / "second")
 
 
 def test_the_command_says_how_far_it_is_without_a_lock_and_makes_the_page(whole, inside, capsys):
@@ -250,17 +262,17 @@ def test_the_command_says_how_far_it_is_without_a_lock_and_makes_the_page(whole,
     files = sorted(path.rglob("*"))
     with RunFolder(path).locked():
         assert exit_status([*words, "--status"]) == 1, "one model failed"
-    assert "6 of 8 cells are done" in capsys.readouterr().out and sorted(path.rglob("*")) == files
+    assert "4 of 6 cells are done" in capsys.readouterr().out and sorted(path.rglob("*")) == files
     empty = [*words[:2], "--output-dir", "none", "--status", "--json"]
     assert exit_status(empty) == 0 and not (inside / "none").exists()
     assert {each["state"] for each in json.loads(capsys.readouterr().out)["cells"]} == {"left"}
     assert exit_status([*words, "--json"]) == 1
     cells = json.loads(capsys.readouterr().out)["cells"]
-    assert [each["state"] for each in cells] == ["done"] * 6 + ["failed"] * 2
+    assert [each["state"] for each in cells] == ["done"] * 4 + ["failed"] * 2
     page = (path / "study.html").read_text("utf-8")
-    assert page.count('href="embedded/planted/seed-') == 2 and "Plotly.newPlot" in page
-    assert "does not refuse" in page and "no such model" in page
-    assert (path / "embedded/planted/seed-0/report.html").is_file()
+    assert page.count('href="first/own/seed-') == 2 and "Plotly.newPlot" in page
+    assert "failed: no such model" in page
+    assert (path / "first/own/seed-0/report.html").is_file()
     assert (path / "study.yaml").read_text() == (inside / "study.yaml").read_text()
 
 
