@@ -55,7 +55,7 @@ _COLUMNS = (
     _Column("ce_change", "Cost on plain texts", "CE change (nats per token)"),
 )
 _STAGE, _PLAIN, _REFUSES_NOT = "compare-methods", "plain", "does not refuse"
-_TICKS = (0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100)
+_TICKS = (0.01, 0.1, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 100)
 
 
 def plot_study(rows: Sequence[Row], *, name: str = "", **look: Unpack[draw.Look]) -> go.Figure:
@@ -160,9 +160,12 @@ def _axes(figure: go.Figure, shown: _Column, rows: Sequence[Row], row: int, colu
     if shown.metric == "refused":
         figure.update_xaxes(range=[-0.04, 1.04], **place)
     elif shown.is_log:
-        ends = [math.log10(max(end, 1e-3)) for end in (*values, 1.0)]
-        figure.update_xaxes(type="log", tickvals=list(_TICKS), ticktext=[f"{tick:g}" for tick in _TICKS], **place)
-        figure.update_xaxes(range=[min(ends) - 0.1, max(ends) + 0.1], **place)
+        logs = [math.log10(max(end, 1e-3)) for end in (*values, 1.0)]
+        low, high = min(logs) - 0.1, max(logs) + 0.1
+        ticks = [tick for tick in _TICKS if low <= math.log10(tick) <= high]
+        ticks = ticks if high - low < 1 else [tick for tick in ticks if tick not in (0.7, 1.5, 3)]
+        texts = [f"{tick:g}" for tick in ticks]
+        figure.update_xaxes(type="log", range=[low, high], tickvals=ticks, ticktext=texts, **place)
         draw.cut_line(figure, 1.0, **place)
     else:
         low, high = min(0.0, *values), max(0.0, *values)

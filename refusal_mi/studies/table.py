@@ -164,8 +164,9 @@ def _of_methods(compared: MethodsResult) -> list[Number]:
             ("kl", _NATS, "harmless", [each.kl_nats for each in drawn]),
         ):
             mean, low, high = mean_interval(values)
-            limits = (None, None) if len(values) == 1 else (low, high)
-            found.append(Number(stage, f"control: {name}", k, of_set, metric, mean, *limits, len(values), unit))
+            low_end, high_end = (None, None) if len(values) == 1 else (low, high)
+            of_draws = (mean, low_end, high_end, len(values), unit)
+            found.append(Number(stage, f"control: {name}", k, of_set, metric, *of_draws))
     for label, reason in compared.skipped.items():
         method, _, k_text = label.rpartition(":")
         nothing = (None, None, None, None)
