@@ -60,7 +60,7 @@ def clear_leftovers(folder: Path, name: str = "", *, deep: bool = False) -> None
     whose = re.compile(rf"\.{re.escape(platform.node())}-(\d{{1,9}})(?:\.[0-9a-f]{{8}})?\.tmp$")
     for left in [*(folder.rglob if deep else folder.glob)(pattern)]:
         match = whose.search(left.name)
-        if match is None or _is_alive(int(match[1])):
+        if match is None or is_alive(int(match[1])):
             continue
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
@@ -68,7 +68,8 @@ def clear_leftovers(folder: Path, name: str = "", *, deep: bool = False) -> None
             left.unlink(missing_ok=True)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine runs; where that cannot be asked, it does."""
     if os.name == "nt":  # where asking would end it
         return True
     try:

@@ -28,6 +28,7 @@ MEANINGS: Mapping[str, str] = {
     "direction": "A .pt file or a run folder, whose direction is ablated, in audit compared; default: none in chat and "
     "audit, in export the run of MODEL.",
     "hook": "Where a bare vector was read, such as blocks.13.hook_resid_post; --layer then says where it is added.",
+    "images": "Figures as .png and .pdf beside the .html; needs Chromium.",
     "judge": "Who says whether the model complied: substring (default), evade (refuse, evade or comply, by rules), "
     "classifier:MODEL, llamaguard, the URL of an endpoint, refusal:URL, or strongreject: with a URL or MODEL.",
     "kl_max": "Largest KL on harmless prompts, in nats; inf: any. Default 0.1; in responses eval any.",
@@ -49,7 +50,7 @@ MEANINGS: Mapping[str, str] = {
     "compare-methods 5.",
     "output": "The file to write, whose ending says the format; default: beside what is read.",
     "output_dir": "The folder to write; default runs/{alias}, the run folder, or the command's own folder inside it, "
-    "in audit none.",
+    "in study runs/{name}, in audit none.",
     "pairs": "A/B pairs: a file, or the name of a bundled set. Default: those for training in caa vectors, held-out "
     "ones in caa ab.",
     "positions": "Where the vector is added: all, prompt, or response (from the last prompt token on). Default all; in "

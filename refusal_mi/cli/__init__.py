@@ -11,7 +11,21 @@ import typer
 
 from ..errors import UserError, cause
 from ..terminal import printable, say
-from . import analyze, audit, capability, chat, export, judge, localize, methods, run, select, steering, variants
+from . import (
+    analyze,
+    audit,
+    capability,
+    chat,
+    export,
+    judge,
+    localize,
+    methods,
+    run,
+    select,
+    steering,
+    study,
+    variants,
+)
 from .config import with_config
 from .shown import plain_command
 
@@ -50,6 +64,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "select": select.select_saved,
     "localize": localize.localize,
     "compare-methods": methods.compare_methods,
+    "study": study.study,
     "variants": variants.variants,
     "audit": audit.audit,
     "capability": capability.capability,

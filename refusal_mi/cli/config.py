@@ -32,7 +32,7 @@ def with_config(words: Sequence[str], root: Any) -> list[str]:
     path, _ = split_command(rest)
     if path[:1] == ["caa"] and _is_write_ups(at_home(file)):
         return own_spelling([*rest, "--config", file])
-    held = _read(at_home(file))
+    held = read_options(at_home(file))
     command = root
     for word in path:
         command = getattr(command, "commands", {}).get(word)
@@ -42,7 +42,7 @@ def with_config(words: Sequence[str], root: Any) -> list[str]:
     given = {word.partition("=")[0] for word in spelled}
     has_model = _has_model(spelled[len(path) :], command)
     renamed = RENAMED.get(tuple(path), {})
-    known = {each.opts[0].removeprefix("--").replace("-", "_"): each for each in command.params if each.opts}
+    known = options_by_name(command)
     added: list[str] = []
     for key, value in _of(file, held, " ".join(path), root, known).items():
         dashed = f"--{key.replace('_', '-')}"
@@ -52,7 +52,7 @@ def with_config(words: Sequence[str], root: Any) -> list[str]:
         option = known[name]
         if given & {*option.opts, *option.secondary_opts} or (name == "model_path" and has_model):
             continue
-        added += _said(file, option, value)
+        added += option_words(file, option, value)
     end = spelled.index("--") if "--" in spelled else len(spelled)
     return own_spelling([*path, *spelled[len(path) : end], *added, *spelled[end:]])
 
@@ -95,12 +95,22 @@ def _taken(words: Sequence[str]) -> tuple[str | None, list[str]]:
 def _is_write_ups(path: Path) -> bool:
     """Whether `caa` is to read a file itself, and to say what is wrong with it: all but one of options."""
     try:
-        return path.suffix != ".toml" and not set(_read(path)).isdisjoint(WRITE_UP)
+        return path.suffix != ".toml" and not set(read_options(path)).isdisjoint(WRITE_UP)
     except UserError:
         return True
 
 
-def _read(path: Path) -> dict[str, Any]:
+def options_by_name(command: Any) -> dict[str, Any]:
+    """The options and arguments of a command, as a file names them."""
+    return {each.opts[0].removeprefix("--").replace("-", "_"): each for each in command.params if each.opts}
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """What a .toml or .yaml file says, by key.
+
+    Raises:
+        UserError: it is missing, or no such file.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -167,8 +177,12 @@ def _table(file: str, key: str, value: Any) -> dict[str, Any]:
     return value or {}
 
 
-def _said(file: str, option: Any, value: Any) -> Iterator[str]:
-    """The words that give an option this value."""
+def option_words(file: str, option: Any, value: Any) -> Iterator[str]:
+    """The words that give an option this value.
+
+    Raises:
+        UserError: it takes no such value; the message names the file.
+    """
     flag = option.opts[0]
     if value is None:
         return

@@ -127,25 +127,36 @@ def flat(command: Callable[..., int]) -> Callable[..., int]:
     (`refusal_mi.options.Option`, or typer's own annotations) is what the command line shows.
     """
     signature = inspect.signature(command)
-    bundles = {p.name: p.annotation for p in signature.parameters.values() if _dataclass_of(p.annotation)}
+    bundles = {p.name for p in signature.parameters.values() if _dataclass_of(p.annotation)}
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         if parameter.name in bundles:
-            parameters += _parameters(_dataclass_of(bundles[parameter.name]))
+            parameters += _parameters(_dataclass_of(parameter.annotation))
         else:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @wraps(command)
     def call(**values: Any) -> int:
-        made: dict[str, Any] = {}
-        for name, annotation in bundles.items():
-            kind: Any = _dataclass_of(annotation)
-            given = _given(kind, values)
-            made[name] = Given(given) if get_origin(annotation) is Given else kind(**given)
-        return command(**made, **values)
+        return command(**bundled(command, values))
 
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return call
+
+
+def bundled(command: Callable[..., int], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a command as it is written, from the values of its command line.
+
+    Raises:
+        UserError: an option does not take its value.
+    """
+    rest = dict(values)
+    made: dict[str, Any] = {}
+    for name, parameter in inspect.signature(inspect.unwrap(command)).parameters.items():
+        kind: Any = _dataclass_of(parameter.annotation)
+        if kind is not None:
+            given = _given(kind, rest)
+            made[name] = Given(given) if get_origin(parameter.annotation) is Given else kind(**given)
+    return made | rest
 
 
 def _dataclass_of(annotation: Any) -> Any:
@@ -241,7 +252,13 @@ class ModelOptions:
 
     def load(self) -> "HookedModel":
         """The model, loaded quietly."""
-        from ..model.loading import DeviceName, DtypeName, quiet_load
+        from ..model.loading import quiet_load
+
+        return quiet_load(self.source, **self.how())
+
+    def how(self) -> dict[str, Any]:
+        """What `load_model` takes beside the source; a value that is none of an option's is a UserError."""
+        from ..model.loading import DeviceName, DtypeName
 
         for option, value, known in (
             ("--device", self.device, get_args(DeviceName)),
@@ -250,16 +267,15 @@ class ModelOptions:
         ):
             if value is not None:
                 check_choice(option, value, known)
-        return quiet_load(
-            self.source,
-            revision=self.revision,
-            device=self.device,
-            dtype=self.dtype,
-            device_map=parse_device_map(self.device_map),
-            max_memory=parse_memory(self.max_memory),
-            quantization=self.quantization,
-            trust_remote_code=self.trust_remote_code,
-        )
+        return {
+            "revision": self.revision,
+            "device": self.device,
+            "dtype": self.dtype,
+            "device_map": parse_device_map(self.device_map),
+            "max_memory": parse_memory(self.max_memory),
+            "quantization": self.quantization,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
 
 def parse_device_map(text: str | None) -> str | dict[str, str | int] | None:

@@ -41,9 +41,7 @@ def run(
     given: Given[RunOptions],
     directions: Ranks = None,
     multi: Multi = None,
-    images: Annotated[
-        bool, typer.Option("--images", help="Score plots as .png and .pdf beside the .html; needs Chromium.")
-    ] = False,
+    images: Annotated[bool, typer.Option("--images", help=MEANINGS["images"])] = False,
     engine: Engine = "local",
     workers: Workers = None,
     fresh: Fresh = False,

@@ -159,6 +159,10 @@ class RunFolder:
             done = self._done(record, key, outputs)
         return done
 
+    def is_done(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> bool:
+        """Whether `stage` would keep what is there; takes no lock and writes nothing."""
+        return self._done(self._records / f"{name}.json", sha256_json(inputs), outputs) is not None
+
     def _stage(
         self,
         name: str,

@@ -1,7 +1,7 @@
 """A command without options does what the library does without options: no default is said twice with two values."""
 
 import inspect
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 
 from refusal_mi.analysis import KINDS
 from refusal_mi.cli import exit_status
+from refusal_mi.cli.study import read_study
 from refusal_mi.errors import UserError
 from refusal_mi.files import write_json, write_tensors
 from refusal_mi.interventions import Ablate, Add
@@ -19,6 +20,7 @@ from refusal_mi.recipes.combinations import combine
 from refusal_mi.recipes.options import EvalOptions, VectorOptions, default_folder, default_options, default_queries
 from refusal_mi.run.options import CombosOptions, RunOptions
 from refusal_mi.search.thresholds import NO_THRESHOLDS, Thresholds
+from refusal_mi.studies.spec import MethodsOptions
 from refusal_mi.text.batches import START
 from tests.helpers.directions import random_direction
 from tests.helpers.runs import make_run, write_head
@@ -214,6 +216,20 @@ def test_export_vector(call, tiny_dir, tmp_path):
     assert settings(added) == settings(Add(direction))
     ablated = call("refusal_mi.export.formats.write_lm_eval", *words, "s.pt", "--format", "lm-eval").arguments
     assert settings(ablated["intervention"]) == settings(Ablate(direction))
+
+
+def test_study(call, tiny_dir, tiny_model, tmp_path):
+    source = str(tiny_dir("llama").resolve())
+    write_head(default_folder(source), tiny_model("llama"), source, {"harmful": (), "harmless": ()}, ())
+    alone = call("refusal_mi.recipes.methods.compare_methods", "compare-methods", source).arguments
+    (tmp_path / "s.yaml").write_text(
+        f"models: {source}\nmethods: mean\noptions: {{n_val: 7, compare-methods: {{n_random: 2}}}}\n"
+    )
+    (cell,) = read_study(tmp_path / "s.yaml").cells
+    expected = {name: alone[name] for name in ("kl_tokens", "n_places", "max_new_tokens", "batch_size")}
+    assert vars(cell.compared) == {**expected, "n_random": 2, "n_prompts": alone["run"].max_prompts}
+    assert cell.options == replace(default_options(source), n_val=7)
+    assert MethodsOptions().n_random == alone["n_random"]
 
 
 def test_plot(call, tmp_path):

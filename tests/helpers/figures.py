@@ -21,6 +21,7 @@ from refusal_mi.figures.labels import plot_label_scores
 from refusal_mi.figures.localize import plot_front, plot_writes
 from refusal_mi.figures.methods import plot_cost, plot_ratios
 from refusal_mi.figures.scores import plot_norms, plot_score_lines, plot_score_panels, plot_scores
+from refusal_mi.figures.study import plot_study
 from refusal_mi.figures.variants import plot_variant_parts, plot_variant_rates, plot_variants
 from refusal_mi.measures import ABPoint, ABSweep, LossResult
 from refusal_mi.run.answers import Effect, SideEffects
@@ -28,6 +29,7 @@ from refusal_mi.run.variants import Change, SideRow, VariantRow, VariantsResult,
 from refusal_mi.search.grid import select
 from refusal_mi.search.thresholds import Thresholds
 from refusal_mi.stats import Rate
+from refusal_mi.studies.table import CellRows, Number, TableRow, table_rows
 from refusal_mi.text.variants import PARTS, PLACE, Variant
 from tests.helpers.browser import Page
 from tests.helpers.runs import TOKENS, make_model, make_scores
@@ -99,6 +101,7 @@ def _of_runs(**look: Any) -> dict[str, go.Figure]:
         "plot_variant_rates": plot_variant_rates(worded(), model=MODEL, **look),
         "plot_variant_parts": plot_variant_parts(worded(), model=MODEL, **look),
         "plot_audit": plot_audit(_audited(), **look),
+        "plot_study": plot_study(studied(), name="three models", **look),
     }
 
 
@@ -170,6 +173,33 @@ def worded() -> VariantsResult:
     n = {"harmful": 40, "harmless": 40}
     rows = tuple(row(index, name) for index, name in enumerate(names))
     return VariantsResult(make_model(), 12, -1, tuple(range(-5, 0)), TOKENS, heads, n, 64, 42, plain, rows, "substring")
+
+
+def studied() -> list[TableRow]:
+    """The table of a study: two models that refuse, one that does not, one that failed; two seeds, three methods."""
+
+    def share(method: str, k: int, value: float, stage: str = "compare-methods") -> Number:
+        return Number(
+            stage, method, k, "harmful", "refused", value, max(0.0, value - 0.1), min(1.0, value + 0.1), 40, "share"
+        )
+
+    rows = []
+    for at, (model, seed) in enumerate((model, seed) for model in (MODEL, "<b>gemma</b>-2-2b-it") for seed in (0, 1)):
+        found = [share("plain", 0, 0.95)]
+        for method, k, ratio in (("mean", 1, 1.0), ("peel", 2, 1.6 + 0.2 * at), ("category", 3, None)):
+            ends = (None, None) if ratio is None else (0.8 * ratio, None if at == 2 else 1.3 * ratio)
+            stage = ("compare-methods", method, k)
+            found.append(share(method, k, 0.02 * k + 0.01 * at))
+            found.append(Number(*stage, "harmless", "kl_ratio", ratio, *ends, 40, "ratio"))
+            found.append(Number(*stage, "plain texts", "ce_change", 0.004 * k, None, None, None, "nats per token"))
+        found.append(
+            Number("compare-methods", "control: random", 2, "harmful", "refused_by_score", 0.9, None, None, 2, "")
+        )
+        cell = CellRows("done", "2026-01-01T00:00:00+00:00", make_model(), {"torch": "2"}, False, tuple(found))
+        rows += table_rows(model, "bundled", seed, f"{model}/bundled/seed-{seed}", cell)
+    plain = CellRows("does not refuse", "", make_model(), {}, False, (share("plain", 0, 0.04, "run"),))
+    rows += table_rows("SmolLM2-135M-Instruct", "bundled", 0, "SmolLM2-135M-Instruct/bundled/seed-0", plain)
+    return [*rows, TableRow.failed("missing", "missing", "no such model: 'missing'", "", None, None)]
 
 
 At = make_dataclass("At", ("strength", "refused", "kl_nats"), frozen=True)

@@ -25,12 +25,14 @@ from refusal_mi.loaded import load_run
 from refusal_mi.measures import next_token_logits
 from refusal_mi.model.loading import ORGANISM, load_model
 from refusal_mi.recipes import options
+from refusal_mi.studies.table import write_table
+from tests.helpers.figures import studied
 from tests.helpers.pages import PAGES, ROOT, blocks, broken_links, run_blocks
 
 DOCS = ROOT / "docs"
 OF_OTHER_TESTS = {ROOT / "README.md", DOCS / "python.md", DOCS / "judges.md"}
 RUN_HERE = {DOCS / f"{name}.md" for name in ("concepts", "analyses", "conditional", "estimators", "export")}
-RUN_HERE |= {DOCS / "audit.md", DOCS / "loading.md"}
+RUN_HERE |= {DOCS / "audit.md", DOCS / "loading.md", DOCS / "studies.md"}
 
 
 def load() -> ModuleType:
@@ -200,6 +202,14 @@ def test_an_audit_finds_what_was_removed(run_page: Any, tmp_path: Path, given: d
     names = run_page("audit")
     assert names["found"].verdict == "removed" and names["found"].in_blocks("mlp") == (2, 3, 4)
     assert names["found"].cosines[0] > 0.999 and len(names["figure"].data) == 2
+
+
+def test_the_table_of_a_study_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "runs/study/study.parquet", studied())
+    names = run_blocks(DOCS / "studies.md", {})
+    assert names["ratios"].loc[("peel", 2)].tolist() == pytest.approx([2.1, 1.7])
+    assert names["answers_all"].value.tolist() == [0.04] and names["failed"].model.tolist() == ["missing"]
 
 
 def test_load_model_takes_what_the_page_gives_it() -> None:

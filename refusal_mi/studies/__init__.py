@@ -1,0 +1,1 @@
+"""Many models, prompts, seeds and methods in one folder and one table."""
