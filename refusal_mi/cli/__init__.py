@@ -11,7 +11,21 @@ import typer
 
 from ..errors import UserError, cause
 from ..terminal import printable, say
-from . import analyze, audit, capability, chat, export, judge, localize, methods, run, select, steering, variants
+from . import (
+    analyze,
+    audit,
+    capability,
+    chat,
+    complete,
+    export,
+    judge,
+    localize,
+    methods,
+    run,
+    select,
+    steering,
+    variants,
+)
 from .config import with_config
 from .shown import plain_command
 
@@ -56,6 +70,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "analyze": analyze.analyze,
     "plot": analyze.plot,
     "compare": analyze.compare,
+    "complete": complete.complete,
     "judge": judge.judge,
     "model-info": run.model_info,
 }
