@@ -44,8 +44,9 @@ def complete(
 ) -> ServedRecord:
     """Greedy answers of a server to a run's held-out prompts: `completions/{set}_{label}_*.json`.
 
-    And who gave them: `served/{label}.json`. Answers are kept as they come, so that what was killed goes on; a prompt that fails at every try is left out and
-    named, and is asked again the next time. Other options, or another model, ask everything again.
+    And who gave them: `served/{label}.json`. Answers are kept as they come, so that what was killed goes on; a prompt
+    that fails at every try is left out and named, and is asked again the next time. Other options, or another model,
+    ask everything again.
 
     Args:
         folder: of a run; its system message and what its template is given go to the server as well.
