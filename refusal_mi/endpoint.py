@@ -6,7 +6,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from email.message import Message
@@ -172,10 +172,11 @@ class Endpoint:
 
 def as_they_come(
     items: Sequence[Item], work: Callable[[Item, Pause], Any], *, n_workers: int, description: str
-) -> Iterator[tuple[Item, Any]]:
+) -> Generator[tuple[Item, Any], None, None]:
     """Every item and what `work` makes of it, in the order in which they are done; at most `n_workers` at a time.
 
-    The workers are threads that nobody waits for: an interrupt, or whatever `work` raises first, ends this at once.
+    The workers are threads that nobody waits for: an interrupt, whatever `work` raises first, and closing this end it
+    at once.
     """
     waiting: SimpleQueue[Item] = SimpleQueue()
     done: SimpleQueue[tuple[Item, Any]] = SimpleQueue()

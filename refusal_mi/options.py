@@ -57,9 +57,9 @@ MEANINGS: Mapping[str, str] = {
     "questions": "Open questions: a file, or the name of a bundled set.",
     "quick": "A run on small samples, marked as such in every file.",
     "refusal_tokens": "Token ids of the refusal score; default: discovered.",
+    "seed": "Of every random draw. Default 42; of the controls of analyze and caa vectors 0.",
     "workers": "Copies of the model under ray, default: one a GPU, without GPUs 2; in complete requests at a time, "
     "default 4.",
-    "seed": "Of every random draw. Default 42; of the controls of analyze and caa vectors 0.",
 }
 """What an option means that several commands have, and its defaults where they differ: said once."""
 

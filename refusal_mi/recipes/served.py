@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from .effects import evaluate
 from .server import PATHS, Answer, Server
 
 MOST_IN_A_ROW = 5
-"""Prompts that fail one after the other before the server is given up."""
-_AT_ONCE = frozenset({401, 403, 404, 405})
-"""HTTP statuses that are about no single prompt."""
+"""Prompts whose tries all fail, one after the other, before the server is given up; refusals while none is answered."""
+_ABOUT_ALL = frozenset({401, 403, 404, 405})
+"""HTTP statuses that are about no single prompt, beside redirects."""
 
 
 class Unanswered(Exception):
@@ -168,22 +169,22 @@ class _Asking:
         """Answers by prompt, those of before and new ones; and what went wrong with the others."""
         missing = [index for index in range(len(prompts)) if index not in kept.answers]
         problems: dict[int, str] = {}
-        n_failed_in_a_row, n_before = 0, len(kept.answers)
+        n_in_a_row = 0
         about = f"{prompts.name}, asking {urlsplit(self.server.base).hostname}"
-        for index, outcome in as_they_come(missing, self._one, n_workers=self.server.n_workers, description=about):
-            if isinstance(outcome, Answer):
-                self._check_model(outcome, kept)
-                kept.add(index, outcome)
-                n_failed_in_a_row = 0
-                continue
-            problems[index] = str(outcome)
-            n_failed_in_a_row += 1
-            is_over = n_failed_in_a_row >= MOST_IN_A_ROW or len(problems) == len(prompts)
-            if is_over or (isinstance(outcome, Refused) and (outcome.status in _AT_ONCE or outcome.status < 400)):
-                text = self.server.fault(outcome, self.model, self.listed)
-                n_new = len(kept.answers) - n_before
-                stay = f"; {len(kept.answers)} answers are kept, the same command goes on" if kept.answers else ""
-                raise UserError(text.replace("answers no prompt", "stopped answering") + stay if n_new else text + stay)
+        come = as_they_come(missing, self._one, n_workers=self.server.n_workers, description=about)
+        with closing(come):
+            for index, outcome in come:
+                if isinstance(outcome, Answer):
+                    self._check_model(outcome, kept)
+                    kept.add(index, outcome)
+                    n_in_a_row = 0
+                    continue
+                problems[index] = str(outcome)
+                n_in_a_row += isinstance(outcome, Failed) or not kept.answers
+                if n_in_a_row >= MOST_IN_A_ROW or len(problems) == len(prompts) or _is_about_all(outcome):
+                    text = self.server.fault(outcome, self.model, self.listed)
+                    stay = f"; {len(kept.answers)} answers are kept, the same command goes on" if kept.answers else ""
+                    raise UserError(text + stay)
         if not any(answer.text for answer in kept.answers.values()):
             kept.path.unlink()
             ends = ", ".join(sorted({str(answer.finish_reason) for answer in kept.answers.values()}))
@@ -224,6 +225,10 @@ class _Asking:
                 f"the server at {self.server.base} now answers as {answer.model}, and the {len(kept.answers)} answers "
                 f"that came before are of {others[0]}: --fresh asks for all of them again"
             )
+
+
+def _is_about_all(problem: Refused | Failed) -> bool:
+    return isinstance(problem, Refused) and (problem.status in _ABOUT_ALL or problem.status < 400)
 
 
 def _prompt_sets(run: RunRecord) -> dict[Side, PromptSet]:

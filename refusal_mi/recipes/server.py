@@ -99,13 +99,13 @@ class Server:
         names = _names(listed)
         has = f"; it lists {_shown(names)}" if names and model not in names else ""
         if isinstance(problem, Failed):
-            return f"the server at {self.base} answers no prompt; the last of {self.n_tries} tries ended with {problem}"
+            return f"the server at {self.base} does not answer; the last of {self.n_tries} tries ended with {problem}"
         if problem.status in (401, 403):
             return self._no_entry(problem)
         if problem.status in (404, 405) or problem.status < 400:
             where = f"{self.base}{PATHS[self.api]}"
             return f"{where} is not there, or has no model {model!r} ({problem}){has}: see --endpoint and --model-name"
-        return f"the server at {self.base} refuses every prompt for the model {model!r} ({problem}){has}"
+        return f"the server at {self.base} refuses the prompts for the model {model!r} ({problem}){has}"
 
     def _no_entry(self, problem: Refused) -> str:
         return f"the server at {self.base} refuses the key ({problem}); put a valid one into {KEY_VARIABLE}"

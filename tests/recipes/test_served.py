@@ -247,7 +247,7 @@ def test_what_failed_is_asked_again_alone(run):
 def test_a_server_that_answers_nothing_is_given_up_soon(tmp_path):
     run = served_run(tmp_path / "run", n_test=40)
     with Fake(lambda fake, handler, number, body: send(handler, "oh", 500)) as fake:
-        with pytest.raises(UserError, match="answers no prompt; the last of 2 tries ended with HTTP status 500"):
+        with pytest.raises(UserError, match="does not answer; the last of 2 tries ended with HTTP status 500"):
             complete(RunFolder(run), quick(fake, n_tries=2, n_workers=1))
         assert len(fake.seen) <= 2 * (MOST_IN_A_ROW + 1)
 
@@ -259,7 +259,7 @@ def test_a_server_that_stops_keeps_what_it_gave(tmp_path):
         answer(fake, handler, number, body) if number <= 12 else send(handler, "oh", 503)
 
     with Fake(ends) as fake:
-        with pytest.raises(UserError, match=r"stopped answering.*12 answers are kept"):
+        with pytest.raises(UserError, match=r"does not answer.*12 answers are kept"):
             complete(RunFolder(run), quick(fake, n_tries=1, n_workers=1))
         fake.answer, n_before = answer, len(fake.seen)
         complete(RunFolder(run), quick(fake))
@@ -355,7 +355,7 @@ def status(code: int, text: str = "no"):
         (status(404), None, ["--model-name=x"], "has no model 'x' (HTTP status 404: no); it lists m: see --endpoint"),
         (status(404), 404, ["--model-name=x"], "/v1/chat/completions is not there, or has no model 'x' (HTTP status"),
         (status(307), None, [], "is not there, or has no model 'm' (HTTP status 307"),
-        (status(400, "pinned to y"), None, [], "refuses every prompt for the model 'm' (HTTP status 400: pinned to y)"),
+        (status(400, "pinned to y"), None, [], "refuses the prompts for the model 'm' (HTTP status 400: pinned to y)"),
         (answer, 404, [], "/v1/models does not list models as OpenAI-compatible servers do: correct --endpoint"),
         (answer, {"models": []}, [], "/v1/models does not list models as OpenAI-compatible servers do"),
         (answer, {"data": []}, [], "lists no model: say which with --model-name"),
