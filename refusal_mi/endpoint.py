@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from email.message import Message
+from functools import partial
 from http.client import HTTPException
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -139,16 +140,14 @@ class Endpoint:
 
     def _in_time(self, path: str, body: Any) -> Any:
         """The endpoint's answer, within the time of one request, however slowly its bytes come."""
-        answer: SimpleQueue[Any] = SimpleQueue()
+        answer: SimpleQueue[Callable[[], Any]] = SimpleQueue()
         request = lambda: answer.put(_outcome(lambda: self._request(path, body)))  # noqa: E731
         threading.Thread(target=request, daemon=True).start()
         try:
             outcome = answer.get(timeout=self.timeout_seconds)
         except Empty:
             raise TimeoutError("the answer took too long") from None
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
+        return outcome()
 
     def _request(self, path: str, body: Any) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -179,7 +178,7 @@ def as_they_come(
     at once.
     """
     waiting: SimpleQueue[Item] = SimpleQueue()
-    done: SimpleQueue[tuple[Item, Any]] = SimpleQueue()
+    done: SimpleQueue[tuple[Item, Callable[[], Any]]] = SimpleQueue()
     pause = Pause()
     for each in items:
         waiting.put(each)
@@ -197,9 +196,7 @@ def as_they_come(
     try:
         for _ in track(items, description):
             item, outcome = done.get()
-            if isinstance(outcome, BaseException):
-                raise outcome
-            yield item, outcome
+            yield item, outcome()
     finally:
         pause.stop.set()
 
@@ -234,12 +231,17 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(_NoRedirects)
 
 
-def _outcome(work: Callable[[], Any]) -> Any:
-    """What it returns, or what it raises."""
+def _outcome(work: Callable[[], Item]) -> Callable[[], Item]:
+    """What gives, in another thread, what it returns or raises."""
     try:
-        return work()
+        result = work()
     except BaseException as error:
-        return error
+        return partial(_raise, error)
+    return lambda: result
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
 
 
 class _Status(Exception):

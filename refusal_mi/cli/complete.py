@@ -56,7 +56,7 @@ def complete(
     n_workers = at_least("--workers", workers, 1, 4)
     tokens = None if max_new_tokens is None else at_least("--max-new-tokens", max_new_tokens, 1, 1)
     source = None if run is not None and model is None and model_path is None else one_model(model, model_path)
-    server = Server(endpoint, model_name, "completions" if completions else "chat", n_workers, n_tries, timeout)
+    server = Server(endpoint, model_name, "completions" if completions else "chat", n_workers, n_tries, float(timeout))
     path = default_folder(str(source)) if run is None else run
     if source is not None:
         check_model_of_run(path, source)

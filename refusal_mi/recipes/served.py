@@ -132,7 +132,8 @@ class _Kept:
             for line in lines[1:]:
                 try:
                     held = json.loads(line)
-                    self.answers[int(held.pop("index"))] = Answer(**held)
+                    index = held.pop("index")
+                    self.answers[index] = Answer(**held)
                 except (ValueError, TypeError, LookupError, AttributeError):  # the last line of a killed process
                     break
         write_text(path, "".join([f"{key}\n", *(self._line(*each) for each in self.answers.items())]))

