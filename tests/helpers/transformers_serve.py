@@ -37,7 +37,7 @@ def transformers_serve(words: Sequence[str], folder: Path, port: int) -> Iterato
             [sys.executable, "-c", _COMMAND, *words], cwd=folder, stdout=output, stderr=subprocess.STDOUT
         )
     try:
-        address, deadline = f"http://localhost:{port}", time.monotonic() + 120
+        address, deadline = f"http://localhost:{port}", time.monotonic() + 300
         while True:
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
                 urllib.request.urlopen(f"{address}/health", timeout=5).read()

@@ -10,7 +10,7 @@ from refusal_mi.cli import exit_status
 from refusal_mi.files import read_json, read_record
 from refusal_mi.generation import generate
 from refusal_mi.loaded import load_run
-from refusal_mi.model.loading import load_model
+from refusal_mi.model.loading import ORGANISM, load_model, load_tokenizer
 from refusal_mi.recipes.served import complete
 from refusal_mi.recipes.server import Server
 from refusal_mi.run.served import ServedRecord
@@ -22,7 +22,7 @@ from tests.helpers.transformers_serve import MISSING, WHY, free_port, transforme
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=WHY)]
 
 N, TOKENS = 20, 16
-SMALL = [f"--n-test={N}", f"--max-new-tokens={TOKENS}", "--n-train=16", "--n-val=8", "--n-random=1", "--device=cpu"]
+SMALL = [f"--n-test={N}", f"--max-new-tokens={TOKENS}", "--n-train=16", "--n-val=8", "--n-random=0", "--device=cpu"]
 SMALL += ["--steps=directions,selection,completions"]
 
 
@@ -54,7 +54,7 @@ def test_the_page_from_run_to_report(tmp_path, monkeypatch, capsys):
             RunFolder(folder),
             Server(address, "edited", "completions"),
             label="rendered",
-            chat=ChatFormat(load_model(device="cpu").tokenizer),
+            chat=ChatFormat(load_tokenizer(str(ORGANISM))),
         )
         assert exit_status([*ask[1:], "--model-name", "other", "--label", "x"]) == 2
         assert "(HTTP status 400: Server is pinned to 'edited'; requested 'other'.)" in capsys.readouterr().err
