@@ -16,6 +16,7 @@ from . import (
     audit,
     capability,
     chat,
+    complete,
     export,
     judge,
     localize,
@@ -71,6 +72,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "analyze": analyze.analyze,
     "plot": analyze.plot,
     "compare": analyze.compare,
+    "complete": complete.complete,
     "judge": judge.judge,
     "model-info": run.model_info,
 }

@@ -89,7 +89,7 @@ Engine = Annotated[
         metavar="local|ray|ray://HOST:PORT",
     ),
 ]
-Workers = Annotated[int | None, typer.Option(help="Copies of the model under ray; default: one a GPU, without GPUs 2.")]
+Workers = Annotated[int | None, typer.Option(help=MEANINGS["workers"])]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

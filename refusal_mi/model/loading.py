@@ -226,6 +226,22 @@ def quiet_load(source: Any = None, **how: Any) -> HookedModel:
     return load_model(source, **how)
 
 
+def load_tokenizer(source: str, revision: str | None = None) -> Any:
+    """The tokenizer of a directory, GGUF file or hub id, without the model.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    folder, file = (str(Path(source).parent), Path(source).name) if is_gguf(source) else (source, None)
+    try:
+        with guarded(source):
+            return AutoTokenizer.from_pretrained(folder, revision=revision, gguf_file=file, trust_remote_code=False)
+    except Exception as error:  # foreign code
+        raise UserError(f"cannot read the tokenizer of {source}: {cause(error)}") from error
+
+
 def silence_libraries() -> None:
     """No advice and no bars from huggingface_hub and transformers."""
     from huggingface_hub.utils import logging as hub_logging

@@ -61,7 +61,8 @@ def visible(text: str) -> str:
 
 
 def _table(record: RunRecord, side: SideEffects) -> AnswerTable:
-    labels = [label for label in _ORDER[side.side] if side.find(label) is not None]
+    served = [effect.label for effect in side.effects if record.is_served(effect.label)]
+    labels = [label for label in (*_ORDER[side.side], *served) if side.find(label) is not None]
     columns = tuple((label, intervention_name(label, side.side)) for label in labels)
     answered = [record.answers(side, label) for label in labels]
     rows: list[AnswerRow] = []

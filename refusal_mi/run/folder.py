@@ -43,6 +43,7 @@ from .record import (
     RunInfo,
     RunSummary,
 )
+from .served import is_served
 from .stages import SIGNED, Origin
 
 
@@ -220,6 +221,10 @@ class RunRecord:
         path = self._evaluations(side.set_name, label)
         return Evaluation.load(path).answers if path.is_file() else ()
 
+    def is_served(self, label: str) -> bool:
+        """Whether a server gave the answers of this label: `refusal-mi complete`."""
+        return not self.label and is_served(self.path, label)
+
     @cached_property
     def losses(self) -> Mapping[str, Mapping[str, LossResult]]:
         """CE loss by label and text set, baseline first; empty until the baseline is there."""
@@ -244,12 +249,22 @@ class RunRecord:
         labels = {path.name.removeprefix(f"{name}_").removesuffix("_evaluations.json") for path in paths}
         if self.label and labels and self._evaluations(name, "baseline").is_file():
             labels.add("baseline")
+        served = {label for label in labels if self.is_served(label)}
         if measured is not None:
-            labels &= {effect.label for effect in measured.effects}
+            labels &= {effect.label for effect in measured.effects} | served
+        labels -= {label for label in served if not self._answers_the_same(name, label)}
         effects = [
             Evaluation.load(self._evaluations(name, label)).effect(label) for label in sorted(labels, key=_label_order)
         ]
         return SideEffects(side, name, tuple(effects)) if effects else None
+
+    def _answers_the_same(self, name: str, label: str) -> bool:
+        """Whether a set's answers under a label are to the prompts of the plain model's."""
+        plain, others = (self._evaluations(name, each) for each in ("baseline", label))
+        if not plain.is_file():
+            return False
+        asked = [[answer.prompt for answer in Evaluation.load(path).answers] for path in (plain, others)]
+        return asked[0] == asked[1]
 
     def _set_name(self, side: Side) -> str:
         """The set whose baseline answers are there; the harmless set is always called harmless."""

@@ -16,6 +16,8 @@ class Fake:
 
     def __init__(self, answer: Callable[["Fake", BaseHTTPRequestHandler, int, dict], None]) -> None:
         self.answer, self.seen, self.headers = answer, [], []
+        self.models: object = {"object": "list", "data": [{"id": "m", "object": "model", "created": 1}]}
+        """What GET gets: JSON, or a status."""
         self.lock = threading.Lock()
 
     @property
@@ -34,6 +36,10 @@ class Fake:
                     number = len(fake.seen)
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     fake.answer(fake, self, number, body)
+
+            def do_GET(self) -> None:
+                status = fake.models if isinstance(fake.models, int) else 200
+                raw(self, b"<html>" if status != 200 else json.dumps(fake.models).encode(), status)
 
             def log_message(self, *_: object) -> None:
                 pass
