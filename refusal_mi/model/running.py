@@ -323,14 +323,14 @@ def running_from(model: HookedModel, layer: int, hooks: Sequence[Hook], n_output
     def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         return hidden_states if n_outputs == 0 else (hidden_states, *[None] * (n_outputs - 1))
 
-    below = _blocks(model)[:layer]
+    below = blocks_of(model)[:layer]
     with running(model, hooks), ExitStack() as stack:
         for block in below:
-            stack.enter_context(_forward_replaced(block, pass_on))
+            stack.enter_context(forward_replaced(block, pass_on))
         yield
 
 
-def _blocks(model: HookedModel) -> list[nn.Module]:
+def blocks_of(model: HookedModel) -> list[nn.Module]:
     """The live blocks, whether their wrappers are left out at this moment or not."""
     return [getattr(block, "original_component", block) for block in bridge(model).blocks]
 
@@ -339,7 +339,7 @@ def n_block_outputs(model: HookedModel) -> int:
     """How many values this architecture's blocks return in a tuple; 0 where they return the stream alone."""
     outputs: list[Any] = []
     token = torch.ones(1, 1, dtype=torch.long, device=model_device(model))
-    block = _blocks(model)[0]
+    block = blocks_of(model)[0]
     with torch.no_grad(), running(model):
         handle = block.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
@@ -378,7 +378,7 @@ class LastPositions:
         """
         with ExitStack() as stack:
             for module in self.modules if _path(self.model).left_out is not None else ():
-                stack.enter_context(_forward_replaced(module, partial(self._forward, module, module.forward)))
+                stack.enter_context(forward_replaced(module, partial(self._forward, module, module.forward)))
             yield
 
     def _forward(self, module: nn.Module, forward: Any, stream: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -409,7 +409,7 @@ def _same(whole: Any, last: Any, n: int) -> bool:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
     before = module.__dict__.get("forward")
     try:
         module.forward = forward

@@ -269,7 +269,7 @@ class SharedPasses:
                 layers = [*_copies(self._common_layers[:layer], len(vectors)), *above]
             for chunk, places in self._split(len(vectors), prompts, n_common):
                 batch = [self.rows[prompts[place]][n_common:] for place in places]
-                stream = _left_padded([self._streams[prompts[place]][layer, n_common:] for place in places])
+                stream = left_padded([self._streams[prompts[place]][layer, n_common:] for place in places])
                 with self._running_from(layer, AddEach(vectors[chunk], layer, stream)):
                     rows = self._run_rows(batch, _some(layers, chunk), len(vectors[chunk]), n_common)
                 _keep(logits[chunk], places, rows)
@@ -283,7 +283,7 @@ class SharedPasses:
             return
         with torch.no_grad(), running(self.model, hooks):
             self._common_layers = self._run_common(1, self.n_common)
-            common = [stream[0] for stream in kept]
+            common = [stream[0].to(self.device) for stream in kept]
             for _, places in self._split(1, prompts, self.n_common):
                 kept.clear()
                 rows = [self.rows[prompts[place]][self.n_common :] for place in places]
@@ -291,7 +291,7 @@ class SharedPasses:
                 for line, (place, row) in enumerate(zip(places, rows, strict=True)):
                     self._logits[prompts[place]] = logits[line]
                     if keep_streams:
-                        own = torch.stack([stream[line, -len(row) :] for stream in kept])
+                        own = torch.stack([stream[line, -len(row) :].to(self.device) for stream in kept])
                         parts = [torch.stack(common), own] if common else [own]
                         self._streams[prompts[place]] = torch.cat(parts, dim=1)
 
@@ -380,7 +380,7 @@ def _keep(logits: Sequence[list[Tensor]], places: Sequence[int], of_batch: Logit
             rows[place] = of_batch[direction, line]
 
 
-def _left_padded(streams: Sequence[Float[Tensor, "_ d_model"]]) -> Float[Tensor, "prompt pos d_model"]:
+def left_padded(streams: Sequence[Float[Tensor, "_ d_model"]]) -> Float[Tensor, "prompt pos d_model"]:
     width = max(map(len, streams))
     return torch.stack([torch.nn.functional.pad(stream, (0, 0, width - len(stream), 0)) for stream in streams])
 
