@@ -63,12 +63,12 @@ def main() -> int:
         rows = {way: child(way, Path(scratch), given.prompts) for way in WAYS}
         found = {way: torch.load(Path(scratch) / f"{way}.pt") for way in WAYS}
     tell(f"{size / GB:.2f} GB of weights, {N_LAYERS} blocks, {torch.get_num_threads()} threads")
+    tell("| way | means | weights read | sweep | weights read | peak memory |\n|---|---|---|---|---|---|")
     for way, row in rows.items():
-        tell(
-            f"{way:>13}: means {row['means_seconds']:.1f} s, {row['means_gb']:.1f} GB; sweep {row['sweep_seconds']:.1f} s, "
-            f"{row['sweep_gb']:.1f} GB read; peak {row['peak_mb']:.0f} MB"
-        )
+        times = (f"{row[f'{what}_seconds']:.1f} s | {row[f'{what}_gb']:.1f} GB" for what in ("means", "sweep"))
+        tell(f"| {way} | {' | '.join(times)} | {row['peak_mb'] / 1000:.2f} GB |")
     least, most = rows["by blocks"]["exits_mb"]
+    tell(f"{rows['by blocks']['check_seconds']:.1f} s and {rows['by blocks']['check_gb']:.1f} GB for the trial, once")
     tell(f"resident memory after each of {N_EXITS} passes that a hook ended: {least:.0f} to {most:.0f} MB")
     largest = max((found[way] - found["in memory"]).nan_to_num().abs().max().item() for way in WAYS)
     tell(f"largest difference of a score: {largest:.1e}")

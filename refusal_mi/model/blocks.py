@@ -19,7 +19,19 @@ from ..progress import track
 from ..text.batches import TokenBatch
 from .offload import held, is_offloaded, left_alone
 from .points import Hook, HookedModel, bridge, model_device, output_hook, resid_hook, split_hook
-from .running import SAME_VALUE, blocks_of, forward_replaced, last_logits, running, running_from
+from .running import (
+    SAME_VALUE,
+    blocks_of,
+    cache_at,
+    forward_replaced,
+    last_logits,
+    layers_of_cache,
+    new_cache,
+    prefix_logits_and_cache,
+    run_with_past,
+    running,
+    running_from,
+)
 from .wrappers import is_untouched
 
 STATE_BYTES = 2**31
@@ -37,14 +49,21 @@ class Pending:
     layer: int = 0
     stream: Float[Tensor, "batch pos d_model"] | None = None
     """What enters the layer, before its hooks; None at layer 0 is what the embedding gives."""
+    common: "Pending | None" = None
+    """A pass of the columns before these, which stands earlier among the passes that run together."""
+    common_rows: Int[Tensor, " batch"] | None = None
+    """Which of its rows each row continues."""
+    is_continued: bool = False
+    keys: tuple[Tensor, Tensor] | None = None
+    """Of a pass that others continue: keys and values of the block that ran last."""
 
 
 class Blocks:
     """The blocks of a model; each runs in all passes before the next one is read."""
 
-    def __init__(self, model: HookedModel, n_outputs: int) -> None:
-        """`n_outputs` is what `n_block_outputs` says of the model."""
-        self.model, self.n_outputs, self.blocks = model, n_outputs, blocks_of(model)
+    def __init__(self, model: HookedModel, n_outputs: int, has_keys: bool) -> None:
+        """`n_outputs` and `has_keys` are what `n_block_outputs` and `has_key_cache` say of the model."""
+        self.model, self.n_outputs, self.has_keys, self.blocks = model, n_outputs, has_keys, blocks_of(model)
         root = bridge(model).original_model
         self.embedding, self.head = (
             _inside(part()) for part in (root.get_input_embeddings, root.get_output_embeddings)
@@ -87,12 +106,25 @@ class Blocks:
         hooks: list[Hook] = [(resid_hook(one.layer, self.model.cfg.n_layers), enter), *own]
         hooks.append((output_hook(one.layer + 1), leave))
         with running(self.model, hooks) if one.stream is None else self._from(one.layer, hooks):
-            last_logits(self.model, one.batch)
+            self._pass(one)
         if keep is not None:
             if one.stream is None:
                 keep(index, 0, enter.seen)
             keep(index, one.layer + 1, leave.seen)
         return leave.seen.cpu()
+
+    def _pass(self, one: Pending) -> None:
+        mask, cache = one.batch.mask, new_cache(self.model)
+        if one.common is None and not one.is_continued:
+            last_logits(self.model, one.batch)
+            return
+        if one.common is not None and one.common.keys is not None:
+            keys, values = (each[one.common_rows] for each in one.common.keys)
+            mask, cache = mask.new_ones(len(mask), keys.shape[-2] + mask.shape[1]), cache_at(one.layer, keys, values)
+            mask[:, keys.shape[-2] :] = one.batch.mask
+        run_with_past(self.model, one.batch.tokens, cache, mask)
+        if one.is_continued:
+            (one.keys,) = layers_of_cache(cache, one.layer)
 
     @contextmanager
     def _from(self, layer: int, hooks: Sequence[Hook]) -> Iterator[None]:
@@ -142,35 +174,35 @@ def offloaded_blocks(model: HookedModel) -> Blocks | None:
     whole = bridge(model)
     if not is_offloaded(whole.original_model) or not is_untouched(whole, but_for_accelerate=True):
         return None
-    if model not in _N_OUTPUTS:
-        _N_OUTPUTS[model] = _n_outputs_if_exact(model)
-    n_outputs = _N_OUTPUTS[model]
-    return None if n_outputs is None else Blocks(model, n_outputs)
+    if model not in _TRIED:
+        _TRIED[model] = _tried(model)
+    found = _TRIED[model]
+    return None if found is None else Blocks(model, *found)
 
 
-_N_OUTPUTS: "WeakKeyDictionary[Any, int | None]" = WeakKeyDictionary()
-"""Of the models that were tried; None where blocks on their own give something else."""
+_TRIED: "WeakKeyDictionary[Any, tuple[int, bool] | None]" = WeakKeyDictionary()
+"""What `Blocks` is made with; None where blocks on their own give something else."""
 
 
-def _n_outputs_if_exact(model: HookedModel) -> int | None:
+def _tried(model: HookedModel) -> tuple[int, bool] | None:
     n_layers, outputs = model.cfg.n_layers, list[Any]()
     tokens = torch.arange(1, 9, device=model_device(model))[None] % model.cfg.d_vocab
     one = Pending(TokenBatch(tokens, torch.ones_like(tokens)))
     handle = blocks_of(model)[0].register_forward_hook(lambda _, __, output: outputs.append(output))
     try:
-        Blocks(model, 0).run([one], 1)
+        Blocks(model, 0, False).run([one], 1)
     finally:
         handle.remove()
     n_outputs = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
-    blocks = Blocks(model, n_outputs)
+    blocks = Blocks(model, n_outputs, False)
     blocks.run([one], n_layers)
     assert one.stream is not None
     (found,) = blocks.logits([one.stream[:, -1]])
     with torch.no_grad(), running(model):
-        expected = last_logits(model, one.batch)
+        expected, cache = prefix_logits_and_cache(model, tokens)
     difference, scale = (found - expected).abs().max().item(), expected.abs().max().item()
     if difference <= SAME_VALUE.get(expected.dtype, 0.02) * scale:
-        return n_outputs
+        return n_outputs, all(hasattr(layer, "keys") for layer in cache.layers)
     warnings.warn(
         f"blocks on their own change a logit by {difference:.1e} on this model: every pass reads all weights from disk",
         stacklevel=3,

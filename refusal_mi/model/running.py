@@ -215,13 +215,21 @@ def prefix_logits_and_cache(
         past: cache of the columns before `tokens`; extended in place.
         mask: over the cached columns and `tokens`; None means that all are real.
     """
+    logits, cache = run_with_past(model, tokens, past, mask)
+    return logits[:, -1], cache
+
+
+def run_with_past(
+    model: HookedModel, tokens: Int[Tensor, "batch pos"], past: Any, mask: Int[Tensor, "batch total"] | None
+) -> Any:
+    """Logits and cache as the bridge gives them, or the stream where a hook ends the pass."""
     n_past = 0 if past is None else past.get_seq_length()
     if past is None and model_type(model) == "codegen":
         past = _keys_like_values()
     if mask is None:
         mask = tokens.new_ones(len(tokens), n_past + tokens.shape[1])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, n_past:]
-    logits, cache = bridge(model)(
+    return bridge(model)(
         tokens,
         return_type="logits_and_cache",
         attention_mask=mask,
@@ -231,7 +239,6 @@ def prefix_logits_and_cache(
         logits_to_keep=1,
         **_no_attentions(model),
     )
-    return logits[:, -1], cache
 
 
 def _keys_like_values() -> Any:
@@ -300,6 +307,19 @@ def has_key_cache(model: HookedModel) -> bool:
 def layers_of_cache(cache: Any, first: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every layer of an HF cache from `first` on, `[batch, head, pos, d_head]`."""
     return [(layer.keys, layer.values) for layer in cache.layers[first:]]
+
+
+def new_cache(model: HookedModel) -> Any:
+    """An empty HF cache of keys and values."""
+    from transformers import DynamicCache
+
+    return _keys_like_values() if model_type(model) == "codegen" else DynamicCache()
+
+
+def cache_at(layer: int, keys: Tensor, values: Tensor) -> Any:
+    """An HF cache for a pass in which block `layer` alone runs: of those below it has the length."""
+    filler = keys.new_zeros(1, 1, keys.shape[-2], 1)
+    return cache_from_layers([*[(filler, filler)] * layer, (keys, values)])
 
 
 def cache_from_layers(layers: Sequence[tuple[Tensor, Tensor]]) -> Any:

@@ -14,6 +14,7 @@ from ..model.points import HookedModel, model_device
 from ..text.batches import TokenBatch, batches_by_length, left_pad
 from .passes import (
     PASS_TOKENS,
+    SAME_PROBABILITY,
     AblateEach,
     AblateWritesEach,
     AddEach,
@@ -24,9 +25,13 @@ from .passes import (
     Weights,
     choose_passes,
     left_padded,
+    n_shared,
+    probe_of,
 )
 
 OfPrompts = Float[Tensor, "prompt d_vocab"]
+Change = Callable[[Sequence[int]], Intervention]
+"""What the directions of these numbers do, to rows that come direction by direction."""
 
 
 def passes_for(model: HookedModel, rows: Rows, pad_id: int, batch_size: int | None = None) -> Passes:
@@ -37,8 +42,17 @@ def passes_for(model: HookedModel, rows: Rows, pad_id: int, batch_size: int | No
     return BlockPasses(blocks, rows, pad_id, batch_size)
 
 
+@dataclass(eq=False)
+class Job:
+    """A pass of some prompts under some directions; rows come direction by direction."""
+
+    directions: Sequence[int]
+    places: Sequence[int]
+    run: Pending
+
+
 class BlockPasses:
-    """Whole passes (a common beginning is run for every prompt), all of them in one block before the next is read.
+    """All passes in one block before the next is read; the prompts' common beginning once for each direction.
 
     Plain streams of the prompts that are remembered stay in memory at every layer: additions start from them.
     """
@@ -47,10 +61,14 @@ class BlockPasses:
         """`batch_size` is the most rows in a pass (prompts × directions); None: by tokens."""
         self.blocks, self.model, self.rows, self.pad_id = blocks, blocks.model, rows, pad_id
         self.batch_size, self.device = batch_size, model_device(blocks.model)
+        self.pass_tokens = PASS_TOKENS.get(self.device.type, PASS_TOKENS["cpu"])
         self.most_rows = blocks.fitting(max(map(len, rows)))
         """Whose streams fit into memory together."""
         self._logits: dict[int, Tensor] = {}
         self._streams: dict[int, Tensor] = {}
+        self.n_common = min(n_shared(rows), min(map(len, rows)) - 1) if blocks.has_keys else 0
+        if self.n_common and not self._shares_exactly():
+            self.n_common = 0
 
     def plain(self, prompts: Sequence[int]) -> OfPrompts:
         self._run_plain([each for each in prompts if each not in self._logits])
@@ -71,88 +89,129 @@ class BlockPasses:
         def change(some: Sequence[int]) -> AblateWritesEach:
             return AblateWritesEach.of([removed[index] for index in some], [weights[index] for index in some])
 
-        return torch.stack(list(self._changed(len(weights), change, prompts)))
+        groups = self._fitting(len(weights), prompts)
+        found = [logits for group in groups for logits in self._run(self._jobs(group, prompts, change), group, prompts)]
+        return torch.stack(found)
 
     def each_ablated(self, directions: Sequence[Direction], prompts: Sequence[int]) -> Iterator[OfPrompts]:
         """`ablated`, whose logits are in memory one direction at a time."""
         units = torch.stack([direction.unit for direction in directions])
-        return self._changed(len(units), lambda some: AblateEach(units[list(some)]), prompts)
+        for group in self._fitting(len(units), prompts):
+            jobs = self._jobs(group, prompts, lambda some: AblateEach(units[list(some)]))
+            yield from self._run(jobs, group, prompts)
 
     def each_added(self, directions: Sequence[Direction], prompts: Sequence[int]) -> Iterator[OfPrompts]:
         """`added`, in the same way; the directions may be of several layers."""
         self.remember(prompts)
         vectors = torch.stack([direction.vector.detach().cpu().double() for direction in directions])
-        for group in self._fitting(len(directions), prompts):
-            jobs = []
+        for group in self._fitting(len(vectors), prompts):
+            jobs: list[Job] = []
             for layer in sorted({directions[index].layer for index in group}):
-                at_layer = [index for index in group if directions[index].layer == layer]
-                for some, places, batch in self._split(at_layer, prompts):
-                    stream = left_padded([self._streams[prompts[place]][layer] for place in places])
-                    hooks = AddEach(vectors[some], layer).hooks(self.model)
-                    jobs.append(Job(some, places, Pending(batch, hooks, layer, stream.repeat(len(some), 1, 1))))
-            yield from self._run(jobs, group, len(prompts))
 
-    def _changed(
-        self, n: int, change: Callable[[Sequence[int]], Intervention], prompts: Sequence[int]
-    ) -> Iterator[OfPrompts]:
-        """Passes of every prompt under `change` of some of `n` directions."""
-        for group in self._fitting(n, prompts):
-            split = self._split(group, prompts)
-            jobs = [Job(some, places, Pending(batch, change(some).hooks(self.model))) for some, places, batch in split]
-            yield from self._run(jobs, group, len(prompts))
+                def change(some: Sequence[int], layer: int = layer) -> AddEach:
+                    return AddEach(vectors[list(some)], layer)
+
+                at_layer = [index for index in group if directions[index].layer == layer]
+                jobs += self._jobs(at_layer, prompts, change, layer)
+            yield from self._run(jobs, group, prompts)
 
     def _run_plain(self, prompts: Sequence[int], keep_streams: bool = False) -> None:
         if not prompts:
             return
-        jobs = [Job(some, places, Pending(batch)) for some, places, batch in self._split([0], prompts)]
-        kept: dict[int, list[Tensor]] = {prompt: [] for prompt in prompts}
+        jobs, n_layers = self._jobs([0], prompts), self.model.cfg.n_layers
+        kept: list[list[Tensor]] = [[] for _ in jobs]
 
         def keep(index: int, layer: int, stream: Tensor) -> None:
-            for place, of_prompt in zip(jobs[index].places, stream if keep_streams else (), strict=False):
-                prompt = prompts[place]
-                kept[prompt].append(of_prompt[-len(self.rows[prompt]) :].cpu().clone())
+            if layer < n_layers:
+                kept[index].append(stream.cpu())
 
-        (logits,) = self._run(jobs, [0], len(prompts), keep)
+        places = [job.places for job in jobs]
+        (logits,) = self._run(jobs, [0], prompts, keep if keep_streams else None)
         self._logits |= zip(prompts, logits, strict=True)
-        self._streams |= {prompt: torch.stack(streams) for prompt, streams in kept.items() if streams}
+        common: list[Tensor] = []
+        for of_job, streams in zip(places, kept if keep_streams else (), strict=False):
+            if not of_job:  # the common columns
+                common = [torch.stack([stream[0] for stream in streams])]
+            for line, place in enumerate(of_job):
+                n = len(self.rows[prompts[place]]) - sum(part.shape[1] for part in common)
+                own = torch.stack([stream[line, -n:] for stream in streams])
+                self._streams[prompts[place]] = torch.cat([*common, own], dim=1)
+
+    def _jobs(
+        self, group: Sequence[int], prompts: Sequence[int], change: Change | None = None, layer: int | None = None
+    ) -> list[Job]:
+        """Passes of every prompt under every direction of a group; from a layer on where one is named."""
+        n_common, jobs = self.n_common if len(prompts) > 1 else 0, list[Job]()
+        rows = [self.rows[prompt][n_common:] for prompt in prompts]
+        most_tokens = self.pass_tokens if self.batch_size is None else None
+        batches = batches_by_length(rows, self.batch_size or len(rows), most_tokens=most_tokens)
+        at_once = self.batch_size or max(1, self.pass_tokens // max(1, n_common))
+        for chunk in _slices(group, at_once if n_common else len(group)):
+            common = None
+            if n_common:
+                first = left_pad([self.rows[prompts[0]][:n_common]], self.pad_id)
+                common = self._pending(first, chunk, prompts[:1], (0, n_common), change, layer)
+                common.is_continued = True
+                jobs.append(Job(chunk, [], common))
+            for places in batches:
+                batch, asked = left_pad([rows[place] for place in places], self.pad_id), [prompts[at] for at in places]
+                most = (self.batch_size or self.pass_tokens // batch.tokens.shape[1]) // len(places)
+                for some in _slices(chunk, max(1, most)):
+                    run = self._pending(batch, some, asked, (n_common, None), change, layer)
+                    run.common = common
+                    run.common_rows = torch.tensor([chunk.index(each) for each in some]).repeat_interleave(len(places))
+                    jobs.append(Job(some, places, run))
+        return jobs
+
+    def _pending(
+        self,
+        batch: TokenBatch,
+        some: Sequence[int],
+        prompts: Sequence[int],
+        columns: tuple[int, int | None],
+        change: Change | None,
+        layer: int | None,
+    ) -> Pending:
+        """A batch once for each of some directions; the streams of its prompts at these columns enter the layer."""
+        n, stream = len(some), None
+        if layer is not None:
+            own = [self._streams[prompt][layer, slice(*columns)] for prompt in prompts]
+            stream = left_padded(own).repeat(n, 1, 1)
+        repeated = TokenBatch(batch.tokens.repeat(n, 1), batch.mask.repeat(n, 1)).to(self.device)
+        return Pending(repeated, [] if change is None else change(some).hooks(self.model), layer or 0, stream)
 
     def _run(
-        self, jobs: list["Job"], group: Sequence[int], n_prompts: int, keep: Keep | None = None
+        self, jobs: list[Job], group: Sequence[int], prompts: Sequence[int], keep: Keep | None = None
     ) -> Iterator[OfPrompts]:
         """Logits of each direction of a group, in order."""
         self.blocks.run([job.run for job in jobs], self.model.cfg.n_layers, keep=keep)
         lines = {direction: line for line, direction in enumerate(group)}
-        last = torch.empty(len(group), n_prompts, self.model.cfg.d_model, dtype=self.model.cfg.dtype)
+        last = torch.empty(len(group), len(prompts), self.model.cfg.d_model, dtype=self.model.cfg.dtype)
         for job in jobs:
-            assert job.run.stream is not None
-            at = torch.tensor([lines[direction] for direction in job.directions])[:, None]
-            last[at, torch.tensor(job.places)] = job.run.stream[:, -1].unflatten(0, (len(job.directions), -1))
+            if job.places and job.run.stream is not None:
+                at = torch.tensor([lines[direction] for direction in job.directions])[:, None]
+                last[at, torch.tensor(job.places)] = job.run.stream[:, -1].unflatten(0, (len(job.directions), -1))
         jobs.clear()
         return self.blocks.logits(list(last))
 
-    def _fitting(self, n: int, prompts: Sequence[int]) -> Iterator[range]:
+    def _fitting(self, n: int, prompts: Sequence[int]) -> list[list[int]]:
         """Some of `n` directions after the other, all of whose passes fit into memory."""
-        at_once = max(1, self.most_rows // max(1, len(prompts)))
-        return (range(start, min(start + at_once, n)) for start in range(0, n, at_once))
+        return _slices(range(n), max(1, self.most_rows // max(1, len(prompts))))
 
-    def _split(self, group: Sequence[int], prompts: Sequence[int]) -> Iterator[tuple[list[int], list[int], TokenBatch]]:
-        """Some directions of a group, places of some prompts, and those prompts once for each of these directions."""
-        rows, most = [self.rows[prompt] for prompt in prompts], PASS_TOKENS.get(self.device.type, PASS_TOKENS["cpu"])
-        for places in batches_by_length(
-            rows, self.batch_size or len(rows), most_tokens=None if self.batch_size else most
-        ):
-            batch = left_pad([rows[place] for place in places], self.pad_id).to(self.device)
-            at_once = max(1, (self.batch_size or most // batch.tokens.shape[1]) // len(places))
-            for start in range(0, len(group), at_once):
-                some = list(group[start : start + at_once])
-                repeated = TokenBatch(batch.tokens.repeat(len(some), 1), batch.mask.repeat(len(some), 1))
-                yield some, places, repeated
+    def _shares_exactly(self) -> bool:
+        """Whether it makes no difference that the common columns run by themselves, on the longest and shortest prompt.
+
+        As in `choose_passes`, architectures can depend on column distances.
+        """
+        order = sorted(range(len(self.rows)), key=lambda index: len(self.rows[index]))
+        prompts, n_common, jobs = [order[0], order[-1]], self.n_common, list[Job]()
+        unit = probe_of(self.model).unit
+        for number, n in enumerate((0, n_common)):
+            self.n_common = n
+            jobs += self._jobs([number], prompts, lambda some: AblateEach(unit.expand(len(some), -1)))
+        one, other = (logits.double().softmax(-1) for logits in self._run(jobs, [0, 1], prompts))
+        return (one - other).abs().max().item() <= SAME_PROBABILITY.get(self.model.cfg.dtype, 0.05)
 
 
-@dataclass(eq=False)
-class Job:
-    """A pass of some prompts under some directions; rows come direction by direction."""
-
-    directions: Sequence[int]
-    places: Sequence[int]
-    run: Pending
+def _slices(group: Sequence[int], n: int) -> list[list[int]]:
+    return [list(group[start : start + n]) for start in range(0, len(group), n)]

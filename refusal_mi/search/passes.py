@@ -190,7 +190,7 @@ def choose_passes(model: HookedModel, rows: Rows, pad_id: int, batch_size: int |
         return plain
     shared = SharedPasses(model, rows, pad_id, batch_size)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    probe, ends = _probe(model), sorted({order[0], order[-1]})
+    probe, ends = probe_of(model), sorted({order[0], order[-1]})
     expected, obtained = (passes.added([probe], ends).double().softmax(-1) for passes in (plain, shared))
     difference = (expected - obtained).abs().max().item()
     if difference <= SAME_PROBABILITY.get(shared.plain(ends).dtype, 0.05):
@@ -206,7 +206,7 @@ class SharedPasses:
         """`batch_size` is the most rows in a pass (prompts × directions); None: by tokens, fewer if memory ends."""
         self.model, self.rows, self.pad_id, self.batch_size = model, rows, pad_id, batch_size
         self.device = model_device(model)
-        self.n_common = min(_n_shared(rows), min(map(len, rows)) - 1)
+        self.n_common = min(n_shared(rows), min(map(len, rows)) - 1)
         self.last_position = LastPositions(model, -1, 1)
         self.n_block_outputs = n_block_outputs(model)
         self.overhead = _pass_overhead(model)
@@ -359,7 +359,7 @@ class SharedPasses:
             self.pass_tokens //= 2
 
 
-def _probe(model: HookedModel) -> Direction:
+def probe_of(model: HookedModel) -> Direction:
     """A random direction about as long as a stream of unit variance, halfway up."""
     layer, width = model.cfg.n_layers // 2, model.cfg.d_model
     vector = torch.randn(width, generator=torch.Generator().manual_seed(0))
@@ -385,7 +385,7 @@ def left_padded(streams: Sequence[Float[Tensor, "_ d_model"]]) -> Float[Tensor, 
     return torch.stack([torch.nn.functional.pad(stream, (0, 0, width - len(stream), 0)) for stream in streams])
 
 
-def _n_shared(rows: Rows) -> int:
+def n_shared(rows: Rows) -> int:
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
 
 
