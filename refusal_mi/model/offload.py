@@ -10,7 +10,7 @@ from torch import nn
 
 def offloading(module: nn.Module) -> Any:
     """The accelerate hook that reads a module's weights before every call and drops them after it; None without one."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")  # a bridge's wrapper has the attributes of what it wraps, too
     hooks = getattr(hook, "hooks", (hook,))  # several in one
     return next((each for each in hooks if getattr(each, "offload", False)), None)
 
@@ -26,7 +26,7 @@ def end_offloaded(root: nn.Module) -> None:
     accelerate drops them after the call alone: an error in a hook inside a module, or Ctrl-C, would leave them there.
     """
     for module in root.modules():
-        forward = getattr(module, "forward", None)
+        forward: Any = module.forward
         if offloading(module) is not None and getattr(forward, "func", None) is not _ended:
             module.forward = update_wrapper(partial(_ended, module, forward), forward)
 
