@@ -1,8 +1,9 @@
 """A model on disk, block by block, pass by pass, and whole in memory: `python -m benchmarks.offload`.
 
 A random Llama of about 2 GB is written, then searched in a process of its own for each way: mean activations, then an
-exact sweep. Peak is the largest resident memory above what the process held before it loaded the model; pages of the
-checkpoint that are mapped count. The weights that are read are counted where accelerate looks them up.
+exact sweep of the lower half's candidates at one position. Times are CPU seconds. Peak is the largest resident memory
+above what the process held before it loaded the model; pages of the checkpoint that are mapped count. The weights that
+are read are counted where accelerate looks them up.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,9 @@ N_EXITS = 40
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", choices=("write", *WAYS), help=argparse.SUPPRESS)
-    parser.add_argument("--directory", type=Path, help="Where to put about 2 GB; default: a temporary directory.")
-    parser.add_argument("--prompts", type=int, default=6, help="Of each side.")
+    parser.add_argument("--directory", type=Path, help="Where to keep about 2 GB; default: a temporary directory.")
+    parser.add_argument("--prompts", type=int, default=4, help="Of each side.")
+    parser.add_argument("--side-by-side", action="store_true", help="All ways at once: times are of the CPU anyway.")
     given = parser.parse_args()
     if given.work == "write":
         write(given.directory)
@@ -57,18 +60,23 @@ def main() -> int:
     if given.work is not None:
         sys.stdout.write(json.dumps(search(given.work, given.directory, given.prompts)) + "\n")
         return 0
-    with tempfile.TemporaryDirectory(dir=given.directory) as scratch:
-        child("write", Path(scratch), given.prompts)  # in a process of its own: a child inherits its parent's peak
-        size = (Path(scratch) / "model" / "model.safetensors").stat().st_size
-        rows = {way: child(way, Path(scratch), given.prompts) for way in WAYS}
-        found = {way: torch.load(Path(scratch) / f"{way}.pt") for way in WAYS}
-    tell(f"{size / GB:.2f} GB of weights, {N_LAYERS} blocks, {torch.get_num_threads()} threads")
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = given.directory or Path(scratch)
+        if not (directory / "model").exists():
+            child("write", directory, given.prompts)  # in a process of its own: a child inherits its parent's peak
+        size = (directory / "model" / "model.safetensors").stat().st_size
+        with ThreadPoolExecutor(len(WAYS) if given.side_by_side else 1) as pool:
+            done = pool.map(lambda way: child(way, directory, given.prompts), WAYS)
+            rows = dict(zip(WAYS, done, strict=True))
+        found = {way: torch.load(directory / f"{way}.pt") for way in WAYS}
+    tell(f"{size / GB:.2f} GB of weights, {N_LAYERS} blocks, {given.prompts} prompts a side")
     tell("| way | means | weights read | sweep | weights read | peak memory |\n|---|---|---|---|---|---|")
     for way, row in rows.items():
-        times = (f"{row[f'{what}_seconds']:.1f} s | {row[f'{what}_gb']:.1f} GB" for what in ("means", "sweep"))
-        tell(f"| {way} | {' | '.join(times)} | {row['peak_mb'] / 1000:.2f} GB |")
-    least, most = rows["by blocks"]["exits_mb"]
-    tell(f"{rows['by blocks']['check_seconds']:.1f} s and {rows['by blocks']['check_gb']:.1f} GB for the trial, once")
+        cells = (f"{row[f'{what}_seconds']:.1f} s | {row[f'{what}_gb']:.1f} GB" for what in ("means", "sweep"))
+        tell(f"| {way} | {' | '.join(cells)} | {row['peak_mb'] / 1000:.2f} GB |")
+    ours = rows["by blocks"]
+    tell(f"{ours['check_seconds']:.1f} s and {ours['check_gb']:.1f} GB for the trial, once")
+    least, most = ours["exits_mb"]
     tell(f"resident memory after each of {N_EXITS} passes that a hook ended: {least:.0f} to {most:.0f} MB")
     largest = max((found[way] - found["in memory"]).nan_to_num().abs().max().item() for way in WAYS)
     tell(f"largest difference of a score: {largest:.1e}")
@@ -108,18 +116,18 @@ def search(way: str, directory: Path, n_prompts: int) -> dict[str, Any]:
     row: dict[str, Any] = {}
 
     def measured(name: str, work: Callable[[], Any]) -> Any:
-        read[0], start = 0, time.perf_counter()
+        read[0], start = 0, time.process_time()
         result = work()
-        row[f"{name}_seconds"], row[f"{name}_gb"] = time.perf_counter() - start, read[0] / GB
+        row[f"{name}_seconds"], row[f"{name}_gb"] = time.process_time() - start, read[0] / GB
         return result
 
     if way == "by blocks":
         measured("check", lambda: offloaded_blocks(model))
     means = measured(
-        "means", lambda: [mean_activations(model, chat, each, batch_size=2) for each in (harmful, harmless)]
+        "means", lambda: [mean_activations(model, chat, each, batch_size=1) for each in (harmful, harmless)]
     )
     grid = last_positions(difference_in_means(*means), 1)
-    scores = measured("sweep", lambda: sweep(model, chat, grid, harmful, harmless, [5, 7]))
+    scores = measured("sweep", lambda: sweep(model, chat, grid, harmful, harmless, [5, 7], prune_layers=0.5))
     row["peak_mb"] = peak_mb() - before
     torch.save(scores.per_prompt, directory / f"{way}.pt")
     if way == "by blocks":
