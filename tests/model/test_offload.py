@@ -170,6 +170,19 @@ def test_prompts_that_do_not_fit_together_give_the_same(split, monkeypatch):
     assert len(seen) > 2
 
 
+@pytest.mark.parametrize("n_calls", [0, 9, 40])
+def test_no_weights_stay_where_a_run_by_blocks_is_interrupted(n_calls, split, monkeypatch):
+    model, where = split("llama"), split_of("llama")
+    chat = ChatFormat(model.tokenizer)
+    expected = mean_activations(model, chat, ASKS).means
+    with monkeypatch.context() as patched:
+        breaking(patched, n_calls, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            mean_activations(model, chat, ASKS, batch_size=2)
+    assert n_loaded(model.original_model, where) == 0
+    assert torch.equal(mean_activations(model, chat, ASKS).means, expected)
+
+
 def scores_of(model, chat, grid, **how):
     scores = sweep(model, chat, grid, ASKS[:3], CHATS[:2], [5, (7, 9)], **how)
     return torch.tensor([[row.bypass, row.induce, row.kl_nats] for row in scores.rows if row.is_finite])
