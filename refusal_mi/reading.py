@@ -12,6 +12,7 @@ from .directions import ActivationMeans
 from .errors import UserError
 from .estimators.samples import ActivationSamples
 from .interventions import Interventions, PromptWidth, all_hooks
+from .model.blocks import Blocks, Pending, offloaded_blocks
 from .model.points import Hook, HookedModel, check_point, missing_points, model_device
 from .model.running import LastPositions, batches, last_logits, residuals, running
 from .precision import as_double, finite, with_float64
@@ -20,7 +21,7 @@ from .text.chat import ChatFormat
 from .text.given import Prompts, as_prompts
 from .text.prompts import PromptSet
 
-STREAMS = "the model's residual streams"
+STREAMS, READING = "the model's residual streams", "reading residual streams"
 MAX_TABLE_BYTES = 2**31
 """Largest table of residual streams that is kept in memory."""
 
@@ -96,7 +97,7 @@ def combine_spans(
     pad_id: int,
     normalize: bool = False,
     batch_size: int = 8,
-    description: str = "reading residual streams",
+    description: str = READING,
 ) -> Float[Tensor, "combination layer d_model"]:
     """Σ_s weights[c, s] · (mean of the stream over the tokens of span s), for layers 0..n_layers, in float64.
 
@@ -153,7 +154,7 @@ def stream_residuals(
     n = len(chat.positions) if n_last is None else n_last
     hooks = all_hooks(model, interventions)
     for indices, streams in _streams(model, chat, instructions, wanted, n, hooks, batch_size):
-        yield indices, torch.stack(streams, dim=2)
+        yield indices, torch.stack([stream.to(streams[0].device) for stream in streams], dim=2)
 
 
 def template_residuals(
@@ -290,10 +291,33 @@ def _streams(
 ) -> Iterator[tuple[list[int], list[Float[Tensor, "batch pos d_model"]]]]:
     """Indices, and the stream entering each of `layers` at the last positions."""
     rows = chat.encode_all(instructions)
+    blocks = None if hooks else offloaded_blocks(model)
+    if blocks is not None:
+        yield from _streams_by_blocks(blocks, rows, layers, n_last, chat.pad_id, batch_size)
+        return
     narrow = LastPositions(model, max(layers) - 1, n_last) if max(layers) > 0 else None
-    for indices, batch in batches(model, rows, chat.pad_id, batch_size, description="reading residual streams"):
+    for indices, batch in batches(model, rows, chat.pad_id, batch_size, description=READING):
         streams = residuals(model, batch, layers, n_last, hooks=hooks, narrow=narrow)
         yield indices, [finite(stream, STREAMS) for stream in streams]
+
+
+def _streams_by_blocks(
+    blocks: Blocks, rows: Sequence[Sequence[int]], layers: Sequence[int], n_last: int, pad_id: int, batch_size: int
+) -> Iterator[tuple[list[int], list[Float[Tensor, "batch pos d_model"]]]]:
+    """The same for a model with weights on disk, which are read once for all batches that fit into memory."""
+    groups = list(batches(blocks.model, rows, pad_id, batch_size, description=READING, is_shown=False))
+    together = blocks.fitting(max(map(len, rows)) + n_last * len(layers))
+    at_once = max(1, together // batch_size)
+    for some in (groups[start : start + at_once] for start in range(0, len(groups), at_once)):
+        kept: list[dict[int, Tensor]] = [{} for _ in some]
+
+        def keep(index: int, layer: int, stream: Tensor, kept: list[dict[int, Tensor]] = kept) -> None:
+            if layer in layers:
+                kept[index][layer] = stream[:, -n_last:].clone()
+
+        blocks.run([Pending(batch) for _, batch in some], max(1, *layers), keep=keep, description=READING)
+        for (indices, _), streams in zip(some, kept, strict=True):
+            yield indices, [finite(streams[layer], STREAMS) for layer in layers]
 
 
 def _span_means(

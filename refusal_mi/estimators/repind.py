@@ -170,7 +170,8 @@ def _streams(
     n_layers = model.cfg.n_layers
     with running(model, [*hooks, *((resid_hook(layer, n_layers), keep(layer)) for layer in layers_read(n_layers))]):
         last_logits(model, batch)
-    streams = torch.stack(list(kept.values()))
+    first, *_ = kept.values()
+    streams = torch.stack([stream.to(first.device) for stream in kept.values()])
     return streams.to(torch.promote_types(streams.dtype, torch.float32))
 
 

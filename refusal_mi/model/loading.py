@@ -17,8 +17,10 @@ from ..values import Value, check_named
 from .families import nearest_type
 from .guards import guarded, no_processor
 from .held import adopt, as_it_is, name_of
+from .offload import end_offloaded
 from .points import (
     HookedModel,
+    bridge,
     check_raw_basis,
     hf_config,
     missing_points,
@@ -107,6 +109,7 @@ def load_model(
         set_from_files(model, is_so=is_named)
         model.eval()
         _place_inputs(model)
+        end_offloaded(bridge(model).original_model)
         name_mixers(model)
         round_rotations(model)
         check_raw_basis(model)

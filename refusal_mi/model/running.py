@@ -215,13 +215,21 @@ def prefix_logits_and_cache(
         past: cache of the columns before `tokens`; extended in place.
         mask: over the cached columns and `tokens`; None means that all are real.
     """
+    logits, cache = run_with_past(model, tokens, past, mask)
+    return logits[:, -1], cache
+
+
+def run_with_past(
+    model: HookedModel, tokens: Int[Tensor, "batch pos"], past: Any, mask: Int[Tensor, "batch total"] | None
+) -> Any:
+    """Logits and cache as the bridge gives them, or the stream where a hook ends the pass."""
     n_past = 0 if past is None else past.get_seq_length()
     if past is None and model_type(model) == "codegen":
         past = _keys_like_values()
     if mask is None:
         mask = tokens.new_ones(len(tokens), n_past + tokens.shape[1])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, n_past:]
-    logits, cache = bridge(model)(
+    return bridge(model)(
         tokens,
         return_type="logits_and_cache",
         attention_mask=mask,
@@ -231,7 +239,6 @@ def prefix_logits_and_cache(
         logits_to_keep=1,
         **_no_attentions(model),
     )
-    return logits[:, -1], cache
 
 
 def _keys_like_values() -> Any:
@@ -302,6 +309,19 @@ def layers_of_cache(cache: Any, first: int = 0) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in cache.layers[first:]]
 
 
+def new_cache(model: HookedModel) -> Any:
+    """An empty HF cache of keys and values."""
+    from transformers import DynamicCache
+
+    return _keys_like_values() if model_type(model) == "codegen" else DynamicCache()
+
+
+def cache_at(layer: int, keys: Tensor, values: Tensor) -> Any:
+    """An HF cache for a pass in which block `layer` alone runs: of those below it has the length."""
+    filler = keys.new_zeros(1, 1, keys.shape[-2], 1)
+    return cache_from_layers([*[(filler, filler)] * layer, (keys, values)])
+
+
 def cache_from_layers(layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
     """An HF cache that holds these keys and values; extending it copies them."""
     from transformers import DynamicCache
@@ -323,14 +343,14 @@ def running_from(model: HookedModel, layer: int, hooks: Sequence[Hook], n_output
     def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         return hidden_states if n_outputs == 0 else (hidden_states, *[None] * (n_outputs - 1))
 
-    below = _blocks(model)[:layer]
+    below = blocks_of(model)[:layer]
     with running(model, hooks), ExitStack() as stack:
         for block in below:
-            stack.enter_context(_forward_replaced(block, pass_on))
+            stack.enter_context(forward_replaced(block, pass_on))
         yield
 
 
-def _blocks(model: HookedModel) -> list[nn.Module]:
+def blocks_of(model: HookedModel) -> list[nn.Module]:
     """The live blocks, whether their wrappers are left out at this moment or not."""
     return [getattr(block, "original_component", block) for block in bridge(model).blocks]
 
@@ -339,7 +359,7 @@ def n_block_outputs(model: HookedModel) -> int:
     """How many values this architecture's blocks return in a tuple; 0 where they return the stream alone."""
     outputs: list[Any] = []
     token = torch.ones(1, 1, dtype=torch.long, device=model_device(model))
-    block = _blocks(model)[0]
+    block = blocks_of(model)[0]
     with torch.no_grad(), running(model):
         handle = block.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
@@ -378,7 +398,7 @@ class LastPositions:
         """
         with ExitStack() as stack:
             for module in self.modules if _path(self.model).left_out is not None else ():
-                stack.enter_context(_forward_replaced(module, partial(self._forward, module, module.forward)))
+                stack.enter_context(forward_replaced(module, partial(self._forward, module, module.forward)))
             yield
 
     def _forward(self, module: nn.Module, forward: Any, stream: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -409,7 +429,7 @@ def _same(whole: Any, last: Any, n: int) -> bool:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
     before = module.__dict__.get("forward")
     try:
         module.forward = forward

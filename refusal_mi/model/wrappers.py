@@ -167,15 +167,22 @@ def what_to_leave_out(model: Any, hooks: Sequence[Hook], *, keep_blocks: bool = 
     return LeftOut(wrappers, list(hooks), points)
 
 
-def is_untouched(model: Any) -> bool:
+def is_untouched(model: Any, *, but_for_accelerate: bool = False) -> bool:
     """Whether a bridge is as it was loaded, but for weights and attributes: in no special mode, and without hooks.
 
     Hooks are those at hook points, torch hooks, and forward methods that were replaced (as accelerate does).
+
+    Args:
+        but_for_accelerate: let pass the modules that accelerate dispatched.
     """
     if not hasattr(model, "original_model") or getattr(model, "compatibility_mode", False):
         return False
     modules = {id(each): each for root in (model, model.original_model) for each in root.modules()}.values()
-    return not any(each.training or "forward" in each.__dict__ or _has_hooks(each) for each in modules)
+    return not any(each.training or _is_replaced(each, but_for_accelerate) or _has_hooks(each) for each in modules)
+
+
+def _is_replaced(module: nn.Module, but_for_accelerate: bool) -> bool:
+    return "forward" in module.__dict__ and not (but_for_accelerate and "_hf_hook" in module.__dict__)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -190,7 +190,7 @@ def choose_passes(model: HookedModel, rows: Rows, pad_id: int, batch_size: int |
         return plain
     shared = SharedPasses(model, rows, pad_id, batch_size)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    probe, ends = _probe(model), sorted({order[0], order[-1]})
+    probe, ends = probe_of(model), sorted({order[0], order[-1]})
     expected, obtained = (passes.added([probe], ends).double().softmax(-1) for passes in (plain, shared))
     difference = (expected - obtained).abs().max().item()
     if difference <= SAME_PROBABILITY.get(shared.plain(ends).dtype, 0.05):
@@ -206,7 +206,7 @@ class SharedPasses:
         """`batch_size` is the most rows in a pass (prompts × directions); None: by tokens, fewer if memory ends."""
         self.model, self.rows, self.pad_id, self.batch_size = model, rows, pad_id, batch_size
         self.device = model_device(model)
-        self.n_common = min(_n_shared(rows), min(map(len, rows)) - 1)
+        self.n_common = min(n_shared(rows), min(map(len, rows)) - 1)
         self.last_position = LastPositions(model, -1, 1)
         self.n_block_outputs = n_block_outputs(model)
         self.overhead = _pass_overhead(model)
@@ -269,7 +269,7 @@ class SharedPasses:
                 layers = [*_copies(self._common_layers[:layer], len(vectors)), *above]
             for chunk, places in self._split(len(vectors), prompts, n_common):
                 batch = [self.rows[prompts[place]][n_common:] for place in places]
-                stream = _left_padded([self._streams[prompts[place]][layer, n_common:] for place in places])
+                stream = left_padded([self._streams[prompts[place]][layer, n_common:] for place in places])
                 with self._running_from(layer, AddEach(vectors[chunk], layer, stream)):
                     rows = self._run_rows(batch, _some(layers, chunk), len(vectors[chunk]), n_common)
                 _keep(logits[chunk], places, rows)
@@ -283,7 +283,7 @@ class SharedPasses:
             return
         with torch.no_grad(), running(self.model, hooks):
             self._common_layers = self._run_common(1, self.n_common)
-            common = [stream[0] for stream in kept]
+            common = [stream[0].to(self.device) for stream in kept]
             for _, places in self._split(1, prompts, self.n_common):
                 kept.clear()
                 rows = [self.rows[prompts[place]][self.n_common :] for place in places]
@@ -291,7 +291,7 @@ class SharedPasses:
                 for line, (place, row) in enumerate(zip(places, rows, strict=True)):
                     self._logits[prompts[place]] = logits[line]
                     if keep_streams:
-                        own = torch.stack([stream[line, -len(row) :] for stream in kept])
+                        own = torch.stack([stream[line, -len(row) :].to(self.device) for stream in kept])
                         parts = [torch.stack(common), own] if common else [own]
                         self._streams[prompts[place]] = torch.cat(parts, dim=1)
 
@@ -359,7 +359,7 @@ class SharedPasses:
             self.pass_tokens //= 2
 
 
-def _probe(model: HookedModel) -> Direction:
+def probe_of(model: HookedModel) -> Direction:
     """A random direction about as long as a stream of unit variance, halfway up."""
     layer, width = model.cfg.n_layers // 2, model.cfg.d_model
     vector = torch.randn(width, generator=torch.Generator().manual_seed(0))
@@ -380,12 +380,12 @@ def _keep(logits: Sequence[list[Tensor]], places: Sequence[int], of_batch: Logit
             rows[place] = of_batch[direction, line]
 
 
-def _left_padded(streams: Sequence[Float[Tensor, "_ d_model"]]) -> Float[Tensor, "prompt pos d_model"]:
+def left_padded(streams: Sequence[Float[Tensor, "_ d_model"]]) -> Float[Tensor, "prompt pos d_model"]:
     width = max(map(len, streams))
     return torch.stack([torch.nn.functional.pad(stream, (0, 0, width - len(stream), 0)) for stream in streams])
 
 
-def _n_shared(rows: Rows) -> int:
+def n_shared(rows: Rows) -> int:
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
 
 

@@ -22,7 +22,8 @@ from ..text.batches import TokenBatch, batches_by_length, left_pad
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from ..values import Value
-from .passes import PASS_TOKENS, AblateWritesEach, Basis, Passes, Weights, choose_passes
+from .block_passes import passes_for
+from .passes import PASS_TOKENS, AblateWritesEach, Basis, Passes, Weights
 
 Shape = Literal["flat", "peak"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
@@ -156,7 +157,7 @@ class RemovalScorer:
         asked, harmless_rows = encoded[: len(harmful)], encoded[len(harmful) :]
         rows = [*([*row, *context] for context in self.tokens.contexts for row in asked), *harmless_rows]
         check_fits(model, rows)
-        self.passes: Passes = choose_passes(model, rows, chat.pad_id, batch_size)
+        self.passes: Passes = passes_for(model, rows, chat.pad_id, batch_size)
         self._first_harmless = len(rows) - len(harmless)
         self._answered = None if n_kl == 1 else _Answered.of(harmless_rows, answers, n_kl)
         if self._answered is not None:

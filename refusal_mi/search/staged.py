@@ -24,7 +24,7 @@ from ..progress import track
 from ..text.chat import ChatFormat
 from ..text.given import Prompts
 from .grid import ScoreGrid
-from .sweep import Kind, Place, Scorer, ScoreTable, WorkItem, cut
+from .sweep import Kind, Place, Scorer, ScoreTable, WorkItem
 from .thresholds import Thresholds
 
 BYPASS, INDUCE, KL = range(3)
@@ -311,7 +311,7 @@ class Rounds:
         todo: dict[tuple[int, ...], list[Place]] = {}
         for place in places:
             todo.setdefault(tuple(self.table.unknown(kind, place, prompts)), []).append(place)
-        items = (cut(kind, some, missing, STEP_ROWS) for missing, some in todo.items() if missing)
+        items = (self.table.scorer.cut(kind, some, missing, STEP_ROWS) for missing, some in todo.items() if missing)
         yield list(chain.from_iterable(items))
 
     def bypass(self, place: Place) -> float:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import DirectionGrid
+from ..directions import Direction, DirectionGrid
 from ..engine.jobs import Engine
 from ..errors import UserError
 from ..measures import RefusalPrefixes, RefusalTokens, kl_nats
@@ -22,8 +22,9 @@ from ..progress import track
 from ..text.chat import ChatFormat
 from ..text.given import Prompts, as_prompts
 from ..values import check_named
+from .block_passes import BlockPasses, passes_for
 from .grid import ScoreGrid, finite_mean, median_of
-from .passes import Passes, PlainPasses, choose_passes
+from .passes import Passes, PlainPasses
 from .thresholds import CandidateScore, layer_limit
 
 Kind = Literal["ablate", "add"]
@@ -40,7 +41,7 @@ class WorkItem:
     kind: Kind
     """"ablate": refusal score of harmful prompts, KL of harmless ones; "add": refusal score of harmless prompts."""
     candidates: tuple[Place, ...]
-    """For "add" all of one layer."""
+    """For "add" all of one layer, unless weights lie on disk."""
     prompts: tuple[int, ...]
     """Harmful validation prompts are 0 .. n − 1, harmless ones follow."""
 
@@ -63,11 +64,22 @@ class WorkItem:
         return cls(record["kind"], tuple((p, layer) for p, layer in record["candidates"]), tuple(record["prompts"]))
 
 
-def cut(kind: Kind, candidates: Sequence[Place], prompts: Sequence[int], n_rows: int = ITEM_ROWS) -> Iterator[WorkItem]:
-    """Items of at most `n_rows` rows that together score every candidate on every prompt."""
+def cut(
+    kind: Kind,
+    candidates: Sequence[Place],
+    prompts: Sequence[int],
+    n_rows: int = ITEM_ROWS,
+    *,
+    of_one_layer: bool = True,
+) -> Iterator[WorkItem]:
+    """Items of at most `n_rows` rows that together score every candidate on every prompt.
+
+    Args:
+        of_one_layer: whether the additions of an item are.
+    """
     groups: dict[int, list[Place]] = {}
     for place in candidates:
-        groups.setdefault(place[1] if kind == "add" else 0, []).append(place)
+        groups.setdefault(place[1] if kind == "add" and of_one_layer else 0, []).append(place)
     at_once = max(1, n_rows // max(1, len(prompts)))
     for _, group in sorted(groups.items()):
         for start in range(0, len(group), at_once):
@@ -79,6 +91,9 @@ class Scorer:
 
     An item's numbers do not depend on what ran before it: the plain model runs all harmless prompts at once.
     """
+
+    rows_in_memory: int | None = None
+    """Where weights lie on disk, each item reads all of them: how large it may be instead, and of several layers."""
 
     def __init__(
         self,
@@ -111,7 +126,17 @@ class Scorer:
         prompts = chat.encode_all([*harmful, *harmless])
         rows = [[*prompt, *context] for context in self.contexts for prompt in prompts]
         check_fits(model, rows)
-        self.passes: Passes = (choose_passes if share_work else PlainPasses)(model, rows, chat.pad_id, batch_size)
+        self.passes: Passes = (passes_for if share_work else PlainPasses)(model, rows, chat.pad_id, batch_size)
+        if isinstance(self.passes, BlockPasses):
+            self.rows_in_memory = max(1, self.passes.most_rows // len(self.contexts))
+
+    def cut(
+        self, kind: Kind, candidates: Sequence[Place], prompts: Sequence[int], n_rows: int = ITEM_ROWS
+    ) -> Iterator[WorkItem]:
+        """`cut`, as this model is run best."""
+        if self.rows_in_memory is None:
+            return cut(kind, candidates, prompts, n_rows)
+        return cut(kind, candidates, prompts, self.rows_in_memory, of_one_layer=False)
 
     def start(self, model: HookedModel) -> Callable[[WorkItem], Tensor]:
         """`run`, for another copy of the model that of a scorer like this one."""
@@ -137,11 +162,8 @@ class Scorer:
         plain = self.passes.plain([item.prompts[index] for index in compared]) if compared else None
         starts = range(self.n_prompts, len(self.contexts) * self.n_prompts, self.n_prompts)
         rows = [*item.prompts, *(start + item.prompts[index] for start in starts for index in scored)]
-        run = self.passes.added if item.kind == "add" else self.passes.ablated
         measured = torch.empty(len(self.token_sets), len(directions), len(item.prompts), dtype=torch.float64)
-        at_once = max(1, len(directions) // len(self.contexts))  # every context is as many rows more
-        chunks = (directions[start : start + at_once] for start in range(0, len(directions), at_once))
-        for candidate, logits in enumerate(logits for some in chunks for logits in run(some, rows)):
+        for candidate, logits in enumerate(self._changed(item.kind, directions, rows)):
             first, continued = logits[: len(is_scored)], logits[len(is_scored) :]
             if scored:
                 by_context = torch.cat([first[None, scored], continued.unflatten(0, (len(starts), len(scored)))])
@@ -149,6 +171,17 @@ class Scorer:
             if plain is not None:
                 measured[:, candidate, compared] = kl_nats(plain, first[compared], self.kl_formula).cpu()
         return measured
+
+    def _changed(
+        self, kind: Kind, directions: Sequence[Direction], rows: Sequence[int]
+    ) -> Iterator[Float[Tensor, "prompt d_vocab"]]:
+        """Logits of these rows under each direction."""
+        if isinstance(self.passes, BlockPasses):
+            yield from (self.passes.each_added if kind == "add" else self.passes.each_ablated)(directions, rows)
+            return
+        at_once = max(1, len(directions) // len(self.contexts))  # every context is as many rows more
+        for start in range(0, len(directions), at_once):
+            yield from (self.passes.added if kind == "add" else self.passes.ablated)(directions[start:][:at_once], rows)
 
     def _remember(self) -> None:
         starts = range(0, len(self.contexts) * self.n_prompts, self.n_prompts)
@@ -245,16 +278,21 @@ def sweep_token_sets(
     )
     table = ScoreTable(scorer)
     table.skip_layers(prune_layers)
-    items = exact_items(table.open, scorer.n_harmful, scorer.n_prompts)
+    items = exact_items(table.open, scorer.n_harmful, scorer.n_prompts, scorer.cut)
     deque(track(table.done(items, engine), "scoring candidates", total=len(items)), maxlen=0)
     return table.grids()
 
 
-def exact_items(candidates: Sequence[Place], n_harmful: int, n_prompts: int) -> list[WorkItem]:
-    """All the work of an exact sweep; the items may run in any order, anywhere."""
+def exact_items(
+    candidates: Sequence[Place],
+    n_harmful: int,
+    n_prompts: int,
+    cutting: Callable[[Kind, Sequence[Place], Sequence[int]], Iterator[WorkItem]] = cut,
+) -> list[WorkItem]:
+    """All the work of an exact sweep, cut so; the items may run in any order, anywhere."""
     # Additions first: they read the plain streams, and with them the logits that the KL is measured from.
-    added = cut("add", candidates, range(n_harmful, n_prompts))
-    return [*added, *cut("ablate", candidates, range(n_prompts))]
+    added = cutting("add", candidates, range(n_harmful, n_prompts))
+    return [*added, *cutting("ablate", candidates, range(n_prompts))]
 
 
 MEASURES = ("bypass", "induce", "kl")
