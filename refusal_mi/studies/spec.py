@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
-from ..files import at_home, sha256_file
+from ..files import at_home
 from ..model.loading import hub_commit, resolve_source
 from ..model.provenance import fingerprint, versions
 from ..recipes.localize import KL_TOKENS, NEW_TOKENS
 from ..recipes.methods import N_PLACES, N_RANDOM
 from ..run.options import RunOptions
+from ..text.tables import exists
 from ..values import Value
 
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
@@ -98,7 +99,7 @@ class Cell(Value):
             contents: the model's.
         """
         sets = [text for name in _PROMPTS for text in (getattr(self.options, name) or "").split(",")]
-        files = {text: sha256_file(at_home(text)) for text in map(str.strip, sets) if text and at_home(text).is_file()}
+        files = {text: fingerprint(at_home(text)) for text in map(str.strip, sets) if text and exists(text)}
         return {
             "model": {
                 "source": self.model.source,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..errors import UserError, cause
@@ -11,7 +12,7 @@ from ..files import FORMAT, write_whole
 from ..model.provenance import ModelRecord
 from ..run.methods import MethodsResult
 from ..run.record import RunSummary
-from ..stats import Rate, mean_interval
+from ..stats import Rate
 from ..values import Value
 
 TABLE = "study.parquet"
@@ -22,7 +23,7 @@ _SHARE, _NATS = "share", "nats per token"
 
 @dataclass(frozen=True)
 class Number:
-    """What was measured of a method, with its 95% interval where there is one."""
+    """What was measured of a method, with its 95% interval where there is one; of controls the range of the draws."""
 
     stage: str
     """run or compare-methods."""
@@ -163,10 +164,9 @@ def _of_methods(compared: MethodsResult) -> list[Number]:
             ("refused_by_score", _SHARE, "harmful", [each.refused_by_score for each in drawn]),
             ("kl", _NATS, "harmless", [each.kl_nats for each in drawn]),
         ):
-            mean, low, high = mean_interval(values)
-            low_end, high_end = (None, None) if len(values) == 1 else (low, high)
-            of_draws = (mean, low_end, high_end, len(values), unit)
-            found.append(Number(stage, f"control: {name}", k, of_set, metric, *of_draws))
+            mean, n_draws = fmean(values), len(values)
+            least, most = (None, None) if n_draws == 1 else (min(values), max(values))
+            found.append(Number(stage, f"control: {name}", k, of_set, metric, mean, least, most, n_draws, unit))
     for label, reason in compared.skipped.items():
         method, _, k_text = label.rpartition(":")
         nothing = (None, None, None, None)
