@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 import time
+from typing import ClassVar
 
 import pytest
 
 from refusal_mi.cli import exit_status
+from refusal_mi.endpoint import Endpoint, Pause
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, read_record
 from refusal_mi.loaded import load_run
@@ -167,20 +169,33 @@ def test_too_few_tries_are_a_fault(run):
         complete(RunFolder(run), quick(fake, n_tries=3))
 
 
-def test_all_workers_wait_as_long_as_the_server_asks(run):
-    moments = []
+def test_all_workers_wait_as_long_as_the_server_asks():
+    class Recorded(Pause):
+        held: ClassVar[list[float]] = []
+
+        def hold(self, seconds):
+            self.held.append(seconds)
+            super().hold(seconds)
 
     def busy(fake, handler, number, body):
-        with fake.lock:
-            moments.append(time.monotonic())
-        send(handler, "no", 429, {"Retry-After": "0.6"}) if number == 1 else answer(fake, handler, number, body)
-        time.sleep(0.05)
+        send(handler, "no", 429, {"Retry-After": "0.5"}) if number == 1 else raw(handler, b"1")
 
     with Fake(busy) as fake:
-        complete(RunFolder(run), quick(fake, n_workers=2))
-    began = sum(moment < moments[0] + 0.3 for moment in moments)
-    assert began <= 2 and not [each for each in moments if 0.3 < each - moments[0] < 0.55]  # those under way then
-    assert len(moments) == 2 * N + 1
+        start = time.monotonic()
+        endpoint = Endpoint(fake.url, (), first_wait_seconds=0.01)
+        assert endpoint.ask("/x", {}, lambda held: held, Recorded()) == 1
+        assert time.monotonic() - start >= 0.5 and Recorded.held == [0.5]
+
+    def seconds_of_another(pause):
+        start = time.monotonic()
+        assert not pause.is_over(0.0)
+        return time.monotonic() - start
+
+    pause = Pause()
+    pause.hold(1.0)
+    assert seconds_of_another(pause) >= 0.9 > seconds_of_another(Pause())
+    pause.stop.set()
+    assert pause.is_over(60.0)  # at once
 
 
 def test_requests_under_way_are_bounded(run):
