@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from refusal_mi.directions import difference_in_means
+from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate, AblateInTurn, Add, Affine
 from refusal_mi.model import blocks
 from refusal_mi.model.blocks import offloaded_blocks
@@ -258,6 +259,13 @@ def test_a_model_in_memory_does_not_run_by_blocks(tiny_model, tiny_dir):
     assert offloaded_blocks(tiny_model("llama")) is None
     everything = dict.fromkeys(split_of("llama"), "cpu")
     assert offloaded_blocks(load_model(tiny_dir("llama"), device_map=everything)) is None
+
+
+def test_a_map_of_gpu_and_cpu_is_one_line(tiny_dir):
+    where = {name: 0 if name.endswith(".1") else place for name, place in split_of("llama").items()}
+    with pytest.raises(UserError, match="mixes CPU/disk offload targets with a GPU") as error:
+        load_model(tiny_dir("llama"), device_map=where)
+    assert "\n" not in str(error.value)
 
 
 def test_hooks_follow_the_device_of_the_activation(tiny_model):
