@@ -230,7 +230,8 @@ def test_hooks_of_the_caller_see_whole_passes(split):
     chat = ChatFormat(model.tokenizer)
     assert offloaded_blocks(model) is not None
     rows = [chat.encode(text) for text in ASKS]
-    assert isinstance(passes_for(model, rows, chat.pad_id), BlockPasses)
+    passes = passes_for(model, rows, chat.pad_id)
+    assert isinstance(passes, BlockPasses) and passes.n_common > 0, "the template's beginning is shared"
     with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda x, hook: seen.append(x.shape[0]))]):
         assert offloaded_blocks(model) is None
         mean_activations(model, chat, ASKS[:4], batch_size=2)
