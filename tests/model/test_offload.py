@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from refusal_mi.directions import difference_in_means
+from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate, AblateInTurn, Add, Affine
 from refusal_mi.model import blocks
 from refusal_mi.model.blocks import offloaded_blocks
@@ -229,7 +230,8 @@ def test_hooks_of_the_caller_see_whole_passes(split):
     chat = ChatFormat(model.tokenizer)
     assert offloaded_blocks(model) is not None
     rows = [chat.encode(text) for text in ASKS]
-    assert isinstance(passes_for(model, rows, chat.pad_id), BlockPasses)
+    passes = passes_for(model, rows, chat.pad_id)
+    assert isinstance(passes, BlockPasses) and passes.n_common > 0, "the template's beginning is shared"
     with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda x, hook: seen.append(x.shape[0]))]):
         assert offloaded_blocks(model) is None
         mean_activations(model, chat, ASKS[:4], batch_size=2)
@@ -258,6 +260,13 @@ def test_a_model_in_memory_does_not_run_by_blocks(tiny_model, tiny_dir):
     assert offloaded_blocks(tiny_model("llama")) is None
     everything = dict.fromkeys(split_of("llama"), "cpu")
     assert offloaded_blocks(load_model(tiny_dir("llama"), device_map=everything)) is None
+
+
+def test_a_map_of_gpu_and_cpu_is_one_line(tiny_dir):
+    where = {name: 0 if name.endswith(".1") else place for name, place in split_of("llama").items()}
+    with pytest.raises(UserError, match="mixes CPU/disk offload targets with a GPU") as error:
+        load_model(tiny_dir("llama"), device_map=where)
+    assert "\n" not in str(error.value)
 
 
 def test_hooks_follow_the_device_of_the_activation(tiny_model):
