@@ -52,6 +52,8 @@ class WorkersRecord:
     overhead_seconds: float
     """What an item of the embedded model takes beside its work."""
     weights_mib: float
+    note: str = ""
+    """What of this was not measured."""
 
 
 def of_run(model: HookedModel, folder: Path, n_prompts: int) -> Scorer:

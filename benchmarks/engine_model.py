@@ -5,8 +5,8 @@
 - items are handed out one by one in their order, each to the worker that is free first; handing one out takes this
   process what an item was measured to take beside its work, and meanwhile it hands out no other;
 - a worker takes for an item what one worker alone took for it on a core of its own;
-- workers start at once; each needs what one worker needed to start, and all read the weights from one disk or server
-  of `shared_mib` a second, where that takes longer;
+- workers start at once; each needs what one worker needed to start, and the machines, of eight workers each, read the
+  weights from one place of `shared_mib` a second, where that takes longer;
 - stragglers: one worker in 20 takes three times as long for every item;
 - failures: workers end at random, on average after two hours; another one starts, and the item is done again.
 """
@@ -44,7 +44,8 @@ class Workers:
     overhead_seconds: float = 0.0
     weights_mib: float = 0.0
     shared_mib: float = 1000.0
-    """Weights that are read a second, by all workers together."""
+    """Weights that are read a second, by all machines together."""
+    a_machine: int = 8
     slow_share: float = 0.0
     slow_factor: float = 3.0
     hours_to_failure: float | None = None
@@ -52,7 +53,7 @@ class Workers:
 
     def reading(self, n: int) -> float:
         """Seconds until so many workers that start together are ready."""
-        return max(self.start_seconds, n * self.weights_mib / self.shared_mib)
+        return max(self.start_seconds, -(-n // self.a_machine) * self.weights_mib / self.shared_mib)
 
 
 @dataclass
@@ -125,9 +126,10 @@ def table(record: WorkersRecord, times: int) -> list[str]:
     for n in WORKERS:
         plain = replace(given, n=n)
         warm = simulate(items, replace(plain, start_seconds=0.0, weights_mib=0.0)).seconds
-        cold, slow = simulate(items, plain).seconds, simulate(items, replace(plain, slow_share=SLOW_SHARE)).seconds
+        cold = simulate(items, plain).seconds
+        late = [simulate(items, replace(plain, slow_share=SLOW_SHARE, seed=seed)) for seed in range(N_DRAWS)]
         lost = [simulate(items, replace(plain, hours_to_failure=HOURS, seed=seed)) for seed in range(N_DRAWS)]
-        middle = statistics.median(each.seconds for each in lost)
+        slow, middle = (statistics.mean(each.seconds for each in some) for some in (late, lost))
         ended, given_up = (statistics.mean(getattr(each, name) for each in lost) for name in ("n_lost", "n_given_up"))
         cells = [f"{n}", _shown(warm), _shown(cold), f"{alone / cold:.1f}", f"{alone / cold / n:.0%}", _shown(slow)]
         rows.append(f"| {' | '.join([*cells, _shown(middle), f'{ended:.1f}', f'{given_up:.2f}'])} |")
@@ -144,7 +146,8 @@ def main() -> None:
         each = f"{statistics.mean(record.item_seconds):.2f} s ({min(record.item_seconds):.2f} to "
         each += f"{max(record.item_seconds):.2f})"
         about = f"an item takes {each}, a worker starts in {record.start_seconds:.0f} s"
-        tell(f"{record.model}: {about}; {check(record)}\n")
+        note = f" ({record.note})" if record.note else ""
+        tell(f"{record.model}: {about}{note}; {check(record)}\n")
         for times in (1, TIMES_LARGER):
             tell(f"{times * len(record.item_seconds)} items:\n")
             tell("\n".join(table(record, times)) + "\n")

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..engine.jobs import Engine
 from ..errors import UserError
 from ..estimators.names import FITTED, POOLS
-from ..files import read_record, read_tensors, sha256_file, sha256_json, write_record, write_tensors
+from ..files import read_record, read_tensors, sha256_file, sha256_json, write_json, write_record, write_tensors
 from ..measures import texts_to_score
 from ..model.provenance import ModelRecord, check_same_weights, describe_model, versions
 from ..run.answers import SIDES
@@ -329,7 +329,8 @@ class _Comparison:
     def plain_refused(self) -> tuple[bool, ...]:
         """Whether the plain model refuses each held-out prompt, in a short answer."""
         where, inputs = "plain.json", self.inputs | {"n": self.run.options.label_tokens}
-        self.held_out.run([self._stage("plain", inputs, where, "short answers", Task("refused", "plain"))])
+        write, task = partial(write_json, self.folder.path / where), Task("refused", "plain")
+        self.held_out.run([Piece("plain", inputs, [where], "short answers", lambda: task, write)])
         return read_record(self.folder.path / where, tuple[bool, ...])  # type: ignore[no-any-return]
 
     def answers(self, removed: Mapping[str, tuple[Basis | None, float]]) -> dict[str, Answers]:
