@@ -298,7 +298,7 @@ def help_at_80_columns(monkeypatch, capsys, *command):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("group", "n_commands"), [((), 18), (("caa",), 3), (("responses",), 2), (("export",), 2)])
+@pytest.mark.parametrize(("group", "n_commands"), [((), 20), (("caa",), 3), (("responses",), 2), (("export",), 2)])
 def test_no_summary_of_a_command_is_cut(monkeypatch, capsys, group, n_commands):
     shown = help_at_80_columns(monkeypatch, capsys, *group)
     summaries = shown.partition("Commands:\n")[2].splitlines()
