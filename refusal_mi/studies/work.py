@@ -208,6 +208,7 @@ def _compute(model: HookedModel, cell: Cell, work: Work, engine: Any) -> None:
             n_random=options.n_random,
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
+            engine=engine,
         )
         name = record.name
         save_figures(
