@@ -32,6 +32,11 @@ def plot_writes(
 ) -> go.Figure:
     """Change of the harmful prompts' refusal score, and KL, where one write alone loses the direction.
 
+    Examples:
+        >>> figure = plot_writes({"blocks.0.hook_resid_pre": (5.0, 0.001), "blocks.0.hook_attn_out": (2.0, 0.02)}, 6.0)
+        >>> figure.layout.title.text
+        'One write at a time'
+
     Args:
         writes: hook point -> mean refusal score and KL (nats).
         plain: mean refusal score of the plain model on the same prompts (nats).

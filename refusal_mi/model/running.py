@@ -252,7 +252,13 @@ def keep_rows_(cache: Any, rows: Int[Tensor, " kept"]) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; without one of these, generation is greedy."""
+    """How tokens are drawn; without one of these, generation is greedy.
+
+    Examples:
+        >>> one = generate(model, chat, "Hi", sampling=Sampling(0.7, 1.0), max_new_tokens=3)
+        >>> one == generate(model, chat, "Hi", sampling=Sampling(0.7, 1.0), max_new_tokens=3)
+        True
+    """
 
     seed: int
     temperature: float = 1.0

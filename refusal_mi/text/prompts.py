@@ -101,7 +101,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet(Sequence[str]):
-    """Named, ordered, distinct prompts; a sequence of their texts, of which a slice is a set again."""
+    """Named, ordered, distinct prompts; a sequence of their texts, of which a slice is a set again.
+
+    Examples:
+        >>> asked = PromptSet.from_list(["Why is the sky blue?", "Bake bread", "Bake bread"])
+        >>> len(asked), asked[0]
+        (2, 'Why is the sky blue?')
+        >>> asked.without(asked[:1]).instructions
+        ['Bake bread']
+    """
 
     name: str
     prompts: tuple[Prompt, ...]
