@@ -80,7 +80,15 @@ def plot_front(
     n: int = 0,
     **look: Unpack[draw.Look],
 ) -> go.Figure:
-    """Expected share of refusals against KL, on validation prompts: every removal, the front, the whole ablation."""
+    """Expected share of refusals against KL, on validation prompts: every removal, the front, the whole ablation.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> whole = SimpleNamespace(label="all blocks", refused=0.01, kl_nats=0.2)
+        >>> least = SimpleNamespace(label="blocks 2:4", refused=0.02, kl_nats=0.01)
+        >>> plot_front([whole, least], [least], whole, least).layout.title.text
+        'Refusals and cost of removals'
+    """
     figure, ink = go.Figure(), draw.INK
     named = (
         ("measured", measured, {"mode": "markers", "marker": {"size": 6, "color": "#b5a8cc"}}),

@@ -255,8 +255,8 @@ class Sampling:
     """How tokens are drawn; without one of these, generation is greedy.
 
     Examples:
-        >>> one = generate(model, chat, "Hi", sampling=Sampling(0.7, 1.0), max_new_tokens=3)
-        >>> one == generate(model, chat, "Hi", sampling=Sampling(0.7, 1.0), max_new_tokens=3)
+        >>> one = generate(model, chat, "Hi", sampling=Sampling(1, temperature=0.7), max_new_tokens=3)
+        >>> one == generate(model, chat, "Hi", sampling=Sampling(1, temperature=0.7), max_new_tokens=3)
         True
     """
 

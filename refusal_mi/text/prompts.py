@@ -92,7 +92,12 @@ _CONTEXT_COLUMNS = ("input", "contextstring", "context_string", "context")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One instruction, with its harm category where there is one, and a reference answer where there is one."""
+    """One instruction, with its harm category where there is one, and a reference answer where there is one.
+
+    Examples:
+        >>> Prompt("Why is the sky blue?", category="physics").category
+        'physics'
+    """
 
     instruction: str
     category: str | None = None
@@ -187,7 +192,13 @@ class PromptSet(Sequence[str]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Splits(Value):
-    """Disjoint prompts for finding a direction, choosing it, and reporting on it."""
+    """Disjoint prompts for finding a direction, choosing it, and reporting on it.
+
+    Examples:
+        >>> splits = load_splits("organism_harmful_train", n_train=4, n_val=2, n_test=2, seed=0)
+        >>> list(splits.parts), set(splits.train) & set(splits.test)
+        (['train', 'val', 'test'], set())
+    """
 
     train: PromptSet
     val: PromptSet

@@ -12,6 +12,7 @@ from refusal_mi.analysis import KINDS, compare_directions
 from refusal_mi.analysis.result import AnalysisResult
 from refusal_mi.audit.compare import audit
 from refusal_mi.estimators.rdo import RDOOptions
+from refusal_mi.export.export import export_adapter
 from refusal_mi.judges import agreement, evade, strongreject
 from refusal_mi.measures import ABPoint
 from refusal_mi.search.grid import ScoreGrid
@@ -79,7 +80,13 @@ def names(tiny_model, tiny_dir, tmp_path_factory):
     own |= {"samples": samples, "other_samples": other_samples}
     own |= {"means": means, "other_means": other, "grid": refusal_mi.difference_in_means(means, other)}
     public = {name: getattr(refusal_mi, name) for name in refusal_mi.__all__}
-    values = {"torch": torch, "pytest": pytest, "ScoreGrid": ScoreGrid, "CandidateScore": CandidateScore, "ABPoint": ABPoint}
+    values = {
+        "torch": torch,
+        "pytest": pytest,
+        "ScoreGrid": ScoreGrid,
+        "CandidateScore": CandidateScore,
+        "ABPoint": ABPoint,
+    }
     values |= {"cosine": import_module("refusal_mi.directions").cosine, "reason": evade.reason}
     values |= {"score": strongreject.score, "agreement": agreement.agreement, "cohen_kappa": agreement.cohen_kappa}
     own |= {"compare_directions": compare_directions, "analyses": analyses(model), "results": {}}
@@ -88,6 +95,7 @@ def names(tiny_model, tiny_dir, tmp_path_factory):
     edited = tmp_path_factory.mktemp("edited") / "model"
     refusal_mi.export_checkpoint(own["base"], refusal_mi.Ablate(own["direction"]), edited, verify="none")
     own |= {"edited": edited, "audit": audit, "RDOOptions": RDOOptions, "load_pairs": load_pairs}
+    own |= {"export_adapter": export_adapter}
     return public | values | own
 
 
