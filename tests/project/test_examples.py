@@ -40,7 +40,7 @@ WHOLE = ("loaded",)
 """Rooms all of whose public names are for users."""
 WITHOUT = {
     "discover_refusal_tokens": "needs a model that refuses: docs/python.md",
-    "plot_cost": "draws what compare-methods takes minutes for: docs/methods.md",
+    "plot_cost": "draws what compare-methods takes minutes for: docs/one-or-several.md",
     "plot_ratios": "as plot_cost",
     "orthogonalize_": "changes the model that it is given: docs/export.md",
 }
