@@ -32,6 +32,12 @@ class Condition(Value):
     vector. That token has seen the whole prompt, and every prompt has one, so padding and the other prompts of a batch
     have no part in it; a mean over the prompt would have to know the padding. The cosine of CAST (Lee et al. 2024) is
     not used: the unit is that of every projection here.
+
+    Examples:
+        >>> Condition(direction, 0.5).holds(torch.tensor([0.2, 0.8]))
+        tensor([False,  True])
+        >>> Condition(direction, 0.5, "<").holds(torch.tensor([0.2, 0.8]))
+        tensor([ True, False])
     """
 
     direction: Direction

@@ -43,6 +43,11 @@ class Direction(Value):
     """A direction with its raw length, and where in the model it was read.
 
     It points from harmless to harmful, from compliant to refusing: adding it makes a model refuse.
+
+    Examples:
+        >>> mine = Direction(torch.tensor([3.0, 4.0]), layer=2, hook_name="blocks.2.hook_resid_pre")
+        >>> mine.norm, mine.unit.tolist()
+        (5.0, [0.6, 0.8])
     """
 
     vector: Float[Tensor, " d_model"]
@@ -237,7 +242,14 @@ class Direction(Value):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DirectionGrid(Value):
-    """One candidate direction per post-instruction position and layer."""
+    """One candidate direction per post-instruction position and layer.
+
+    Examples:
+        >>> grid.vectors.shape == (len(grid.positions), grid.n_layers, model.cfg.d_model)
+        True
+        >>> grid.direction(-1, 3).layer
+        3
+    """
 
     vectors: Float[Tensor, "pos layer d_model"]
     """Raw differences of means, float64; layer `l` is the stream entering block `l`, `l = 0..n_layers-1`."""
@@ -388,7 +400,14 @@ class DirectionGrid(Value):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ActivationMeans(Value):
-    """Mean residual stream over prompts, per post-instruction position and layer."""
+    """Mean residual stream over prompts, per post-instruction position and layer.
+
+    Examples:
+        >>> means.means.shape == (len(means.positions), model.cfg.n_layers, model.cfg.d_model)
+        True
+        >>> means.n_prompts == len(harmful)
+        True
+    """
 
     means: Float[Tensor, "pos layer d_model"]
     """float64, on the CPU; layer `l` is the stream entering block `l`, `l = 0..n_layers-1`."""
@@ -436,7 +455,13 @@ class ActivationMeans(Value):
 
 @runtime_checkable
 class Estimator(Protocol):
-    """Activations of two classes -> candidate directions. Any function of this shape can take its place."""
+    """Activations of two classes -> candidate directions. Any function of this shape can take its place.
+
+    Examples:
+        >>> estimator: Estimator = difference_in_means
+        >>> estimator(means, other_means) == grid
+        True
+    """
 
     def __call__(self, harmful: ActivationMeans, harmless: ActivationMeans) -> DirectionGrid: ...
 

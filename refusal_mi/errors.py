@@ -8,6 +8,13 @@ class UserError(ValueError):
 
     The command line prints it as one line and exits with status 2. Every other exception is a defect: one line that
     names it, and its traceback with --debug.
+
+    Examples:
+        >>> try:
+        ...     load_run("no/such/run")
+        ... except UserError as error:
+        ...     print(error)
+        no/such/run is not a run folder: it has no run.json; give the --output-dir of refusal-mi run
     """
 
     def __init__(self, message: object) -> None:

@@ -29,7 +29,13 @@ MOST_LIVE = 0.75
 
 @dataclass(frozen=True)
 class Generated:
-    """What the model wrote after one prompt."""
+    """What the model wrote after one prompt.
+
+    Examples:
+        >>> (answer,) = generate(model, chat, "Hi", max_new_tokens=3)
+        >>> chat.tokenizer.decode(answer.token_ids) == answer.text, len(answer.token_ids) <= 3
+        (True, True)
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -150,6 +156,11 @@ def complete(
     description: str = "generating",
 ) -> list[str]:
     """What the model writes greedily after token ids, without a chat template, up to the first of some texts.
+
+    Examples:
+        >>> rows = [chat.tokenizer.encode(text) for text in ("One, two", "Once")]
+        >>> len(complete(model, rows, chat.pad_id, max_new_tokens=3))
+        2
 
     Args:
         rows: token ids, with room in the context for as many new ones.

@@ -30,7 +30,12 @@ FIGURES = ("scores", "bypass", "induce", "kl", "rates", "loss")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rates(Value, Mapping[str, SideEffects]):
-    """Refusal and degenerate rates of every intervention, by side."""
+    """Refusal and degenerate rates of every intervention, by side.
+
+    Examples:
+        >>> list(run.rates), len(run.rates.to_frame())
+        (['harmful', 'harmless'], 16)
+    """
 
     by_side: Mapping[str, SideEffects]
 
@@ -62,7 +67,12 @@ class Rates(Value, Mapping[str, SideEffects]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LossTable(Value, Mapping[str, Mapping[str, LossResult]]):
-    """CE loss (nats per token) by intervention and text set; the plain model is "baseline"."""
+    """CE loss (nats per token) by intervention and text set; the plain model is "baseline".
+
+    Examples:
+        >>> run.losses["ablation"]["plain_text"].ce_loss > run.losses["baseline"]["plain_text"].ce_loss
+        True
+    """
 
     by_label: Mapping[str, Mapping[str, LossResult]]
 
@@ -101,7 +111,12 @@ class LossTable(Value, Mapping[str, Mapping[str, LossResult]]):
 
 @dataclass(frozen=True)
 class Figures(Mapping[str, go.Figure]):
-    """The figures of a run by name, drawn when they are asked for: those whose numbers it has."""
+    """The figures of a run by name, drawn when they are asked for: those whose numbers it has.
+
+    Examples:
+        >>> run.figures["rates"].layout.title.text
+        'Refusals and degenerate text'
+    """
 
     record: RunRecord
 
@@ -141,7 +156,14 @@ class Figures(Mapping[str, go.Figure]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """A run folder; what the run did not reach is an error in one line, or empty where it is a table."""
+    """A run folder; what the run did not reach is an error in one line, or empty where it is a table.
+
+    Examples:
+        >>> run.direction.layer == run.selection.best.layer
+        True
+        >>> list(run.figures)
+        ['scores', 'bypass', 'induce', 'kl', 'rates', 'loss']
+    """
 
     record: RunRecord
 
@@ -310,6 +332,11 @@ class Run:
 
 def load_run(path: str | Path) -> Run:
     """A run folder, finished or not, or that of a combination inside one; its files are read when they are asked for.
+
+    Examples:
+        >>> again = load_run(run.path)
+        >>> again.status, again.direction == run.direction
+        ('done', True)
 
     Raises:
         UserError: it is no run folder.

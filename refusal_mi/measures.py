@@ -89,7 +89,13 @@ RefusalTokens = Sequence[int] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class RefusalPrefixes:
-    """How refusals begin, and the probability of beginning so."""
+    """How refusals begin, and the probability of beginning so.
+
+    Examples:
+        >>> how = RefusalPrefixes.of([5, (6, 7)])
+        >>> how.contexts, how.after(()), how.after((6,))
+        (((), (6,)), [5, 6], [7])
+    """
 
     prefixes: tuple[Prefix, ...]
     """None of them the beginning of another."""
@@ -226,7 +232,13 @@ MAX_TEXT_TOKENS = 256
 
 @dataclass(frozen=True)
 class ScoredText:
-    """Token ids and the index of the first one that is predicted; those before it are only context."""
+    """Token ids and the index of the first one that is predicted; those before it are only context.
+
+    Examples:
+        >>> (text,) = answers_to_score(chat, [("Hi", "Hello.")])
+        >>> text.token_ids[: text.first] == tuple(chat.encode("Hi"))
+        True
+    """
 
     token_ids: tuple[int, ...]
     first: int
@@ -234,7 +246,12 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Cross-entropy of one text."""
+    """Cross-entropy of one text.
+
+    Examples:
+        >>> LossResult.of([TextLoss(nats=6.0, n_tokens=3), TextLoss(nats=2.0, n_tokens=1)]).ce_loss
+        2.0
+    """
 
     nats: float
     """Summed over its predicted tokens."""
@@ -243,7 +260,13 @@ class TextLoss:
 
 @dataclass(frozen=True)
 class LossResult:
-    """Mean cross-entropy over predicted tokens."""
+    """Mean cross-entropy over predicted tokens.
+
+    Examples:
+        >>> found = ce_loss(model, chat, "a plain text")
+        >>> found.perplexity == pytest.approx(2.718281828 ** found.ce_loss)
+        True
+    """
 
     ce_loss: float
     """Nats per token."""
@@ -337,6 +360,11 @@ def text_losses(
 ) -> list[TextLoss]:
     """That of every text which has a token to predict, in their order.
 
+    Examples:
+        >>> losses = text_losses(model, chat, ["a plain text", "another one"])
+        >>> LossResult.of(losses) == ce_loss(model, chat, ["a plain text", "another one"])
+        True
+
     Raises:
         UserError: as `ce_loss`.
     """
@@ -425,7 +453,13 @@ class _Row:
 
 
 class ABQuestions:
-    """A/B pairs, tokenized once for many forward passes."""
+    """A/B pairs, tokenized once for many forward passes.
+
+    Examples:
+        >>> questions = ABQuestions(chat, load_pairs("organism_ab").pairs[:2])
+        >>> p_matching(questions.log_probabilities(model)).shape
+        torch.Size([2])
+    """
 
     def __init__(self, chat: ChatFormat, pairs: Sequence[ABPair]) -> None:
         self.pad_id, self.pairs = chat.pad_id, tuple(pairs)
@@ -460,7 +494,12 @@ class ABQuestions:
 
 
 def p_matching(log_probabilities: Float[Tensor, "pair 2"]) -> Float[Tensor, " pair"]:
-    """p(matching) / (p(matching) + p(other)), the measure of CAA (Rimsky et al. 2024, section 4)."""
+    """p(matching) / (p(matching) + p(other)), the measure of CAA (Rimsky et al. 2024, section 4).
+
+    Examples:
+        >>> p_matching(torch.tensor([[0.25, 0.75]]).log()).item()
+        0.25
+    """
     return (log_probabilities[:, 0] - log_probabilities[:, 1]).sigmoid()
 
 
@@ -500,7 +539,13 @@ def _read_(model: HookedModel, batch: TokenBatch, rows: Sequence[_Row], table: F
 
 @dataclass(frozen=True)
 class ABPoint:
-    """Mean p(matching answer) with a vector added to the output of one block."""
+    """Mean p(matching answer) with a vector added to the output of one block.
+
+    Examples:
+        >>> point = ABPoint(2, 1.0, p=0.5, low=0.4, high=0.6, delta=0.1, delta_low=0.0, delta_high=0.2, n_pairs=9)
+        >>> ABSweep("held-out pairs", 0.4, (point,), 9).at(2, 1.0).p
+        0.5
+    """
 
     layer: int
     """CAA's layer."""
@@ -523,7 +568,14 @@ class ABPoint:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ABSweep(Value):
-    """All layers and multipliers on one set of pairs."""
+    """All layers and multipliers on one set of pairs.
+
+    Examples:
+        >>> point = ABPoint(2, 1.0, p=0.5, low=0.4, high=0.6, delta=0.1, delta_low=0.0, delta_high=0.2, n_pairs=9)
+        >>> found = ABSweep("held-out pairs", 0.4, (point,), 9)
+        >>> found.at(2, 1.0).delta, found.largest_change
+        (0.1, 0.1)
+    """
 
     pairs: str
     plain: float

@@ -148,7 +148,12 @@ class Paired:
 
 @dataclass(frozen=True)
 class AUC:
-    """The probability that a value of one group exceeds one of another, ties half, with its 95% interval."""
+    """The probability that a value of one group exceeds one of another, ties half, with its 95% interval.
+
+    Examples:
+        >>> AUC.of([2.0, 3.0], [0.0, 1.0]).value, AUC.of([0.0, 1.0], [0.0, 1.0]).value
+        (1.0, 0.5)
+    """
 
     value: float
     n_positive: int

@@ -40,6 +40,10 @@ def one_vector(given: Any) -> Float[Tensor, " d_model"]:
 def unit_of(vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
     """The float64 unit vector, on the CPU.
 
+    Examples:
+        >>> unit_of(torch.tensor([3.0, 4.0])).tolist()
+        [0.6, 0.8]
+
     Raises:
         UserError: it is zero, or holds NaN or infinity.
     """
@@ -98,7 +102,12 @@ def is_whole(value: object) -> bool:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelledVectors(Value):
-    """The vectors of one file."""
+    """The vectors of one file.
+
+    Examples:
+        >>> LabelledVectors("mine", torch.eye(2)).labels
+        ['mine[0]', 'mine[1]']
+    """
 
     name: str
     rows: Float[Tensor, "row d_model"]
@@ -116,7 +125,13 @@ class LabelledVectors(Value):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison(Value):
-    """Cosines of every vector with every other."""
+    """Cosines of every vector with every other.
+
+    Examples:
+        >>> direction.save("mine.pt")
+        >>> compare([read_vectors("mine.pt"), read_vectors("mine.pt")]).cosines.round(decimals=5).tolist()
+        [[1.0, 1.0], [1.0, 1.0]]
+    """
 
     labels: tuple[str, ...]
     cosines: Float[Tensor, "vector vector"]

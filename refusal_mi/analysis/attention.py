@@ -36,7 +36,14 @@ DEFAULT_SUFFIX = " Answer in one short sentence, please, and be friendly."
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionResult(AnalysisResult):
-    """Attention of some heads from the last prompt position, summed over regions of the prompt."""
+    """Attention of some heads from the last prompt position, summed over regions of the prompt.
+
+    Examples:
+        >>> found.mass.shape == (len(found.variants), found.n_prompts, len(found.heads), len(found.regions))
+        True
+        >>> found.mass.sum(-1).allclose(torch.ones(()).double(), atol=1e-5)
+        True
+    """
 
     kind: ClassVar[str] = "attention"
     units: ClassVar[Mapping[str, str]] = {
@@ -195,7 +202,12 @@ def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def plot_attention(result: AttentionResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Attention by region, and what is written along the direction from each, mean over heads and prompts."""
+    """Attention by region, and what is written along the direction from each, mean over heads and prompts.
+
+    Examples:
+        >>> plot_attention(found, width=350).layout.width
+        350
+    """
     figure = draw.panels(["attention", "written along the direction, all heads"], gap=0.1, shares_y=False)
     tables = (result.mass.mean(2), result.contributions.sum(2))
     for index, variant in enumerate(result.variants):
@@ -214,7 +226,12 @@ def plot_attention(result: AttentionResult, **look: Unpack[draw.Look]) -> go.Fig
 
 
 def plot_attention_heads(result: AttentionResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Mean attention of each head by region, one panel a variant."""
+    """Mean attention of each head by region, one panel a variant.
+
+    Examples:
+        >>> plot_attention_heads(found).layout.xaxis.title.text
+        'region of the prompt'
+    """
     rows, regions = draw.head_names(result.heads), [draw.plain(region) for region in result.regions]
     figure = draw.panels([draw.plain(name) for name in result.variants], gap=0.03)
     for column, values in enumerate(result.mass.mean(1), start=1):
@@ -232,7 +249,12 @@ def plot_attention_heads(result: AttentionResult, **look: Unpack[draw.Look]) -> 
 
 
 def attention_page(result: AttentionResult) -> Page:
-    """The whole attention patterns of the heads on the first prompt, with the suffix."""
+    """The whole attention patterns of the heads on the first prompt, with the suffix.
+
+    Examples:
+        >>> attention_page(found).startswith("<!doctype html>")
+        True
+    """
     view = circuitsvis.attention.attention_heads(
         result.example_pattern,
         shown_tokens(result.example_tokens),

@@ -35,6 +35,12 @@ class AttributionResult(AnalysisResult):
     """Projection of every write into the stream on a unit direction, at one position, per group of prompts.
 
     heads + attn_biases + mlps + mlp_biases + embeddings = projections, for every prompt.
+
+    Examples:
+        >>> found.sums("harmful").allclose(found.projections["harmful"], atol=1e-4), found.largest_error() < 1e-4
+        (True, True)
+        >>> len(found.top_heads(3, "harmful", against="harmless"))
+        3
     """
 
     kind: ClassVar[str] = "attribution"
@@ -159,7 +165,12 @@ def top_heads(
     position: int = -1,
     batch_size: int = 32,
 ) -> tuple[tuple[int, int], ...]:
-    """(layer, head) of those that write most along a direction at one position."""
+    """(layer, head) of those that write most along a direction at one position.
+
+    Examples:
+        >>> len(set(top_heads(model, chat, direction, harmful, 3)))
+        3
+    """
     groups = {"prompts": instructions}
     result = attribute_direction(model, chat, direction, groups, position=position, batch_size=batch_size)
     return result.top_heads(n, "prompts")
@@ -257,6 +268,10 @@ _N_RANKED = 16
 def plot_attribution(result: AttributionResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Mean contribution of every head, MLP and bias: first group minus second, or the only group.
 
+    Examples:
+        >>> plot_attribution(found).layout.title.text
+        'What writes along the direction, up to layer 5, at position −1'
+
     Raises:
         UserError: no block comes before the layer that is explained.
     """
@@ -279,7 +294,12 @@ def plot_attribution(result: AttributionResult, **look: Unpack[draw.Look]) -> go
 
 
 def plot_attribution_ranked(result: AttributionResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """The components with the largest differences (or means), with 95% intervals over prompts."""
+    """The components with the largest differences (or means), with 95% intervals over prompts.
+
+    Examples:
+        >>> plot_attribution_ranked(found).layout.yaxis.title.text
+        'component'
+    """
     shown = result.groups[:2]
     by_group = {group: result.components(group) for group in shown}
     means = {name: [by_group[group][name].mean().item() for group in shown] for name in by_group[shown[0]]}

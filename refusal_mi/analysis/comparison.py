@@ -18,7 +18,14 @@ from .result import AnalysisResult, call_with_a_run, provenance_of
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ComparisonResult(AnalysisResult):
-    """Cosines and lengths of named directions."""
+    """Cosines and lengths of named directions.
+
+    Examples:
+        >>> found.names
+        ('r', 'random')
+        >>> found.cosines.diagonal().round(decimals=6).tolist()
+        [1.0, 1.0]
+    """
 
     kind: ClassVar[str] = "comparison"
     units: ClassVar[Mapping[str, str]] = {"cosines": "cosine, -1 to 1", "norms": "residual stream units"}
@@ -93,7 +100,12 @@ def from_run(run: RunInputs) -> ComparisonResult:
 
 
 def plot_comparison(result: ComparisonResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Cosine of every pair of directions; under the title what random directions reach."""
+    """Cosine of every pair of directions; under the title what random directions reach.
+
+    Examples:
+        >>> plot_comparison(found, title="My directions").layout.title.text
+        'My directions'
+    """
     names = [name.replace("position -", "position −") for name in result.names]
     labels = [draw.plain(f"{name} (‖r‖ = {norm:.3g})") for name, norm in zip(names, result.norms.tolist(), strict=True)]
     hover = "%{x}<br>%{y}<br>cosine %{z:.4f}"

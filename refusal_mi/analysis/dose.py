@@ -45,6 +45,12 @@ class DoseResult(AnalysisResult):
     A long random vector is no control that does nothing: it drowns out part of the stream and takes both sides'
     scores toward the middle, whichever its sign. What it does not do is steer (`steering`), or reach what the
     direction reaches (`z`).
+
+    Examples:
+        >>> found.coefficients, found.n_random, found.n_prompts("harmful")
+        ((0.0, 1.0), 3, 6)
+        >>> found.to_frame().columns.tolist()
+        ['of', 'direction', 'amount', 'share', 'prompt', 'scores']
     """
 
     kind: ClassVar[str] = "dose"
@@ -190,6 +196,12 @@ def dose_response(
 ) -> DoseResult:
     """Refusal score, refusal rate, degenerate rate, KL and CE loss at every coefficient and ablation strength.
 
+    Examples:
+        >>> amounts = {"coefficients": (0.0, 1.0), "strengths": (1.0,), "n_random": 1, "max_new_tokens": None}
+        >>> found = dose_response(model, chat, direction, harmful, harmless, [5, 7], **amounts)
+        >>> found.kl["add/harmless"][0, 0].max().item()
+        0.0
+
     Args:
         texts: what CE loss is measured on; none leaves it out.
         n_random: random directions of equal norm, seeds 0, 1, ...
@@ -290,7 +302,12 @@ _CE = "plain text"
 
 
 def plot_dose(result: DoseResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Refusal score, refusal rate, degenerate rate, KL and CE loss: the direction's curves over random ones."""
+    """Refusal score, refusal rate, degenerate rate, KL and CE loss: the direction's curves over random ones.
+
+    Examples:
+        >>> plot_dose(found, height=900).layout.height
+        900
+    """
     rows = [row for row in _ROWS if any(point for point in result.band(row[0], "add/harmful"))]
     has_loss = not bool(result.ce_loss["add"].isnan().all())
     titles = ["<b>addition</b>", "<b>ablation</b>"] + [""] * (2 * (len(rows) + has_loss) - 2)

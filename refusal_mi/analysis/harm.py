@@ -24,7 +24,12 @@ from .result import AnalysisResult, call_with_a_run, prompts_of, provenance_of
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HarmResult(AnalysisResult):
-    """Belief scores of every prompt for harm (last instruction token) and refusal (last template token)."""
+    """Belief scores of every prompt for harm (last instruction token) and refusal (last template token).
+
+    Examples:
+        >>> found.groups, sum(found.quadrants("harmful").values()) == len(found.deltas["harmful"])
+        (('harmful', 'harmless'), True)
+    """
 
     kind: ClassVar[str] = "harm"
     units: ClassVar[Mapping[str, str]] = {
@@ -83,6 +88,12 @@ def separate_harm(
     For Δharm, h is the stream at the last instruction token and A, B are `harmful` and `harmless`; for Δrefuse, h is
     the stream at the last template token and A, B are those of the same prompts that the model refuses and answers
     (Zhao et al. 2025, "LLMs encode harmfulness and refusal separately").
+
+    Examples:
+        >>> groups = {"harmful": harmful, "harmless": harmless}
+        >>> found = separate_harm(model, chat, harmful, harmless, groups, [5, 7], refused=[True, False] * 5)
+        >>> found.n_refused, found.n_answered
+        (5, 5)
 
     Args:
         harmful: training prompts; share none with `groups`.
@@ -201,7 +212,12 @@ _SYMBOLS = ("circle", "square-open", "x", "diamond-open", "triangle-up", "cross-
 
 
 def plot_harm(result: HarmResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Δharm × Δrefuse of every prompt; beside it the cosine of the two directions by layer."""
+    """Δharm × Δrefuse of every prompt; beside it the cosine of the two directions by layer.
+
+    Examples:
+        >>> plot_harm(found).layout.title.text
+        'Harm and refusal apart'
+    """
     titles = ["every prompt", "cosine of the two directions"]
     figure = draw.panels(titles, gap=0.1, shares_y=False, widths=[0.62, 0.38])
     for index, (group, style) in enumerate(zip(result.groups, draw.group_styles(result.groups), strict=True)):

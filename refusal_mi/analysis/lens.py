@@ -24,7 +24,13 @@ from .result import AnalysisResult, call_with_a_run, check_position, each_group,
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LensResult(AnalysisResult):
-    """Refusal scores of every prompt at every layer, for the refusal tokens and for random sets of as many tokens."""
+    """Refusal scores of every prompt at every layer, for the refusal tokens and for random sets of as many tokens.
+
+    Examples:
+        >>> gap = found.of("harmful").mean(0) - found.of("harmless").mean(0)
+        >>> gap.allclose(found.gap)
+        True
+    """
 
     kind: ClassVar[str] = "lens"
     units: ClassVar[Mapping[str, str]] = {
@@ -134,7 +140,12 @@ def _random_sets(d_vocab: int, tokens: Sequence[int], n_sets: int, seed: int) ->
 
 
 def plot_lens(result: LensResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Mean ± SD of the refusal score over harmful and over harmless prompts, against layer."""
+    """Mean ± SD of the refusal score over harmful and over harmless prompts, against layer.
+
+    Examples:
+        >>> plot_lens(found).layout.yaxis.title.text
+        'refusal score, log-odds (nats)'
+    """
     figure = go.Figure()
     for index, group in enumerate(("harmful", "harmless")):
         scores = result.of(group)
@@ -149,7 +160,12 @@ def plot_lens(result: LensResult, **look: Unpack[draw.Look]) -> go.Figure:
 
 
 def plot_lens_gap(result: LensResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Harmful minus harmless, for the refusal tokens and for random sets of as many tokens."""
+    """Harmful minus harmless, for the refusal tokens and for random sets of as many tokens.
+
+    Examples:
+        >>> plot_lens_gap(found).layout.yaxis.title.text
+        'score, harmful − harmless (nats)'
+    """
     layers = list(range(result.scores.shape[1]))
     tokens = ", ".join(draw.quoted(text) for text in result.token_texts)
     n_tokens = len(result.refusal_tokens)

@@ -22,7 +22,14 @@ _CHUNK = 8192
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitsResult(AnalysisResult):
-    """Direct effect of a direction on the logits, in standard deviations over the vocabulary."""
+    """Direct effect of a direction on the logits, in standard deviations over the vocabulary.
+
+    Examples:
+        >>> found.top_z[0] == found.top_z.max(), found.bottom_z[0] == found.bottom_z.min()
+        (tensor(True), tensor(True))
+        >>> len(found.layer_z) == model.cfg.n_layers, found.refusal_tokens
+        (True, (5, 7))
+    """
 
     kind: ClassVar[str] = "logits"
     units: ClassVar[Mapping[str, str]] = {
@@ -149,7 +156,12 @@ def _texts(model: HookedModel, ids: Int[Tensor, " token"]) -> tuple[str, ...]:
 
 
 def plot_logits(result: LogitsResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """The most lowered and the most raised tokens, and the ranks of the refusal tokens."""
+    """The most lowered and the most raised tokens, and the ranks of the refusal tokens.
+
+    Examples:
+        >>> plot_logits(found).layout.xaxis.title.text
+        'logit change (standard deviations over the vocabulary)'
+    """
     figure = draw.panels(["most lowered", "most raised"], gap=0.14, shares_y=False)
     sides = (
         (result.bottom_z, result.bottom_texts, result.bottom_ids),
@@ -177,7 +189,12 @@ def plot_logits(result: LogitsResult, **look: Unpack[draw.Look]) -> go.Figure:
 
 
 def plot_logits_by_layer(result: LogitsResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Mean z-score of the refusal tokens for the candidate of every layer, over the 95% range of random directions."""
+    """Mean z-score of the refusal tokens for the candidate of every layer, over the 95% range of random directions.
+
+    Examples:
+        >>> plot_logits_by_layer(found).layout.yaxis.title.text
+        'mean over refusal tokens (SD)'
+    """
     layers = range(len(result.layer_z))
     low, middle, high = (result.control_z.quantile(q).item() for q in (0.025, 0.5, 0.975))
     figure = go.Figure()

@@ -34,6 +34,12 @@ class PatchingResult(AnalysisResult):
 
     Cells are `[layer, post-instruction position]`, rows as in `layers`; for heads `[layer, head]`, each patched at all
     post-instruction positions at once.
+
+    Examples:
+        >>> found.sites, found.layers, found.n_pairs
+        (('resid', 'attn', 'mlp', 'heads'), (0, 2), 2)
+        >>> found.effects(found.sites[0]).shape == (len(found.layers), len(found.positions))
+        True
     """
 
     kind: ClassVar[str] = "patching"
@@ -186,7 +192,12 @@ _NAMES = {"resid": "stream", "attn": "attention", "mlp": "MLP", "resid_mid": "st
 
 
 def plot_patching(result: PatchingResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Normalized effect at every layer and post-instruction position: both ways, and the control."""
+    """Normalized effect at every layer and post-instruction position: both ways, and the control.
+
+    Examples:
+        >>> plot_patching(found).layout.title.text
+        'Activation patching: share of the refusal score that one activation carries over'
+    """
     sites: list[Site] = [site for site in result.sites if site != "heads"] or ["heads"]
     titles = [f"<b>{_NAMES[site]}</b>, {what}" for what in (*map(_way_text, WAYS), "control") for site in sites]
     figure = make_subplots(
@@ -220,6 +231,10 @@ def plot_patching(result: PatchingResult, **look: Unpack[draw.Look]) -> go.Figur
 def plot_patching_heads(result: PatchingResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Normalized effect of every head, patched at all post-instruction positions; beside it the control.
 
+    Examples:
+        >>> plot_patching_heads(found).layout.yaxis.title.text
+        'layer'
+
     Raises:
         UserError: the heads were not patched.
     """
@@ -246,6 +261,10 @@ def plot_patching_heads(result: PatchingResult, **look: Unpack[draw.Look]) -> go
 
 def plot_directional(result: PatchingResult, **look: Unpack[draw.Look]) -> go.Figure:
     """At each layer's best position: effect of the whole stream, and of its component along the direction alone.
+
+    Examples:
+        >>> plot_directional(found).layout.title.text
+        'Directional patching: what of the effect goes through the direction'
 
     Raises:
         UserError: nothing was patched along a direction.

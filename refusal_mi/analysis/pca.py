@@ -26,7 +26,14 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PcaResult(AnalysisResult):
-    """Coordinates of every prompt on the first components, layer by layer."""
+    """Coordinates of every prompt on the first components, layer by layer.
+
+    Examples:
+        >>> found.coordinates.shape == (len(found.layers), len(found.prompts), found.explained.shape[1])
+        True
+        >>> bool((found.explained.sum(-1) <= 1 + 1e-6).all())
+        True
+    """
 
     kind: ClassVar[str] = "pca"
     units: ClassVar[Mapping[str, str]] = {
@@ -208,6 +215,10 @@ _SHAPES = ("circle", "square", "diamond", "triangle-up", "cross")
 
 def plot_pca(result: PcaResult, **look: Unpack[draw.Look]) -> go.Figure:
     """One panel per layer: shape and color are the group, filled is refused, open is answered.
+
+    Examples:
+        >>> plot_pca(found).layout.title.text
+        'Principal components of the stream'
 
     Raises:
         UserError: there is only one component.

@@ -26,7 +26,14 @@ METHODS = ("difference of means", "logistic regression")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ProbesResult(AnalysisResult):
-    """Cross-validated AUC of two probes, its shuffled-label null, and their cosines to the direction."""
+    """Cross-validated AUC of two probes, its shuffled-label null, and their cosines to the direction.
+
+    Examples:
+        >>> found.auc.shape[:2] == (len(found.methods), len(found.positions))
+        True
+        >>> found.methods, found.n_folds
+        (('difference of means', 'logistic regression'), 2)
+    """
 
     kind: ClassVar[str] = "probes"
     units: ClassVar[Mapping[str, str]] = {
@@ -79,6 +86,11 @@ def linear_probes(
     Two controls are part of the result: the range of AUC with shuffled labels, and layer 0 at template positions,
     where the stream holds only the template's own token and AUC is 0.5 exactly (with learned positions, as in GPT-2,
     it also holds the length of the prompt).
+
+    Examples:
+        >>> found = linear_probes(model, chat, harmful, harmless, direction, positions=[-1], n_folds=2, n_shuffles=1)
+        >>> found.methods, bool(((found.auc >= 0) & (found.auc <= 1)).all())
+        (('difference of means', 'logistic regression'), True)
 
     Args:
         positions: post-instruction positions; all by default.
@@ -182,7 +194,12 @@ def _cosine(weight: Float[Tensor, " d_model"], unit: Float[Tensor, " d_model"]) 
 
 
 def plot_probes(result: ProbesResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Cross-validated AUC of both probes at every position, over the range that shuffled labels reach."""
+    """Cross-validated AUC of both probes at every position, over the range that shuffled labels reach.
+
+    Examples:
+        >>> plot_probes(found).layout.yaxis.title.text
+        'AUC, 2-fold cross-validation'
+    """
     layers = range(result.auc.shape[2])
     figure = draw.panels([draw.plain(method) for method in result.methods])
     for column, method in enumerate(result.methods, start=1):
@@ -211,7 +228,12 @@ def plot_probes(result: ProbesResult, **look: Unpack[draw.Look]) -> go.Figure:
 
 
 def plot_probe_cosines(result: ProbesResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Cosine of each probe, fitted on all prompts, with the direction."""
+    """Cosine of each probe, fitted on all prompts, with the direction.
+
+    Examples:
+        >>> plot_probe_cosines(found).layout.yaxis.title.text
+        'cosine with the direction'
+    """
     layers = range(result.auc.shape[2])
     figure = draw.panels([draw.plain(method) for method in result.methods])
     for column, method in enumerate(result.methods, start=1):

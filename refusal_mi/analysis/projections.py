@@ -24,7 +24,16 @@ from .result import AnalysisResult, call_with_a_run, each_group, prompts_of, pro
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ProjectionsResult(AnalysisResult):
-    """Projections and cosines of every prompt, on the direction and on a random one, at the last positions."""
+    """Projections and cosines of every prompt, on the direction and on a random one, at the last positions.
+
+    Examples:
+        >>> found.group_names, len(found.rows("harmful"))
+        (('harmful', 'harmless'), 6)
+        >>> bool((found.cosines.abs() <= 1).all())
+        True
+        >>> found.projections.shape == (len(found.prompts), len(found.positions), model.cfg.n_layers + 1)
+        True
+    """
 
     kind: ClassVar[str] = "projections"
     units: ClassVar[Mapping[str, str]] = {
@@ -139,17 +148,32 @@ Measure = Literal["projections", "cosines"]
 
 
 def plot_projections(result: ProjectionsResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Mean ± SD of ⟨x, r̂⟩ against layer: last instruction token, the direction's own position, last position."""
+    """Mean ± SD of ⟨x, r̂⟩ against layer: last instruction token, the direction's own position, last position.
+
+    Examples:
+        >>> plot_projections(found).layout.title.text
+        'Projection on the direction'
+    """
     return _lines(result, "projections", "⟨x, r̂⟩ (residual stream units)", "Projection on the direction", look)
 
 
 def plot_cosines(result: ProjectionsResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """The same for the cosine, which does not grow with the stream."""
+    """The same for the cosine, which does not grow with the stream.
+
+    Examples:
+        >>> plot_cosines(found, title="My model").layout.title.text
+        'My model'
+    """
     return _lines(result, "cosines", "cos(x, r̂)", "Cosine with the direction", look)
 
 
 def plot_projection_map(result: ProjectionsResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Difference of the first two groups' mean cosines at every position and layer; beside it a random direction."""
+    """Difference of the first two groups' mean cosines at every position and layer; beside it a random direction.
+
+    Examples:
+        >>> plot_projection_map(found).layout.xaxis.title.text
+        'layer (stream entering the block)'
+    """
     first, second = (result.group_names * 2)[:2]
     layers = [str(layer) for layer in range(result.cosines.shape[2])]
     labels = _labels(result)

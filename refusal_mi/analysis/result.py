@@ -67,6 +67,13 @@ class AnalysisResult(Value):
     A subclass is a frozen dataclass whose fields are tensors, dicts of tensors, or JSON values with tuples for
     lists; it sets `kind` (the name of its module) and `units` (field -> unit). Numbers that do not exist are None
     in JSON fields and NaN in tensors.
+
+    Examples:
+        >>> compared = compare_directions({"one": direction, "another": other})
+        >>> compared.to_frame("norms").columns.tolist()
+        ['direction', 'norms']
+        >>> [each.name for each in compared.findings()]
+        ['cosines', 'norms', 'null_p95', 'd_model']
     """
 
     kind: ClassVar[str]
@@ -405,7 +412,12 @@ def plot(result: AnalysisResult, **look: Unpack[Look]) -> go.Figure | str:
 
 
 def figures(result: AnalysisResult) -> dict[str, go.Figure | str]:
-    """Every figure that a result has, by name; the main one first. A warning says which are missing, and why."""
+    """Every figure that a result has, by name; the main one first. A warning says which are missing, and why.
+
+    Examples:
+        >>> list(figures(compare_directions({"one": direction, "another": other})))
+        ['comparison']
+    """
     drawn = draw_all(result)
     for name, why in drawn.left_out.items():
         warnings.warn(f"no figure {name}: {why}", stacklevel=2)

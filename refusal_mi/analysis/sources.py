@@ -32,7 +32,14 @@ N_PROMPTS, N_HEADS = 6, 8
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SourcesResult(AnalysisResult):
-    """What some heads write along a unit direction at one position, split by the token it was read from."""
+    """What some heads write along a unit direction at one position, split by the token it was read from.
+
+    Examples:
+        >>> found.contributions.shape == found.pattern.shape, found.heads
+        (True, ((1, 0), (3, 2)))
+        >>> found.pattern.nansum(-1).allclose(torch.ones(()).double(), atol=1e-5)
+        True
+    """
 
     kind: ClassVar[str] = "sources"
     units: ClassVar[Mapping[str, str]] = {
@@ -167,7 +174,12 @@ _MAX_LABELLED = 60
 
 
 def plot_sources(result: SourcesResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Contribution of each head by source token, for the first prompt."""
+    """Contribution of each head by source token, for the first prompt.
+
+    Examples:
+        >>> plot_sources(found).layout.title.text
+        'Where in the prompt the heads read the direction from'
+    """
     tokens, values = _unpadded(result, 0)
     columns = [f"{index}" for index in range(len(tokens))]
     names = [draw.plain(draw.token_text(token)) for token in tokens]
@@ -195,7 +207,12 @@ def plot_sources(result: SourcesResult, **look: Unpack[draw.Look]) -> go.Figure:
 
 
 def sources_page(result: SourcesResult) -> Page:
-    """Colored tokens of every prompt: all heads together, then each by itself, on one scale for both signs."""
+    """Colored tokens of every prompt: all heads together, then each by itself, on one scale for both signs.
+
+    Examples:
+        >>> sources_page(found).startswith("<!doctype html>")
+        True
+    """
     largest = max(float(result.contributions.sum(1).abs().max()), float(result.contributions.abs().max()), 1e-12)
     views = []
     for index in range(len(result.tokens)):

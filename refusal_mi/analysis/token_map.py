@@ -23,7 +23,14 @@ from .result import AnalysisResult, call_with_a_run, provenance_of
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenMapResult(AnalysisResult):
-    """Projection and cosine of one prompt's stream, on the direction and on a random one."""
+    """Projection and cosine of one prompt's stream, on the direction and on a random one.
+
+    Examples:
+        >>> found.cosines.shape == (len(found.tokens), model.cfg.n_layers + 1)
+        True
+        >>> found.n_template
+        5
+    """
 
     kind: ClassVar[str] = "token_map"
     units: ClassVar[Mapping[str, str]] = {
@@ -80,7 +87,12 @@ def from_run(run: RunInputs) -> TokenMapResult:
 
 
 def plot_token_map(result: TokenMapResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Cosine of the stream with the direction at every token and layer; hover has the projection and the control."""
+    """Cosine of the stream with the direction at every token and layer; hover has the projection and the control.
+
+    Examples:
+        >>> plot_token_map(found).layout.yaxis.title.text
+        'layer (stream entering the block)'
+    """
     n_tokens, n_layers = result.cosines.shape
     labels = [f"{index} {draw.plain(draw.token_text(token))}" for index, token in enumerate(result.tokens)]
     custom = rearrange([result.projections, result.control_cosines], "shown pos layer -> layer pos shown").tolist()

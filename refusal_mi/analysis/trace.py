@@ -35,6 +35,12 @@ class TraceResult(AnalysisResult):
 
     The stream is the one that enters `layer`, after the interventions of the condition have acted on it: an ablation of
     all writes leaves 0 there, and an addition at this layer is in it.
+
+    Examples:
+        >>> found.conditions, sorted(set(found.groups))
+        (('plain', 'ablated', 'added'), ['harmful', 'harmless'])
+        >>> found.values.shape[:2] == (len(found.conditions), len(found.prompts))
+        True
     """
 
     kind: ClassVar[str] = "trace"
@@ -197,6 +203,10 @@ def plot_trace(result: TraceResult, **look: Unpack[draw.Look]) -> go.Figure:
     """Mean ± SD of the projection at every token, over how many answers are that long, one panel a group.
 
     The template's tokens come first; controls have no band.
+
+    Examples:
+        >>> plot_trace(found, width=600).layout.width
+        600
     """
     groups = list(dict.fromkeys(result.groups))
     titles = [f"<b>{draw.plain(group)} prompts</b> (n = {result.groups.count(group)})" for group in groups]
@@ -253,7 +263,12 @@ def _styles(result: TraceResult) -> dict[str, draw.SeriesStyle]:
 
 
 def trace_page(result: TraceResult) -> Page:
-    """Answers as colored tokens, every prompt under every condition, all on one scale."""
+    """Answers as colored tokens, every prompt under every condition, all on one scale.
+
+    Examples:
+        >>> trace_page(found).startswith("<!doctype html>")
+        True
+    """
     finite = result.values[~result.values.isnan()]
     largest = max(float(finite.abs().max()), 1e-12)
     per_prompt = len(result.conditions)
@@ -271,7 +286,12 @@ def trace_page(result: TraceResult) -> Page:
 
 
 def plot_trace_single(result: TraceResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """The projection at every token of the first prompt's answers, with the tokens on hover."""
+    """The projection at every token of the first prompt's answers, with the tokens on hover.
+
+    Examples:
+        >>> plot_trace_single(found).layout.title.text
+        'The direction through one answer'
+    """
     figure = go.Figure()
     styles = _styles(result)
     for index, condition in enumerate(result.conditions):

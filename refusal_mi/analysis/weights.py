@@ -22,7 +22,14 @@ Side = Literal["writes", "reads"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class WeightsResult(AnalysisResult):
-    """How strongly each writer and reader is aligned with a direction."""
+    """How strongly each writer and reader is aligned with a direction.
+
+    Examples:
+        >>> found.writer_names, found.writes.shape == (model.cfg.n_layers, len(found.writer_names))
+        (('H0', 'H1', 'H2', 'H3', 'MLP'), True)
+        >>> found.ratio("writes").allclose(found.writes / found.writes_null_mean)
+        True
+    """
 
     kind: ClassVar[str] = "weights"
     units: ClassVar[Mapping[str, str]] = {
@@ -141,7 +148,12 @@ def _together(norms: Sequence[Float[Tensor, " vector"]]) -> Float[Tensor, " vect
 
 
 def plot_weights(result: WeightsResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Norm of every writer and every reader along the direction, over that of random directions."""
+    """Norm of every writer and every reader along the direction, over that of random directions.
+
+    Examples:
+        >>> plot_weights(found).layout.title.text
+        'Weights along the direction, relative to a random direction'
+    """
     titles = ["<b>writes</b>: ‖r̂ᵀW_O[h]‖, ‖r̂ᵀW_out‖", "<b>reads</b>: ‖W r̂‖"]
     share = max(0.5, min(0.75, len(result.writer_names) / (len(result.writer_names) + len(result.reader_names))))
     figure = draw.panels(titles, widths=[share, 1 - share])

@@ -47,6 +47,11 @@ def audit(
     −s times what W writes (`removal.find_removal`); over all of them the span that they have in common, and how much
     is left along it. Nothing is run, and no more than a tensor of each is held at a time.
 
+    Examples:
+        >>> found = audit(base, edited, direction)
+        >>> found.verdict, round(found.cosines[0], 3)
+        ('removed', 1.0)
+
     Args:
         base: a directory, hub id, None for the embedded model, or a model that is loaded already.
         suspect: the same, or the folder of a LoRA adapter of the base.

@@ -101,7 +101,15 @@ class ComponentChange(Value):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AuditResult(Value):
-    """What became of a checkpoint."""
+    """What became of a checkpoint.
+
+    Examples:
+        >>> found = audit(base, edited)
+        >>> found.verdict
+        'removed'
+        >>> found.in_blocks("mlp") == tuple(range(model.cfg.n_layers))
+        True
+    """
 
     base: str
     suspect: str

@@ -26,6 +26,13 @@ class Cone(Value):
     """All mixtures with nonnegative weights of orthogonal directions of one place.
 
     One of them is ablated or added at a time. What ablates all at once is `Ablate(cone.directions)`.
+
+    Examples:
+        >>> one, another = (Direction(row, 2, "blocks.2.hook_resid_pre", -1) for row in 2 * torch.eye(2))
+        >>> Cone((one, another)).mix([3, 4]).unit.round(decimals=6).tolist()
+        [0.6, 0.8]
+        >>> [bool((each.vector >= 0).all()) for each in Cone((one, another)).sample(2)]
+        [True, True]
     """
 
     directions: tuple[Direction, ...]
@@ -62,7 +69,13 @@ class Cone(Value):
 
 
 def mixtures(n_directions: int, n: int, seed: int) -> Float[Tensor, "n n_directions"]:
-    """Weights of length 1: |N(0, I)|, normalised."""
+    """Weights of length 1: |N(0, I)|, normalised.
+
+    Examples:
+        >>> weights = mixtures(2, 5, seed=0)
+        >>> weights.norm(dim=-1).round(decimals=6).tolist() == [1.0] * 5, bool((weights >= 0).all())
+        (True, True)
+    """
     drawn = torch.randn(n, n_directions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).abs()
     return drawn / drawn.norm(dim=-1, keepdim=True)
 
@@ -83,6 +96,12 @@ def fit_cone(
 
     L = mean over mixtures of the RDO loss + mean over the directions of it. Mixtures are drawn anew at every step,
     seeded. Every text takes a pass for each mixture and each direction.
+
+    Examples:
+        >>> found = fit_cone(model, chat, direction, texts, RDOOptions(n_steps=1), n_directions=2, n_samples=1)
+        >>> one, another = found.directions
+        >>> abs(one.unit @ another.unit).item() < 1e-6, len(Cone(found.directions).sample(3))
+        (True, 3)
 
     Args:
         start: a direction, or a cone of fewer, as published; the missing directions start at random, seeded.

@@ -27,7 +27,12 @@ _COUNTERS = ("step", "waited", "reductions", "is_over", "best_step")
 
 @dataclass(frozen=True)
 class DescentOptions:
-    """How far a descent goes, and when it stops."""
+    """How far a descent goes, and when it stops.
+
+    Examples:
+        >>> DescentOptions(n_steps=5).patience
+        5
+    """
 
     n_steps: int = 100
     """At most."""
@@ -61,6 +66,10 @@ def orthonormal(
 ) -> Float[Tensor, "n d_model"]:
     """Gram-Schmidt in float64, the first row first: each keeps its side, and what it has beyond those before it.
 
+    Examples:
+        >>> orthonormal(torch.tensor([[2.0, 0.0], [1.0, 1.0]])).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+
     Args:
         orthogonal_to: vectors in whose span no row may have a part.
 
@@ -84,7 +93,12 @@ def orthonormal(
 
 
 def tangent(gradient: Float[Tensor, "n d_model"], rows: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-    """The part of a gradient along which orthonormal rows stay so: G − ½(GBᵀ + BGᵀ)B; for one row g − (g·v)v."""
+    """The part of a gradient along which orthonormal rows stay so: G − ½(GBᵀ + BGᵀ)B; for one row g − (g·v)v.
+
+    Examples:
+        >>> tangent(torch.tensor([[1.0, 5.0]]), torch.tensor([[1.0, 0.0]])).tolist()
+        [[0.0, 5.0]]
+    """
     overlap = gradient @ rows.T
     return gradient - (overlap + overlap.T) / 2 @ rows
 

@@ -21,6 +21,10 @@ def pca_of_differences(
 
     That is Σ_a + Σ_b + δδᵀ, δ the difference of means and Σ the covariances (1/n): what random pairs give on average,
     without depending on how unpaired prompts happen to lie beside each other. Not centred, so δ takes part.
+
+    Examples:
+        >>> pca_of_differences(torch.tensor([[2.0, 0.0], [4.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]]))
+        tensor([1., 0.], dtype=torch.float64)
     """
     centred = [rows - rows.mean(0) for rows in (harmful, harmless)]
     difference = harmful.mean(0) - harmless.mean(0)

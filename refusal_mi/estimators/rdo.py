@@ -36,7 +36,13 @@ Spread = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RDOTexts(Value):
-    """What the losses read: prompts with answers, whose tokens `first` to `end - 1` are the answer's."""
+    """What the losses read: prompts with answers, whose tokens `first` to `end - 1` are the answer's.
+
+    Examples:
+        >>> span = texts.complied[0]
+        >>> len(span.token_ids[span.first : span.end])
+        2
+    """
 
     complied: tuple[Span, ...]
     """Harmful prompts with answers that comply."""
@@ -52,7 +58,12 @@ class RDOTexts(Value):
 
 @dataclass(frozen=True)
 class RDOOptions(DescentOptions):
-    """Weights of the losses, and how many texts are read at a step; the published values where there are some."""
+    """Weights of the losses, and how many texts are read at a step; the published values where there are some.
+
+    Examples:
+        >>> RDOOptions(n_steps=5, retention=0.5).addition
+        0.2
+    """
 
     ablation: float = 1.0
     addition: float = 0.2
@@ -86,7 +97,13 @@ class Term(Value):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Fit(Value):
-    """Directions that were found by descent, and how it went."""
+    """Directions that were found by descent, and how it went.
+
+    Examples:
+        >>> found = fit_rdo(model, chat, direction, texts, RDOOptions(n_steps=2))
+        >>> found.terms, found.losses.shape[1] == len(found.terms)
+        (('loss', 'ablation', 'addition', 'retention'), True)
+    """
 
     directions: tuple[Direction, ...]
     """Orthogonal; of the place and length of the one that the descent started from."""
@@ -114,6 +131,11 @@ def fit_rdo(
     checkpoint: str | Path | None = None,
 ) -> Fit:
     """One direction of lowest loss: L = λ_abl·L_abl + λ_add·L_add + λ_ret·L_ret on the unit sphere.
+
+    Examples:
+        >>> found = fit_rdo(model, chat, direction, texts, RDOOptions(n_steps=2), orthogonal_to=[other])
+        >>> abs(found.direction.unit @ other.unit).item() < 1e-6, found.direction.layer == direction.layer
+        (True, True)
 
     Args:
         start: where the descent starts, such as the chosen difference of means, or its `random_like(seed)` as

@@ -39,6 +39,11 @@ def fit_independent(
 ) -> Fit:
     """A direction of low RDO loss that is independent of others: that loss + weight · `independence_loss`.
 
+    Examples:
+        >>> found = fit_independent(model, chat, direction.random_like(0), texts, [direction], RDOOptions(n_steps=1))
+        >>> found.terms
+        ('loss', 'ablation', 'addition', 'retention', 'independence')
+
     Args:
         start: not one of `others`: `random_like(seed)` of one, as published.
         others: those found before.
@@ -108,6 +113,11 @@ def dependence(
 
     Over prompts, their tokens, and layers below 0.9 n_layers. Rows are ablated, columns are read; it is not symmetric,
     and of a direction with itself it is mean |cos(x, v)|.
+
+    Examples:
+        >>> table = dependence(model, chat, [direction, other], ["Hi"])
+        >>> table.shape, bool((table >= 0).all())
+        (torch.Size([2, 2]), True)
 
     Raises:
         UserError: there are no directions or no prompts.

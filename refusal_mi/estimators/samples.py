@@ -23,7 +23,14 @@ PlaceEstimator = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ActivationSamples(Value):
-    """The residual stream of every prompt of one class, per post-instruction position and layer."""
+    """The residual stream of every prompt of one class, per post-instruction position and layer.
+
+    Examples:
+        >>> samples.prompts.shape == (len(harmful), len(samples.positions), model.cfg.n_layers, model.cfg.d_model)
+        True
+        >>> samples.at(-1, 2).double().mean(0).allclose(samples.means.means[-1, 2])
+        True
+    """
 
     prompts: Float[Tensor, "prompt pos layer d_model"]
     """On the CPU; layer `l` is the stream entering block `l`, `l = 0..n_layers-1`."""
@@ -91,6 +98,13 @@ class SampleEstimator(Protocol):
     """Activations of every prompt of two classes -> candidate directions.
 
     A function of this shape is marked with `sees_prompts`, which is how it is told from an `Estimator` of means.
+
+    Examples:
+        >>> estimator = estimator_named("median")
+        >>> needs_prompts(estimator), needs_prompts(difference_in_means)
+        (True, False)
+        >>> estimator(samples, other_samples).vectors.shape == grid.vectors.shape
+        True
     """
 
     def __call__(self, harmful: ActivationSamples, harmless: ActivationSamples) -> DirectionGrid: ...

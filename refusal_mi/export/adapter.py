@@ -160,7 +160,15 @@ def _notes(plan: Planned, biases: Mapping[str, Any], others: Mapping[str, Any], 
 
 
 def load_adapter(model: Any, directory: str | Path) -> Any:
-    """Put an exported adapter on its base model, the second part too where there is one."""
+    """Put an exported adapter on its base model, the second part too where there is one.
+
+    Examples:
+        >>> from transformers import AutoModelForCausalLM
+        >>> report = export_adapter(base, Ablate(direction), "adapter", verify="none")
+        >>> adapted = load_adapter(AutoModelForCausalLM.from_pretrained(base), "adapter")
+        >>> any("lora" in name for name, _ in adapted.named_parameters())
+        True
+    """
     try:
         from peft import PeftModel
     except ImportError:

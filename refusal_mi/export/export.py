@@ -35,7 +35,13 @@ UNVERIFIED = "UNVERIFIED"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExportReport(Value):
-    """What was exported, and how well it matches the hooks."""
+    """What was exported, and how well it matches the hooks.
+
+    Examples:
+        >>> report = export_checkpoint(base, Ablate(direction), "edited", verify="none")
+        >>> report.kind, report.is_verified
+        ('checkpoint', None)
+    """
 
     path: Path
     kind: Literal["checkpoint", "adapter"]
@@ -353,6 +359,10 @@ def export_adapter(
     force: bool = False,
 ) -> ExportReport:
     """Write the edit as a LoRA adapter of the unedited model; put it on again with `load_adapter`.
+
+    Examples:
+        >>> export_adapter(base, Ablate(direction), "adapter", verify="none").kind
+        'adapter'
 
     Args:
         source: as `export_checkpoint` takes it.

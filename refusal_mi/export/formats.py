@@ -36,6 +36,12 @@ def write_gguf(path: str | Path, addition: Add, config: Any) -> None:
     The stream entering our layer l is the output of block l − 1, which llama.cpp calls `direction.{l−1}`; it does not
     steer block 0.
 
+    Examples:
+        >>> from transformers import AutoConfig
+        >>> write_gguf("refusal.gguf", Add(direction), AutoConfig.from_pretrained(base))
+        >>> open("refusal.gguf", "rb").read(4)
+        b'GGUF'
+
     Raises:
         UserError: the layer cannot be steered there, or the vector does not fit the model.
     """
@@ -76,6 +82,12 @@ def write_lm_eval(
 
     Ablation becomes `clamp` to 0 at the token embedding and at the module behind every attention and MLP write; the
     harness looks modules up inside the base model and clamps one direction at each.
+
+    Examples:
+        >>> from transformers import AutoConfig
+        >>> write_lm_eval("steer.pt", Ablate(direction), AutoConfig.from_pretrained(base))
+        >>> len(torch.load("steer.pt")) == 1 + 2 * model.cfg.n_layers
+        True
 
     Args:
         dtype: of the vectors; the harness mixes them with activations, so it should be the model's own.

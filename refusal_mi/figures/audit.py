@@ -14,7 +14,12 @@ _ROWS = ("embed", "attention", "MLP")
 
 
 def plot_audit(result: AuditResult, **look: Unpack[draw.Look]) -> go.Figure:
-    """Strength of the removal, and change of the weights, of every block's writers (means where there are several)."""
+    """Strength of the removal, and change of the weights, of every block's writers (means where there are several).
+
+    Examples:
+        >>> plot_audit(audit(base, edited), width=600).layout.width
+        600
+    """
     layers = [str(block) for block in range(result.n_layers)]
     tables = torch.full((2, len(_ROWS), len(layers)), math.nan, dtype=torch.float64)
     for row, component in enumerate(COMPONENTS):

@@ -23,7 +23,12 @@ _BAR = 46
 
 
 def intervention_name(label: str, side: Side) -> str:
-    """A published label in words: activation addition subtracts on harmful prompts and adds on harmless ones."""
+    """A published label in words: activation addition subtracts on harmful prompts and adds on harmless ones.
+
+    Examples:
+        >>> intervention_name("actadd", "harmful"), intervention_name("actadd", "harmless")
+        ('subtracted (−1)', 'added (+1)')
+    """
     added = "subtracted (−1)" if side == "harmful" else "added (+1)"
     if label.startswith("random"):
         done = "ablated" if "ablation" in label else added
@@ -35,6 +40,10 @@ def plot_rates(
     sides: Sequence[SideEffects], *, model: str = "", columns: Literal[1, 2] = 2, **look: Unpack[Look]
 ) -> go.Figure:
     """Fraction of answers that refuse and that are degenerate text, with 95% Wilson intervals.
+
+    Examples:
+        >>> plot_rates(run.record.sides, width=360, columns=1).layout.width
+        360
 
     Args:
         columns: 1 is for a narrow page, as a width of 360 is.
@@ -84,6 +93,12 @@ _GREYS = (("#d9d9d9", ""), ("#d9d9d9", "/"), ("#d9d9d9", "x"), ("#d9d9d9", "."))
 
 def plot_losses(losses: Mapping[str, Mapping[str, LossResult]], *, model: str = "", **look: Unpack[Look]) -> go.Figure:
     """Change of CE loss from the plain model under each intervention, for each set of texts.
+
+    Examples:
+        >>> plot_losses(run.losses).layout.yaxis.title.text
+        'change of CE loss (nats per token)'
+        >>> [trace.name for trace in plot_losses(run.losses).data]
+        ['ablated', 'subtracted (−1)', 'random 0 ablated']
 
     Args:
         losses: `[label][text set]`; the label `baseline` is the plain model.
@@ -156,7 +171,12 @@ _BESIDE = 130
 
 @dataclass(frozen=True)
 class CombinationPoint:
-    """What ablating one combination did on validation prompts."""
+    """What ablating one combination did on validation prompts.
+
+    Examples:
+        >>> CombinationPoint("0-1", "combination", 2, Rate(1, 40), -5.0, 0.1, 2.11, True).group
+        '2 directions'
+    """
 
     label: str
     """Its ranks, such as 0-2."""
@@ -200,6 +220,14 @@ def plot_combos(
     """Refusal rate (with 95% Wilson intervals) against CE loss on plain text; the winner is ringed.
 
     Intervals of the CE loss stand below, a row each: of its change from the plain model, drawn at what it makes.
+
+    Examples:
+        >>> points = [
+        ...     CombinationPoint("plain", "plain model", 0, Rate(38, 40), 6.0, 0.0, 2.10, True),
+        ...     CombinationPoint("0-1", "combination", 2, Rate(1, 40), -5.0, 0.1, 2.11, True, is_winner=True),
+        ... ]
+        >>> plot_combos(points, text_set="plain_text", kl_max=0.1).layout.title.text
+        'Refusal against cost, by ablated directions'
 
     Args:
         text_set: what the CE loss is measured on.
@@ -356,7 +384,14 @@ _STYLES = {1: (WARM, "solid", "circle"), -1: (COOL, "6px,2px", "square")}
 def plot_layer_sweep(
     sweep: ABSweep, *, model: str = "", multipliers: tuple[float, ...] = (1.0, -1.0), **look: Unpack[Look]
 ) -> go.Figure:
-    """Change of p(matching answer) against CAA's layer, one line per multiplier, with 95% intervals."""
+    """Change of p(matching answer) against CAA's layer, one line per multiplier, with 95% intervals.
+
+    Examples:
+        >>> point = ABPoint(2, 1.0, p=0.5, low=0.4, high=0.6, delta=0.1, delta_low=0.0, delta_high=0.2, n_pairs=9)
+        >>> figure = plot_layer_sweep(ABSweep("held-out pairs", 0.4, (point,), 9))
+        >>> figure.layout.xaxis.title.text, figure.layout.yaxis.title.text
+        ('layer (output of block)', 'change of p(matching answer)')
+    """
     figure, names = go.Figure(), []
     for multiplier in multipliers:
         points = sorted((point for point in sweep.points if point.multiplier == multiplier), key=lambda p: p.layer)

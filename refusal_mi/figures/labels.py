@@ -23,6 +23,11 @@ def plot_label_scores(
 ) -> go.Figure:
     """Refusal score of every prompt, in one row for each group and outcome; heights within a row mean nothing.
 
+    Examples:
+        >>> figure = plot_label_scores({"harmful": [2.5, -4.0]}, {"harmful": [True, False]}, zero_point=-0.8)
+        >>> figure.layout.xaxis.title.text
+        'refusal score, log-odds (nats)'
+
     Args:
         scores: group of prompts -> refusal scores (nats).
         is_refused: group -> whether the model refused the prompt, by the text of its answer.

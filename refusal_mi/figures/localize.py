@@ -32,6 +32,11 @@ def plot_writes(
 ) -> go.Figure:
     """Change of the harmful prompts' refusal score, and KL, where one write alone loses the direction.
 
+    Examples:
+        >>> figure = plot_writes({"blocks.0.hook_resid_pre": (5.0, 0.001), "blocks.0.hook_attn_out": (2.0, 0.02)}, 6.0)
+        >>> figure.layout.title.text
+        'One write at a time'
+
     Args:
         writes: hook point -> mean refusal score and KL (nats).
         plain: mean refusal score of the plain model on the same prompts (nats).
@@ -75,7 +80,15 @@ def plot_front(
     n: int = 0,
     **look: Unpack[draw.Look],
 ) -> go.Figure:
-    """Expected share of refusals against KL, on validation prompts: every removal, the front, the whole ablation."""
+    """Expected share of refusals against KL, on validation prompts: every removal, the front, the whole ablation.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> whole = SimpleNamespace(label="all blocks", refused=0.01, kl_nats=0.2)
+        >>> least = SimpleNamespace(label="blocks 2:4", refused=0.02, kl_nats=0.01)
+        >>> plot_front([whole, least], [least], whole, least).layout.title.text
+        'Refusals and cost of removals'
+    """
     figure, ink = go.Figure(), draw.INK
     named = (
         ("measured", measured, {"mode": "markers", "marker": {"size": 6, "color": "#b5a8cc"}}),

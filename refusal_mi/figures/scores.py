@@ -237,6 +237,11 @@ def plot_norms(
 ) -> go.Figure:
     """Length of the candidate directions against layer, one line per position.
 
+    Examples:
+        >>> figure = plot_norms(grid.vectors.norm(dim=-1).tolist(), grid.positions)
+        >>> len(figure.data) == len(grid.positions), figure.layout.yaxis.title.text
+        (True, '‖candidate direction‖ (residual stream units)')
+
     Args:
         norms: `[position][layer]`.
     """

@@ -20,6 +20,10 @@ def plot_variants(found: VariantsResult, *, model: str = "", **look: Unpack[draw
     """Mean projection on the direction by layer, at the direction's own position, of every wording, on both sides.
 
     Bands are 95% intervals. Dotted lines are the controls of as many tokens; grey is a random direction.
+
+    Examples:
+        >>> plot_variants(worded).layout.title.text
+        'Where a wording moves the direction'
     """
     slot, sides = found.slot, list(found.plain)
     figure = draw.panels([f"{side} requests" for side in sides], gap=0.03)
@@ -48,7 +52,12 @@ def plot_variants(found: VariantsResult, *, model: str = "", **look: Unpack[draw
 
 
 def plot_variant_rates(found: VariantsResult, *, model: str = "", **look: Unpack[draw.Look]) -> go.Figure:
-    """Share of refused answers of every wording, on both sides, with 95% intervals."""
+    """Share of refused answers of every wording, on both sides, with 95% intervals.
+
+    Examples:
+        >>> plot_variant_rates(worded).layout.xaxis.title.text
+        'refused, by text'
+    """
     sides = list(found.plain)
     names = ["plain", *(plain(row.name) for row in found.rows)]
     figure = draw.panels([f"{side} requests" for side in sides], gap=0.03)
@@ -69,7 +78,12 @@ def plot_variant_rates(found: VariantsResult, *, model: str = "", **look: Unpack
 
 
 def plot_variant_parts(found: VariantsResult, *, model: str = "", **look: Unpack[draw.Look]) -> go.Figure:
-    """What the heads that write the direction read at the last token of harmful requests, by part of the prompt."""
+    """What the heads that write the direction read at the last token of harmful requests, by part of the prompt.
+
+    Examples:
+        >>> plot_variant_parts(worded, width=360).layout.width
+        360
+    """
     titles = ["attention", "written along the direction, all heads"]
     figure = draw.panels(titles, gap=0.1, shares_y=False)
     given = {"plain": found.plain["harmful"], **{row.name: row.sides["harmful"].given for row in found.rows}}

@@ -15,7 +15,17 @@ LABELS: tuple[Label, ...] = get_args(Label)
 
 @runtime_checkable
 class Judge(Protocol):
-    """Says of every (prompt, response) whether the model complied. Any object of this shape can take its place."""
+    """Says of every (prompt, response) whether the model complied. Any object of this shape can take its place.
+
+    Examples:
+        >>> class Polite:
+        ...     name = "polite"
+        ...     def complied(self, prompts, responses):
+        ...         return ["sorry" not in response.lower() for response in responses]
+        >>> judge: Judge = Polite()
+        >>> judge.complied(["Hi"], ["Sorry, no."])
+        [False]
+    """
 
     @property
     def name(self) -> str: ...

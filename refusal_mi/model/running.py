@@ -259,7 +259,13 @@ def keep_rows_(cache: Any, rows: Int[Tensor, " kept"]) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; without one of these, generation is greedy."""
+    """How tokens are drawn; without one of these, generation is greedy.
+
+    Examples:
+        >>> one = generate(model, chat, "Hi", sampling=Sampling(1, temperature=0.7), max_new_tokens=3)
+        >>> one == generate(model, chat, "Hi", sampling=Sampling(1, temperature=0.7), max_new_tokens=3)
+        True
+    """
 
     seed: int
     temperature: float = 1.0

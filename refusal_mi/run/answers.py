@@ -32,7 +32,12 @@ class MeanScore:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Effect(Value):
-    """What one intervention did to the answers to one set of prompts."""
+    """What one intervention did to the answers to one set of prompts.
+
+    Examples:
+        >>> Effect("ablation", Rate(1, 40), Rate(0, 40)).refusal.value
+        0.025
+    """
 
     label: str
     """As in the names of the files: baseline, ablation, actadd, random_ablation_0, ..."""
@@ -61,7 +66,13 @@ class Effect(Value):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SideEffects(Value):
-    """The answers to one set of held-out prompts under every intervention."""
+    """The answers to one set of held-out prompts under every intervention.
+
+    Examples:
+        >>> side = run.rates["harmful"]
+        >>> side.n, side.find("ablation").refusal.value < side.find("baseline").refusal.value
+        (40, True)
+    """
 
     side: Side
     set_name: str
@@ -133,7 +144,12 @@ class Completion:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class JudgedAnswer(Value):
-    """One completion and what the judges said of it."""
+    """One completion and what the judges said of it.
+
+    Examples:
+        >>> run.completions("harmless", "baseline").answers[-1].is_refused
+        False
+    """
 
     prompt: str
     response: str
@@ -160,7 +176,13 @@ class JudgedAnswer(Value):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation(Value):
-    """Judged completions: `completions/{set}_{label}_evaluations.json`, in the published schema."""
+    """Judged completions: `completions/{set}_{label}_evaluations.json`, in the published schema.
+
+    Examples:
+        >>> baseline = run.completions("harmful", "baseline")
+        >>> baseline.refusal == run.rates["harmful"].find("baseline").refusal
+        True
+    """
 
     answers: tuple[JudgedAnswer, ...]
     quick: bool = False

@@ -48,7 +48,12 @@ from .stages import SIGNED, Origin
 
 
 def load_grid(folder: Path) -> DirectionGrid:
-    """The candidates of a run folder."""
+    """The candidates of a run folder.
+
+    Examples:
+        >>> load_grid(run.path) == run.grid
+        True
+    """
     record = read_record(folder / MEAN_DIFFS_RECORD, GridRecord)
     vectors = read_floats(folder / MEAN_DIFFS, len(record.positions), None, None)
     degenerate = record.is_degenerate or tuple(tuple(norm == 0 for norm in row) for row in record.norms)
@@ -60,7 +65,12 @@ def load_grid(folder: Path) -> DirectionGrid:
 
 
 def load_scores(folder: Path) -> ScoreGrid:
-    """The scores of a run folder, with its baselines and per-prompt values."""
+    """The scores of a run folder, with its baselines and per-prompt values.
+
+    Examples:
+        >>> load_scores(run.path) == run.scores
+        True
+    """
     baseline = read_record(folder / BASELINE, BaselineRecord)
     rows = ScoreGrid.load(folder / EVALUATIONS, baseline.n_layers).rows
     per_prompt = read_floats(folder / SCORES, len(rows), 3, None)
@@ -98,6 +108,10 @@ def ranked(grid: DirectionGrid, chosen: Selection, ranks: Sequence[int]) -> list
 def load_ranked(folder: Path, ranks: Sequence[int]) -> list[Direction]:
     """Directions by rank from a finished run folder.
 
+    Examples:
+        >>> load_ranked(run.path, [0])[0].layer == run.selection.best.layer
+        True
+
     Raises:
         UserError: there is no run in this folder, or it has no such rank.
     """
@@ -115,6 +129,11 @@ class RunRecord:
 
     `summary.json` says what belongs to the run so far; without it every file that is there counts. A combination has
     answers and losses of its own; its search, prompts and baselines are the run's.
+
+    Examples:
+        >>> record = RunRecord.load(run.path)
+        >>> record.status, record.side("harmful").n, record.direction.layer == run.direction.layer
+        ('done', 40, True)
     """
 
     path: Path
@@ -293,6 +312,11 @@ class RunInputs:
     """A finished run, with its model loaded; every analysis has a `from_run` that takes one.
 
     Made of a path or its text.
+
+    Examples:
+        >>> inputs = RunInputs(model, run.path)
+        >>> inputs.direction == run.direction, inputs.scores == run.scores
+        (True, True)
     """
 
     model: HookedModel

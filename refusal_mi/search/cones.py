@@ -24,7 +24,13 @@ N_MIXTURES, SEED = 64, 42
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScoredCone(Value):
-    """What each direction of a cone does by itself, and each of some mixtures."""
+    """What each direction of a cone does by itself, and each of some mixtures.
+
+    Examples:
+        >>> found = score_cone(model, chat, Cone((direction,)), harmful, harmless, [5, 7], n_mixtures=2)
+        >>> found.mean_bypass == pytest.approx(found.of_directions[0].bypass)
+        True
+    """
 
     cone: Cone
     mixtures: tuple[Direction, ...]
@@ -74,6 +80,11 @@ def score_cone(
 
     Every one is ablated at all writes, and added once at its layer, as a search does with candidates.
 
+    Examples:
+        >>> found = score_cone(model, chat, Cone((direction,)), harmful, harmless, [5, 7], n_mixtures=2)
+        >>> len(found.of_directions), len(found.of_mixtures)
+        (1, 2)
+
     Args:
         n_mixtures: drawn by `Cone.sample`.
         batch_size: most rows in a pass.
@@ -104,6 +115,11 @@ def select_cone(
     scored: Sequence[ScoredCone], thresholds: Thresholds = PUBLISHED, zero_point: float | None = None
 ) -> ScoredCone:
     """The published choice: no mixture's KL above the limit, every direction induces refusals; then the least bypass.
+
+    Examples:
+        >>> found = score_cone(model, chat, Cone((direction,)), harmful, harmless, [5, 7], n_mixtures=1)
+        >>> select_cone([found], Thresholds(kl_max=None, induce_min=None)) == found
+        True
 
     Args:
         scored: cones of any dimensions and places, measured on the same prompts.

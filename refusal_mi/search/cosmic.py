@@ -27,7 +27,12 @@ LAST = -1
 
 @dataclass(frozen=True)
 class CosmicScore:
-    """Two cosines of one candidate, each at most 1 and higher is better; None where it is no direction."""
+    """Two cosines of one candidate, each at most 1 and higher is better; None where it is no direction.
+
+    Examples:
+        >>> CosmicScore(-1, 2, comply=0.9, refuse=0.8).total == pytest.approx(1.7)
+        True
+    """
 
     position: int
     layer: int
@@ -94,6 +99,10 @@ def evaluation_layers(
 ) -> tuple[int, ...]:
     """The layers of lowest cosine between the class means: int(share · n) of n, and at least one.
 
+    Examples:
+        >>> evaluation_layers(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        (2,)
+
     Args:
         harmful: mean output of every block at the last position, row b of block b.
 
@@ -114,6 +123,11 @@ def cosmic_cosines(
     """S_comply and S_refuse of one candidate, from activations at the last position of the evaluation layers.
 
     Every table is averaged over prompts and layers; then cos(ablated harmful, harmless), cos(added harmless, harmful).
+
+    Examples:
+        >>> one, another = torch.eye(2)[:1, None], torch.eye(2)[1:, None]
+        >>> cosmic_cosines(one, another, another, one), cosmic_cosines(one, another, one, another)
+        ((1.0, 1.0), (0.0, 0.0))
     """
     means = [table.double().mean((0, 1)) for table in (harmful, harmless, ablated_harmful, added_harmless)]
     means = [mean / mean.norm() for mean in means]
@@ -132,6 +146,11 @@ def select_cosmic(
     At the last position candidates are dropped whose layer lies beyond the median layer of the best ablation *and* that
     of the best addition, both over the other positions: there activations already tell of the answer. A candidate whose
     KL was not measured fails where `kl_max` asks for it.
+
+    Examples:
+        >>> rows = [CosmicScore(-2, 2, 0.9, 0.8, 0.01), CosmicScore(-2, 3, 0.9, 0.9, 0.5)]
+        >>> select_cosmic(rows, n_layers=8).best.layer
+        2
     """
     late, limit = _late_layer(scores), layer_limit(n_layers, prune_layers)
     survivors, rejected = [], []
@@ -179,6 +198,11 @@ def cosmic_scores(
     batch_size: int = 32,
 ) -> list[CosmicScore]:
     """Both cosines of every candidate on validation prompts, two runs of every prompt a candidate.
+
+    Examples:
+        >>> found = cosmic_scores(model, chat, grid, harmful, harmless, [3])
+        >>> len(found) == len(grid.candidates())
+        True
 
     Args:
         layers: of `evaluation_layers`, from the training prompts.

@@ -131,7 +131,12 @@ _WORDS: dict[Reason, str] = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Selection(Value):
-    """The survivors, best first, and the reasons of the others."""
+    """The survivors, best first, and the reasons of the others.
+
+    Examples:
+        >>> select(scores).best.layer, len(select(scores).survivors) + len(select(scores).rejected) == len(scores.rows)
+        (4, True)
+    """
 
     survivors: tuple[CandidateScore, ...]
     """By bypass score, lowest first; rank k is row k."""

@@ -35,6 +35,10 @@ def expected_refused(scores: Float[Tensor, "*rest prompt"], zero_point: float) -
 
     A count would call many scores just below the zero point the same as many far below, and a search, which takes the
     best of hundreds, would find those that are there by chance.
+
+    Examples:
+        >>> expected_refused(torch.tensor([-5.0, 5.0]), 0.0).item()
+        0.5
     """
     width = SMOOTHING * scores.std(-1, correction=0, keepdim=True) * scores.shape[-1] ** -0.2
     smooth = torch.special.ndtr((scores - zero_point) / width)
@@ -93,7 +97,12 @@ def pareto(measured: Sequence[Measured], zero_point: float) -> tuple[Measured, .
 
 
 def first_removals(directions: Sequence[Direction], n_layers: int) -> list[Removal]:
-    """Every band between a few edges, of every choice of components, for every direction."""
+    """Every band between a few edges, of every choice of components, for every direction.
+
+    Examples:
+        >>> all(0 <= each.first < each.last <= 6 for each in first_removals([direction], 6))
+        True
+    """
     n_parts = min(n_layers, MOST_EDGES)
     edges = sorted({round(part * n_layers / n_parts) for part in range(n_parts + 1)})
     choices: list[tuple[Component, ...]] = [COMPONENTS, ("attn", "mlp"), ("attn",), ("mlp",)]
@@ -148,6 +157,12 @@ def localize_removal(
     Successive halving over bands and components, on more prompts each round; then generations of neighbours of the
     best, on all prompts. Nothing is drawn at random: the same model and prompts give the same result.
 
+    Examples:
+        >>> scorer = RemovalScorer(model, chat, harmful, harmless, [5, 7])
+        >>> found = localize_removal(scorer, [direction], n_generations=1)
+        >>> found.whole.removal == Removal(direction, 0, model.cfg.n_layers)
+        True
+
     Args:
         directions: where from; the first is the one that a whole ablation is made of.
         zero_point: refusal score (nats) above which a prompt counts as refused.
@@ -200,6 +215,11 @@ def map_writes(
     """The plain model's mean refusal score; the score and KL when one write alone loses the direction.
 
     All of the same prompts, in the order of `write_hooks`.
+
+    Examples:
+        >>> plain, refused, kl = map_writes(RemovalScorer(model, chat, harmful, harmless, [5, 7]), direction)
+        >>> len(refused) == len(kl) == 1 + 2 * model.cfg.n_layers
+        True
     """
     weights: list[Weights] = [{}, *({name: 1.0} for name in write_hooks(scorer.model.cfg.n_layers))]
     directions, n = [direction] * len(weights), 2 * FIRST_PROMPTS

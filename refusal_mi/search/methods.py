@@ -23,7 +23,13 @@ CLOSE = 0.03
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Curve(Value):
-    """What harmful and harmless prompts do at rising strengths; the plain model first."""
+    """What harmful and harmless prompts do at rising strengths; the plain model first.
+
+    Examples:
+        >>> curve = Curve((0.0, 1.0), torch.tensor([[1.0, 1.0], [0.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.1, 0.3]]))
+        >>> curve.share(0.0).item(), curve.share(1.0).item()
+        (1.0, 0.5)
+    """
 
     strengths: tuple[float, ...]
     refused: Float[Tensor, "strength *rest harmful"]
@@ -74,6 +80,12 @@ def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matche
     lie close. The interval draws prompts, for all methods the same, and does everything else again. Where the sides
     differ in number, as many of each count as there are of both.
 
+    Examples:
+        >>> cheap = Curve((0.0, 1.0), torch.tensor([[1.0] * 8, [0.0] * 8]), torch.tensor([[0.0] * 8, [0.1] * 8]))
+        >>> dear = Curve(cheap.strengths, cheap.refused, 2 * cheap.kl)
+        >>> [round(end, 6) for end in match(dear, cheap).ratio]
+        [2.0, 2.0, 2.0]
+
     Args:
         other: whose cost, at its own least strength, the ratio is to.
         reference: None is `other`.
@@ -121,6 +133,11 @@ def overlap(one: Basis, other: Basis) -> float:
     """‖Q₁Q₂ᵀ‖² / min(k₁, k₂): 1 where one span holds the other, 0 where they are orthogonal.
 
     Mean squared cosine of the principal angles; of random spans max(k₁, k₂) / d_model is expected.
+
+    Examples:
+        >>> x, y, z = torch.eye(3).split(1)
+        >>> overlap(torch.cat([x, y]), x), overlap(torch.cat([x, y]), z)
+        (1.0, 0.0)
     """
     return ((one.double() @ other.double().T).square().sum() / min(len(one), len(other))).item()
 

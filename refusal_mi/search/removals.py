@@ -41,6 +41,12 @@ class Removal(Value):
 
     "flat" removes `strength` of it in every block of [first, last). "peak" removes
     w(l) = strength + (|l − centre| / half)(floor − strength) up to a distance of `half` blocks, and nothing beyond.
+
+    Examples:
+        >>> Removal(direction, 2, 4).strengths()
+        {2: 1.0, 3: 1.0}
+        >>> Removal(direction, 2, 4, ("mlp",), strength=0.5).label
+        'blocks 2:4, mlp, strength 0.5, direction of layer 2'
     """
 
     direction: Direction
@@ -93,7 +99,14 @@ class Removal(Value):
 
 
 def complement(removal: Removal, n_layers: int) -> dict[str, float]:
-    """Everything except what a removal touches, whole."""
+    """Everything except what a removal touches, whole.
+
+    Examples:
+        >>> n = model.cfg.n_layers
+        >>> some = Removal(direction, 2, 4)
+        >>> len(some.weights(n)) + len(complement(some, n)) == 1 + 2 * n
+        True
+    """
     touched = removal.weights(n_layers)
     return {name: 1.0 for name in write_hooks(n_layers) if name not in touched}
 
@@ -119,6 +132,11 @@ class RemovalScorer:
 
     The KL is the mean over the first tokens of an answer, teacher-forced on the plain model's own; over the first
     token alone it is the KL of the search for directions.
+
+    Examples:
+        >>> scorer = RemovalScorer(model, chat, harmful, harmless, [5, 7])
+        >>> scorer.score([direction], [Removal(direction, 2, 4).weights(model.cfg.n_layers)], range(2)).shape
+        torch.Size([1, 2])
     """
 
     _n_read: tuple[int, ...] = ()

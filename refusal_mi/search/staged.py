@@ -89,6 +89,11 @@ def staged_sweep(
 
     Prompts are used in an order that begins with the whole range of the plain model's scores (`spread`).
 
+    Examples:
+        >>> found = staged_sweep(model, chat, grid, harmful, harmless, [5, 7])
+        >>> len(found.rows) == len(grid.candidates())
+        True
+
     Args:
         zero_point: as in `sweep`, and so is `kl_formula`.
         n_best: survivors to find before the search ends; one is the choice, more can be ablated together.

@@ -51,7 +51,13 @@ class ABPair:
 
 @dataclass(frozen=True)
 class PairSet:
-    """Named, ordered A/B pairs."""
+    """Named, ordered A/B pairs.
+
+    Examples:
+        >>> one, another = halves(load_pairs("caa_train"))
+        >>> len(one), len(another)
+        (40, 40)
+    """
 
     name: str
     pairs: tuple[ABPair, ...]
@@ -83,6 +89,10 @@ class LetterSpan:
 
 def load_pairs(source: str | Path) -> PairSet:
     """Read A/B pairs by a bundled name or from a file of rows in the published schema (`tables.read_rows`).
+
+    Examples:
+        >>> len(load_pairs("caa_train")), load_pairs("caa_train").pairs[0].matching in ("(A)", "(B)")
+        (80, True)
 
     Raises:
         UserError: there is no such set, or an entry lacks a key or has no letter.

@@ -92,7 +92,12 @@ _CONTEXT_COLUMNS = ("input", "contextstring", "context_string", "context")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One instruction, with its harm category where there is one, and a reference answer where there is one."""
+    """One instruction, with its harm category where there is one, and a reference answer where there is one.
+
+    Examples:
+        >>> Prompt("Why is the sky blue?", category="physics").category
+        'physics'
+    """
 
     instruction: str
     category: str | None = None
@@ -101,7 +106,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet(Sequence[str]):
-    """Named, ordered, distinct prompts; a sequence of their texts, of which a slice is a set again."""
+    """Named, ordered, distinct prompts; a sequence of their texts, of which a slice is a set again.
+
+    Examples:
+        >>> asked = PromptSet.from_list(["Why is the sky blue?", "Bake bread", "Bake bread"])
+        >>> len(asked), asked[0]
+        (2, 'Why is the sky blue?')
+        >>> asked.without(asked[:1]).instructions
+        ['Bake bread']
+    """
 
     name: str
     prompts: tuple[Prompt, ...]
@@ -179,7 +192,13 @@ class PromptSet(Sequence[str]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Splits(Value):
-    """Disjoint prompts for finding a direction, choosing it, and reporting on it."""
+    """Disjoint prompts for finding a direction, choosing it, and reporting on it.
+
+    Examples:
+        >>> splits = load_splits("organism_harmful_train", n_train=4, n_val=2, n_test=2, seed=0)
+        >>> list(splits.parts), set(splits.train) & set(splits.test)
+        (['train', 'val', 'test'], set())
+    """
 
     train: PromptSet
     val: PromptSet

@@ -37,7 +37,13 @@ _FILLERS = ("a", "b", "c", "d", "e", "o", "s", "t")
 
 @dataclass(frozen=True)
 class Variant:
-    """The same request in another wording."""
+    """The same request in another wording.
+
+    Examples:
+        >>> polite = Variant("polite", "Please, {instruction}")
+        >>> polite.wrap("bake bread."), polite.before
+        ('Please, bake bread.', 'Please, ')
+    """
 
     name: str
     template: str = PLACE
@@ -98,6 +104,11 @@ def read_variants(path: str | Path) -> tuple[Variant, ...]:
 
     Each has a name, and a template, a system message or both. Keys that mean nothing are refused.
 
+    Examples:
+        >>> n = Path("variants.json").write_text('[{"name": "polite", "template": "Please, {instruction}"}]')
+        >>> read_variants("variants.json")[0].wrap("bake bread.")
+        'Please, bake bread.'
+
     Raises:
         UserError: there is no such file, or one of them is not as it should be.
     """
@@ -139,6 +150,12 @@ def neutral(variant: Variant, count: Callable[[str], int], seed: int, index: int
     White space around them stays, and a blank parts them from the instruction if the tokens allow it. The system
     message is the same for every prompt, the other words are drawn anew.
 
+    Examples:
+        >>> count = lambda text: len(text.split())
+        >>> control = neutral(Variant("polite", "Please, {instruction}"), count, seed=0)
+        >>> count(control.before), "Please" in control.before
+        (1, False)
+
     Args:
         count: how many tokens a text has.
         index: of the prompt.
@@ -156,7 +173,7 @@ def label_parts(chat: ChatFormat, instructions: Prompts, variants: Sequence[Vari
 
     Examples:
         >>> (parts,) = label_parts(chat, "Why?", [Variant("polite", "Please, {instruction}")])
-        >>> chat.tokenizer.decode([t for t, part in zip(parts.token_ids, parts.labels) if part == "variant"])
+        >>> chat.tokenizer.decode([t for t, p in zip(parts.token_ids, parts.labels) if p == "variant"]).strip()
         'Please,'
 
     Args:

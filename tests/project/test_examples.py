@@ -9,25 +9,42 @@ import torch
 
 import refusal_mi
 from refusal_mi.analysis import KINDS, compare_directions
+from refusal_mi.analysis.result import AnalysisResult
+from refusal_mi.audit.compare import audit
+from refusal_mi.estimators.rdo import RDOOptions
+from refusal_mi.export.export import export_adapter
 from refusal_mi.judges import agreement, evade, strongreject
+from refusal_mi.measures import ABPoint
 from refusal_mi.search.grid import ScoreGrid
 from refusal_mi.search.thresholds import CandidateScore
+from refusal_mi.text.pairs import load_pairs
+from tests.helpers.cases import analyses
 from tests.helpers.directions import random_direction
+from tests.helpers.figures import worded
 from tests.helpers.naive import ASKS, CHATS
-from tests.helpers.runs import make_scores
+from tests.helpers.rdo import made_up_texts
+from tests.helpers.runs import finished_run, make_scores
 
 ROOMS = ("directions", "generation", "interventions", "judges.substring", "labels", "measures", "reading", "stats")
-ROOMS += ("vectors", "figures.scores", "figures.save", "export.export", "model.loading", "recipes.combinations")
-ROOMS += ("conditional", "judges.agreement", "judges.evade", "judges.named", "judges.strongreject")
+ROOMS += ("vectors", "export.export", "model.loading", "model.running", "recipes.combinations", "errors", "loaded")
+FIGURES = ("audit", "effects", "labels", "localize", "methods", "scores", "save", "variants")
+ROOMS += tuple(f"figures.{name}" for name in FIGURES)
+ROOMS += ("conditional", "judges.protocol", "judges.agreement", "judges.evade", "judges.named", "judges.strongreject")
 ROOMS += tuple(f"analysis.{name}" for name in ("result", *KINDS))
-ROOMS += tuple(f"estimators.{name}" for name in ("erasure", "linear", "location", "named", "pools", "samples"))
-ROOMS += tuple(f"search.{name}" for name in ("grid", "sweep", "thresholds"))
-ROOMS += tuple(f"text.{name}" for name in ("chat", "given", "prompts"))
+ESTIMATORS = ("cones", "descent", "erasure", "linear", "location", "named", "pools", "rdo", "repind", "samples")
+SEARCH = ("cones", "cosmic", "grid", "localize", "methods", "removals", "staged", "sweep", "thresholds")
+ROOMS += tuple(f"estimators.{name}" for name in ESTIMATORS) + tuple(f"search.{name}" for name in SEARCH)
+ROOMS += tuple(f"text.{name}" for name in ("chat", "given", "pairs", "prompts", "variants"))
+ROOMS += ("audit.compare", "audit.result", "export.adapter", "export.formats", "run.answers", "run.folder")
+WHOLE = ("loaded",)
+"""Rooms all of whose public names are for users."""
 WITHOUT = {
     "discover_refusal_tokens": "needs a model that refuses: docs/python.md",
+    "plot_cost": "draws what compare-methods takes minutes for: docs/one-or-several.md",
+    "plot_ratios": "as plot_cost",
     "orthogonalize_": "changes the model that it is given: docs/export.md",
 }
-"""Public functions of these rooms without an example, and why."""
+"""Public names of these rooms without an example, and why."""
 
 
 def examples():
@@ -42,8 +59,17 @@ def examples():
 EXAMPLES = list(examples())
 
 
+def own_result(room, names):
+    """`found`, in the module of an analysis: what its function gives."""
+    kind = room.rsplit(".", 1)[-1]
+    makers = names["analyses"] if room.startswith("refusal_mi.analysis.") else {}
+    if kind in makers and kind not in names["results"]:
+        names["results"][kind] = makers[kind]()
+    return {"found": names["results"][kind]} if kind in makers else {}
+
+
 @pytest.fixture(scope="module")
-def names(tiny_model):
+def names(tiny_model, tiny_dir, tmp_path_factory):
     """What the examples speak of."""
     model = tiny_model("llama")
     chat = refusal_mi.ChatFormat(model.tokenizer)
@@ -54,27 +80,51 @@ def names(tiny_model):
     own |= {"samples": samples, "other_samples": other_samples}
     own |= {"means": means, "other_means": other, "grid": refusal_mi.difference_in_means(means, other)}
     public = {name: getattr(refusal_mi, name) for name in refusal_mi.__all__}
-    values = {"torch": torch, "pytest": pytest, "ScoreGrid": ScoreGrid, "CandidateScore": CandidateScore}
+    values = {
+        "torch": torch,
+        "pytest": pytest,
+        "ScoreGrid": ScoreGrid,
+        "CandidateScore": CandidateScore,
+        "ABPoint": ABPoint,
+    }
     values |= {"cosine": import_module("refusal_mi.directions").cosine, "reason": evade.reason}
     values |= {"score": strongreject.score, "agreement": agreement.agreement, "cohen_kappa": agreement.cohen_kappa}
-    own |= {"compare_directions": compare_directions}
+    own |= {"compare_directions": compare_directions, "analyses": analyses(model), "results": {}}
+    own |= {"run": refusal_mi.load_run(finished_run(tmp_path_factory.mktemp("run"))), "base": tiny_dir("llama")}
+    own |= {"texts": made_up_texts(model.tokenizer), "worded": worded()}
+    edited = tmp_path_factory.mktemp("edited") / "model"
+    refusal_mi.export_checkpoint(own["base"], refusal_mi.Ablate(own["direction"]), edited, verify="none")
+    own |= {"edited": edited, "audit": audit, "RDOOptions": RDOOptions, "load_pairs": load_pairs}
+    own |= {"export_adapter": export_adapter}
     return public | values | own
 
 
 @pytest.mark.parametrize("test", EXAMPLES, ids=lambda test: test.name.removeprefix("refusal_mi."))
 def test_an_example_gives_what_it_says(test, names, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    test.globs = {**test.globs, **names}  # what its own module has beside what is public
+    own = own_result(test.globs["__name__"], names)
+    test.globs = {**test.globs, **names, **own}  # what its own module has beside what is public
     result = doctest.DocTestRunner().run(test)
     assert result.attempted and not result.failed, capsys.readouterr().out
 
 
-def test_every_public_function_of_these_rooms_has_one():
-    have = {test.name.rsplit(".", 1)[-1] for test in EXAMPLES}
-    modules = {f"refusal_mi.{room}" for room in ROOMS}
-    public = {name: getattr(refusal_mi, name) for name in refusal_mi.__all__}
-    functions = {name for name, each in public.items() if inspect.isfunction(each) and each.__module__ in modules}
-    assert functions - have == set(WITHOUT) & functions
+def shown():
+    """The functions and classes that must have an example, by full name without the package's."""
+    found = {each for name in refusal_mi.__all__ if callable(each := getattr(refusal_mi, name))}
+    for room in ROOMS:
+        for name, each in vars(import_module(f"refusal_mi.{room}")).items():
+            is_result = inspect.isclass(each) and issubclass(each, AnalysisResult)
+            if name.startswith("plot_") or is_result or (room in WHOLE and not name.startswith("_")):
+                found.add(each)
+    found = {each for each in found if inspect.isfunction(each) or inspect.isclass(each)}
+    homes = {f"refusal_mi.{room}" for room in ROOMS}
+    return {f"{each.__module__}.{each.__name__}" for each in found if each.__module__ in homes}
+
+
+def test_whatever_is_public_has_one():
+    have = {test.name for test in EXAMPLES}
+    lacking = {name.removeprefix("refusal_mi.") for name in shown() - have}
+    assert {name.rsplit(".", 1)[-1] for name in lacking} == set(WITHOUT)
 
 
 def test_a_wrong_example_is_seen(names):
