@@ -38,7 +38,7 @@ N_REAL = 40
 
 
 class Bench:
-    """The model, its prompts and two directions: one that is added or ablated, and the condition's, of the layer below."""
+    """The model, its prompts, the direction that is added or ablated, and the condition's, of the layer below."""
 
     def __init__(self, run: str | None) -> None:
         if run is None:
@@ -98,7 +98,7 @@ class Bench:
 
 def main(run: str | None = None) -> None:
     """Measure, and write both tables into the page."""
-    bench, of = Bench(run), "" if run is None else f" of {Path(run).name}"
+    bench, of = Bench(run), "" if run is None else f" of {read_record(Path(run) / RUN, RunInfo).model.name}"
     held, validation = ([bench.prompts[side, part] for side in SIDES] for part in ("test", "val"))
     learned = learn_threshold(bench.model, bench.chat, bench.read, *validation)
     condition, on_test = learned.condition, separation(bench.model, bench.chat, learned.condition, *held)

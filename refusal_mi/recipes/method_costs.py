@@ -11,6 +11,7 @@ from ..files import read_record, write_record
 from ..harness.requests import Requests
 from ..harness.tasks import CHOICES, TaskAnswers, answer_choices, answer_task, choices_inputs, task_inputs
 from ..interventions import Ablate
+from ..run.answers import SIDES
 from ..run.capability import TaskEffect, VariantAnswers, effects_of
 from ..run.folder import RunInputs
 from ..run.methods import BesideRow, SetRefusals
@@ -22,7 +23,7 @@ from .localize import judged_answers
 from .method_stages import Comparison, folder_of
 from .spans import random_span
 
-PLAIN, RANDOM, OWN = "plain", "random", "harmless"
+PLAIN, RANDOM, OWN = "plain", "random", "held-out"
 N_DEPENDENCE = 32
 """Harmful validation prompts that dependence is read on, at most."""
 
@@ -75,8 +76,8 @@ def over_refusal_sets(run: RunInputs, given: Sequence[PromptSet]) -> list[Prompt
     Raises:
         UserError: nothing is left of a set, or two have one name.
     """
-    own = PromptSet.from_list(run.prompts(OWN), OWN)
-    used = [run.record.side(side).kept_set(part) for side in ("harmful", OWN) for part in ("train", "val")]
+    own = PromptSet.from_list(run.prompts("harmless"), OWN)
+    used = [run.record.side(side).kept_set(part) for side in SIDES for part in ("train", "val")]
     found = [own]
     for each in given:
         left = each.without(*used)

@@ -73,7 +73,7 @@ class SetRefusals(Value):
     """What is refused of a set of harmless prompts."""
 
     set_name: str
-    """"harmless": the run's own held-out prompts."""
+    """held-out: the run's own."""
     refused: Rate
     """By text, in longer answers (`max_new_tokens`)."""
     degenerate: Rate

@@ -64,7 +64,7 @@ def test_over_refusal_is_that_of_the_answers_and_random_subspaces_leave_it(found
     assert [row.label for row in rows] == [*(row.label for row in result.rows), "random:1", "random:2"]
     assert plain.over_refusal[1].refused.n == len(place[1]), "the prompts that the run was made with are left out"
     assert plain.over_refusal[1].refused.value > 0.8 and plain.over_refusal[1].change["difference"] == 0
-    assert [each.set_name for each in plain.over_refusal] == ["harmless", "refused"]
+    assert [each.set_name for each in plain.over_refusal] == ["held-out", "refused"]
     for row in rows:
         own, refused = row.over_refusal
         basis = (
@@ -183,7 +183,7 @@ def test_what_is_printed_fits_a_terminal(found, place, capsys, monkeypatch):
     for part in ("over-refusal and tasks", "everyday", "nothing can be lost", "random:2", "over 3 draws", "dependence"):
         assert part in shown
     assert all(len(each) <= 80 for each in shown.splitlines() if each.startswith(("│", "┃", "┏", "└", "┡", "├")))
-    assert "harmless: the plain model refuses none" in shown
+    assert "held-out: the plain model refuses none" in shown
     assert "Plotly.newPlot" in (found[0] / "beside.html").read_text(encoding="utf-8")
 
 
