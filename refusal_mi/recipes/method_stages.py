@@ -196,8 +196,10 @@ class Comparison:
 
         def compute() -> None:
             before = read_record(path, _AllOpened).rows if path.is_file() else ()
-            if not before and any(self.folder.path.rglob("held_out.json")):
-                before = (Opened(None, (), 1, ""),)  # a folder of before this file
+            used = [label for label in self.hashes if (self.folder.path / folder_of(label) / "held_out.json").is_file()]
+            if used and not before:  # a folder of before this file
+                whole = len(used) == len(self.hashes)
+                before = (Opened(None, tuple(used), 1, chosen if whole else ""),)
             if chosen not in [each.chosen for each in before]:
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 before = (*before, Opened(now, tuple(labels), n_draws, chosen))

@@ -162,9 +162,13 @@ def test_held_out_prompts_are_used_once_and_the_file_says_when(found, place, cap
     again = MethodsResult.load(other)
     assert [each.methods for each in again.opened] == [("mean:1",), ("mean:1", "median:1")]
     assert "chosen again by" in capsys.readouterr().out
-    (other / "opened.json").unlink()
-    assert exit_status([*quick, "--methods=mean,median"]) == 0
-    assert [each.created is None for each in MethodsResult.load(other).opened] == [True, False], "a folder of before"
+    for methods, unknown in (("mean,median", [True]), ("mean,median,pca", [True, False])):
+        (other / "opened.json").unlink()  # a folder of before
+        (other / ".stages/opened.json").unlink()
+        for stage in (other / "pca-1").glob("*"):
+            stage.unlink()
+        assert exit_status([*quick, f"--methods={methods}"]) == 0
+        assert [each.created is None for each in MethodsResult.load(other).opened] == unknown
 
 
 def test_a_file_of_before_is_read(found, tmp_path):
