@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: refusal_mi[eval]")
 
+from refusal_mi.directions import Direction
 from refusal_mi.harness.requests import Requests
 from refusal_mi.harness.tasks import answer_choices, answer_task, task_inputs
 from refusal_mi.interventions import Add
@@ -158,7 +159,8 @@ def test_what_python_writes_beside_a_task_is_no_part_of_it(folder):
 def test_the_bundled_choices_need_no_harness(tiny_model):
     """Every item as the harness reads it; a model that is changed answers otherwise, and both see that."""
     model = tiny_model("llama")
-    steps = Add(torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0)) * 9, layer=1)
+    drawn = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    steps = Add(Direction.of(9 * drawn, layer=1))
     found = []
     for interventions in ((), steps):
         (expected,) = answer_task(Requests(model, None, interventions), "everyday")

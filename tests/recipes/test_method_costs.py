@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built"),
 ]
-N, TOKENS, SIDES = 16, 8, ("harmful", "harmless")
+N, TOKENS, SIDES = 12, 6, ("harmful", "harmless")
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +41,15 @@ def place(tmp_path_factory):
 
 
 def line(folder, *more):
-    run = [f"--run={folder / 'run'}", f"--n-prompts={N}", f"--max-new-tokens={TOKENS}", "--n-random=1", "--n-places=2"]
+    run = [f"--run={folder / 'run'}", f"--n-prompts={N}", f"--max-new-tokens={TOKENS}", "--n-random=1", "--n-places=1"]
     return ["compare-methods", *run, f"--over-refusal={folder / 'refused.json'}", "--capability=everyday", *more]
 
 
 @pytest.fixture(scope="module")
 def found(place):
-    """What was compared, found from three draws."""
+    """What was compared, found from two draws."""
     folder, _ = place
-    assert exit_status(line(folder, "--methods=ranks:1,peel:2,peel:1", "--seeds=3")) == 0
+    assert exit_status(line(folder, "--methods=ranks:1,peel:2,peel:1", "--seeds=2")) == 0
     return folder / "run/methods", MethodsResult.load(folder / "run/methods")
 
 
@@ -119,7 +119,7 @@ def test_ratios_over_draws_begin_with_the_run_itself(found):
     assert pairs == [("ranks:1", "mean:1"), ("peel:2", "mean:1"), ("peel:1", "mean:1"), ("peel:2", "peel:1")]
     by_pair = dict(zip(pairs, result.draws, strict=True))
     assert by_pair["ranks:1", "mean:1"].ratio == (None, None, None), "the search is not repeated"
-    assert by_pair["ranks:1", "mean:1"].layers[1:] == (None, None)
+    assert by_pair["ranks:1", "mean:1"].layers[1:] == (None,)
     for pair, single in (
         (("peel:2", "mean:1"), result.row("peel:2").matched.ratio),
         (
@@ -128,7 +128,7 @@ def test_ratios_over_draws_begin_with_the_run_itself(found):
         ),
     ):
         row = by_pair[pair]
-        assert row.ratios[0] == pytest.approx(single[0]) and len(set(row.ratios)) == 3
+        assert row.ratios[0] == pytest.approx(single[0]) and len(set(row.ratios)) == 2
         value, low, high = row.ratio
         assert min(row.ratios) < value < max(row.ratios) and (low is None or low < value < high)
 
@@ -142,22 +142,31 @@ def test_dependence_is_that_of_the_directions_and_more_than_of_a_random_one(foun
     assert result.dependent("peel:1") > 2 * result.dependent("random:1") and result.dependent("peel:2") is None
 
 
-def test_held_out_prompts_are_used_once_and_the_file_says_when(found, place, capsys):
+def test_held_out_prompts_are_used_once_and_the_file_says_when(found, place, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     path, result = found
     (first,) = result.opened
-    assert first.created and first.methods == ("mean:1", "ranks:1", "peel:2", "peel:1") and first.n_draws == 3
+    assert first.created and first.methods == ("mean:1", "ranks:1", "peel:2", "peel:1") and first.n_draws == 2
     stages = {each: (path / f".stages/{each}.json").stat().st_mtime_ns for each in ("opened", "plain", "peel-1-chosen")}
-    drawn = (path / ".stages/draw-2-peel-2-chosen.json").stat().st_mtime_ns
+    drawn = (path / ".stages/draw-1-peel-2-chosen.json").stat().st_mtime_ns
     assert max(stages["peel-1-chosen"], drawn) < stages["opened"] < stages["plain"]
     before = read_json(path / "methods.json")
     (path / ".stages/opened.json").unlink()
     (path / "draw-1/peel-2/held_out.json").unlink()
-    assert exit_status(line(place[0], "--methods=ranks:1,peel:2,peel:1", "--seeds=3")) == 0
+    assert exit_status(line(place[0], "--methods=ranks:1,peel:2,peel:1", "--seeds=2")) == 0
     assert read_json(path / "methods.json") == before, "the same choice is no second use"
-    capsys.readouterr()
+    shown = capsys.readouterr().out
+    for part in ("over-refusal and tasks", "everyday", "nothing can be lost", "random:2", "over 2 draws", "dependence"):
+        assert part in shown
+    assert all(len(each) <= 80 for each in shown.splitlines() if each.startswith(("│", "┃", "┏", "└", "┡", "├")))
+    assert "held-out: the plain model refuses none" in shown
+    assert "Plotly.newPlot" in (path / "beside.html").read_text(encoding="utf-8")
+
+
+def test_methods_that_are_added_later_are_a_second_use(place, capsys):
     other = place[0] / "run/other"
     quick = line(place[0], f"--output-dir={other}")
-    quick = [each for each in quick if not each.startswith(("--over", "--capa"))]
+    quick = [each for each in quick if not each.startswith(("--over", "--capa", "--n-prom"))] + ["--n-prompts=4"]
     assert exit_status([*quick, "--methods=mean"]) == 0 and exit_status([*quick, "--methods=mean,median"]) == 0
     again = MethodsResult.load(other)
     assert [each.methods for each in again.opened] == [("mean:1",), ("mean:1", "median:1")]
@@ -180,24 +189,13 @@ def test_a_file_of_before_is_read(found, tmp_path):
     assert read.rows == found[1].rows and read.beside == () and read.dependent("peel:1") is None
 
 
-def test_what_is_printed_fits_a_terminal(found, place, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert exit_status(line(place[0], "--methods=ranks:1,peel:2,peel:1", "--seeds=3")) == 0
-    shown = capsys.readouterr().out
-    for part in ("over-refusal and tasks", "everyday", "nothing can be lost", "random:2", "over 3 draws", "dependence"):
-        assert part in shown
-    assert all(len(each) <= 80 for each in shown.splitlines() if each.startswith(("│", "┃", "┏", "└", "┡", "├")))
-    assert "held-out: the plain model refuses none" in shown
-    assert "Plotly.newPlot" in (found[0] / "beside.html").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize(
     ("option", "says"),
     [
         ("--seeds=0", "--seeds"),
         ("--over-refusal=xtest", "did you mean 'xstest'"),
         ("--over-refusal=harmless,harmless", "each once"),
-        ("--capability=everydai", "did you mean everyday"),
+        ("--capability=everyday,everyday", "each once"),
     ],
 )
 def test_options_that_make_no_sense_are_one_line(place, option, says, capsys):
