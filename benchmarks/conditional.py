@@ -1,6 +1,7 @@
 """Refusals under conditional and unconditional steering: `python -m benchmarks.conditional [RUN]`.
 
-Of the embedded model, or of the model of a run folder, whose direction is added.
+Of the embedded model, whose tables are written into the page, or of the model of a run folder, whose direction is added
+and whose tables are printed.
 """
 
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from refusal_mi.cli.tables import print_lines
 from refusal_mi.conditional import Condition, Conditional, best_threshold, learn_threshold, separation
 from refusal_mi.directions import Direction, difference_in_means
 from refusal_mi.files import read_record, write_text
@@ -97,15 +99,15 @@ class Bench:
 
 
 def main(run: str | None = None) -> None:
-    """Measure, and write both tables into the page."""
-    bench, of = Bench(run), "" if run is None else f" of {read_record(Path(run) / RUN, RunInfo).model.name}"
+    """Measure, and write both tables."""
+    bench, write = Bench(run), write_page if run is None else print_table
     held, validation = ([bench.prompts[side, part] for side in SIDES] for part in ("test", "val"))
     learned = learn_threshold(bench.model, bench.chat, bench.read, *validation)
     condition, on_test = learned.condition, separation(bench.model, bench.chat, learned.condition, *held)
     lines = ["| prompts | AUC | sensitivity | specificity |", "|---" * 4 + "|"]
     for name, found in (("validation, where it was learned", learned.on_validation), ("held out", on_test)):
         lines.append(f"| {name} | {found.auc} | {found.sensitivity} | {found.specificity} |")
-    write(f"threshold{of}", [*lines, "", f"Threshold: {condition.threshold:.2f} residual stream units."])
+    write("threshold", [*lines, "", f"Threshold: {condition.threshold:.2f} residual stream units."])
 
     lines = ["| | harmful refused | change | harmless refused | change |", "|---" * 5 + "|"]
     plain, added = bench.refused(()), bench.refused(Add(bench.acted))
@@ -131,7 +133,7 @@ def main(run: str | None = None) -> None:
     for name, conditions in (("a random direction's condition", random), ("shuffled labels", shuffled)):
         swapped = [Condition(each.direction, each.threshold, "<") for each in conditions_of(conditions)]
         lines.append(spread(f"ablated in it, {name}", [(each, bench.meets(each)) for each in swapped], base, ablated))
-    write(f"refusals{of}", lines)
+    write("refusals", lines)
 
 
 Control = tuple[Condition, dict[str, list[bool]]]
@@ -184,7 +186,12 @@ def mixed(
     }
 
 
-def write(name: str, lines: Sequence[str]) -> None:
+def print_table(name: str, lines: Sequence[str]) -> None:
+    """On the screen."""
+    print_lines("", name, "", *lines)
+
+
+def write_page(name: str, lines: Sequence[str]) -> None:
     """Between the markers of the page."""
     page, start = PAGE.read_text(encoding="utf-8"), START.format(name)
     before, marker, rest = page.partition(start)
