@@ -71,9 +71,9 @@ def test_over_refusal_is_that_of_the_answers_and_random_subspaces_leave_it(found
             None if row.label.startswith("random") else read_tensors(path / f"{row.label.replace(':', '-')}/basis.pt")
         )
         if basis is None:
-            assert refused.change["difference"] > -0.3 and row.strength == 1, "the control"
+            assert refused.change["difference"] > -0.1 and row.strength == 1, "the control"
             continue
-        assert refused.change["high"] < -0.3 and row.strength == result.row(row.label).read_at
+        assert refused.change["high"] < -0.1 and row.strength == result.row(row.label).read_at
         steps = Ablate(basis, row.strength)
         for prompts, shown in ((place[1], refused), (run.prompts("harmless"), own)):
             answers = generate(run.model, run.chat, prompts, interventions=steps, max_new_tokens=TOKENS)
