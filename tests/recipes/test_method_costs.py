@@ -16,6 +16,7 @@ from refusal_mi.interventions import Ablate
 from refusal_mi.judges.substring import SubstringJudge
 from refusal_mi.model.loading import ORGANISM, load_model
 from refusal_mi.reading import mean_activations
+from refusal_mi.recipes.spans import NoDirections, Spans
 from refusal_mi.run.folder import RunInputs
 from refusal_mi.run.methods import MethodsResult
 from refusal_mi.text.prompts import load_prompts
@@ -49,7 +50,7 @@ def line(folder, *more):
 def found(place):
     """What was compared, found from two draws."""
     folder, _ = place
-    assert exit_status(line(folder, "--methods=ranks:1,peel:2,peel:1", "--seeds=2")) == 0
+    assert exit_status(line(folder, "--methods=peel:2,peel:1", "--seeds=2")) == 0
     return folder / "run/methods", MethodsResult.load(folder / "run/methods")
 
 
@@ -113,13 +114,18 @@ def test_a_draw_is_the_method_on_drawn_training_prompts(found, run):
     assert (held @ of_all).abs().item() < 1 - 1e-5, "the control: all training prompts give another"
 
 
+def test_the_search_is_not_drawn_again(run, tmp_path):
+    spans = Spans(run, 1, lambda label: tmp_path / label)
+    with pytest.raises(NoDirections, match="not repeated"):
+        spans.of_draw(1).trials("ranks", 1)
+    assert len(spans.trials("ranks", 1)) == 1, "the control: of all training prompts"
+
+
 def test_ratios_over_draws_begin_with_the_run_itself(found):
     _, result = found
     pairs = [(row.label, row.over) for row in result.draws]
-    assert pairs == [("ranks:1", "mean:1"), ("peel:2", "mean:1"), ("peel:1", "mean:1"), ("peel:2", "peel:1")]
+    assert pairs == [("peel:2", "mean:1"), ("peel:1", "mean:1"), ("peel:2", "peel:1")]
     by_pair = dict(zip(pairs, result.draws, strict=True))
-    assert by_pair["ranks:1", "mean:1"].ratio == (None, None, None), "the search is not repeated"
-    assert by_pair["ranks:1", "mean:1"].layers[1:] == (None,)
     for pair, single in (
         (("peel:2", "mean:1"), result.row("peel:2").matched.ratio),
         (
@@ -135,7 +141,7 @@ def test_ratios_over_draws_begin_with_the_run_itself(found):
 
 def test_dependence_is_that_of_the_directions_and_more_than_of_a_random_one(found, run):
     path, result = found
-    assert result.dependence_of == ("mean:1", "ranks:1", "peel:1", "random:1")
+    assert result.dependence_of == ("mean:1", "peel:1", "random:1")
     given = [Direction.of(read_tensors(path / f"{name}-1/basis.pt")[0], 3) for name in ("mean", "peel")]
     table = dependence(run.model, run.chat, given, run.prompts("harmful", "val")[:32])
     assert result.dependent("peel:1") == pytest.approx(max(table[0, 1].item(), table[1, 0].item()), rel=1e-3)
@@ -146,14 +152,14 @@ def test_held_out_prompts_are_used_once_and_the_file_says_when(found, place, cap
     monkeypatch.setenv("COLUMNS", "80")
     path, result = found
     (first,) = result.opened
-    assert first.created and first.methods == ("mean:1", "ranks:1", "peel:2", "peel:1") and first.n_draws == 2
+    assert first.created and first.methods == ("mean:1", "peel:2", "peel:1") and first.n_draws == 2
     stages = {each: (path / f".stages/{each}.json").stat().st_mtime_ns for each in ("opened", "plain", "peel-1-chosen")}
     drawn = (path / ".stages/draw-1-peel-2-chosen.json").stat().st_mtime_ns
     assert max(stages["peel-1-chosen"], drawn) < stages["opened"] < stages["plain"]
     before = read_json(path / "methods.json")
     (path / ".stages/opened.json").unlink()
     (path / "draw-1/peel-2/held_out.json").unlink()
-    assert exit_status(line(place[0], "--methods=ranks:1,peel:2,peel:1", "--seeds=2")) == 0
+    assert exit_status(line(place[0], "--methods=peel:2,peel:1", "--seeds=2")) == 0
     assert read_json(path / "methods.json") == before, "the same choice is no second use"
     shown = capsys.readouterr().out
     for part in ("over-refusal and tasks", "everyday", "nothing can be lost", "random:2", "over 2 draws", "dependence"):
@@ -167,17 +173,18 @@ def test_methods_that_are_added_later_are_a_second_use(place, capsys):
     other = place[0] / "run/other"
     quick = line(place[0], f"--output-dir={other}")
     quick = [each for each in quick if not each.startswith(("--over", "--capa", "--n-prom"))] + ["--n-prompts=4"]
-    assert exit_status([*quick, "--methods=mean"]) == 0 and exit_status([*quick, "--methods=mean,median"]) == 0
-    again = MethodsResult.load(other)
-    assert [each.methods for each in again.opened] == [("mean:1",), ("mean:1", "median:1")]
-    assert "chosen again by" in capsys.readouterr().out
-    for methods, unknown in (("mean,median", [True]), ("mean,median,pca", [True, False])):
-        (other / "opened.json").unlink()  # a folder of before
+    assert exit_status([*quick, "--methods=mean"]) == 0
+    for created, methods in (
+        ([None, "now"], [("mean:1",), ("mean:1", "median:1")]),
+        ([None], [("mean:1", "median:1")]),
+    ):
+        (other / "opened.json").unlink()  # a folder of before there was one
         (other / ".stages/opened.json").unlink()
-        for stage in (other / "pca-1").glob("*"):
-            stage.unlink()
-        assert exit_status([*quick, f"--methods={methods}"]) == 0
-        assert [each.created is None for each in MethodsResult.load(other).opened] == unknown
+        assert exit_status([*quick, "--methods=mean,median"]) == 0
+        opened = MethodsResult.load(other).opened
+        assert [each.methods for each in opened] == methods
+        assert [each.created and "now" for each in opened] == created
+        assert ("chosen again by" in capsys.readouterr().out) == (len(created) > 1)
 
 
 def test_a_file_of_before_is_read(found, tmp_path):
