@@ -14,7 +14,7 @@ from torch import Tensor
 from ..engine.jobs import Engine
 from ..errors import UserError
 from ..estimators.names import FITTED
-from ..files import read_record, read_tensors, sha256_file, sha256_json, write_record, write_tensors
+from ..files import read_record, read_tensors, sha256_file, sha256_json, write_json, write_record, write_tensors
 from ..measures import texts_to_score
 from ..model.provenance import ModelRecord, describe_model, versions
 from ..run.answers import SIDES
@@ -264,7 +264,7 @@ class Comparison:
     def plain_refused(self) -> tuple[bool, ...]:
         """Whether the plain model refuses each held-out prompt, in a short answer."""
         path, inputs = self.folder.path / "plain.json", self.inputs | {"n": self.run.options.label_tokens}
-        task, write = Task("refused", "plain"), partial(write_record, path)
+        task, write = Task("refused", "plain"), partial(write_json, path)
         self.held_out.run([Piece("plain", inputs, [path.name], "short answers", lambda: task, write)])
         return read_record(path, tuple[bool, ...])  # type: ignore[no-any-return]
 
