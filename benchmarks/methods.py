@@ -1,4 +1,7 @@
-"""Tables and picture of docs/one-or-several.md, from runs that were compared: `python -m benchmarks.methods RUN`."""
+"""Tables and picture of docs/one-or-several.md, from runs that were compared: `python -m benchmarks.methods RUN`.
+
+The second table is of `RUN/draws`, if methods were compared there too, over draws of the training prompts.
+"""
 
 import sys
 from pathlib import Path
@@ -27,24 +30,24 @@ HEADERS = (
 
 
 def main(runs: list[str]) -> None:
-    """Write the table of each run folder under the marker of its model's name."""
+    """Write the tables of each run folder under the markers of its model's name."""
     for run in runs:
-        found = MethodsResult.load(Path(run) / "methods")
-        start, end = f"<!-- {found.model.name} -->\n", "<!-- end -->"
-        page = PAGE.read_text(encoding="utf-8")
-        before, marker, rest = page.partition(start)
-        if not marker:
-            raise SystemExit(f"{PAGE} has no line {start.strip()}")
+        found, other = MethodsResult.load(Path(run) / "methods"), Path(run) / "draws"
         if found.model.name == "the embedded model":
             save_figure(plot_ratios(found, model=found.model.name), PAGE.with_suffix(".png"), width=900)
-        write_text(PAGE, before + start + "\n" + "\n".join(table(found)) + "\n\n" + end + rest.partition(end)[2])
-        if found.beside:
-            start = f"<!-- beside, {found.model.name} -->\n"
-            before, marker, rest = PAGE.read_text(encoding="utf-8").partition(start)
-            if not marker:
-                raise SystemExit(f"{PAGE} has no line {start.strip()}")
-            lines = beside_table(found)
-            write_text(PAGE, before + start + "\n" + "\n".join(lines) + "\n\n" + end + rest.partition(end)[2])
+        write_under(found.model.name, table(found))
+        beside = MethodsResult.load(other) if other.is_dir() else found
+        if beside.beside:
+            write_under(f"beside, {found.model.name}", beside_table(beside))
+
+
+def write_under(name: str, lines: list[str]) -> None:
+    """Between a marker of the page and the end of its table."""
+    start, end = f"<!-- {name} -->\n", "<!-- end -->"
+    before, marker, rest = PAGE.read_text(encoding="utf-8").partition(start)
+    if not marker:
+        raise SystemExit(f"{PAGE} has no line {start.strip()}")
+    write_text(PAGE, before + start + "\n" + "\n".join(lines) + "\n\n" + end + rest.partition(end)[2])
 
 
 def table(found: MethodsResult) -> list[str]:

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not ORGANISM.is_dir(), reason="the embedded model is not built"),
 ]
-N, TOKENS, SIDES = 12, 6, ("harmful", "harmless")
+N, TOKENS, SIDES = 10, 6, ("harmful", "harmless")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,8 @@ def place(tmp_path_factory):
     """A run, and a file of prompts that the model refuses, some of which the run was made with."""
     folder = tmp_path_factory.mktemp("runs")
     path = folder / "run"
-    assert exit_status(["run", "--steps=directions,selection", "--search=staged", f"--output-dir={path}"]) == 0
+    few = ["--n-train=48", "--n-val=16", "--n-test=16"]
+    assert exit_status(["run", "--steps=directions,selection", "--search=staged", *few, f"--output-dir={path}"]) == 0
     run = RunInputs(load_model(device="cpu"), path, 10**6)
     used = [*run.prompts("harmful", "train")[:5], *run.prompts("harmful", "val")[:5]]
     new = load_prompts("organism_harmful_test")[:12].instructions
