@@ -37,7 +37,7 @@ def place(tmp_path_factory):
     assert exit_status(["run", "--steps=directions,selection", "--search=staged", *few, f"--output-dir={path}"]) == 0
     run = RunInputs(load_model(device="cpu"), path, 10**6)
     used = [*run.prompts("harmful", "train")[:5], *run.prompts("harmful", "val")[:5]]
-    new = load_prompts("organism_harmful_test")[:12].instructions
+    new = load_prompts("organism_harmful_test")[:N].instructions
     (folder / "refused.json").write_text(json.dumps([*used, *new]))
     return folder, new
 
