@@ -18,7 +18,7 @@ SMALL = "--n-prompts=18 --max-new-tokens=3 --n-random=1 --kl-tokens=2"
 COMMANDS = {
     "combos": "combos MODEL --ranks=0..2 --kl-max=9 --n-random=1 --n-ce=3 --val-new-tokens=3 --output-dir=run",
     "compare-methods": "compare-methods MODEL --run=run --methods=mean,median,peel:2,category:2 --n-places=2 --seeds=2 "
-    f"--over-refusal=harmless.json --capability=everyday {SMALL}",
+    f"--over-refusal=harmless.json {SMALL}",
     "localize": f"localize MODEL --run=run --n-directions=1 {SMALL}",
 }
 MEASURED = ("seconds", "peak_mib", "created", "opened.json")
