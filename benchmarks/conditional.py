@@ -1,5 +1,10 @@
-"""Refusals under conditional and unconditional steering of the embedded model: `python -m benchmarks.conditional`."""
+"""Refusals under conditional and unconditional steering: `python -m benchmarks.conditional [RUN]`.
 
+Of the embedded model, whose tables are written into the page, or of the model of a run folder, whose direction is added
+and whose tables are printed.
+"""
+
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from refusal_mi.conditional import Condition, Conditional, Learned, learn_threshold, separation
+from refusal_mi.cli.tables import print_lines
+from refusal_mi.conditional import Condition, Conditional, best_threshold, learn_threshold, separation
 from refusal_mi.directions import Direction, difference_in_means
-from refusal_mi.files import write_text
+from refusal_mi.files import read_record, write_text
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Ablate, Add, Interventions, as_interventions
 from refusal_mi.judges.substring import SubstringJudge
 from refusal_mi.model.loading import load_model
 from refusal_mi.reading import mean_activations, template_residuals
+from refusal_mi.run.folder import RunInputs
+from refusal_mi.run.record import RUN, RunInfo
 from refusal_mi.stats import Paired, Rate
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.prompts import load_prompts
@@ -27,24 +35,43 @@ ACTED, READ = 3, 2
 """The layer that is steered, and the one below, where the condition is read."""
 
 
+N_REAL = 40
+"""Held-out prompts a side of the model of a run."""
+
+
 class Bench:
-    """The model, its prompts and two directions."""
+    """The model, its prompts, the direction that is added or ablated, and the condition's, of the layer below."""
 
-    def __init__(self) -> None:
-        self.model = load_model(device="cpu")
-        self.chat = ChatFormat(self.model.tokenizer)
-        sizes = {"train": N_TRAIN, "val": N_VALIDATION, "test": N_TEST}
-        self.prompts = {
-            (side, part): list(load_prompts(f"organism_{side}_{part}")[:n])
-            for side in SIDES
-            for part, n in sizes.items()
+    def __init__(self, run: str | None) -> None:
+        if run is None:
+            self.model = load_model(device="cpu")
+            self.chat = ChatFormat(self.model.tokenizer)
+            sizes = {"train": N_TRAIN, "val": N_VALIDATION, "test": N_TEST}
+            self.prompts = {
+                (side, part): list(load_prompts(f"organism_{side}_{part}")[:n])
+                for side in SIDES
+                for part, n in sizes.items()
+            }
+            means = [mean_activations(self.model, self.chat, self.prompts[side, "train"]) for side in SIDES]
+            grid = difference_in_means(*means)
+            self.acted, self.read = grid.direction(-1, ACTED), grid.direction(-1, READ)
+        else:
+            made = read_record(Path(run) / RUN, RunInfo).model
+            given = RunInputs(load_model(made.source, device="cpu"), run, N_REAL)
+            self.model, self.chat, self.acted = given.model, given.chat, given.direction
+            self.read = given.grid.direction(-1, given.direction.layer - 1)
+            self.prompts = {(side, part): given.prompts(side, part) for side in SIDES for part in ("val", "test")}
+        self.streams = {
+            (side, part): template_residuals(self.model, self.chat, prompts, layers=[self.read.layer], n_last=1)[
+                :, 0, 0
+            ].double()
+            for (side, part), prompts in self.prompts.items()
+            if part != "train"
         }
-        means = [mean_activations(self.model, self.chat, self.prompts[side, "train"]) for side in SIDES]
-        grid = difference_in_means(*means)
-        self.acted, self.read = grid.direction(-1, ACTED), grid.direction(-1, READ)
 
-    def learned(self, direction: Direction, meet: Sequence[str], others: Sequence[str]) -> Learned:
-        return learn_threshold(self.model, self.chat, direction, meet, others)
+    def learned(self, direction: Direction, meet: Tensor, others: Tensor) -> Condition:
+        """From validation prompts' streams."""
+        return Condition(direction, best_threshold(*((each @ direction.unit).tolist() for each in (meet, others))))
 
     def refused(self, interventions: Interventions) -> dict[str, list[bool]]:
         """Side -> whether each held-out prompt is refused."""
@@ -60,24 +87,22 @@ class Bench:
 
     def meets(self, condition: Condition) -> dict[str, list[bool]]:
         """Side -> whether each held-out prompt meets a condition."""
-        return {side: condition.holds(self.projections(condition.direction, side)).tolist() for side in SIDES}
+        unit = condition.direction.unit
+        return {side: condition.holds(self.streams[side, "test"] @ unit).tolist() for side in SIDES}
 
-    def projections(self, direction: Direction, side: str, part: str = "test") -> Tensor:
-        streams = template_residuals(self.model, self.chat, self.prompts[side, part], layers=[READ], n_last=1)
-        return streams[:, 0, 0].double() @ direction.unit
-
-    def shuffled(self, seed: int) -> tuple[list[str], list[str]]:
-        """Validation prompts of both sides under random labels."""
-        both = [text for side in SIDES for text in self.prompts[side, "val"]]
+    def shuffled(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Validation prompts' streams of both sides under random labels."""
+        sides = [self.streams[side, "val"] for side in SIDES]
+        both = torch.cat(sides)
         order = torch.randperm(len(both), generator=torch.Generator().manual_seed(seed)).tolist()
-        return [both[row] for row in order[:N_VALIDATION]], [both[row] for row in order[N_VALIDATION:]]
+        return both[order[: len(sides[0])]], both[order[len(sides[0]) :]]
 
 
-def main() -> None:
-    """Measure, and write both tables into the page."""
-    bench = Bench()
-    held = [bench.prompts[side, "test"] for side in SIDES]
-    learned = bench.learned(bench.read, *(bench.prompts[side, "val"] for side in SIDES))
+def main(run: str | None = None) -> None:
+    """Measure, and write both tables."""
+    bench, write = Bench(run), write_page if run is None else print_table
+    held, validation = ([bench.prompts[side, part] for side in SIDES] for part in ("test", "val"))
+    learned = learn_threshold(bench.model, bench.chat, bench.read, *validation)
     condition, on_test = learned.condition, separation(bench.model, bench.chat, learned.condition, *held)
     lines = ["| prompts | AUC | sensitivity | specificity |", "|---" * 4 + "|"]
     for name, found in (("validation, where it was learned", learned.on_validation), ("held out", on_test)):
@@ -97,8 +122,8 @@ def main() -> None:
 
     over = Add(bench.acted, 0.5)
     removed = [
-        Ablate(bench.acted, hook=f"blocks.{ACTED}.hook_resid_pre"),
-        Ablate(bench.acted, layers=range(ACTED, bench.model.cfg.n_layers)),
+        Ablate(bench.acted, hook=f"blocks.{bench.acted.layer}.hook_resid_pre"),
+        Ablate(bench.acted, layers=range(bench.acted.layer, bench.model.cfg.n_layers)),
     ]
     below = Condition(bench.read, condition.threshold, "<")
     base, ablated = bench.refused(over), bench.refused([over, *removed])
@@ -118,12 +143,12 @@ def controls(bench: Bench) -> tuple[list[Control], list[Control]]:
     """Conditions along random directions turned to the harmful side, and along the direction from shuffled labels."""
     found: tuple[list[Control], list[Control]] = ([], [])
     for seed in range(N_CONTROLS):
-        sides = [bench.prompts[side, "val"] for side in SIDES]
+        sides = [bench.streams[side, "val"] for side in SIDES]
         random = bench.read.random_like(seed)
-        means = [bench.projections(random, side, "val").mean() for side in SIDES]
+        means = [(each @ random.unit).mean() for each in sides]
         random = random if means[0] > means[1] else replace(random, vector=-random.vector)
         for kept, direction, groups in ((found[0], random, sides), (found[1], bench.read, bench.shuffled(seed))):
-            condition = bench.learned(direction, *groups).condition
+            condition = bench.learned(direction, *groups)
             kept.append((condition, bench.meets(condition)))
     return found
 
@@ -161,7 +186,12 @@ def mixed(
     }
 
 
-def write(name: str, lines: Sequence[str]) -> None:
+def print_table(name: str, lines: Sequence[str]) -> None:
+    """On the screen."""
+    print_lines("", name, "", *lines)
+
+
+def write_page(name: str, lines: Sequence[str]) -> None:
     """Between the markers of the page."""
     page, start = PAGE.read_text(encoding="utf-8"), START.format(name)
     before, marker, rest = page.partition(start)
@@ -171,4 +201,4 @@ def write(name: str, lines: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

@@ -1,8 +1,12 @@
-"""Tables and picture of docs/one-or-several.md, from runs that were compared: `python -m benchmarks.methods RUN`."""
+"""Tables and picture of docs/one-or-several.md, from runs that were compared: `python -m benchmarks.methods RUN`.
+
+The second table is of `RUN/draws`, if methods were compared there too, over draws of the training prompts.
+"""
 
 import sys
 from pathlib import Path
 
+from refusal_mi.cli.methods_tables import change_text, limits, ratio_text
 from refusal_mi.figures.methods import plot_ratios
 from refusal_mi.figures.save import save_figure
 from refusal_mi.files import write_text
@@ -26,17 +30,24 @@ HEADERS = (
 
 
 def main(runs: list[str]) -> None:
-    """Write the table of each run folder under the marker of its model's name."""
+    """Write the tables of each run folder under the markers of its model's name."""
     for run in runs:
-        found = MethodsResult.load(Path(run) / "methods")
-        start, end = f"<!-- {found.model.name} -->\n", "<!-- end -->"
-        page = PAGE.read_text(encoding="utf-8")
-        before, marker, rest = page.partition(start)
-        if not marker:
-            raise SystemExit(f"{PAGE} has no line {start.strip()}")
+        found, other = MethodsResult.load(Path(run) / "methods"), Path(run) / "draws"
         if found.model.name == "the embedded model":
             save_figure(plot_ratios(found, model=found.model.name), PAGE.with_suffix(".png"), width=900)
-        write_text(PAGE, before + start + "\n" + "\n".join(table(found)) + "\n\n" + end + rest.partition(end)[2])
+        write_under(found.model.name, table(found))
+        beside = MethodsResult.load(other) if other.is_dir() else found
+        if beside.beside:
+            write_under(f"beside, {found.model.name}", beside_table(beside))
+
+
+def write_under(name: str, lines: list[str]) -> None:
+    """Between a marker of the page and the end of its table."""
+    start, end = f"<!-- {name} -->\n", "<!-- end -->"
+    before, marker, rest = PAGE.read_text(encoding="utf-8").partition(start)
+    if not marker:
+        raise SystemExit(f"{PAGE} has no line {start.strip()}")
+    write_text(PAGE, before + start + "\n" + "\n".join(lines) + "\n\n" + end + rest.partition(end)[2])
 
 
 def table(found: MethodsResult) -> list[str]:
@@ -53,13 +64,48 @@ def table(found: MethodsResult) -> list[str]:
     return lines
 
 
+def beside_table(found: MethodsResult) -> list[str]:
+    """Markdown: what else every method changes, over draws and where nothing harmful is asked."""
+    plain = found.beside[0]
+    names = [each.set_name for each in plain.over_refusal] + [each.task for each in plain.capability]
+    to_single = {row.label: row for row in found.draws if row.over != found.rows[0].label}
+    to_first = {row.label: row for row in found.draws if row.over == found.rows[0].label}
+    n_draws = len(found.draws[0].ratios) if found.draws else 1
+    over = [f"ratio over {n_draws} draws", "single draws", "to k = 1 over draws"] if found.draws else []
+    headers = ["method", *over, "dependence", *(cell for name in names for cell in (f"`{name}`", "change"))]
+    lines = ["| " + " | ".join(headers) + " |", "|---" * len(headers) + "|"]
+    for index, row in enumerate(found.beside):
+        cells = [f"`{row.label}`" if index else "plain"]
+        if over:
+            first, single = to_first.get(row.label), to_single.get(row.label)
+            cells += ["" if first is None else ratio_text(first.ratio), "" if first is None else spread(first.ratios)]
+            cells.append("" if single is None else ratio_text(single.ratio))
+        dependent = found.dependent(row.label)
+        cells.append("" if dependent is None else f"{dependent:.3f}")
+        for each in row.over_refusal:
+            cells += [f"{each.refused.value:.2f}", change_text(limits(each.change)) if index else ""]
+        for task in row.capability:
+            cells += [f"{task.after[0]:.3f}", change_text(task.change) if index else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def spread(ratios: tuple[float | None, ...]) -> str:
+    """The least and the largest; how many there are not."""
+    there = [each for each in ratios if each is not None]
+    if not there:
+        return "none"
+    missing = len(ratios) - len(there)
+    return f"{min(there):.2f} to {max(there):.2f}" + (f", none in {missing}" if missing else "")
+
+
 def cells(row: MethodRow) -> list[str]:
     """One method."""
     whole, matched = row.at(1.0), row.matched
     there = ["–", "–", "–", "never fewer", ""]
     if matched.strength is not None and matched.kl_nats is not None and matched.refused is not None:
         there = [f"{matched.refused:.2f}", f"{matched.strength:.2f}", f"{matched.kl_nats:.4f}"]
-        there += [ratio(matched.ratio), ratio(row.over_single)]
+        there += [ratio_text(matched.ratio), ratio_text(row.over_single)]
     name = f"`{row.label}`"
     kl = f"{whole.kl_nats[0]:.4f}"
     return [
@@ -71,13 +117,6 @@ def cells(row: MethodRow) -> list[str]:
         str(row.refused_by_text),
         signed(row.ce_change, 3),
     ]
-
-
-def ratio(found: tuple[float | None, float | None, float | None]) -> str:
-    """With its interval; nothing where there is none."""
-    value, low, high = found
-    limits = "[unbounded]" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
-    return "" if value is None else f"{value:.2f} {limits}"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UserError
 from ..estimators.names import parse_methods
 from ..options import number_or_auto
 from ..terminal import say
@@ -25,6 +26,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..run.methods import MethodsResult
+    from ..text.prompts import PromptSet
 
 FOLDER, METHODS = "methods", "mean,projected,median,pca,lda,ranks,peel,kmeans"
 
@@ -44,6 +46,20 @@ def compare_methods(
     ] = 4,
     kl_tokens: Annotated[int, typer.Option(help="Tokens of the plain answers that the KL goes over.")] = 1,
     n_places: Annotated[int, typer.Option(help="Layers at which every method is tried.")] = 4,
+    over_refusal: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SETS", help="Harmless sets beside the held-out ones: xstest, or-bench, files; with commas."
+        ),
+    ] = None,
+    capability: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Tasks asked too: everyday, or of refusal-mi capability; with commas."),
+    ] = None,
+    seeds: Annotated[
+        int,
+        typer.Option(metavar="N", help="Directions found N times: from all training prompts, then from drawn ones."),
+    ] = 1,
     n_random: NRandom = None,
     n_prompts: NPrompts = None,
     max_new_tokens: NewTokens = None,
@@ -66,13 +82,16 @@ def compare_methods(
     from ..recipes.options import default_folder
     from ..run.folder import RunInputs, check_model_of_run
     from ..run.stages import RunFolder
-    from .tables import print_json, print_methods
+    from .methods_tables import print_methods
+    from .tables import print_json
 
     source = model.source
     at_most, random = at_least("--n-prompts", n_prompts, 2, 100), at_least("--n-random", n_random, 1, 5)
     tokens = at_least("--max-new-tokens", max_new_tokens, 1, 64)
     at_least("--kl-tokens", kl_tokens, 1, 1), at_least("--n-places", n_places, 1, 4)
     asked = parse_methods(methods, at_least("--k", k, 1, 4))
+    draws = at_least("--seeds", seeds, 1, 1)
+    sets, tasks = harmless_sets(over_refusal), task_names(capability)
     path = run or default_folder(source)
     check_model_of_run(path, source)
     folder = RunFolder(output_dir or path / FOLDER, fresh, say)
@@ -88,6 +107,9 @@ def compare_methods(
             n_random=random,
             max_new_tokens=tokens,
             batch_size=number_or_auto(batch_size),
+            over_refusal=sets,
+            capability=tasks,
+            n_draws=draws,
             engine=elsewhere,
         )
     _draw(found, display_name(source), folder.path)
@@ -95,8 +117,35 @@ def compare_methods(
     return 0
 
 
+def harmless_sets(text: str | None) -> "list[PromptSet]":
+    """The sets that --over-refusal names."""
+    from ..text.prompts import load_prompts
+
+    return [load_prompts(each) for each in _parts("--over-refusal", text, "such as xstest,or-bench")]
+
+
+def task_names(text: str | None) -> list[str]:
+    """The tasks that --capability names; all but `everyday` need lm-evaluation-harness."""
+    from ..harness.tasks import CHOICES, check_tasks
+
+    names = _parts("--capability", text, "such as everyday,gsm8k")
+    if set(names) - {CHOICES}:
+        check_tasks(names)
+    return names
+
+
+def _parts(option: str, text: str | None, usage: str) -> list[str]:
+    if text is None:
+        return []
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts) or len(set(parts)) < len(parts):
+        raise UserError(f"{option} takes names, each once, {usage}, not {text!r}")
+    return parts
+
+
 def _draw(found: "MethodsResult", name: str, folder: Path) -> None:
-    from ..figures.methods import plot_cost, plot_ratios
+    from ..figures.methods import plot_beside, plot_cost, plot_ratios
     from ..figures.save import save_figures
 
-    save_figures({"cost": plot_cost(found, model=name), "ratios": plot_ratios(found, model=name)}, folder)
+    figures = {"cost": plot_cost(found, model=name), "ratios": plot_ratios(found, model=name)}
+    save_figures(figures | {"beside": plot_beside(found, model=name)}, folder)

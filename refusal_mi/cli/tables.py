@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ..recipes.responses_eval import EvalSummary
     from ..run.answers import Effect
     from ..run.capability import CapabilityResult, TaskEffect
-    from ..run.methods import MethodsResult
     from ..run.record import CombinationRecord, DirectionRecord, RunSummary
     from ..search.cosmic import CosmicSelection
     from ..search.grid import Selection
@@ -371,49 +370,6 @@ def _two_rates(rates: "TextRates") -> tuple[str, str]:
 
 def one_line(text: str) -> Text:
     return Text("".join(character if character.isprintable() else " " for character in text))
-
-
-def print_methods(found: "MethodsResult", folder: Path) -> None:
-    """What every method costs at equal refusal, and the controls."""
-    from ..stats import signed
-
-    whole = Table("method", "layer", "refused", "KL", title="the whole span removed")
-    there = Table("method", "where refused", "strength", "KL", "ratio [95%]", "Δ CE", title="at equal refusal")
-    for row in found.rows:
-        at = row.at(1.0)
-        whole.add_row(row.label, str(row.layer), str(at.refused), f"{at.kl_nats[0]:.4f}")
-        matched = row.matched
-        if matched.strength is None or matched.kl_nats is None:
-            there.add_row(row.label, "never fewer", "", "", "", "")
-            continue
-        refused = found.target if matched.refused is None else matched.refused
-        cost = f"{matched.strength:.2f}", f"{matched.kl_nats:.4f}", _ratio(matched.ratio)
-        there.add_row(row.label, f"{refused:.2f}", *cost, signed(row.ce_change, 3))
-    for table in (whole, there):
-        Console().print(table)
-    for row in found.rows:
-        if row.over_single[0] is not None:
-            print_lines(f"{row.label} / one direction of it: {_ratio(row.over_single)}")
-    for name in dict.fromkeys(each.label for each in found.controls):
-        of_kind = [each for each in found.controls if each.label == name]
-        shares = [each.refused_by_score for each in of_kind]
-        kl = [each.kl_nats for each in of_kind]
-        print_lines(
-            f"{name}, {min(each.k for each in of_kind)} to {max(each.k for each in of_kind)} directions: refused by "
-            f"score {min(shares):.3f} to {max(shares):.3f}, KL {min(kl):.4f} to {max(kl):.4f}"
-        )
-    where = f"costs are matched where {found.target:.3f} of {found.n_held_out} held-out prompts are refused, or at more"
-    print_lines(
-        f"plain: refused {found.plain_refused_by_text}; {where if found.target else 'there is nothing to match'}",
-        *(f"{label}: left out, {reason}" for label, reason in found.skipped.items()),
-        f"{folder}",
-    )
-
-
-def _ratio(found: tuple[float | None, float | None, float | None]) -> str:
-    value, low, high = found
-    limits = "[unbounded]" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
-    return "" if value is None else f"{value:.2f} {limits}"
 
 
 def print_capability(found: "CapabilityResult", folder: Path) -> None:

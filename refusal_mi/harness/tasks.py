@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ SEED = 1234
 """Of the examples that a task draws for its prompts, of numpy and of torch: the harness' own default."""
 PYTHON_SEED = 0
 """Of Python's random numbers, with which a task can draw its items: the harness' own default."""
+VERSION = 1.0
+"""Of the bundled questions with choices."""
 READING = 2
 """Of answers: what an older one kept is computed again."""
 NO_ANSWER = "[invalid]"
@@ -30,6 +33,7 @@ NO_ANSWER = "[invalid]"
 PREFERRED = ("acc_norm", "acc", "exact_match", "nats per byte")
 """The metric of a task that has several: the first of these, else its own first."""
 PER_UNIT = {"word_perplexity": "nats per word", "byte_perplexity": "nats per byte"}
+QUESTION = "Question: {}\nAnswer:"
 SHOTS = (
     "Question: Kim has 3 bags with 5 shells each. How many shells does she have?\n"
     "Answer: 3 bags of 5 shells are 3 * 5 = 15 shells. The answer is 15.\n\n"
@@ -103,6 +107,11 @@ def task_inputs(task: str, include_path: Path | None) -> dict[str, Any]:
     return {"task": task, "harness": harness_version(), "task_files": files, "reading": READING}
 
 
+def choices_inputs() -> dict[str, Any]:
+    """The same of `answer_choices`, which needs no harness."""
+    return {"task": CHOICES, "task_files": {BUNDLED[CHOICES].name: sha256_file(BUNDLED[CHOICES])}, "reading": READING}
+
+
 def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> None:
     """Make sure that every task exists, before a model is loaded.
 
@@ -167,6 +176,32 @@ def answer_task(
             )
         )
     return tuple(found)
+
+
+def answer_choices(requests: Requests, limit: int | None = None) -> TaskAnswers:
+    """What a model answers to the bundled questions with choices: as `answer_task`, without the harness.
+
+    Args:
+        limit: only the first items.
+    """
+    rows, n_cut_before = read_json(BUNDLED[CHOICES])[:limit], requests.n_cut
+    contexts = [QUESTION.format(row["question"]) for row in rows]
+    pairs = [(text, f" {choice}") for text, row in zip(contexts, rows, strict=True) for choice in row["choices"]]
+    each_nats = iter(each.nats for each in requests.log_likelihoods(pairs))
+    items = []
+    for doc, (context, row) in enumerate(zip(contexts, rows, strict=True)):
+        nats = tuple(next(each_nats) for _ in row["choices"])
+        by_length = [ln_p / len(choice) for ln_p, choice in zip(nats, row["choices"], strict=True)]
+        chosen = {"acc": _largest(nats), "acc_norm": _largest(by_length)}
+        values = {metric: float(index == row["answer"]) for metric, index in chosen.items()}
+        prompt = sha256(context.encode()).hexdigest()[:16]
+        items.append(Item(CHOICES, doc, prompt, str(chosen["acc_norm"]), True, values, nats))
+    n_cut = requests.n_cut - n_cut_before
+    return TaskAnswers(CHOICES, "none", "acc_norm", True, 0, n_cut, {CHOICES: str(VERSION)}, tuple(items))
+
+
+def _largest(scores: Sequence[float]) -> int:
+    return max(range(len(scores)), key=scores.__getitem__)
 
 
 @cache
@@ -240,7 +275,7 @@ def _item(name: str, sample: Mapping[str, Any], task: Any, metric: str) -> Item:
             scores = [ln_p / length if length else -math.inf for ln_p, length in zip(scores, lengths, strict=True)]
         elif metric == "acc_mutual_info":
             scores = [ln_p - alone for ln_p, alone in zip(scores, each_nats[len(choices) :], strict=True)]
-        answer = str(max(range(len(scores)), key=scores.__getitem__))
+        answer = str(_largest(scores))
     elif task.config.output_type == "generate_until":
         answer = " | ".join(map(str, found))
         has_sign = any(map(str.isalnum, answer))
@@ -318,7 +353,7 @@ def _seeded() -> Iterator[None]:
 def _config(task: str) -> dict[str, Any]:
     """A bundled set as a task of the harness."""
     shared = {"task": task, "custom_dataset": _rows_of(BUNDLED[task]), "test_split": "test", "num_fewshot": 0}
-    question = "Question: {{question}}\nAnswer:"
+    question = QUESTION.format("{{question}}")
     if task == CHOICES:
         return shared | {
             "output_type": "multiple_choice",
@@ -326,7 +361,7 @@ def _config(task: str) -> dict[str, Any]:
             "doc_to_choice": "choices",
             "doc_to_target": "answer",
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-            "metadata": {"version": 1.0},
+            "metadata": {"version": VERSION},
         }
     if task == TEXTS:
         return shared | {

@@ -1,54 +1,53 @@
 """One direction or several, by which method: each chosen on validation prompts, compared at equal refusal on others."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
-from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from dataclasses import dataclass, field
 
-from torch import Tensor
-
+from ..directions import Direction
 from ..engine.jobs import Engine
 from ..errors import UserError
 from ..estimators.names import FITTED, POOLS
-from ..files import read_record, read_tensors, sha256_file, sha256_json, write_json, write_record, write_tensors
-from ..measures import texts_to_score
-from ..model.provenance import ModelRecord, check_same_weights, describe_model, versions
-from ..run.answers import SIDES
+from ..files import read_record, write_record
+from ..model.provenance import check_same_weights
 from ..run.folder import RunInputs
-from ..run.methods import FILE, ControlRow, MethodRow, MethodsResult
-from ..run.record import DIRECTION, EVALUATIONS, MEAN_DIFFS, PROMPTS, RUN, RunInfo
+from ..run.methods import FILE, DrawsRow, MethodRow, MethodsResult
+from ..run.record import RUN, RunInfo
 from ..run.stages import RunFolder
-from ..search.localize import expected_refused
-from ..search.methods import CLOSE, STRENGTHS, Curve, common_target, match, overlap
+from ..search.methods import Curve, common_target, match, match_draws, overlap
 from ..search.passes import Basis
 from ..stats import Paired, Rate
-from ..text.prompts import load_prompts
-from ..values import Value
+from ..text.prompts import PromptSet
 from .localize import KL_TOKENS, NEW_TOKENS
-from .pieces import Piece, Pieces
-from .removing import Answers, HeldOut, Removing, Task
+from .method_costs import PLAIN, RANDOM, Removed, beside, dependences, over_refusal_sets, random_controls
+from .method_stages import Chosen, Comparison, in_draw
+from .removing import HeldOut
 from .search import named_estimator
-from .spans import NoDirections, Spans
+from .spans import random_span
 
-REFERENCE, N_PLACES, N_RANDOM = "mean", 4, 5
-AS_FEW = 0.5
-"""Prompts by which a place may leave more refusals than the run's own direction and still count as leaving as few."""
-N_TEXTS = 64
-"""Plain texts that CE is measured on."""
+NAME, N_PLACES, N_RANDOM = "mean", 4, 5
+REFERENCE = f"{NAME}:1"
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class _Chosen(Value):
-    """`{label}/chosen.json`; the basis lies beside it."""
+@dataclass
+class _Found:
+    """What one draw of the training prompts gives, and what it does to held-out prompts."""
 
-    layer: int
-    position: int | None
-    expected: float
-    kl_nats: float
-    """On validation prompts."""
+    draw: int
+    chosen: dict[str, Chosen] = field(default_factory=dict)
+    """By method, such as "peel:2", whatever the draw."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    bases: dict[str, Basis] = field(default_factory=dict)
+    measured: dict[str, HeldOut] = field(default_factory=dict)
+
+    @property
+    def curves(self) -> dict[str, Curve]:
+        return {label: each.curve for label, each in self.measured.items()}
+
+    @property
+    def singles(self) -> dict[str, str]:
+        """Several directions -> one of the same method."""
+        names = {label: f"{label.rpartition(':')[0]}:1" for label, basis in self.bases.items() if len(basis) > 1}
+        return {label: single for label, single in names.items() if single in self.bases}
 
 
 def compare_methods(
@@ -61,6 +60,9 @@ def compare_methods(
     n_random: int = N_RANDOM,
     max_new_tokens: int = NEW_TOKENS,
     batch_size: int | None = None,
+    over_refusal: Sequence[PromptSet] = (),
+    capability: Sequence[str] = (),
+    n_draws: int = 1,
     engine: Engine | None = None,
 ) -> MethodsResult:
     """Remove the directions of every method, and say what each costs where all leave as many refusals.
@@ -77,76 +79,71 @@ def compare_methods(
         kl_tokens: over how many tokens of the plain model's answers the KL goes.
         n_places: how many layers are tried: those of the search's survivors, each at its best position, then those
             next to the run's own.
-        engine: where methods are measured, each stage of each as one item, the reference first; None is here.
-            Directions are estimated and fitted here.
+        over_refusal: sets of harmless prompts beside the run's own held-out ones, whose refusals are counted where
+            each method is matched.
+        capability: tasks that are asked there too: "everyday", which needs no harness, or what
+            `recipes.capability.measure_capability` takes.
+        n_draws: how often everything is found and matched: from all training prompts, and from as many drawn with
+            repetition.
+        engine: where methods are measured, each stage of each as one item, the references of all draws first; None is
+            here. Directions are estimated and fitted here, and tasks are asked here.
 
     Raises:
         UserError: the run chose no direction, or a method does not exist.
     """
     folder = folder or RunFolder(run.path / "methods")
-    work = _Comparison(run, folder, kl_tokens, n_places, max_new_tokens, batch_size, engine)
-    asked = dict.fromkeys([(REFERENCE, 1), *methods])
+    work = Comparison(run, folder, kl_tokens, n_places, max_new_tokens, batch_size, engine)
     check_same_weights(read_record(run.path / RUN, RunInfo).model, run.model, str(run.path))
-    chosen, skipped = work.chosen(list(asked))
-    reference = f"{REFERENCE}:1"
-    if reference not in chosen:
-        raise UserError(f"{run.path}: the difference of means gives no direction to compare with")
-    bases = {label: work.basis(label) for label in chosen}
-    plain_short = work.plain_refused()
-    measured = work.held_out_of({reference: bases[reference]}, plain_short, None)
-    first = measured[reference].curve
-    others = {label: basis for label, basis in bases.items() if label != reference}
-    measured |= work.held_out_of(others, plain_short, first)
-    singles = {label: f"{label.rpartition(':')[0]}:1" for label, basis in bases.items() if len(basis) > 1}
-    pairs = [(label, reference) for label in bases]
-    pairs += [(label, single) for label, single in singles.items() if single in bases]
-    targets: dict[str, set[float]] = {label: set() for label in bases}
-    for label, other in pairs:
-        target = common_target(measured[label].curve, measured[other].curve, first).item()
-        if target > first.target.item():
-            targets[label].add(target)
-            targets[other].add(target)
-    measured |= work.nearer(
-        bases, plain_short, measured, {each: sorted(some) for each, some in targets.items() if some}
-    )
-    curves = {label: each.curve for label, each in measured.items()}
-    matches = {label: match(curves[label], curves[reference]) for label in curves}
-    over = {
-        label: match(curves[label], curves[single], curves[reference]).ratio for label, single in pairs[len(bases) :]
-    }
+    sets = over_refusal_sets(run, over_refusal)
+    asked = list(dict.fromkeys([(NAME, 1), *methods]))
+    first, *others = found = [_chosen(work, asked, draw) for draw in range(n_draws)]
+    opened = work.opened(list(first.chosen), n_draws)
+    _measure(work, found)
+    curves, reference = first.curves, first.curves[REFERENCE]
+    matches = {label: match(curve, reference) for label, curve in curves.items()}
+    over = {label: match(curves[label], curves[one], reference).ratio for label, one in first.singles.items()}
     read_at = {label: 1.0 if each.strength is None else each.strength for label, each in matches.items()}
-    answers = work.answers({**{label: (bases[label], read_at[label]) for label in chosen}, "plain": (None, 0.0)})
-    plain = answers["plain"]
-    ranks = sorted({len(basis) for basis in bases.values()})
+    answers = work.answers({**{label: (first.bases[label], read_at[label]) for label in curves}, PLAIN: (None, 0.0)})
+    plain = answers[PLAIN]
+    ranks = sorted({len(basis) for basis in first.bases.values()})
+    width = run.model.cfg.d_model
+    removed = [Removed(label, basis, read_at[label], work.hashes[label]) for label, basis in first.bases.items()]
+    removed = [Removed(PLAIN, None, 0.0, None), *removed, *random_controls(ranks, width)]
+    directions = _directions(first, width)
     result = MethodsResult(
         read_record(run.path / RUN, RunInfo).model,
         kl_tokens,
         work.zero,
         len(work.spans.run.prompts("harmful", "val")),
-        first.refused.shape[1],
+        reference.refused.shape[1],
         Rate.of(plain.refused),
-        first.target.item(),
+        reference.target.item(),
         tuple(
             MethodRow(
                 label,
-                len(bases[label]),
+                len(first.bases[label]),
                 each.layer,
                 each.position,
-                measured[label].at_strengths(work.zero),
+                first.measured[label].at_strengths(work.zero),
                 matches[label],
                 over.get(label, (None, None, None)),
                 read_at[label],
                 Rate.of(answers[label].refused),
                 Rate.of(answers[label].degenerate),
-                Paired.of(answers[reference].refused, answers[label].refused).describe(),
+                Paired.of(answers[REFERENCE].refused, answers[label].refused).describe(),
                 answers[label].ce_loss - plain.ce_loss,
             )
-            for label, each in chosen.items()
+            for label, each in first.chosen.items()
         ),
         work.controls(ranks, n_random),
-        tuple(tuple(overlap(a, b) for b in bases.values()) for a in bases.values()),
-        run.model.cfg.d_model,
-        skipped,
+        tuple(tuple(overlap(a, b) for b in first.bases.values()) for a in first.bases.values()),
+        width,
+        first.skipped,
+        opened,
+        beside(work, removed, sets, capability),
+        _over_draws(found) if others else (),
+        dependences(work, directions),
+        tuple(directions),
     )
     write_record(work.folder.path / FILE, result)
     return result
@@ -163,214 +160,64 @@ def check_methods(methods: Sequence[tuple[str, int]]) -> None:
             named_estimator(name)
 
 
-@dataclass
-class _Comparison:
-    """The stages: each written whole, and kept while what it was computed from is the same."""
-
-    run: RunInputs
-    folder: RunFolder
-    kl_tokens: int
-    n_places: int
-    max_new_tokens: int
-    batch_size: int | None
-    engine: Engine | None = None
-    hashes: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def zero(self) -> float:
-        return self.run.record.zero_point_nats or 0.0
-
-    @cached_property
-    def validation(self) -> Pieces:
-        """What is measured on validation prompts."""
-        job = Removing.of(self.spans.run, "val", self.kl_tokens, self.batch_size, self.max_new_tokens)
-        return Pieces(self.folder, job, self.run.model, self.engine)
-
-    @cached_property
-    def held_out(self) -> Pieces:
-        """What is measured on held-out prompts."""
-        run = self.run
-        texts = load_prompts(run.options.text_set, limit=N_TEXTS)
-        some = texts_to_score(run.chat, texts.sample(min(N_TEXTS, len(texts)), run.options.seed).instructions)
-        job = Removing.of(run, "test", self.kl_tokens, self.batch_size, self.max_new_tokens)
-        return Pieces(self.folder, replace(job, texts=tuple(some)), run.model, self.engine)
-
-    @cached_property
-    def model(self) -> ModelRecord:
-        """The weights that are held."""
-        run = self.run
-        return describe_model(run.model, read_record(run.path / RUN, RunInfo).model.source)
-
-    @cached_property
-    def spans(self) -> Spans:
-        """What is removed."""
-        return Spans(self.run, self.n_places, self._checkpoint)
-
-    def _checkpoint(self, label: str) -> Path:
-        """The file that a fit goes on from."""
-        path = self.folder.path / _folder(label) / f"checkpoint-{sha256_json(self.inputs)[:16]}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.folder.fresh:
-            path.unlink(missing_ok=True)
-        return path
-
-    @cached_property
-    def inputs(self) -> dict[str, Any]:
-        """What every stage depends on."""
-        run = self.run
-        files = [MEAN_DIFFS, EVALUATIONS, DIRECTION, PROMPTS]
-        return {
-            "model": self.model,
-            "chat": run.chat.record(),
-            "versions": versions(),
-            "files": {file: sha256_file(run.path / file) for file in files},
-            "prompts": {side: sha256_json(self.run.prompts(side)) for side in SIDES},
-            "thresholds": asdict(run.options.thresholds),
-            "kl_tokens": self.kl_tokens,
-        }
-
-    def chosen(self, methods: Sequence[tuple[str, int]]) -> tuple[dict[str, _Chosen], dict[str, str]]:
-        """The best place of every method on validation prompts, and why others give no directions."""
-        pieces = {method: self._choosing(*method) for method in methods}
-        fitted = [
-            [each] for (name, _), each in pieces.items() if name in FITTED
-        ]  # a fit is kept before the next begins
-        for some in ([each for (name, _), each in pieces.items() if name not in FITTED], *fitted):
-            self.hashes |= self.validation.run(some)
-        why = self.validation.left_out
-        labels = {f"{name}:{k}": each.name for (name, k), each in pieces.items()}
-        chosen = {
-            label: read_record(self.folder.path / _folder(label) / "chosen.json", _Chosen)
-            for label, name in labels.items()
-            if name not in why
-        }
-        return chosen, {label: why[name] for label, name in labels.items() if name in why}
-
-    def _choosing(self, name: str, k: int) -> Piece:
-        label = f"{name}:{k}"
-        where = f"{_folder(label)}/chosen.json", f"{_folder(label)}/basis.pt"
-        inputs = self.inputs | {"label": label, "places": self.spans.places, "as_few": AS_FEW}
-        if ":" in name:
-            inputs |= {"call": str(uuid4())}  # a function of the user's own, which may have changed
-        trials: list[tuple[tuple[int | None, int], Basis]] = []
-
-        def item() -> Task:
-            try:
-                trials[:] = self.spans.trials(name, k)
-            except UserError as error:
-                raise NoDirections(str(error)) from error
-            bases = (self.run.direction.unit[None], *(basis for _, basis in trials))
-            return Task("whole", label, (bases,))
-
-        def write(found: tuple[Tensor, Tensor]) -> None:
-            scores, kl = found[0], found[1].mean(-1)
-            shares = expected_refused(scores, self.zero)
-            more = (shares - shares[0] - AS_FEW / scores.shape[1]).clamp(min=0)
-            best = min(range(1, len(shares)), key=lambda i: (more[i].item(), kl[i].item()))
-            (position, layer), basis = trials[best - 1]
-            write_tensors(self.folder.path / where[1], basis)
-            write_record(self.folder.path / where[0], _Chosen(layer, position, shares[best].item(), kl[best].item()))
-
-        about = f"{k} direction{'s' * (k > 1)} at up to {len(self.spans.places)} places, validation prompts"
-        return Piece(f"{_folder(label)}-chosen", inputs, where, about, item, write)
-
-    def basis(self, label: str) -> Basis:
-        """What a method removes."""
-        basis: Tensor = read_tensors(self.folder.path / f"{_folder(label)}/basis.pt")
-        return basis
-
-    def held_out_of(
-        self, bases: Mapping[str, Basis], plain: tuple[bool, ...], reference: Curve | None
-    ) -> dict[str, HeldOut]:
-        """Answers, scores and KL of held-out prompts at every strength.
-
-        And at more of them where the share of refusals falls to the reference's target: between two strengths of the
-        first it may fall from all to none.
-        """
-        target = None if reference is None else reference.target.item()
-        about = f"{len(STRENGTHS)} strengths and more between, held-out prompts"
-        self.held_out.run(
-            [
-                self._piece("held-out", Task("curve", label, (basis, plain, target)), {"target": target}, about)
-                for label, basis in bases.items()
-            ]
-        )
-        return {label: read_record(self.folder.path / _folder(label) / "held_out.json", HeldOut) for label in bases}
-
-    def nearer(
-        self,
-        bases: Mapping[str, Basis],
-        plain: tuple[bool, ...],
-        found: Mapping[str, HeldOut],
-        targets: Mapping[str, Sequence[float]],
-    ) -> dict[str, HeldOut]:
-        """What was measured, and more strengths where the share of refusals falls to each of the targets."""
-        pieces = []
-        for label, some in targets.items():
-            about = f"strengths where {', '.join(f'{each:.2f}' for each in some)} are refused, held-out prompts"
-            task = Task("nearer", label, (found[label], bases[label], plain, some))
-            pieces.append(self._piece("nearer", task, {"targets": some, "before": found[label].strengths}, about))
-        self.held_out.run(pieces)
-        return {label: read_record(self.folder.path / _folder(label) / "nearer.json", HeldOut) for label in targets}
-
-    def _piece(self, name: str, task: Task, inputs: Mapping[str, Any], about: str) -> Piece:
-        """A stage that measures a method at strengths."""
-        where, label = f"{_folder(task.label)}/{name.replace('-', '_')}.json", task.label
-        settings = {"basis": self._hash(label), "strengths": STRENGTHS, "close": CLOSE}
-        given = self.inputs | settings | {"n": self.run.options.label_tokens} | dict(inputs)
-        return self._stage(f"{_folder(label)}-{name}", given, where, about, task)
-
-    def _stage(self, name: str, inputs: Mapping[str, Any], where: str, about: str, task: Task) -> Piece:
-        return Piece(name, inputs, [where], about, lambda: task, partial(write_record, self.folder.path / where))
-
-    def _hash(self, label: str) -> str | None:
-        return self.hashes.get(f"{_folder(label)}/basis.pt")
-
-    def plain_refused(self) -> tuple[bool, ...]:
-        """Whether the plain model refuses each held-out prompt, in a short answer."""
-        where, inputs = "plain.json", self.inputs | {"n": self.run.options.label_tokens}
-        write, task = partial(write_json, self.folder.path / where), Task("refused", "plain")
-        self.held_out.run([Piece("plain", inputs, [where], "short answers", lambda: task, write)])
-        return read_record(self.folder.path / where, tuple[bool, ...])  # type: ignore[no-any-return]
-
-    def answers(self, removed: Mapping[str, tuple[Basis | None, float]]) -> dict[str, Answers]:
-        """Judged answers to the held-out harmful prompts, and CE on plain texts, under removals at a strength."""
-        pieces = []
-        for label, (basis, strength) in removed.items():
-            inputs = self.inputs | {"basis": self._hash(label), "strength": strength, "n": self.max_new_tokens}
-            inputs |= {"texts": self.run.options.text_set, "seed": self.run.options.seed}
-            about = f"answers of {self.max_new_tokens} tokens and CE at strength {strength:.3g}"
-            where, task = f"{_folder(label)}/answers.json", Task("answers", label, (basis, strength))
-            pieces.append(self._stage(f"{_folder(label)}-answers", inputs, where, about, task))
-        self.held_out.run(pieces)
-        return {label: read_record(self.folder.path / _folder(label) / "answers.json", Answers) for label in removed}
-
-    def controls(self, ranks: Sequence[int], n_random: int) -> tuple[ControlRow, ...]:
-        """Subspaces that no method chose, whole, on held-out prompts."""
-        where, named = "controls.json", list[tuple[str, int, Basis]]()
-
-        def item() -> Task:
-            named[:] = self.spans.controls(ranks, n_random)
-            return Task("whole", "controls", ([basis for *_, basis in named],))
-
-        def write(found: tuple[Tensor, Tensor]) -> None:
-            shares, kl = expected_refused(found[0], self.zero).tolist(), found[1].mean(-1).tolist()
-            rows = [
-                ControlRow(name, len(basis), seed, *numbers)
-                for (name, seed, basis), *numbers in zip(named, shares, kl, strict=True)
-            ]
-            write_record(self.folder.path / where, _Controls(tuple(rows)))
-
-        inputs = self.inputs | {"ranks": ranks, "n_random": n_random}
-        about = f"{n_random} random subspaces and 2 within a class of each of {len(ranks)} ranks"
-        self.held_out.run([Piece("controls", inputs, [where], about, item, write)])
-        return read_record(self.folder.path / where, _Controls).rows
+def _chosen(work: Comparison, asked: Sequence[tuple[str, int]], draw: int) -> _Found:
+    """Everything that is found from one draw of the training prompts, at its best place on validation prompts."""
+    chosen, skipped = work.chosen(asked, draw)
+    if REFERENCE not in chosen:
+        raise UserError(f"{work.run.path}: the difference of means gives no direction to compare with")
+    return _Found(draw, chosen, skipped, {label: work.basis(in_draw(label, draw)) for label in chosen})
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class _Controls(Value):
-    rows: tuple[ControlRow, ...]
+def _measure(work: Comparison, found: Sequence[_Found]) -> None:
+    """Held-out prompts at every strength, at more of them where each pair of methods is compared.
+
+    All draws side by side: their references, then what is compared with these, then strengths between.
+    """
+    plain = work.plain_refused()
+    of_label = {in_draw(label, each.draw): (each, label) for each in found for label in each.bases}
+    bases = {full: each.bases[label] for full, (each, label) in of_label.items()}
+    firsts = [in_draw(REFERENCE, each.draw) for each in found]
+    measured = work.held_out_of({full: bases[full] for full in firsts}, plain, {})
+    shares = {each.draw: measured[full].curve.target.item() for each, full in zip(found, firsts, strict=True)}
+    others = {full: shares[each.draw] for full, (each, _) in of_label.items() if full not in firsts}
+    measured |= work.held_out_of({full: bases[full] for full in others}, plain, others)
+    for full, (each, label) in of_label.items():
+        each.measured[label] = measured[full]
+    targets = {in_draw(label, each.draw): some for each in found for label, some in _targets(each).items()}
+    for full, more in work.nearer(bases, plain, measured, targets).items():
+        each, label = of_label[full]
+        each.measured[label] = more
 
 
-def _folder(label: str) -> str:
-    return re.sub(r"\W+", "-", label)
+def _targets(found: _Found) -> dict[str, list[float]]:
+    """The shares of refusals, above the reference's, at which methods are compared with others."""
+    curves, first = found.curves, found.curves[REFERENCE]
+    targets: dict[str, set[float]] = {label: set() for label in found.bases}
+    for label, other in [*((label, REFERENCE) for label in found.bases), *found.singles.items()]:
+        target = common_target(curves[label], curves[other], first).item()
+        if target > first.target.item():
+            targets[label].add(target)
+            targets[other].add(target)
+    return {label: sorted(some) for label, some in targets.items() if some}
+
+
+def _over_draws(found: Sequence[_Found]) -> tuple[DrawsRow, ...]:
+    """Every method to the reference, and several directions to one of the same method, over all draws."""
+    rows = []
+    first, curves = found[0], [each.curves for each in found]
+    pairs = [*((label, REFERENCE) for label in first.chosen if label != REFERENCE), *first.singles.items()]
+    for label, other in dict.fromkeys(pairs):
+        triples = [
+            (each[label], each[other], each[REFERENCE]) if {label, other} <= each.keys() else None for each in curves
+        ]
+        layers = tuple(each.chosen[label].layer if label in each.chosen else None for each in found)
+        rows.append(DrawsRow(label, other, layers, *match_draws(triples)))
+    return tuple(rows)
+
+
+def _directions(found: _Found, width: int) -> Mapping[str, Direction]:
+    """The methods of one direction, and a random one."""
+    places = {label: each.layer for label, each in found.chosen.items() if len(found.bases[label]) == 1}
+    single = {label: Direction.of(found.bases[label][0], layer) for label, layer in places.items()}
+    random = Direction.of(random_span(1, width, 0)[0], places[REFERENCE])
+    return {**single, f"{RANDOM}:1": random}

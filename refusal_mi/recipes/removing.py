@@ -67,7 +67,7 @@ class Answers(Value):
 class Task(Value):
     """An item of `Removing`: what is measured, of whom, and with what."""
 
-    what: Literal["whole", "refused", "curve", "nearer", "answers"]
+    what: Literal["whole", "refused", "curve", "nearer", "answers", "beside"]
     """A method of what `Removing` starts."""
     label: str
     given: tuple[Any, ...] = ()
@@ -141,10 +141,14 @@ class _Removing:
 
     def answers(self, basis: Basis | None, strength: float) -> Answers:
         """Judged answers to the harmful prompts, and CE on the texts."""
-        steps, texts = [] if basis is None else [Ablate(basis, strength)], list(self.job.texts)
+        steps, texts = _steps(basis, strength), list(self.job.texts)
         said = self._judged(steps, self.job.n_long)
         loss = ce_loss(self.model, self.job.chat, texts, interventions=steps)
         return Answers(said.refused, said.degenerate, loss.ce_loss)
+
+    def beside(self, prompts: Sequence[str], basis: Basis | None, strength: float) -> Judged:
+        """Judged answers to other prompts."""
+        return self._judged(_steps(basis, strength), self.job.n_long, prompts)
 
     def _halved(self, found: HeldOut, basis: Basis, plain: tuple[bool, ...], target: float) -> HeldOut:
         """With strengths halfway between those around a target, until they are close."""
@@ -168,6 +172,11 @@ class _Removing:
         scores = scorer.score(bases, weights, range(scorer.n_harmful))
         return scores, scorer.kl(bases, weights, range(scorer.n_harmless))
 
-    def _judged(self, steps: Sequence[Ablate], n_tokens: int) -> Judged:
-        job = self.job
-        return judged(self.model, job.chat, job.harmful, n_tokens, job.batch_size, None, steps)
+    def _judged(self, steps: Sequence[Ablate], n_tokens: int, prompts: Sequence[str] | None = None) -> Judged:
+        job, asked = self.job, self.job.harmful if prompts is None else prompts
+        return judged(self.model, job.chat, asked, n_tokens, job.batch_size, None, steps)
+
+
+def _steps(basis: Basis | None, strength: float) -> list[Ablate]:
+    """None: the plain model."""
+    return [] if basis is None else [Ablate(basis, strength)]

@@ -48,7 +48,15 @@ class Spans:
     """Layers that are tried, at most."""
     checkpoints: Callable[[str], Path]
     """Label -> the file that a fit goes on from."""
+    draw: int = 0
+    """0: all training prompts; else as many of each side, drawn from them with repetition by this seed."""
+    _streams: dict[str, Tensor] = field(default_factory=dict)
+    """Of all training prompts, whatever is drawn."""
     _grids: dict[int, DirectionGrid] = field(default_factory=dict)
+
+    def of_draw(self, draw: int) -> "Spans":
+        """The same from one draw of the training prompts."""
+        return self if draw == self.draw else replace(self, draw=draw, _grids={})
 
     @cached_property
     def run(self) -> RunInputs:
@@ -69,18 +77,35 @@ class Spans:
         return [(position, layer) for layer, position in best.items()][: self.n_places]
 
     @cached_property
-    def prompts(self) -> dict[str, PromptSet]:
-        """Those that directions are made of."""
+    def _training(self) -> dict[str, PromptSet]:
         return {side: self.run.record.side(side).kept_set("train") for side in SIDES}
 
     @cached_property
-    def streams(self) -> dict[str, Float[Tensor, "prompt pos layer d_model"]]:
-        """Of the training prompts, at the layers of `places`."""
-        run, layers = self.run, [layer for _, layer in self.places]
+    def _drawn(self) -> dict[str, list[int]]:
+        """Indices of the training prompts that directions are made of."""
+        drawn = torch.Generator().manual_seed(self.draw)
+        sizes = {side: len(prompts) for side, prompts in self._training.items()}
+        if not self.draw:
+            return {side: list(range(n)) for side, n in sizes.items()}
+        return {side: torch.randint(n, (n,), generator=drawn).tolist() for side, n in sizes.items()}
+
+    @cached_property
+    def prompts(self) -> dict[str, PromptSet]:
+        """Those that directions are made of; drawn ones may be there several times."""
         return {
-            side: template_residuals(run.model, run.chat, prompts, layers=layers, batch_size=8)
-            for side, prompts in self.prompts.items()
+            side: replace(prompts, prompts=tuple(prompts.prompts[row] for row in self._drawn[side]))
+            for side, prompts in self._training.items()
         }
+
+    @cached_property
+    def streams(self) -> dict[str, Float[Tensor, "prompt pos layer d_model"]]:
+        """Of these prompts, at the layers of `places`."""
+        run, layers = self.run, [layer for _, layer in self.places]
+        for side, prompts in self._training.items():
+            if side not in self._streams:
+                read = template_residuals(run.model, run.chat, prompts, layers=layers, batch_size=8)
+                self._streams[side] = read
+        return {side: self._streams[side][self._drawn[side]] for side in SIDES}
 
     @cached_property
     def own_texts(self) -> RDOTexts:
@@ -94,6 +119,8 @@ class Spans:
         Raises:
             NoDirections: there is no such place.
         """
+        if name == "ranks" and self.draw:
+            raise NoDirections("the search is not repeated on drawn prompts")
         if name == "ranks":
             n_there = len(select(self.run.scores, self.run.options.thresholds).survivors)
             if k > n_there:
@@ -121,8 +148,7 @@ class Spans:
         column = self._column(*self.places[0])
         for k in ranks:
             for seed in range(n_random):
-                drawn = torch.Generator().manual_seed(1000 * k + seed)
-                found.append(("random", seed, orthonormal(torch.randn(k, width, generator=drawn, dtype=torch.float64))))
+                found.append(("random", seed, random_span(k, width, seed)))
             for seed, side in enumerate(SIDES):
                 rows, drawn = column[side], torch.Generator().manual_seed(1000 * k + seed)
                 if k < len(rows):
@@ -149,8 +175,9 @@ class Spans:
 
     def _fitted(self, name: str, k: int) -> Float[Tensor, "k d_model"]:
         """Directions found by gradients from the run's own; what was killed goes on from its last step."""
-        run, checkpoint = self.run, self.checkpoints(f"{name}:{k}")
-        held = (run.model, run.chat, run.direction, self.own_texts, RDOOptions(retention_form="code"))
+        run, checkpoint = self.run, self.checkpoints(f"{name}:{k}" if not self.draw else f"draw {self.draw}/{name}:{k}")
+        options = RDOOptions(retention_form="code", seed=self.draw)
+        held = (run.model, run.chat, run.direction, self.own_texts, options)
         fit = (
             fit_rdo(*held, checkpoint=checkpoint)
             if name == "rdo"
@@ -178,6 +205,12 @@ class Spans:
         if grid.is_degenerate[grid.positions.index(position)][layer]:
             return torch.zeros(grid.vectors.shape[-1], dtype=torch.float64)
         return grid.vectors[grid.positions.index(position), layer].double()
+
+
+def random_span(k: int, width: int, seed: int) -> Basis:
+    """An isotropic subspace of k dimensions."""
+    drawn = torch.Generator().manual_seed(1000 * k + seed)
+    return orthonormal(torch.randn(k, width, generator=drawn, dtype=torch.float64))
 
 
 def orthonormal(vectors: Float[Tensor, "k d_model"]) -> Basis:

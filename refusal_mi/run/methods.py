@@ -10,6 +10,7 @@ from ..model.provenance import ModelRecord
 from ..search.methods import Matched
 from ..stats import Rate
 from ..values import Value, frame
+from .capability import TaskEffect
 
 FILE = "methods.json"
 
@@ -68,6 +69,61 @@ class ControlRow(Value):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class SetRefusals(Value):
+    """What is refused of a set of harmless prompts."""
+
+    set_name: str
+    """held-out: the run's own."""
+    refused: Rate
+    """By text, in longer answers (`max_new_tokens`)."""
+    degenerate: Rate
+    change: Mapping[str, float | int]
+    """Refused minus that of the plain model, the same prompts (`Paired.describe`)."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BesideRow(Value):
+    """What a removal does where nothing harmful is asked: over-refusal and tasks, beside the plain model."""
+
+    label: str
+    """A method's, plain, or of the control random:k, a whole random subspace of so many dimensions."""
+    strength: float
+    """`MethodRow.read_at`; of a control 1."""
+    over_refusal: tuple[SetRefusals, ...]
+    capability: tuple[TaskEffect, ...] = ()
+    """Of each task; of the plain model against itself."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DrawsRow(Value):
+    """A method found again from drawn training prompts, compared with one that was found from the same."""
+
+    label: str
+    over: str
+    """Whose cost the ratios are to: the reference, or one direction of the same method."""
+    layers: tuple[int | None, ...]
+    """Of the place that was best on validation prompts, for each draw; None: it gave no directions."""
+    ratios: tuple[float | None, ...]
+    """KL over that of the other at equal refusal, for each draw, the run's own training prompts first; None: never as
+    few refusals, or no directions."""
+    ratio: tuple[float | None, float | None, float | None]
+    """Their geometric mean with its 95% interval over prompts and draws; None where a draw has none."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """When held-out prompts were looked at, after everything had been chosen."""
+
+    created: str | None
+    """UTC; None: before this was written down."""
+    methods: tuple[str, ...]
+    """Chosen by then."""
+    n_draws: int
+    chosen: str
+    """Hash of what was chosen."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class MethodsResult(Value):
     """`methods.json`."""
 
@@ -88,6 +144,16 @@ class MethodsResult(Value):
     d_model: int
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Methods that gave no directions, and why."""
+    opened: tuple[Opened, ...] = ()
+    """More than one: methods were added to the folder after held-out prompts had been used."""
+    beside: tuple[BesideRow, ...] = ()
+    """The plain model first, then the methods, then controls; empty in files of before."""
+    draws: tuple[DrawsRow, ...] = ()
+    """Empty where the training prompts were not drawn again."""
+    dependence: tuple[tuple[float, ...], ...] = ()
+    """Of single directions (`estimators.repind.dependence`), the ablated one by row, on validation prompts."""
+    dependence_of: tuple[str, ...] = ()
+    """Labels of its rows and columns; the last is the control, a random direction."""
 
     @classmethod
     def load(cls, path: str | Path) -> "MethodsResult":
@@ -98,6 +164,19 @@ class MethodsResult(Value):
     def row(self, label: str) -> MethodRow:
         """One method's, such as "peel:2"."""
         return next(each for each in self.rows if each.label == label)
+
+    def dependent(self, label: str, other: str | None = None) -> float | None:
+        """The larger of how much ablating either direction changes the cosines with the other; None: not measured.
+
+        Args:
+            other: by default the reference.
+        """
+        names = list(self.dependence_of)
+        pair = label, self.rows[0].label if other is None else other
+        if not set(pair) <= set(names):
+            return None
+        one, two = map(names.index, pair)
+        return max(self.dependence[one][two], self.dependence[two][one])
 
     def to_frame(self) -> Any:
         """A pandas table with a row for each method and strength."""

@@ -1,11 +1,13 @@
 """Subspaces of different methods at equal refusal: what each costs where it leaves as many refusals as another."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import UserError
@@ -71,7 +73,7 @@ class Matched:
     """The share of refusals at which both are compared."""
 
 
-def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matched:
+def match(method: Curve, other: Curve, reference: Curve | None = None, *, n_resamples: int = 1999) -> Matched:
     """The least strength at which a method leaves as few refusals as the reference does at strength 1, and its cost.
 
     A method that never leaves as few is compared where the other leaves as many as it does itself at strength 1; where
@@ -89,6 +91,7 @@ def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matche
     Args:
         other: whose cost, at its own least strength, the ratio is to.
         reference: None is `other`.
+        n_resamples: for the interval; 0 leaves it out.
     """
     n = min(each for curve in (method, other) for each in (curve.refused.shape[1], curve.kl.shape[1]))
     curves = [each.of_first(n) for each in (method, other, other if reference is None else reference)]
@@ -96,6 +99,9 @@ def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matche
     strength, kl = _crossing(curves[0], target)
     if not strength.isfinite() or target > (1 - TOLERATED) * curves[0].share(0.0):
         return Matched(None, None, (None, None, None))
+    if not n_resamples:
+        ratio_alone = (kl / _crossing(curves[1], target)[1]).item()
+        return Matched(strength.item(), kl.item(), (ratio_alone, None, None), target.item())
     tables = [table for each in curves for table in (each.refused, each.kl)]
     ends = [0, *accumulate(map(len, tables))]
 
@@ -106,8 +112,55 @@ def match(method: Curve, other: Curve, reference: Curve | None = None) -> Matche
         return (own / others).numpy()
 
     samples = [row.tolist() for table in tables for row in table]
-    value, low, high = (each if each == each else None for each in bootstrap_interval(*samples, statistic=ratio))
+    value, low, high = (
+        each if each == each else None
+        for each in bootstrap_interval(*samples, statistic=ratio, n_resamples=n_resamples)
+    )
     return Matched(strength.item(), kl.item(), (value, low, high), target.item())
+
+
+Triple = tuple[Curve, Curve, Curve]
+"""A method, the one that its cost is compared with, and the reference."""
+
+
+def match_draws(
+    draws: Sequence[Triple | None], *, n_resamples: int = 1999, seed: int = 0
+) -> tuple[tuple[float | None, ...], tuple[float | None, float | None, float | None]]:
+    """The ratio of costs, as `match` has it, of every draw of training prompts, and over all of them.
+
+    Over all: the geometric mean. Its 95% interval is that of percentiles, where prompts and draws are both drawn again:
+    the prompts for all draws and methods the same (Owen 2007, the pigeonhole bootstrap, which is rather too wide than
+    too narrow). With few draws the percentiles know little of them.
+
+    Args:
+        draws: None where a method gave no directions.
+
+    Returns:
+        The ratio of every draw; their mean and its interval: None where a draw has none, no limits where unbounded.
+    """
+    ratios = tuple(None if each is None else match(*each, n_resamples=0).ratio[0] for each in draws)
+    values = [each for each in ratios if each is not None]
+    triples = [each for each in draws if each is not None]
+    if not values or len(values) < len(draws):
+        return ratios, (None, None, None)
+    n = min(table.shape[-1] for each in triples for curve in each for table in (curve.refused, curve.kl))
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(n, (n_resamples, n), generator=generator)
+    drawn = torch.randint(len(triples), (n_resamples, len(triples)), generator=generator)
+    logs = torch.stack([_drawn_ratio(each, prompts).log() for each in triples])
+    over = logs.gather(0, drawn.T).mean(0).exp()
+    value = math.exp(math.fsum(map(math.log, values)) / len(values))
+    if not over.isfinite().all():
+        return ratios, (value, None, None)
+    low, high = over.quantile(torch.tensor([0.025, 0.975], dtype=over.dtype)).tolist()
+    return ratios, (value, low, high)
+
+
+def _drawn_ratio(curves: Triple, prompts: Int[Tensor, "draw prompt"]) -> Float[Tensor, " draw"]:
+    """Of every draw of prompts."""
+    again = [Curve(each.strengths, each.refused[:, prompts], each.kl[:, prompts]) for each in curves]
+    own, others = (_crossing(each, common_target(*again))[1] for each in again[:2])
+    return own / others
 
 
 def common_target(method: Curve, other: Curve, reference: Curve) -> Float[Tensor, "*rest"]:

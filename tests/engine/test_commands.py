@@ -17,11 +17,12 @@ RUN = "--n-train=6 --n-val=18 --n-test=5 --n-ce=3 --max-new-tokens=4 --no-thresh
 SMALL = "--n-prompts=18 --max-new-tokens=3 --n-random=1 --kl-tokens=2"
 COMMANDS = {
     "combos": "combos MODEL --ranks=0..2 --kl-max=9 --n-random=1 --n-ce=3 --val-new-tokens=3 --output-dir=run",
-    "compare-methods": f"compare-methods MODEL --run=run --methods=mean,median,peel:2,category:2 --n-places=2 {SMALL}",
+    "compare-methods": "compare-methods MODEL --run=run --methods=mean,median,peel:2,category:2 --n-places=2 --seeds=2 "
+    f"--over-refusal=harmless.json {SMALL}",
     "localize": f"localize MODEL --run=run --n-directions=1 {SMALL}",
 }
-MEASURED = ("seconds", "peak_mib")
-"""What differs between two runs that do the same."""
+MEASURED = ("seconds", "peak_mib", "created", "opened.json")
+"""What differs between two runs that do the same; `opened.json` also by its hash, which a stage keeps."""
 
 
 def content(folder: Path) -> dict[str, object]:

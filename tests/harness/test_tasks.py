@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: refusal_mi[eval]")
 
+from refusal_mi.directions import Direction
 from refusal_mi.harness.requests import Requests
-from refusal_mi.harness.tasks import answer_task, task_inputs
+from refusal_mi.harness.tasks import answer_choices, answer_task, task_inputs
+from refusal_mi.interventions import Add
 from refusal_mi.likelihoods import Likelihood
 
 
@@ -151,3 +154,22 @@ def test_what_python_writes_beside_a_task_is_no_part_of_it(folder):
     assert task_inputs("own_writes", own) == before
     (own / "utils.py").write_text(DRAWS + "# another")
     assert task_inputs("own_writes", own) != before
+
+
+def test_the_bundled_choices_need_no_harness(tiny_model):
+    """Every item as the harness reads it; a model that is changed answers otherwise, and both see that."""
+    model = tiny_model("llama")
+    drawn = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    steps = Add(Direction.of(9 * drawn, layer=1))
+    found = []
+    for interventions in ((), steps):
+        (expected,) = answer_task(Requests(model, None, interventions), "everyday")
+        found.append(answer_choices(Requests(model, None, interventions)))
+        assert [replace(item, nats=()) for item in found[-1].items] == [
+            replace(item, nats=()) for item in expected.items
+        ]
+        for mine, theirs in zip(found[-1].items, expected.items, strict=True):
+            assert mine.nats == pytest.approx(theirs.nats, abs=1e-4)
+        assert replace(found[-1], items=()) == replace(expected, items=())
+    assert found[0].values != found[1].values and len(found[0].items) == 80
+    assert [item.doc for item in answer_choices(Requests(model), 3).items] == [0, 1, 2]

@@ -19,7 +19,7 @@ from refusal_mi.figures.audit import plot_audit
 from refusal_mi.figures.effects import CombinationPoint, plot_combos, plot_layer_sweep, plot_losses, plot_rates
 from refusal_mi.figures.labels import plot_label_scores
 from refusal_mi.figures.localize import plot_front, plot_writes
-from refusal_mi.figures.methods import plot_cost, plot_ratios
+from refusal_mi.figures.methods import plot_beside, plot_cost, plot_ratios
 from refusal_mi.figures.scores import plot_norms, plot_score_lines, plot_score_panels, plot_scores
 from refusal_mi.figures.study import plot_study
 from refusal_mi.figures.variants import plot_variant_parts, plot_variant_rates, plot_variants
@@ -97,6 +97,7 @@ def _of_runs(**look: Any) -> dict[str, go.Figure]:
         "plot_front": plot_front(*_front(), model=MODEL, n=32, **look),
         "plot_cost": plot_cost(_compared(), model=MODEL, **look),
         "plot_ratios": plot_ratios(_compared(), model=MODEL, **look),
+        "plot_beside": plot_beside(_compared(), model=MODEL, **look),
         "plot_variants": plot_variants(worded(), model=MODEL, **look),
         "plot_variant_rates": plot_variant_rates(worded(), model=MODEL, **look),
         "plot_variant_parts": plot_variant_parts(worded(), model=MODEL, **look),
@@ -146,9 +147,16 @@ def _compared() -> Any:
         ratio = (
             (None, None, None) if label == "lda:1" else (0.5 + index, 0.3 + index, None if index == 2 else 1.0 + index)
         )
-        rows.append(Method(label, curve, AtMatch(ratio, 0.31 if label == "peel:3" else 0.05)))
+        rows.append(Method(label, curve, AtMatch(ratio, 0.02, 0.31 if label == "peel:3" else 0.05)))
     controls = [Control(name, k, 0.97, 1e-3 * k) for name in ("random", "within harmful") for k in (1, 2, 3)]
-    return Compared(rows, controls, 0.05, 40)
+    draws = [OverDraws(row.label, "mean:1", (0.5 + index, None, 0.7 * index + 0.2)) for index, row in enumerate(rows)]
+    change = {"difference": -0.03, "low": -0.08, "high": 0.02}
+    sets = [OfSet(name, change) for name in ("harmless", "a-set-of-prompts-that-look-harmful")]
+    beside = [
+        BesideIt(label, sets, [OfTask("everyday", "acc_norm", (-0.02, -0.07, 0.03))])
+        for label in ("plain", *(row.label for row in rows), "random:1", "random:2")
+    ]
+    return Compared(rows, controls, 0.05, 40, draws, beside)
 
 
 def worded() -> VariantsResult:
@@ -203,10 +211,14 @@ def studied() -> list[TableRow]:
 
 
 At = make_dataclass("At", ("strength", "refused", "kl_nats"), frozen=True)
-AtMatch = make_dataclass("AtMatch", ("ratio", "refused"), frozen=True)
+AtMatch = make_dataclass("AtMatch", ("ratio", "kl_nats", "refused"), frozen=True)
+OverDraws = make_dataclass("OverDraws", ("label", "over", "ratios"), frozen=True)
+OfSet = make_dataclass("OfSet", ("set_name", "change"), frozen=True)
+OfTask = make_dataclass("OfTask", ("task", "metric", "change"), frozen=True)
+BesideIt = make_dataclass("BesideIt", ("label", "over_refusal", "capability"), frozen=True)
 Method = make_dataclass("Method", ("label", "curve", "matched"), frozen=True)
 Control = make_dataclass("Control", ("label", "k", "refused_by_score", "kl_nats"), frozen=True)
-Compared = make_dataclass("Compared", ("rows", "controls", "target", "n_held_out"), frozen=True)
+Compared = make_dataclass("Compared", ("rows", "controls", "target", "n_held_out", "draws", "beside"), frozen=True)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ COMMANDS = {
     "caa vectors": "caa vectors MODEL --device cpu --pairs pairs.json --output-dir out",
     "export": "export MODEL --direction direction.pt --output-dir out --verify none",
     "compare-methods": "compare-methods MODEL --run searched --methods mean,median,peel:2 --n-prompts 3 --n-places 2 "
-    "--max-new-tokens 4 --n-random 1 --output-dir out",
+    "--max-new-tokens 4 --n-random 1 --seeds 2 --output-dir out",
     "variants": "variants MODEL --run searched --variants variants.json --n-prompts 3 --max-new-tokens 4 "
     "--output-dir out",
 }

@@ -8,7 +8,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate
 from refusal_mi.measures import kl_nats, next_token_logits, refusal_scores
 from refusal_mi.model.points import write_hooks
-from refusal_mi.search.methods import STRENGTHS, TOLERATED, Curve, crossing_ends, match, overlap
+from refusal_mi.search.methods import STRENGTHS, TOLERATED, Curve, crossing_ends, match, match_draws, overlap
 from refusal_mi.search.removals import RemovalScorer
 from refusal_mi.text.chat import ChatFormat
 from tests.helpers.models import D_MODEL, N_LAYERS
@@ -109,6 +109,53 @@ def test_intervals_of_the_ratio_hold_the_truth():
     draws = [match(planted(0.5, 0.01, 40, 0.1, s), planted(0.5, 0.01, 40, 0.1, 1000 + s)).ratio for s in range(60)]
     held = [sum(low <= truth <= high for _, low, high in draws) / len(draws) for truth in (1.0, 1.5)]
     assert held[0] >= 0.85 and held[1] < held[0] - 0.2
+
+
+def varied(cost, seed):
+    """A method of this cost against one of cost 1, found from one draw; refusals end at about the same strengths."""
+    other = planted(0.5, 0.01, 40, 0.1, seed)
+    return Curve(AT, other.refused, cost * other.kl * (1 + 0.05 * torch.rand(40, dtype=torch.float64))), other, other
+
+
+def test_over_draws_the_ratio_is_the_geometric_mean_of_single_ones():
+    torch.manual_seed(0)
+    triples = [varied(cost, 7) for cost in (0.5, 1.0, 2.0)]
+    ratios, (value, low, high) = match_draws(triples)
+    assert ratios == tuple(match(*each).ratio[0] for each in triples)
+    assert value == pytest.approx(np.exp(np.mean(np.log(ratios)))) and low < value < high
+    assert match_draws(triples) == (ratios, (value, low, high)), "seeded"
+    assert match_draws([*triples[:2], None]) == ((*ratios[:2], None), (None, None, None)), "a draw without directions"
+    never = (planted(9.0, 0.01, 40), *triples[0][1:])
+    assert match_draws([triples[0], never]) == ((ratios[0], None), (None, None, None))
+
+
+def test_an_interval_over_draws_is_as_wide_as_they_differ():
+    torch.manual_seed(0)
+    alike, unlike = ([varied(cost, 7) for cost in costs] for costs in ((1.0,) * 5, (0.4, 0.7, 1.0, 1.4, 2.5)))
+    widths = [np.log(high / low) for _, (_, low, high) in map(match_draws, (alike, unlike))]
+    of_prompts = match(*alike[0]).ratio
+    alone = np.log(of_prompts[2] / of_prompts[1])
+    assert widths[0] < 2 * alone, "draws that agree leave the interval over prompts"
+    # of 5 values with this spread, drawn 5 at a time, the means spread by s.d. / sqrt(5)
+    spread = np.log([0.4, 0.7, 1.0, 1.4, 2.5]).std() / np.sqrt(5)
+    assert widths[1] == pytest.approx(2 * 1.96 * spread, rel=0.2) and widths[1] > 5 * widths[0]
+
+
+def test_an_interval_over_draws_holds_the_truth():
+    """Prompts and draws both differ by chance: most intervals hold the true ratio; those over prompts alone do not."""
+    rng, held = np.random.default_rng(0), []
+    for trial in range(40):
+        triples, factors = [], np.exp(0.3 * rng.standard_normal(8))
+        base = planted(0.5, 0.01, 40, 0.1, trial)
+        for factor in factors:
+            own = rng.lognormal(0, 0.3, 40)
+            triples.append((Curve(AT, base.refused, factor * base.kl * torch.from_numpy(own)), base, base))
+        both = match_draws(triples, n_resamples=400)[1]
+        alone = match_draws(triples[:1] * 8, n_resamples=400)[1]
+        truth = np.exp(0.3**2 / 2)  # the mean of a prompt's own factor
+        held.append([low <= truth <= high for _, low, high in (both, alone)])
+    shares = np.mean(held, axis=0)
+    assert shares[0] >= 0.8 and shares[1] < shares[0] - 0.2
 
 
 def test_overlap_of_spans():
