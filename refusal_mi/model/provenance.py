@@ -229,8 +229,7 @@ def fingerprint(source: Path) -> str:
     Of a file over 64 MiB the first and last MiB and its modification time stand for the contents.
     """
     digest = hashlib.sha256()
-    files = [source] if source.is_file() else [each for each in source.iterdir() if each.is_file()]
-    for path in sorted(each for each in files if each.suffix != ".md"):
+    for path in _files(source):
         status = path.stat()
         digest.update(f"{path.name}\0{status.st_size}\0".encode())
         with path.open("rb") as handle:
@@ -242,3 +241,18 @@ def fingerprint(source: Path) -> str:
                 digest.update(handle.read(_EDGE))
                 digest.update(str(status.st_mtime_ns).encode())
     return digest.hexdigest()
+
+
+def is_told_by_files(source: str, fingerprint: str | None) -> bool:
+    """Whether a fingerprint is one of all contents of the files that lie there, so that it tells the model anywhere.
+
+    That of parameters in memory leaves the config out, that of files over 64 MiB trusts their times of change.
+    """
+    if fingerprint is None or fingerprint.startswith(_HELD) or not Path(source).exists():
+        return False
+    return all(path.stat().st_size <= _WHOLE_FILE for path in _files(Path(source)))
+
+
+def _files(source: Path) -> list[Path]:
+    files = [source] if source.is_file() else [each for each in source.iterdir() if each.is_file()]
+    return sorted(each for each in files if each.suffix != ".md")

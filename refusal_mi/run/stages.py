@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import as_json, clear_leftovers, read_record, sha256_file, sha256_json, write_json, write_record
-from ..model.provenance import ModelRecord, fingerprint
+from ..model.provenance import ModelRecord, fingerprint, is_told_by_files
 from ..values import Value
 
 try:
@@ -50,7 +50,7 @@ class Origin:
 
     def is_at(self, source: str) -> bool:
         """Whether it is the model of this name, or its very files lie there: models and packages are moved."""
-        if self.source == source or self.fingerprint is None or not Path(source).exists():
+        if self.source == source or not is_told_by_files(source, self.fingerprint):
             return self.source == source
         return fingerprint(Path(source)) == self.fingerprint
 
@@ -93,7 +93,8 @@ class RunFolder:
             with self.locked():
                 clear_leftovers(self.path, deep=True)
         before = self._model()
-        if before is None or (model.fingerprint is not None and before.fingerprint == model.fingerprint):
+        is_moved = before is not None and before.fingerprint == model.fingerprint
+        if before is None or (is_moved and is_told_by_files(model.source, model.fingerprint)):
             return
         for key in ("source", "revision"):
             if getattr(before, key) != getattr(model, key):
@@ -153,15 +154,15 @@ class RunFolder:
         """The SHA-256 of every output of a stage that needs not run again; None where it does."""
         if self.fresh:
             return None
-        record, key = self._records / f"{name}.json", _key(inputs)
-        done = self._done(record, key, outputs)
-        if done is None and self._bring_back(name, key):
-            done = self._done(record, key, outputs)
+        record = self._records / f"{name}.json"
+        done = self._done(record, inputs, outputs)
+        if done is None and self._bring_back(name, sha256_json(inputs)):
+            done = self._done(record, inputs, outputs)
         return done
 
     def is_done(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> bool:
         """Whether `stage` would keep what is there; takes no lock and writes nothing."""
-        return self._done(self._records / f"{name}.json", sha256_json(inputs), outputs) is not None
+        return self._done(self._records / f"{name}.json", inputs, outputs) is not None
 
     def _stage(
         self,
@@ -172,7 +173,7 @@ class RunFolder:
         about: str,
         seconds_elsewhere: float,
     ) -> dict[str, str]:
-        record, key = self._records / f"{name}.json", _key(inputs)
+        record, key = self._records / f"{name}.json", sha256_json(inputs)
         done = self.done(name, inputs, outputs)
         if done is not None:
             self.report(f"{name}: done before, kept")
@@ -249,7 +250,7 @@ class RunFolder:
         for name in names:
             record = self._records / f"{name}.json"
             before = read_record(record, StageRecord)
-            aside = self._aside(_key(before.inputs))
+            aside = self._aside(before.key)
             write_json(aside / record.name, before)
             for output in before.outputs:
                 _move(self.path / output, aside / "outputs" / output)
@@ -296,23 +297,28 @@ class RunFolder:
         aside.unlink()
         return True
 
-    def _done(self, record: Path, key: str, outputs: Sequence[str]) -> dict[str, str] | None:
+    def _done(self, record: Path, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, str] | None:
         """The hashes of a stage's outputs, if it was done from these inputs and they are as it left them."""
         if not record.exists():
             return None
         before = read_record(record, StageRecord)
-        return dict(before.outputs) if _key(before.inputs) == key and self._hashes(outputs) == before.outputs else None
+        return dict(before.outputs) if _is_same(before, inputs) and self._hashes(outputs) == before.outputs else None
 
     def _hashes(self, outputs: Sequence[str]) -> dict[str, str]:
         return {output: sha256_file(self.path / output) for output in outputs if (self.path / output).is_file()}
 
 
-def _key(inputs: Mapping[str, Any]) -> str:
-    """Hash of a stage's inputs; where a model lies is none of them if its files' fingerprint is."""
-    model = as_json(inputs.get("model"))
-    if isinstance(model, dict) and model.get("fingerprint") is not None:
-        inputs = {**inputs, "model": {name: value for name, value in model.items() if name != "source"}}
-    return sha256_json(inputs)
+def _is_same(before: StageRecord, inputs: Mapping[str, Any]) -> bool:
+    """Whether a stage was computed from these inputs; where a model lies is none of them if its files tell it."""
+    if before.key == sha256_json(inputs):
+        return True
+    given, model = before.inputs.get("model"), as_json(inputs.get("model"))
+    if not isinstance(given, dict) or not isinstance(model, dict) or "source" not in model:
+        return False
+    if not is_told_by_files(model["source"], model.get("fingerprint")):
+        return False
+    moved = {**before.inputs, "model": {**given, "source": model["source"]}}
+    return sha256_json(moved) == sha256_json(inputs)
 
 
 def _peak_mib() -> float | None:

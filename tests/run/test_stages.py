@@ -190,27 +190,44 @@ def test_a_file_is_written_over_what_a_killed_write_left(tmp_path):
     assert [path.exists() for path in left] == [False, True, False]
 
 
-def test_a_model_that_was_moved_is_the_same_one(tmp_path, calls):
-    here, there = (ModelRecord(place, None, "f", "llama", 2, 8, 16, "float32", "cpu") for place in ("a", "b"))
-    folder = RunFolder(tmp_path)
+def model_at(place: Path) -> ModelRecord:
+    return replace(MODEL, source=str(place), fingerprint=fingerprint(place))
+
+
+def test_a_model_that_was_moved_is_the_same_one(tiny_dir, tmp_path, calls):
+    first = shutil.copytree(tiny_dir("gpt2"), tmp_path / "a")
+    folder, here = RunFolder(tmp_path / "run"), model_at(first)
+    origin = Origin(here.source, fingerprint=here.fingerprint)
     folder.sign(here)
     stage(folder, calls, {"model": here})
+    second = first.rename(tmp_path / "b")
+    there = model_at(second)
+    assert origin.is_at(str(second)) and origin.is_at(str(first)) and not origin.is_at(str(tmp_path / "c"))
     folder.check_weights(there)
     stage(folder, calls, {"model": there})
-    assert len(calls) == 1
-    stage(folder, calls, {"model": replace(there, fingerprint="g")})
-    stage(folder, calls, {"model": replace(here, fingerprint=None)})
-    stage(folder, calls, {"model": replace(there, fingerprint=None)})
-    assert len(calls) == 4
-    for other in (replace(there, fingerprint="g"), replace(there, fingerprint=None)):
-        with pytest.raises(UserError, match="holds a run of a "):
-            folder.check_weights(other)
-
-
-def test_a_moved_model_is_found_by_its_files(tiny_dir, tmp_path):
-    first = shutil.copytree(tiny_dir("gpt2"), tmp_path / "a")
-    origin = Origin(str(first), fingerprint=fingerprint(first))
-    second = first.rename(tmp_path / "b")
-    assert origin.is_at(str(second)) and origin.is_at(str(first)) and not origin.is_at(str(tmp_path / "c"))
+    assert len(calls) == 1 and folder.is_done("s", {"model": there}, ["out/s.json"])
+    stage(folder, calls, {"model": replace(there, dtype="bfloat16")})
+    assert len(calls) == 2
     (second / "vocab.txt").write_text("another")
     assert not origin.is_at(str(second))
+    with pytest.raises(UserError, match="holds a run of "):
+        folder.check_weights(model_at(second))
+
+
+def test_what_its_fingerprint_does_not_hold_whole_is_told_by_its_place(tiny_dir, tmp_path, calls):
+    first = shutil.copytree(tiny_dir("gpt2"), tmp_path / "a")
+    with (first / "more.safetensors").open("wb") as file:
+        file.truncate(65 * 2**20)
+    held = replace(model_at(first), fingerprint="held:f")
+    for name, here in (("large", model_at(first)), ("held", held)):
+        folder = RunFolder(tmp_path / name)
+        folder.sign(here)
+        stage(folder, calls, {"model": here})
+        second = shutil.copytree(first, tmp_path / f"{name}-copy")  # with its times
+        there = replace(here, source=str(second))
+        assert not Origin(here.source, fingerprint=here.fingerprint).is_at(str(second))
+        with pytest.raises(UserError, match="holds a run of "):
+            folder.check_weights(there)
+        before = len(calls)
+        stage(folder, calls, {"model": there})
+        assert len(calls) == before + 1
