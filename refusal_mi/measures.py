@@ -31,7 +31,7 @@ from .values import Value, check_named, frame
 SCORE_EPSILON = 1e-8
 KL_EPSILON = 1e-6
 MOST_NATS = math.log(sys.float_info.max)
-"""Above it a perplexity is the largest number that a file can hold."""
+"""Above it, perplexity overflows."""
 
 
 def refusal_score(logits: Float[Tensor, "batch d_vocab"], refusal_tokens: Sequence[int]) -> Float[Tensor, " batch"]:
@@ -271,6 +271,7 @@ class LossResult:
     ce_loss: float
     """Nats per token."""
     perplexity: float
+    """exp of it, at most the largest number that a file can hold (of a loss over 709 nats)."""
     n_tokens: int
     change: tuple[float, float, float] | None = None
     """Nats per token above the plain model on the same texts, with its 95% interval; None where that was not asked."""
