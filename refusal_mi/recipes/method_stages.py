@@ -15,7 +15,7 @@ from ..engine.jobs import Engine
 from ..errors import UserError
 from ..estimators.names import FITTED
 from ..files import read_record, read_tensors, sha256_file, sha256_json, write_json, write_record, write_tensors
-from ..measures import texts_to_score
+from ..measures import ScoredText, texts_to_score
 from ..model.provenance import ModelRecord, describe_model, versions
 from ..run.answers import SIDES
 from ..run.folder import RunInputs
@@ -27,6 +27,7 @@ from ..search.methods import CLOSE, STRENGTHS
 from ..search.passes import Basis
 from ..text.prompts import load_prompts
 from ..values import Value
+from .effects import texts_sha256
 from .pieces import Piece, Pieces
 from .removing import Answers, HeldOut, Removing, Task
 from .spans import NoDirections, Spans
@@ -81,11 +82,16 @@ class Comparison:
     @cached_property
     def held_out(self) -> Pieces:
         """What is measured on held-out prompts, and beside them."""
+        job = Removing.of(self.run, "test", self.kl_tokens, self.batch_size, self.max_new_tokens)
+        return Pieces(self.folder, replace(job, texts=self.texts), self.run.model, self.engine)
+
+    @cached_property
+    def texts(self) -> tuple[ScoredText, ...]:
+        """Plain texts that CE is measured on."""
         run = self.run
         texts = load_prompts(run.options.text_set, limit=N_TEXTS)
-        some = texts_to_score(run.chat, texts.sample(min(N_TEXTS, len(texts)), run.options.seed).instructions)
-        job = Removing.of(run, "test", self.kl_tokens, self.batch_size, self.max_new_tokens)
-        return Pieces(self.folder, replace(job, texts=tuple(some)), run.model, self.engine)
+        some = texts.sample(min(N_TEXTS, len(texts)), run.options.seed)
+        return tuple(texts_to_score(run.chat, some.instructions))
 
     @cached_property
     def model(self) -> ModelRecord:
@@ -273,7 +279,7 @@ class Comparison:
         pieces = []
         for label, (basis, strength) in removed.items():
             inputs = self.inputs | {"basis": self.hashes.get(label), "strength": strength, "n": self.max_new_tokens}
-            inputs |= {"texts": self.run.options.text_set, "seed": self.run.options.seed}
+            inputs |= {"texts": texts_sha256({"plain": self.texts})}
             about = f"answers of {self.max_new_tokens} tokens and CE at strength {strength:.3g}"
             pieces.append(self.piece(label, "answers.json", inputs, about, Task("answers", label, (basis, strength))))
         return self._read(pieces, removed, Answers)

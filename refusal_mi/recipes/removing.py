@@ -49,7 +49,13 @@ class HeldOut(Value):
         """What the result says of every strength."""
         rows = zip(self.strengths, self.refused, self.scores, self.kl, strict=True)
         return tuple(
-            AtStrength(strength, Rate.of(refused), Rate.of([score > zero for score in scores]), mean_interval(list(kl)))
+            AtStrength(
+                strength,
+                Rate.of(refused),
+                Rate.of([score > zero for score in scores]),
+                mean_interval(list(kl)),
+                len(kl),
+            )
             for strength, refused, scores, kl in rows
         )
 

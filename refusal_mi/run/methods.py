@@ -24,6 +24,9 @@ class AtStrength(Value):
     """Short answers (the run's `label_tokens`), judged by text."""
     refused_by_score: Rate
     kl_nats: tuple[float, float, float]
+    """Over all held-out harmless prompts, which may be more or fewer than the harmful ones."""
+    n_harmless: int | None = None
+    """How many these are; None in files of before."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

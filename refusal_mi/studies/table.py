@@ -146,7 +146,7 @@ def _of_methods(compared: MethodsResult) -> list[Number]:
         at, change, matched = row.at(1.0), row.text_change, row.matched
         found += [
             _rate(stage, method, k, "harmful", "refused_short", at.refused),
-            Number(stage, method, k, "harmless", "kl", *at.kl_nats, n, _NATS),
+            Number(stage, method, k, "harmless", "kl", *at.kl_nats, at.n_harmless, _NATS),
             Number(stage, method, k, "harmful", "matched_strength", matched.strength, None, None, n, "strength"),
             Number(stage, method, k, "harmless", "matched_kl", matched.kl_nats, None, None, n, _NATS),
             Number(stage, method, k, "harmless", "kl_ratio", *matched.ratio, n, "ratio"),
