@@ -1,11 +1,11 @@
 """An OpenAI-compatible server that writes answers: where it is, what it serves, and what is wrong when it does not."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..endpoint import Endpoint, Failed, NotAnAnswer, Pause, Refused, check_address
+from ..endpoint import Endpoint, Failed, Pause, Refused, check_address
 from ..errors import UserError
 from ..run.served import Api
 
@@ -60,20 +60,27 @@ class Server:
         Raises:
             UserError: nobody answers there, or the key is refused.
         """
-        asked = Endpoint(self.base, (KEY_VARIABLE,), 1, min(self.timeout_seconds, _LISTING_SECONDS))
-        asked.check_key("the server's")
+        seconds = min(self.timeout_seconds, _LISTING_SECONDS)
+        self.endpoint.check_key("the server's")
         try:
-            return asked.ask("/models", None, _models, Pause())
+            asked = replace(self.endpoint, timeout_seconds=seconds)
+            held = asked.ask("/models", None, _as_it_is, Pause(), is_patient=False)
         except Refused as error:
             if error.status in (401, 403):
                 raise UserError(self._no_entry(error)) from None
             return None
         except Failed as error:
-            if error.is_reached:
+            if error.may_pass and self.model is None:
+                raise UserError(
+                    f"the server at {self.base} does not list its models; the last of {self.n_tries} tries ended with "
+                    f"{error}: try again later, or name the model with --model-name"
+                ) from None
+            if error.may_pass or error.is_reached:
                 return None
             raise UserError(
                 f"no server answers at {self.base} ({error}): start one, or correct --endpoint (docs/serving.md)"
             ) from None
+        return _models(held)
 
     def named(self, listed: Sequence[Mapping[str, Any]] | None) -> str:
         """The model to ask for.
@@ -122,12 +129,16 @@ class Answer:
     """What the server calls the model that wrote it."""
 
 
-def _models(held: Any) -> list[dict[str, Any]]:
-    """The entries of /models."""
+def _models(held: Any) -> list[dict[str, Any]] | None:
+    """The entries of /models; None where it is no list of models."""
     listed = held.get("data") if isinstance(held, dict) else None
     if not isinstance(listed, list) or not all(isinstance(each, dict) and "id" in each for each in listed):
-        raise NotAnAnswer("an answer that is no list of models")
+        return None
     return listed
+
+
+def _as_it_is(held: Any) -> Any:
+    return held
 
 
 def _names(listed: Sequence[Mapping[str, Any]] | None) -> list[str]:

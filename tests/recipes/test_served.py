@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 from refusal_mi.cli import exit_status
-from refusal_mi.endpoint import Endpoint, Pause
+from refusal_mi.endpoint import Endpoint, Failed, Pause
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, read_record
 from refusal_mi.loaded import load_run
@@ -129,6 +129,31 @@ def test_a_key_that_comes_back_in_an_answer_is_hidden(run, monkeypatch):
     assert set(texts_of(run).values()) == {"Bearer [key]"}
 
 
+def test_the_key_is_hidden_wherever_it_comes_back_and_a_placeholder_nowhere(run, monkeypatch):
+    def behave(fake, handler, number, body):
+        reply(handler, "Mix six boxes.", model=handler.headers["Authorization"])
+
+    for key, model in ((KEY, "Bearer [key]"), ("x", "Bearer x")):
+        monkeypatch.setenv("REFUSAL_MI_SERVER_KEY", key)
+        with Fake(behave) as fake:
+            fake.models = {"data": [{"id": "m", "root": f"Bearer {key}"}]}
+            assert complete(RunFolder(run), quick(fake)).answered_by == (model,)
+        assert set(texts_of(run).values()) == {"Mix six boxes."}
+        assert KEY.encode() not in b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
+
+
+def test_half_a_character_is_replaced(run):
+    half = b'{"model": "m", "choices": [{"message": {"content": "half \\ud83d it"}, "finish_reason": "stop"}]}'
+    with Fake(lambda fake, handler, *_: raw(handler, half)) as fake:
+        complete(RunFolder(run), quick(fake))
+    assert set(texts_of(run).values()) == {"half \N{REPLACEMENT CHARACTER} it"}
+
+
+def test_an_answer_that_is_nested_too_deep_is_none(run):
+    with Fake(lambda fake, handler, *_: raw(handler, b"[" * 100_000)) as fake, pytest.raises(UserError, match="Recurs"):
+        complete(RunFolder(run), quick(fake, n_tries=1))
+
+
 def first_tries(n: int, trouble):
     """`trouble` at the first `n` tries of every prompt, then its answer."""
     tries: dict[str, int] = {}
@@ -196,6 +221,43 @@ def test_all_workers_wait_as_long_as_the_server_asks():
     assert seconds_of_another(pause) >= 0.9 > seconds_of_another(Pause())
     pause.stop.set()
     assert pause.is_over(60.0)  # at once
+
+    late = Pause()
+    threading.Timer(0.1, late.hold, [0.6]).start()
+    start = time.monotonic()
+    assert not late.is_over(0.3) and time.monotonic() - start >= 0.65  # told to wait longer while it waited
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_proxy_hears_what_is_for_this_machine(run, monkeypatch, host):
+    monkeypatch.setenv("REFUSAL_MI_SERVER_KEY", KEY)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Fake(answer) as proxy, Fake(answer) as fake:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        complete(RunFolder(run), quick(fake, url=fake.url.replace("127.0.0.1", host)))
+        assert not proxy.seen and len(fake.seen) == 2 * N
+
+
+def test_a_request_that_takes_too_long_is_ended():
+    is_cut = threading.Event()
+
+    def drips(fake, handler, number, body):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100000")
+        handler.end_headers()
+        try:
+            for _ in range(200):
+                handler.wfile.write(b" ")
+                time.sleep(0.02)
+        except OSError:
+            is_cut.set()
+
+    with Fake(drips) as fake:
+        endpoint = Endpoint(fake.url, (), n_tries=1, timeout_seconds=0.2)
+        with pytest.raises(Failed, match="took too long"):
+            endpoint.ask("/x", {}, lambda held: held, Pause())
+        assert is_cut.wait(2.0)
 
 
 def test_requests_under_way_are_bounded(run):
@@ -374,6 +436,7 @@ def status(code: int, text: str = "no"):
         (status(307), None, [], "is not there, or has no model 'm' (HTTP status 307"),
         (status(400, "pinned to y"), None, [], "refuses the prompts for the model 'm' (HTTP status 400: pinned to y)"),
         (answer, 404, [], "/v1/models does not list models as OpenAI-compatible servers do: correct --endpoint"),
+        (answer, 503, ["--n-tries=1"], "does not list its models; the last of 1 tries ended with HTTP status 503: try"),
         (answer, {"models": []}, [], "/v1/models does not list models as OpenAI-compatible servers do"),
         (answer, {"data": []}, [], "lists no model: say which with --model-name"),
         (answer, {"data": [{"id": "a"}, {"id": "b"}]}, [], "has a, b: say which with --model-name"),
