@@ -104,9 +104,7 @@ class Endpoint:
     first_wait_seconds: float = 1.0
     """Before the second try; doubled before every further one."""
 
-    def ask(
-        self, path: str, body: Any, read: Callable[[Any], Item], pause: Pause, *, is_patient: bool = True
-    ) -> Item:
+    def ask(self, path: str, body: Any, read: Callable[[Any], Item], pause: Pause, *, is_patient: bool = True) -> Item:
         """What `read` makes of the answer to a request, made again while it fails in a way that may pass.
 
         An answer with `Retry-After` lets all who share `pause` wait.

@@ -101,14 +101,18 @@ class Server:
             raise UserError(f"the server at {self.base} {has}: say which with --model-name")
         return names[0]
 
-    def fault(self, problem: Refused | Failed, model: str, listed: Sequence[Mapping[str, Any]] | None) -> str:
+    def fault(self, problem: "Refused | Failed | Ended", model: str, listed: Sequence[Mapping[str, Any]] | None) -> str:
         """What is wrong with a server that answers no prompt, in a line."""
         names = _names(listed)
         has = f"; it lists {_shown(names)}" if names and model not in names else ""
         if isinstance(problem, Failed):
             return f"the server at {self.base} does not answer; the last of {self.n_tries} tries ended with {problem}"
+        if isinstance(problem, Ended):
+            return f"the server at {self.base} ends every answer for the model {model!r} with {problem}"
         if problem.status in (401, 403):
             return self._no_entry(problem)
+        if problem.status == 402:
+            return f"the server at {self.base} wants to be paid ({problem})"
         if problem.status in (404, 405) or problem.status < 400:
             where = f"{self.base}{PATHS[self.api]}"
             return f"{where} is not there, or has no model {model!r} ({problem}){has}: see --endpoint and --model-name"
@@ -116,6 +120,13 @@ class Server:
 
     def _no_entry(self, problem: Refused) -> str:
         return f"the server at {self.base} refuses the key ({problem}); put a valid one into {KEY_VARIABLE}"
+
+
+class Ended(Exception):
+    """An answer that something else than the model or the limit of tokens ended, such as a filter."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"finish reason {' '.join(reason.split())[:80]}")
 
 
 @dataclass(frozen=True)
