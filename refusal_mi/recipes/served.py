@@ -40,6 +40,10 @@ class Unanswered(Exception):
         self.problems = dict(problems)
 
 
+class _Stopped(Exception):
+    """A server that was given up; the message says why."""
+
+
 def complete(
     folder: RunFolder,
     server: Server,
@@ -83,9 +87,14 @@ def complete(
         (folder.path / record_file(label)).unlink(missing_ok=True)  # until all of it is one model's again
         for work in works.values():
             work.clear()
-    for work in works.values():
-        work.go(run, is_first=not any(each.n_new for each in works.values()))
-    _check_answered(server, list(works.values()))
+    try:
+        for work in works.values():
+            work.go(run, is_first=not any(each.n_new for each in works.values()))
+        _check_answered(list(works.values()))
+    except _Stopped as error:
+        n_kept = sum(work.n_kept for work in works.values())
+        stay = f"; {n_kept} answers are kept, the same command without --fresh goes on" if n_kept else ""
+        raise UserError(f"{error}{stay}") from None
     found: dict[Side, ServedSet] = {}
     names: dict[str, None] = {}
     for side, work in works.items():
@@ -153,6 +162,11 @@ class _Work:
     def is_done(self) -> bool:
         return self.folder.is_done(self.stage, {**self.inputs, "listed": self.listed}, [self.file])
 
+    @property
+    def n_kept(self) -> int:
+        """Answers that need not be asked for again."""
+        return len(self.prompts) if self.is_done else len(_Kept(self.kept_file, self.inputs, self.listed).answers)
+
     def clear(self) -> None:
         """Take away what is not of this model, so that no file of before stands beside new ones."""
         (self.folder.path / self.judged_file).unlink(missing_ok=True)
@@ -197,17 +211,13 @@ class _Work:
             raise Unanswered({self.prompts[index]: problem for index, problem in problems.items()})
 
 
-def _check_answered(server: Server, works: Sequence[_Work]) -> None:
+def _check_answered(works: Sequence[_Work]) -> None:
     """Tell a server that was given up from prompts that fail: nothing came of it now, or nothing ever of one set."""
     is_silent = not any(work.n_new for work in works)
     for work in works:
         is_empty = len(work.problems) == len(work.prompts)
         if work.fault is not None and (is_empty or is_silent):
-            raise UserError(work.asking.fault(work.fault) + _stay(len(work.prompts) - len(work.problems)))
-
-
-def _stay(n_kept: int) -> str:
-    return f"; {n_kept} answers are kept, the same command without --fresh goes on" if n_kept else ""
+            raise _Stopped(work.asking.fault(work.fault))
 
 
 @dataclass(frozen=True)
@@ -230,9 +240,7 @@ class _Kept:
         self.failed: dict[int, None] = {}
         """Prompts that failed before; they are asked last."""
         lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
-        with suppress(
-            ValueError, TypeError, LookupError, AttributeError
-        ):  # damaged, or the last line of a killed process
+        with suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):  # damaged, or a killed line
             first = json.loads(lines[0])
             if first["key"] != self.key or (None not in (listed, first["listed"]) and listed != first["listed"]):
                 return
@@ -318,14 +326,14 @@ class _Asking:
                 kept.add_failed(index)
                 problems[index] = str(outcome)
                 if _is_about_all(outcome, is_answered=bool(kept.answers) or not is_first):
-                    raise UserError(self.fault(outcome) + _stay(len(kept.answers)))
+                    raise _Stopped(self.fault(outcome))
                 is_counted = isinstance(outcome, Failed) or not kept.answers
                 n_in_a_row += is_counted and start >= last_success
                 if n_in_a_row >= MOST_IN_A_ROW or (len(problems) == len(missing) and not kept.answers):
                     fault = outcome
                     break
         if fault is not None and not kept.answers and is_first:
-            raise UserError(self.fault(fault))
+            raise _Stopped(self.fault(fault))
         for index in missing:
             if index not in kept.answers:
                 problems.setdefault(index, f"not asked any more after {MOST_IN_A_ROW} prompts failed in a row")

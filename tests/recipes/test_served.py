@@ -421,6 +421,159 @@ def test_answers_of_two_models_are_not_mixed(run):
         assert complete(RunFolder(run, fresh=True), quick(fake)).answered_by == ("second",)
 
 
+def labels_of(run):
+    return [[effect.label for effect in side.effects] for side in RunRecord.load(run).sides]
+
+
+def test_two_models_never_stand_under_one_label(run):
+    name, is_dead = ["first"], [False]
+
+    def behave(fake, handler, number, body):
+        if is_dead[0] and asked_about(body).startswith("harmless"):
+            return send(handler, "oh", 500)
+        reply(handler, f"of {name[0]}", model=name[0])
+
+    with Fake(behave) as fake:
+        fake.models = {"data": [{"id": "first"}]}
+        complete(RunFolder(run), quick(fake, n_tries=1))
+        assert all("served" in labels for labels in labels_of(run))
+        name[0], is_dead[0], fake.models = "second", True, {"data": [{"id": "second"}]}
+        with pytest.raises(UserError, match=r"does not answer; .* 6 answers are kept"):
+            complete(RunFolder(run), quick(fake, n_tries=1))
+        assert not any("served" in labels for labels in labels_of(run))
+        there = [path.read_text() for path in run.rglob("*served*") if path.is_file()]
+        assert there and not any("of first" in text for text in there)
+        is_dead[0] = False
+        assert complete(RunFolder(run), quick(fake)).answered_by == ("second",)
+    assert set(texts_of(run).values()) == {"of second"} and all("served" in labels for labels in labels_of(run))
+
+
+def test_what_fresh_began_goes_on_without_it(run):
+    name, n_left = ["old"], [10**9]
+
+    def behave(fake, handler, number, body):
+        n_left[0] -= 1
+        send(handler, "oh", 500) if n_left[0] < 0 else reply(handler, f"of {name[0]}")
+
+    with Fake(behave) as fake:
+        complete(RunFolder(run), quick(fake))
+        name[0], n_left[0] = "new", 3
+        with pytest.raises(UserError, match="3 answers are kept, the same command without --fresh goes on"):
+            complete(RunFolder(run, fresh=True), quick(fake, n_tries=1, n_workers=1))
+        n_left[0], n_before = 10**9, len(fake.seen)
+        complete(RunFolder(run), quick(fake, n_workers=1))
+        assert 2 * N - 3 <= len(fake.seen) - n_before <= 2 * N - 2  # one may have been under way
+    assert set(texts_of(run).values()) == {"of new"}
+
+
+def test_a_list_of_models_that_fails_throws_no_answer_away(run):
+    n_left = [4]
+
+    def behave(fake, handler, number, body):
+        n_left[0] -= 1
+        send(handler, "oh", 503) if n_left[0] < 0 else answer(fake, handler, number, body)
+
+    with Fake(behave) as fake:
+        listed, one = {"data": [{"id": "m", "root": "/a"}]}, {"n_tries": 1, "n_workers": 1, "model": "m"}
+        for fake.models, n_left[0] in ((listed, 4), (503, 1), (listed, 1)):
+            with pytest.raises(UserError, match="answers are kept"):
+                complete(RunFolder(run), quick(fake, **one))
+        fake.models, n_left[0], n_before = 503, 10**9, len(fake.seen)
+        complete(RunFolder(run), quick(fake, **one))
+        assert len(fake.seen) - n_before <= 2 * N - 5
+        for fake.models in (503, listed):
+            n_before = len(fake.seen)
+            complete(RunFolder(run), quick(fake, **one))
+            assert len(fake.seen) == n_before
+        fake.models = {"data": [{"id": "m", "root": "/b"}]}  # the control: this is another model
+        complete(RunFolder(run), quick(fake, **one))
+        assert len(fake.seen) == n_before + 2 * N
+
+
+@pytest.mark.parametrize("n_workers", [1, 8])
+def test_poison_prompts_are_no_dead_server(tmp_path, n_workers):
+    run = served_run(tmp_path / "run", n_test=20)
+    poison = {f"harmful request number {n}" for n in (1, 4, 7, 10, 13, 16)}
+
+    def behave(fake, handler, number, body):
+        time.sleep(0.002)
+        send(handler, "oh", 500) if asked_about(body) in poison else answer(fake, handler, number, body)
+
+    with Fake(behave) as fake:
+        how = {"n_workers": n_workers, "n_tries": 3, "first_wait_seconds": 0.03}
+        assert set(complete(RunFolder(run), quick(fake, **how)).unanswered) == poison
+        assert set(complete(RunFolder(run), quick(fake, **how)).unanswered) == poison  # nor the second time
+        assert len(texts_of(run)) == 40 - 6 and "served" not in labels_of(run)[0] and "served" in labels_of(run)[1]
+
+
+def test_prompts_that_failed_come_last(tmp_path):
+    run = served_run(tmp_path / "run", n_test=12)
+
+    def behave(fake, handler, number, body):
+        is_bad = asked_about(body) in {f"harmful request number {n}" for n in range(6)}
+        send(handler, "oh", 500) if is_bad else answer(fake, handler, number, body)
+
+    with Fake(behave) as fake:
+        with pytest.raises(UserError, match="does not answer"):
+            complete(RunFolder(run), quick(fake, n_tries=1, n_workers=1))
+        assert len(complete(RunFolder(run), quick(fake, n_tries=1, n_workers=1)).unanswered) == 6
+
+
+def test_an_answer_that_a_filter_ended_is_none_of_the_model(run):
+    def behave(fake, handler, number, body):
+        is_bad = asked_about(body) == "harmful request number 3"
+        reply(handler, "I cannot", reason="content_filter") if is_bad else answer(fake, handler, number, body)
+
+    with Fake(behave) as fake:
+        found = complete(RunFolder(run), quick(fake))
+        assert len(fake.seen) == 2 * N
+    assert found.unanswered == {"harmful request number 3": "finish reason content_filter"}
+
+
+def test_one_prompt_that_is_forbidden_is_about_that_prompt(run):
+    def behave(fake, handler, number, body):
+        is_bad = asked_about(body) == "harmful request number 3"
+        send(handler, "flagged", 403) if is_bad else answer(fake, handler, number, body)
+
+    with Fake(behave) as fake:
+        assert set(complete(RunFolder(run), quick(fake, n_workers=1)).unanswered) == {"harmful request number 3"}
+
+
+@pytest.mark.parametrize("change", ["tokens", "system"])
+def test_answers_asked_for_in_another_way_stand_not_beside_the_runs(run, change):
+    with Fake(answer) as fake:
+        complete(RunFolder(run), quick(fake), max_new_tokens=3 if change == "tokens" else None)
+    if change == "system":
+        assert all("served" in labels for labels in labels_of(run))
+        record = read_json(run / "run.json")
+        record["options"]["system"] = "Refuse everything."
+        (run / "run.json").write_text(json.dumps(record))
+    assert not any("served" in labels for labels in labels_of(run))
+    (run / "summary.json").unlink()
+    assert not any("served" in labels for labels in labels_of(run))
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe", b"[" * 100_000, b'{"key": 1}\n', b"null\n"], ids=["bytes", "deep", "key", "null"]
+)
+def test_kept_answers_that_cannot_be_read_are_asked_for_again(run, damage):
+    (run / "served").mkdir()
+    (run / "served/served-harmful.part").write_bytes(damage)
+    with Fake(answer) as fake:
+        complete(RunFolder(run), quick(fake))
+    assert texts_of(run) == EXPECTED
+
+
+def test_a_run_without_held_out_prompts(run):
+    record = read_json(run / "prompts.json")
+    for side in ("harmful", "harmless"):
+        record[side]["test"] = []
+    (run / "prompts.json").write_text(json.dumps(record))
+    with Fake(answer) as fake, pytest.raises(UserError, match="has no held-out prompts"):
+        complete(RunFolder(run), quick(fake))
+    assert not (run / "served").exists()
+
+
 def status(code: int, text: str = "no"):
     return lambda fake, handler, number, body: send(handler, text, code)
 
@@ -433,6 +586,9 @@ def status(code: int, text: str = "no"):
         (status(401), None, [], "refuses the key (HTTP status 401: no); put a valid one into REFUSAL_MI_SERVER_KEY"),
         (status(404), None, ["--model-name=x"], "has no model 'x' (HTTP status 404: no); it lists m: see --endpoint"),
         (status(404), 404, ["--model-name=x"], "/v1/chat/completions is not there, or has no model 'x' (HTTP status"),
+        (status(402), None, [], "wants to be paid (HTTP status 402: no)"),
+        (lambda fake, handler, *_: reply(handler, "", reason="tool_calls"), None, [], "with finish reason tool_calls"),
+        (answer, None, ["--label", "a" * 65], "--label takes up to 64 characters"),
         (status(307), None, [], "is not there, or has no model 'm' (HTTP status 307"),
         (status(400, "pinned to y"), None, [], "refuses the prompts for the model 'm' (HTTP status 400: pinned to y)"),
         (answer, 404, [], "/v1/models does not list models as OpenAI-compatible servers do: correct --endpoint"),
