@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, read_record
 from refusal_mi.loaded import load_run
 from refusal_mi.model.loading import ORGANISM, load_tokenizer
+from refusal_mi.model.provenance import fingerprint
 from refusal_mi.recipes.served import MOST_IN_A_ROW, complete
 from refusal_mi.recipes.server import Server
 from refusal_mi.report.answers import answer_tables
@@ -648,6 +650,17 @@ def test_rendered_prompts_are_read_as_the_tokens_of_the_run(run, family, tiny_di
     ids = [tokenizer(text)["input_ids"] for text in sent]  # as a server reads them
     assert sorted(ids) == sorted(chat.encode_all(list(EXPECTED)))
     assert not any(text in EXPECTED for text in sent)
+
+
+def test_rendered_prompts_of_a_model_that_moved_are_made_from_where_it_is(run, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(ORGANISM, moved)
+    record = read_json(run / "run.json")
+    record["model"] |= {"source": str(tmp_path / "gone"), "revision": None, "fingerprint": fingerprint(moved)}
+    (run / "run.json").write_text(json.dumps(record))
+    with Fake(answer) as fake:
+        words = ["complete", str(moved), "--run", str(run), "--completions", "--endpoint", fake.url]
+        assert exit_status(words) == 0 and len(fake.seen) == 2 * N
 
 
 def test_a_prompt_that_no_text_stands_for_is_refused_before_anything_is_sent(tmp_path):
