@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 import time
 import urllib.error
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from email.message import Message
 from functools import partial
 from http.client import HTTPException
+from ipaddress import ip_address
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -22,6 +24,10 @@ from .progress import track
 Item = TypeVar("Item")
 _MAX_ANSWER_BYTES, _MAX_SAID = 2**20, 4096
 _MAX_WAIT_SECONDS = 60.0
+_SHORTEST_KEY = 12
+"""Characters; a shorter one is a placeholder, which answers may well hold as a word."""
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half of a character, which no file can hold."""
 _PASSING = frozenset({408, 409, 425, 429})
 """HTTP statuses that may be gone at the next try, beside 500 and above."""
 
@@ -39,10 +45,21 @@ class Refused(Exception):
 class Failed(Exception):
     """A request that failed at every try; the message says how the last time."""
 
-    def __init__(self, problem: str, is_reached: bool) -> None:
+    def __init__(self, problem: str, last: Exception | None) -> None:
         super().__init__(problem)
-        self.is_reached = is_reached
+        self.last = last
+        """What was raised the last time."""
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether it looks like a server that is busy, rather than none, or another kind of server."""
+        last = getattr(self.last, "reason", self.last)
+        return isinstance(last, (_Status, TimeoutError, ConnectionResetError))
+
+    @property
+    def is_reached(self) -> bool:
         """Whether something answered, the last time."""
+        return not isinstance(self.last, OSError)
 
 
 class NotAnAnswer(ValueError):
@@ -54,15 +71,20 @@ class Pause:
 
     def __init__(self) -> None:
         self.stop = threading.Event()
-        self._until = 0.0
+        self._until, self._lock = 0.0, threading.Lock()
 
     def hold(self, seconds: float) -> None:
         """Let nobody ask for this long."""
-        self._until = max(self._until, time.monotonic() + seconds)
+        with self._lock:
+            self._until = max(self._until, time.monotonic() + seconds)
 
     def is_over(self, seconds: float) -> bool:
         """Wait this long, and until all may ask again; True once nobody shall ask any more."""
-        return self.stop.wait(max(seconds, self._until - time.monotonic(), 0.0))
+        own = time.monotonic() + seconds
+        while not self.stop.wait(max(own, self._until) - time.monotonic()):
+            if time.monotonic() >= max(own, self._until):  # nobody was told to wait longer meanwhile
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -82,7 +104,7 @@ class Endpoint:
     first_wait_seconds: float = 1.0
     """Before the second try; doubled before every further one."""
 
-    def ask(self, path: str, body: Any, read: Callable[[Any], Item], pause: Pause) -> Item:
+    def ask(self, path: str, body: Any, read: Callable[[Any], Item], pause: Pause, *, is_patient: bool = True) -> Item:
         """What `read` makes of the answer to a request, made again while it fails in a way that may pass.
 
         An answer with `Retry-After` lets all who share `pause` wait.
@@ -91,20 +113,22 @@ class Endpoint:
             path: after the address, such as /chat/completions.
             body: of a POST, as JSON; None is a GET.
             read: from the answer's JSON value; a ValueError asks again.
+            is_patient: otherwise only what a busy server does is asked again.
 
         Raises:
             Refused: the endpoint will not have the request.
             Failed: it failed at every try.
         """
-        wait, problem, is_reached = 0.0, "no try", False
+        wait, problem = 0.0, "no try"
+        last: Exception | None = None
         for _ in range(self.n_tries):
             if pause.is_over(wait):
                 break
-            is_reached = True
             wait = min(max(2 * wait, self.first_wait_seconds), _MAX_WAIT_SECONDS)
             try:
-                return read(self._in_time(path, body))
+                return read(self._clean(self._in_time(path, body)))
             except _Status as error:
+                last = error
                 problem = f"HTTP status {error.code}"
                 if error.code < 500 and error.code not in _PASSING:
                     raise Refused(error.code, self.hidden(error.said)[:200]) from None
@@ -112,15 +136,19 @@ class Endpoint:
                     wait = error.wait
                     pause.hold(wait)
             except NotAnAnswer as error:
+                last = error
                 problem = str(error)
-            except (OSError, HTTPException, ValueError) as error:
-                is_reached = not isinstance(error, OSError)
+            except (OSError, HTTPException, ValueError, RecursionError) as error:  # the last: nested too deep
+                last = error
                 problem = self.hidden(f"{type(error).__name__}: {getattr(error, 'reason', error)}")
-        raise Failed(problem, is_reached)
+            if not is_patient and not Failed(problem, last).may_pass:
+                break
+        raise Failed(problem, last)
 
     def hidden(self, text: str) -> str:
-        """A text of the endpoint without the key in it."""
-        return text.replace(self._key, "[key]") if self._key else text
+        """A text of the endpoint without the key in it, if that is long enough to be one."""
+        key = self._key
+        return text.replace(key, "[key]") if key and len(key) >= _SHORTEST_KEY else text
 
     def check_key(self, whose: str) -> None:
         """Refuse a key that no request can carry, before anything could repeat it.
@@ -132,6 +160,16 @@ class Endpoint:
             raise UserError(
                 f"{whose} key holds a character that is not printable ASCII; correct {self.key_variables[0]}"
             )
+
+    def _clean(self, held: Any) -> Any:
+        """A JSON value without the key, and without halves of characters."""
+        if isinstance(held, str):
+            return _HALF.sub("\N{REPLACEMENT CHARACTER}", self.hidden(held))
+        if isinstance(held, list):
+            return [self._clean(each) for each in held]
+        if isinstance(held, dict):
+            return {self._clean(name): self._clean(each) for name, each in held.items()}
+        return held
 
     @property
     def _key(self) -> str | None:
@@ -158,10 +196,14 @@ class Endpoint:
         if key:
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         try:
-            with _OPENER.open(request, timeout=self.timeout_seconds) as response:
+            opener = _DIRECT if _is_here(urlsplit(self.url).hostname or "") else _OPENER
+            end = time.monotonic() + self.timeout_seconds
+            with opener.open(request, timeout=self.timeout_seconds) as response:
                 received = b""
                 while chunk := response.read1(2**16):
                     received += chunk
+                    if time.monotonic() > end:  # nobody waits any more: leaving ends the connection
+                        raise TimeoutError("the answer took too long")
                     if len(received) > _MAX_ANSWER_BYTES:
                         raise ValueError("the answer is longer than 1 MiB")
         except urllib.error.HTTPError as error:
@@ -229,6 +271,14 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 _OPENER = urllib.request.build_opener(_NoRedirects)
+_DIRECT = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
+
+
+def _is_here(host: str) -> bool:
+    """Whether an address is this machine's own, which is no business of a proxy."""
+    with suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host == "localhost" or host.endswith(".localhost")
 
 
 def _outcome(work: Callable[[], Item]) -> Callable[[], Item]:

@@ -36,8 +36,8 @@ MEANINGS: Mapping[str, str] = {
     "it is added.",
     "layers": f"all, or {LAYER_LIST}: blocks, in caa their outputs, in responses the streams entering them. Default "
     "all.",
-    "max_new_tokens": "Of every answer. Default 512, for run on the embedded model 64; in caa 50, in responses, "
-    "localize, compare-methods and variants 64, in complete the run's.",
+    "max_new_tokens": "Of every answer. Default: in complete the run's; in caa 50; in responses, localize, "
+    "compare-methods and variants 64; elsewhere 512, for run on the embedded model 64.",
     "multi": "How several directions are removed. span (default): their span; sequential: one after the other at every "
     "block's input and write, as published, which leaves some of the first (3-8% of its size on the embedded model) "
     "and cannot be exported.",
@@ -59,8 +59,8 @@ MEANINGS: Mapping[str, str] = {
     "quick": "A run on small samples, marked as such in every file.",
     "refusal_tokens": "Token ids of the refusal score; default: discovered.",
     "seed": "Of every random draw. Default 42; of the controls of analyze and caa vectors 0.",
-    "workers": "Copies of the model under ray, default: one a GPU, without GPUs 2; in complete requests at a time, "
-    "default 4.",
+    "workers": "How many at a time: in complete requests, default 4; elsewhere copies of the model under ray, default: "
+    "one a GPU, without GPUs 2.",
 }
 """What an option means that several commands have, and its defaults where they differ: said once."""
 

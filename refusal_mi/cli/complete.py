@@ -9,6 +9,9 @@ from ..errors import UserError
 from ..terminal import say
 from .options import SCIENCE_FAILED, AsJson, Fresh, Model, ModelPath, NewTokens, Workers, at_least, one_model
 
+MOST_NAMED = 20
+"""Prompts that are named one by one where they were not answered."""
+
 if TYPE_CHECKING:
     from ..run.folder import RunRecord
     from ..run.served import ServedRecord
@@ -47,6 +50,7 @@ def complete(
     from ..recipes.server import Server
     from ..report.page import write_report
     from ..run.folder import RunRecord, check_model_of_run
+    from ..run.served import record_file
     from ..run.stages import RunFolder
     from .tables import print_json
 
@@ -62,24 +66,30 @@ def complete(
         check_model_of_run(path, source)
     folder = RunFolder(path, fresh, say)
     folder.check_writable()
-    chat = _chat(RunRecord.load(path)) if completions else None
+    chat = _chat(RunRecord.load(path), source) if completions else None
     found = compute(folder, server, label=label, max_new_tokens=tokens, chat=chat)
     record = RunRecord.load(path)
     report = write_report(path) if (path / "report.html").is_file() else None
     print_json(found) if as_json else _print(found, record, report)
-    for prompt, problem in found.unanswered.items():
+    for prompt, problem in [*found.unanswered.items()][:MOST_NAMED]:
         say(f"not answered: {prompt[:80]!r}: {problem}")
+    if len(found.unanswered) > MOST_NAMED:
+        n = len(found.unanswered) - MOST_NAMED
+        say(f"not answered: {n} more prompts, named in {path / record_file(label)}")
+    if found.unanswered:
+        say("the same command without --fresh asks for these again")
     return SCIENCE_FAILED if found.unanswered else 0
 
 
-def _chat(record: "RunRecord") -> "ChatFormat":
+def _chat(record: "RunRecord", source: str | None) -> "ChatFormat":
     """The chat format of a run, with the tokenizer as the server reads it."""
     from ..model.loading import ORGANISM, load_tokenizer, silence_libraries
     from ..text.chat import ChatFormat
 
     silence_libraries()
     options, made = record.run.options, record.run.model
-    tokenizer = load_tokenizer(str(ORGANISM) if record.is_embedded else made.source, made.revision)
+    there = str(ORGANISM) if record.is_embedded else made.source if source is None else str(source)
+    tokenizer = load_tokenizer(there, made.revision)
     prefix = "" if record.prompts is None else record.prompts.response_prefix
     return ChatFormat(tokenizer, options.system, options.template_kwargs, prefix, options.allow_special_tokens)
 
@@ -102,7 +112,9 @@ def _print(found: "ServedRecord", record: "RunRecord", report: Path | None) -> N
             same = ", ".join(f"{label} {n}" for label, n in served.same_text.items())
             print_lines(f"the same text as the run's answers, of {served.n}: {same}")
         if measured is None or found.label not in known:
-            print_lines("not in the report: it shows answers beside the plain model's, to the same prompts")
+            print_lines(
+                "not in the report: it shows answers beside the plain model's, to the same prompts asked the same way"
+            )
     if len(found.answered_by) > 1:
         print_lines(f"caution: the answers name several models: {', '.join(found.answered_by)}")
     print_lines(f"written: {record.path / 'completions'}", *([] if report is None else [f"report: {report}"]))

@@ -1,30 +1,35 @@
 """The held-out prompts of a run, answered by a server: the same files as the run's own answers, under a label."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ..endpoint import Failed, NotAnAnswer, Pause, Refused, as_they_come
 from ..errors import UserError
-from ..files import read_record, sha256_json, write_json, write_record, write_text
+from ..files import as_json, read_record, sha256_json, write_json, write_record, write_text
 from ..judges.substring import SubstringJudge
 from ..run.answers import SIDES, Completion, Side
 from ..run.folder import RunRecord
-from ..run.served import FOLDER, Api, ServedRecord, ServedSet, check_label, record_file
+from ..run.served import FOLDER, Api, ServedRecord, ServedSet, asked_sha256, check_label, record_file
 from ..run.stages import RunFolder
 from ..text.chat import ChatFormat
 from ..text.prompts import Prompt, PromptSet
 from .effects import evaluate
-from .server import PATHS, Answer, Server
+from .server import PATHS, Answer, Ended, Server
 
 MOST_IN_A_ROW = 5
 """Prompts whose tries all fail, one after the other, before the server is given up; refusals while none is answered."""
-_ABOUT_ALL = frozenset({401, 403, 404, 405})
+_ABOUT_ALL = frozenset({401, 402, 403, 404, 405})
 """HTTP statuses that are about no single prompt, beside redirects."""
+_WHOLE = frozenset({"stop", "length", "eos_token", "stop_sequence"})
+"""How an answer ends that is all the model's own; some servers name its last token."""
+_OF_A_MODEL = ("id", "root", "parent", "owned_by")
+"""What a list of models says of one that tells it from another."""
 
 
 class Unanswered(Exception):
@@ -33,6 +38,10 @@ class Unanswered(Exception):
     def __init__(self, problems: Mapping[str, str]) -> None:
         super().__init__(f"{len(problems)} prompts")
         self.problems = dict(problems)
+
+
+class _Stopped(Exception):
+    """A server that was given up; the message says why."""
 
 
 def complete(
@@ -68,46 +77,147 @@ def complete(
     if server.api == "chat" and run.run.chat.template_kwargs:
         options["chat_template_kwargs"] = dict(run.run.chat.template_kwargs)
     entry = next((each for each in listed or () if each["id"] == model), {})
-    about = {name: entry[name] for name in ("id", "root", "parent", "owned_by") if name in entry}
-    found: dict[Side, ServedSet] = {}
-    names: dict[str, None] = {}
+    about = None if listed is None else {name: entry[name] for name in _OF_A_MODEL if name in entry}
+    works: dict[Side, _Work] = {}
     for side, prompts in sets.items():
         asking = _Asking(server, model, listed, options, _sent(run, server.api, prompts, chat), _prefix(run))
-        file = f"completions/{prompts.name}_{label}_completions.json"
-        inputs = {"endpoint": server.base, "model": model, "listed": about, **asking.inputs, "prompts": prompts.sha256}
-        kept = folder.path / FOLDER / f"{label}-{side}.part"
-
-        def compute() -> None:
-            answers, problems = asking.answers(prompts, _Kept(kept, sha256_json(inputs), folder.fresh))
-            rows = [
-                {"category": prompt.category, "prompt": prompt.instruction, "response": answer.text}
-                | {"finish_reason": answer.finish_reason, "model": answer.model}
-                | ({"quick": True} if run.run.quick else {})
-                for index, prompt in enumerate(prompts.prompts)
-                if (answer := answers.get(index)) is not None
-            ]
-            write_json(folder.path / file, rows)
-            if problems:
-                raise Unanswered({prompts[index]: problem for index, problem in problems.items()})
-
-        problems: dict[str, str] = {}
-        try:
-            n = f"{len(prompts)} answers of up to {tokens} tokens by {model}"
-            folder.stage(f"completions_{prompts.name}_{label}", inputs, [file], compute, about=n)
-            kept.unlink(missing_ok=True)
-        except Unanswered as error:
-            problems = error.problems
-        rows = read_record(folder.path / file, list[_Row])
+        inputs = {"endpoint": server.base, "model": model, **asking.inputs, "prompts": prompts.sha256}
+        works[side] = _Work(folder, label, side, prompts, asking, inputs, about)
+    if folder.fresh or not all(work.is_done for work in works.values()):
+        (folder.path / record_file(label)).unlink(missing_ok=True)  # until all of it is one model's again
+        for work in works.values():
+            work.clear()
+    try:
+        for work in works.values():
+            work.go(run, is_first=not any(each.n_new for each in works.values()))
+        _check_answered(list(works.values()))
+    except _Stopped as error:
+        n_kept = sum(work.n_kept for work in works.values())
+        stay = f"; {n_kept} answers are kept, the same command without --fresh goes on" if n_kept else ""
+        raise UserError(f"{error}{stay}") from None
+    found: dict[Side, ServedSet] = {}
+    names: dict[str, None] = {}
+    for side, work in works.items():
+        name, rows = work.prompts.name, read_record(folder.path / work.file, list[_Row])
         completions = [Completion(row.category, row.prompt, row.response) for row in rows]
         judged = evaluate(completions, SubstringJudge(), quick=run.run.quick)
-        write_json(folder.path / f"completions/{prompts.name}_{label}_evaluations.json", judged)
-        same = _same_text(run, prompts.name, rows) if tokens == run.run.options.max_new_tokens else {}
+        write_json(folder.path / work.judged_file, judged)
+        same = _same_text(run, name, rows) if tokens == run.run.options.max_new_tokens else {}
         truncated = sum(row.finish_reason == "length" for row in rows)
-        found[side] = ServedSet(prompts.name, len(rows), truncated, problems, same)
+        found[side] = ServedSet(name, len(rows), truncated, work.problems, same)
         names |= {row.model: None for row in rows if row.model is not None}
-    record = ServedRecord(label, server.base, model, tuple(names), server.api, options, found)
+    asked = asked_sha256(run.run.options.system, run.run.chat)
+    record = ServedRecord(label, server.base, model, tuple(names), server.api, options, found, asked)
     write_record(folder.path / record_file(label), record)
     return record
+
+
+@dataclass
+class _Work:
+    """The answers to one set of prompts: what is there, and what is to be asked for."""
+
+    folder: RunFolder
+    label: str
+    side: Side
+    prompts: PromptSet
+    asking: "_Asking"
+    inputs: Mapping[str, Any]
+    """What the answers depend on beside the server's listing."""
+    listed: Mapping[str, Any] | None
+    """What the server lists of its model; None where it does not say."""
+    problems: dict[str, str] = field(default_factory=dict)
+    """Of prompts that were not answered."""
+    n_new: int = 0
+    """Answers that came now."""
+    fault: Refused | Failed | Ended | None = None
+    """Why the server was given up, before every prompt was asked for."""
+
+    def __post_init__(self) -> None:
+        if self.folder.fresh:
+            return
+        kept = _Kept(self.kept_file, self.inputs, self.listed)
+        before = dict(self.folder.before(self.stage))
+        if before and None in (self.listed, before.pop("listed", None)) and before == as_json(self.inputs):
+            self.listed = self.folder.before(self.stage)["listed"]
+        elif kept.answers or kept.failed:
+            self.listed = kept.listed
+
+    @property
+    def stage(self) -> str:
+        return f"completions_{self.prompts.name}_{self.label}"
+
+    @property
+    def file(self) -> str:
+        return f"completions/{self.prompts.name}_{self.label}_completions.json"
+
+    @property
+    def judged_file(self) -> str:
+        return f"completions/{self.prompts.name}_{self.label}_evaluations.json"
+
+    @property
+    def kept_file(self) -> Path:
+        return self.folder.path / FOLDER / f"{self.label}-{self.side}.part"
+
+    @property
+    def is_done(self) -> bool:
+        return self.folder.is_done(self.stage, {**self.inputs, "listed": self.listed}, [self.file])
+
+    @property
+    def n_kept(self) -> int:
+        """Answers that need not be asked for again."""
+        return len(self.prompts) if self.is_done else len(_Kept(self.kept_file, self.inputs, self.listed).answers)
+
+    def clear(self) -> None:
+        """Take away what is not of this model, so that no file of before stands beside new ones."""
+        (self.folder.path / self.judged_file).unlink(missing_ok=True)
+        if self.folder.fresh:
+            self.folder.forget(self.stage)
+            self.kept_file.unlink(missing_ok=True)
+        if self.folder.fresh or not self.is_done:
+            (self.folder.path / self.file).unlink(missing_ok=True)
+
+    def go(self, run: RunRecord, *, is_first: bool) -> None:
+        """Ask for what is missing.
+
+        Args:
+            is_first: nothing has come of this server yet: what is about no single prompt ends it.
+        """
+        about = (
+            f"{len(self.prompts)} answers of up to {self.asking.options['max_tokens']} tokens by {self.asking.model}"
+        )
+        inputs = {**self.inputs, "listed": self.listed}
+        try:
+            self.folder.stage(self.stage, inputs, [self.file], lambda: self._compute(run, is_first), about=about)
+            self.kept_file.unlink(missing_ok=True)
+        except Unanswered as error:
+            self.problems = error.problems
+
+    def _compute(self, run: RunRecord, is_first: bool) -> None:
+        kept = _Kept(self.kept_file, self.inputs, self.listed)
+        kept.rewrite()
+        n_before = len(kept.answers)
+        problems, self.fault = self.asking.answers(self.prompts, kept, is_first)
+        self.n_new = len(kept.answers) - n_before
+        rows = [
+            {"category": prompt.category, "prompt": prompt.instruction, "response": answer.text}
+            | {"finish_reason": answer.finish_reason, "model": answer.model}
+            | ({"quick": True} if run.run.quick else {})
+            for index, prompt in enumerate(self.prompts.prompts)
+            if (answer := kept.answers.get(index)) is not None
+        ]
+        if rows:
+            write_json(self.folder.path / self.file, rows)
+        if problems:
+            raise Unanswered({self.prompts[index]: problem for index, problem in problems.items()})
+
+
+def _check_answered(works: Sequence[_Work]) -> None:
+    """Tell a server that was given up from prompts that fail: nothing came of it now, or nothing ever of one set."""
+    is_silent = not any(work.n_new for work in works)
+    for work in works:
+        is_empty = len(work.problems) == len(work.prompts)
+        if work.fault is not None and (is_empty or is_silent):
+            raise _Stopped(work.asking.fault(work.fault))
 
 
 @dataclass(frozen=True)
@@ -122,30 +232,59 @@ class _Row:
 
 
 class _Kept:
-    """Answers to one set that came so far: a file with a line for each, behind the hash of what they depend on."""
+    """Answers to one set that came so far: a file with a line for each, behind a line of what they depend on."""
 
-    def __init__(self, path: Path, key: str, fresh: bool) -> None:
-        self.path = path
+    def __init__(self, path: Path, inputs: Mapping[str, Any], listed: Mapping[str, Any] | None) -> None:
+        self.path, self.key, self.listed = path, sha256_json(inputs), listed
         self.answers: dict[int, Answer] = {}
-        lines = path.read_text("utf-8").splitlines() if path.is_file() and not fresh else []
-        if lines and lines[0] == key:
+        self.failed: dict[int, None] = {}
+        """Prompts that failed before; they are asked last."""
+        lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+        with suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):  # damaged, or a killed line
+            first = json.loads(lines[0])
+            if first["key"] != self.key or (None not in (listed, first["listed"]) and listed != first["listed"]):
+                return
+            self.listed = first["listed"] if listed is None else listed
             for line in lines[1:]:
-                try:
-                    held = json.loads(line)
-                    index = held.pop("index")
-                    self.answers[index] = Answer(**held)
-                except (ValueError, TypeError, LookupError, AttributeError):  # the last line of a killed process
-                    break
-        write_text(path, "".join([f"{key}\n", *(self._line(*each) for each in self.answers.items())]))
+                held = json.loads(line)
+                index = int(held.pop("index"))
+                if held.pop("failed", False):
+                    self.failed[index] = None
+                else:
+                    self._take(index, Answer(**held))
+
+    def rewrite(self) -> None:
+        """Without lines that cannot be read, and without other answers."""
+        lines = [json.dumps({"key": self.key, "listed": self.listed}) + "\n"]
+        lines += [self._line(*each) for each in self.answers.items()]
+        write_text(self.path, "".join([*lines, *(self._failed_line(index) for index in self.failed)]))
 
     def add(self, index: int, answer: Answer) -> None:
+        self._take(index, answer)
+        self._append(self._line(index, answer))
+
+    def add_failed(self, index: int) -> None:
+        if index not in self.failed:
+            self.failed[index] = None
+            self._append(self._failed_line(index))
+
+    def _take(self, index: int, answer: Answer) -> None:
+        if not isinstance(answer.text, str):
+            raise TypeError("an answer is text")
         self.answers[index] = answer
+        self.failed.pop(index, None)
+
+    def _append(self, line: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(self._line(index, answer))
+            file.write(line)
 
     @staticmethod
     def _line(index: int, answer: Answer) -> str:
         return json.dumps({"index": index, **asdict(answer)}) + "\n"
+
+    @staticmethod
+    def _failed_line(index: int) -> str:
+        return json.dumps({"index": index, "failed": True}) + "\n"
 
 
 @dataclass(frozen=True)
@@ -166,43 +305,63 @@ class _Asking:
         """What the answers depend on beside server and model."""
         return {"api": self.server.api, "options": dict(self.options), "sent": sha256_json(list(self.sent))}
 
-    def answers(self, prompts: PromptSet, kept: _Kept) -> tuple[dict[int, Answer], dict[int, str]]:
-        """Answers by prompt, those of before and new ones; and what went wrong with the others."""
-        missing = [index for index in range(len(prompts)) if index not in kept.answers]
+    def answers(
+        self, prompts: PromptSet, kept: _Kept, is_first: bool
+    ) -> tuple[dict[int, str], Refused | Failed | Ended | None]:
+        """Ask for what is missing: what went wrong with prompts, and why the server was given up if it was."""
+        new = [index for index in range(len(prompts)) if index not in kept.answers and index not in kept.failed]
+        missing = [*new, *kept.failed]
         problems: dict[int, str] = {}
-        n_in_a_row = 0
+        n_in_a_row, last_success = 0, 0.0
+        fault: Refused | Failed | Ended | None = None
         about = f"{prompts.name}, asking {urlsplit(self.server.base).hostname}"
         come = as_they_come(missing, self._one, n_workers=self.server.n_workers, description=about)
         with closing(come):
-            for index, outcome in come:
+            for index, (start, end, outcome) in come:
                 if isinstance(outcome, Answer):
                     self._check_model(outcome, kept)
                     kept.add(index, outcome)
-                    n_in_a_row = 0
+                    n_in_a_row, last_success = 0, max(end, last_success)
                     continue
+                kept.add_failed(index)
                 problems[index] = str(outcome)
-                n_in_a_row += isinstance(outcome, Failed) or not kept.answers
-                if n_in_a_row >= MOST_IN_A_ROW or len(problems) == len(prompts) or _is_about_all(outcome):
-                    text = self.server.fault(outcome, self.model, self.listed)
-                    stay = f"; {len(kept.answers)} answers are kept, the same command goes on" if kept.answers else ""
-                    raise UserError(text + stay)
-        if not any(answer.text for answer in kept.answers.values()):
+                if _is_about_all(outcome, is_answered=bool(kept.answers) or not is_first):
+                    raise _Stopped(self.fault(outcome))
+                is_counted = isinstance(outcome, Failed) or not kept.answers
+                n_in_a_row += is_counted and start >= last_success
+                if n_in_a_row >= MOST_IN_A_ROW or (len(problems) == len(missing) and not kept.answers):
+                    fault = outcome
+                    break
+        if fault is not None and not kept.answers and is_first:
+            raise _Stopped(self.fault(fault))
+        for index in missing:
+            if index not in kept.answers:
+                problems.setdefault(index, f"not asked any more after {MOST_IN_A_ROW} prompts failed in a row")
+        is_retry = bool(kept.answers) and not new
+        if kept.answers and not any(answer.text for answer in kept.answers.values()):
             kept.path.unlink()
             ends = ", ".join(sorted({str(answer.finish_reason) for answer in kept.answers.values()}))
             raise UserError(
                 f"the server at {self.server.base} answers all {len(kept.answers)} prompts of {prompts.name} with "
                 f"nothing (finish reason {ends}): does {self.model!r} have the chat template that its weights expect?"
             )
-        return kept.answers, problems
+        return problems, None if is_retry else fault
 
-    def _one(self, index: int, pause: Pause) -> Answer | Refused | Failed:
-        """The answer to a prompt, or why there is none."""
+    def fault(self, problem: Refused | Failed | Ended) -> str:
+        """What is wrong with the server, in a line."""
+        return self.server.fault(problem, self.model, self.listed)
+
+    def _one(self, index: int, pause: Pause) -> tuple[float, float, Answer | Refused | Failed | Ended]:
+        """When a prompt was first asked and when that ended, and the answer to it, or why there is none."""
         asked = {"messages" if self.server.api == "chat" else "prompt": self.sent[index]}
+        body = {"model": self.model, **asked, **self.options}
+        start = time.monotonic()
+        outcome: Answer | Refused | Failed | Ended
         try:
-            path = PATHS[self.server.api]
-            return self.server.endpoint.ask(path, {"model": self.model, **asked, **self.options}, self._read, pause)
-        except (Refused, Failed) as error:
-            return error
+            outcome = self.server.endpoint.ask(PATHS[self.server.api], body, self._read, pause)
+        except (Refused, Failed, Ended) as error:
+            outcome = error
+        return start, time.monotonic(), outcome
 
     def _read(self, held: Any) -> Answer:
         try:
@@ -211,10 +370,11 @@ class _Asking:
             reason, model = choice.get("finish_reason"), held.get("model")
         except (LookupError, TypeError, AttributeError):
             raise NotAnAnswer(f"an answer that is no {self.server.api} completion") from None
+        if isinstance(reason, str) and reason not in _WHOLE:
+            raise Ended(reason)
         if not isinstance(text, str):
             raise NotAnAnswer(f"an answer without text (finish reason {reason}; is it all reasoning?)")
-        hidden = self.server.endpoint.hidden
-        text = hidden(text).strip().removeprefix(self.prefix).lstrip()
+        text = text.strip().removeprefix(self.prefix).lstrip()
         if reason == "length":
             text = text.rstrip("�").rstrip()  # half a character
         return Answer(text, _text_or_none(reason), _text_or_none(model))
@@ -228,8 +388,11 @@ class _Asking:
             )
 
 
-def _is_about_all(problem: Refused | Failed) -> bool:
-    return isinstance(problem, Refused) and (problem.status in _ABOUT_ALL or problem.status < 400)
+def _is_about_all(problem: Refused | Failed | Ended, *, is_answered: bool) -> bool:
+    """Whether it is about no single prompt; 403 is, unless others are answered: then a filter says it."""
+    if not isinstance(problem, Refused) or (problem.status == 403 and is_answered):
+        return False
+    return problem.status in _ABOUT_ALL or problem.status < 400
 
 
 def _prompt_sets(run: RunRecord) -> dict[Side, PromptSet]:
@@ -244,6 +407,8 @@ def _prompt_sets(run: RunRecord) -> dict[Side, PromptSet]:
         name = measured.set_name if measured is not None else Path(source).stem if source else side
         if rows:
             found[side] = PromptSet(name, rows)
+    if not found:
+        raise UserError(f"{run.folder} has no held-out prompts: its prompts.json lists none under test")
     return found
 
 

@@ -1,11 +1,11 @@
 """An OpenAI-compatible server that writes answers: where it is, what it serves, and what is wrong when it does not."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..endpoint import Endpoint, Failed, NotAnAnswer, Pause, Refused, check_address
+from ..endpoint import Endpoint, Failed, Pause, Refused, check_address
 from ..errors import UserError
 from ..run.served import Api
 
@@ -60,20 +60,27 @@ class Server:
         Raises:
             UserError: nobody answers there, or the key is refused.
         """
-        asked = Endpoint(self.base, (KEY_VARIABLE,), 1, min(self.timeout_seconds, _LISTING_SECONDS))
-        asked.check_key("the server's")
+        seconds = min(self.timeout_seconds, _LISTING_SECONDS)
+        self.endpoint.check_key("the server's")
         try:
-            return asked.ask("/models", None, _models, Pause())
+            asked = replace(self.endpoint, timeout_seconds=seconds)
+            held = asked.ask("/models", None, _as_it_is, Pause(), is_patient=False)
         except Refused as error:
             if error.status in (401, 403):
                 raise UserError(self._no_entry(error)) from None
             return None
         except Failed as error:
-            if error.is_reached:
+            if error.may_pass and self.model is None:
+                raise UserError(
+                    f"the server at {self.base} does not list its models; the last of {self.n_tries} tries ended with "
+                    f"{error}: try again later, or name the model with --model-name"
+                ) from None
+            if error.may_pass or error.is_reached:
                 return None
             raise UserError(
                 f"no server answers at {self.base} ({error}): start one, or correct --endpoint (docs/serving.md)"
             ) from None
+        return _models(held)
 
     def named(self, listed: Sequence[Mapping[str, Any]] | None) -> str:
         """The model to ask for.
@@ -94,14 +101,18 @@ class Server:
             raise UserError(f"the server at {self.base} {has}: say which with --model-name")
         return names[0]
 
-    def fault(self, problem: Refused | Failed, model: str, listed: Sequence[Mapping[str, Any]] | None) -> str:
+    def fault(self, problem: "Refused | Failed | Ended", model: str, listed: Sequence[Mapping[str, Any]] | None) -> str:
         """What is wrong with a server that answers no prompt, in a line."""
         names = _names(listed)
         has = f"; it lists {_shown(names)}" if names and model not in names else ""
         if isinstance(problem, Failed):
             return f"the server at {self.base} does not answer; the last of {self.n_tries} tries ended with {problem}"
+        if isinstance(problem, Ended):
+            return f"the server at {self.base} ends every answer for the model {model!r} with {problem}"
         if problem.status in (401, 403):
             return self._no_entry(problem)
+        if problem.status == 402:
+            return f"the server at {self.base} wants to be paid ({problem})"
         if problem.status in (404, 405) or problem.status < 400:
             where = f"{self.base}{PATHS[self.api]}"
             return f"{where} is not there, or has no model {model!r} ({problem}){has}: see --endpoint and --model-name"
@@ -109,6 +120,13 @@ class Server:
 
     def _no_entry(self, problem: Refused) -> str:
         return f"the server at {self.base} refuses the key ({problem}); put a valid one into {KEY_VARIABLE}"
+
+
+class Ended(Exception):
+    """An answer that something else than the model or the limit of tokens ended, such as a filter."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"finish reason {' '.join(reason.split())[:80]}")
 
 
 @dataclass(frozen=True)
@@ -122,12 +140,16 @@ class Answer:
     """What the server calls the model that wrote it."""
 
 
-def _models(held: Any) -> list[dict[str, Any]]:
-    """The entries of /models."""
+def _models(held: Any) -> list[dict[str, Any]] | None:
+    """The entries of /models; None where it is no list of models."""
     listed = held.get("data") if isinstance(held, dict) else None
     if not isinstance(listed, list) or not all(isinstance(each, dict) and "id" in each for each in listed):
-        raise NotAnAnswer("an answer that is no list of models")
+        return None
     return listed
+
+
+def _as_it_is(held: Any) -> Any:
+    return held
 
 
 def _names(listed: Sequence[Mapping[str, Any]] | None) -> list[str]:

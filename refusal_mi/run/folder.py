@@ -43,7 +43,7 @@ from .record import (
     RunInfo,
     RunSummary,
 )
-from .served import is_served
+from .served import has_record, is_served
 from .stages import SIGNED, Origin
 
 
@@ -241,8 +241,9 @@ class RunRecord:
         return Evaluation.load(path).answers if path.is_file() else ()
 
     def is_served(self, label: str) -> bool:
-        """Whether a server gave the answers of this label: `refusal-mi complete`."""
-        return not self.label and is_served(self.path, label)
+        """Whether a server gave the answers of this label, asked as this run asked: `refusal-mi complete`."""
+        options, chat = self.run.options, self.run.chat
+        return not self.label and is_served(self.path, label, options.system, chat, options.max_new_tokens)
 
     @cached_property
     def losses(self) -> Mapping[str, Mapping[str, LossResult]]:
@@ -271,6 +272,8 @@ class RunRecord:
         served = {label for label in labels if self.is_served(label)}
         if measured is not None:
             labels &= {effect.label for effect in measured.effects} | served
+        elif not self.label:
+            labels -= {label for label in labels - served if has_record(self.path, label)}
         labels -= {label for label in served if not self._answers_the_same(name, label)}
         effects = [
             Evaluation.load(self._evaluations(name, label)).effect(label) for label in sorted(labels, key=_label_order)

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..files import as_json, read_record, sha256_json
+from ..text.chat import ChatRecord
 from ..values import Value
 from .answers import Side
 
 Api = Literal["chat", "completions"]
 """What is sent: messages, or the rendered prompt."""
 FOLDER = "served"
+MAX_LABEL = 64
+"""Characters: it stands in names of files, beside that of a set."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,6 +50,8 @@ class ServedRecord(Value):
     options: Mapping[str, Any]
     """What was sent beside model and prompt."""
     sets: Mapping[Side, ServedSet]
+    asked_sha256: str = ""
+    """Of the system message and the template that the run had then."""
 
     @property
     def unanswered(self) -> dict[str, str]:
@@ -58,9 +64,23 @@ def record_file(label: str) -> str:
     return f"{FOLDER}/{label}.json"
 
 
-def is_served(folder: Path, label: str) -> bool:
+def has_record(folder: Path, label: str) -> bool:
     """Whether a server gave the answers of this label."""
     return (folder / record_file(label)).is_file()
+
+
+def is_served(folder: Path, label: str, system: str | None, chat: ChatRecord, max_new_tokens: int) -> bool:
+    """Whether a server gave the answers of this label, asked as the run asked: they stand beside the run's own."""
+    if not has_record(folder, label):
+        return False
+    record = read_record(folder / record_file(label), ServedRecord)
+    return record.asked_sha256 == asked_sha256(system, chat) and record.options.get("max_tokens") == max_new_tokens
+
+
+def asked_sha256(system: str | None, chat: ChatRecord) -> str:
+    """Of what a run says to the model beside the prompts."""
+    held = (chat.template_sha256, system, chat.template_kwargs, chat.template_date, chat.response_prefix)
+    return sha256_json(as_json(held))
 
 
 def check_label(label: str) -> None:
@@ -71,5 +91,7 @@ def check_label(label: str) -> None:
     """
     if not label or not re.fullmatch(r"[A-Za-z0-9.-]+", label) or label.startswith("."):
         raise UserError(f"--label takes letters, digits, - and ., not {label!r}")
+    if len(label) > MAX_LABEL:
+        raise UserError(f"--label takes up to {MAX_LABEL} characters, not {len(label)}")
     if label in ("baseline", "ablation", "actadd") or label.startswith("random"):
         raise UserError(f"--label {label}: answers of that name are the run's own; choose another, such as served")

@@ -80,8 +80,10 @@ class RunFolder:
         """
         place = next(each for each in (self.path, *self.path.absolute().parents) if each.exists())
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            reason = "may not be written" if place.is_dir() else "is not a folder"
-            raise UserError(f"cannot write to {self.path}: {place} {reason}; choose another --output-dir")
+            reason = (
+                "may not be written; allow it" if place.is_dir() else "is not a folder; choose another --output-dir"
+            )
+            raise UserError(f"cannot write to {self.path}: {place} {reason}")
 
     def claim(self, model: ModelRecord) -> None:
         """Make sure that this folder is new or about this model.
@@ -164,6 +166,11 @@ class RunFolder:
         """Whether `stage` would keep what is there; takes no lock and writes nothing."""
         return self._done(self._records / f"{name}.json", inputs, outputs) is not None
 
+    def forget(self, name: str) -> None:
+        """Let a stage run again, whatever it was computed from; its outputs stay."""
+        for record in (self._records / f"{name}.json", *self._aside("*").parent.glob(f"*/{name}.json")):
+            record.unlink(missing_ok=True)
+
     def _stage(
         self,
         name: str,
@@ -212,7 +219,7 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"another process is at work in {self.path}: wait for it, or choose another --output-dir"
+                    f"another process is at work in {self.path}: wait for it, or choose another folder"
                 ) from None
             except OSError:  # a file system without locks
                 yield

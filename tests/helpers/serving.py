@@ -55,4 +55,4 @@ def answer(fake: Fake, handler: BaseHTTPRequestHandler, number: int, body: dict)
 
 def quick(fake: Fake, **changes: object) -> Server:
     """The server as the tests ask it, without long waits."""
-    return Server(fake.url, **{"first_wait_seconds": 0.01, "timeout_seconds": 5.0, **changes})  # type: ignore[arg-type]
+    return Server(**{"url": fake.url, "first_wait_seconds": 0.01, "timeout_seconds": 5.0, **changes})  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from typing import ClassVar
 import pytest
 
 from refusal_mi.cli import exit_status
-from refusal_mi.endpoint import Endpoint, Pause
+from refusal_mi.endpoint import Endpoint, Failed, Pause
 from refusal_mi.errors import UserError
 from refusal_mi.files import read_json, read_record
 from refusal_mi.loaded import load_run
 from refusal_mi.model.loading import ORGANISM, load_tokenizer
+from refusal_mi.model.provenance import fingerprint
 from refusal_mi.recipes.served import MOST_IN_A_ROW, complete
 from refusal_mi.recipes.server import Server
 from refusal_mi.report.answers import answer_tables
@@ -129,6 +131,31 @@ def test_a_key_that_comes_back_in_an_answer_is_hidden(run, monkeypatch):
     assert set(texts_of(run).values()) == {"Bearer [key]"}
 
 
+def test_the_key_is_hidden_wherever_it_comes_back_and_a_placeholder_nowhere(run, monkeypatch):
+    def behave(fake, handler, number, body):
+        reply(handler, "Mix six boxes.", model=handler.headers["Authorization"])
+
+    for key, model in ((KEY, "Bearer [key]"), ("x", "Bearer x")):
+        monkeypatch.setenv("REFUSAL_MI_SERVER_KEY", key)
+        with Fake(behave) as fake:
+            fake.models = {"data": [{"id": "m", "root": f"Bearer {key}"}]}
+            assert complete(RunFolder(run), quick(fake)).answered_by == (model,)
+        assert set(texts_of(run).values()) == {"Mix six boxes."}
+        assert KEY.encode() not in b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
+
+
+def test_half_a_character_is_replaced(run):
+    half = b'{"model": "m", "choices": [{"message": {"content": "half \\ud83d it"}, "finish_reason": "stop"}]}'
+    with Fake(lambda fake, handler, *_: raw(handler, half)) as fake:
+        complete(RunFolder(run), quick(fake))
+    assert set(texts_of(run).values()) == {"half \N{REPLACEMENT CHARACTER} it"}
+
+
+def test_an_answer_that_is_nested_too_deep_is_none(run):
+    with Fake(lambda fake, handler, *_: raw(handler, b"[" * 100_000)) as fake, pytest.raises(UserError, match="Recurs"):
+        complete(RunFolder(run), quick(fake, n_tries=1))
+
+
 def first_tries(n: int, trouble):
     """`trouble` at the first `n` tries of every prompt, then its answer."""
     tries: dict[str, int] = {}
@@ -196,6 +223,43 @@ def test_all_workers_wait_as_long_as_the_server_asks():
     assert seconds_of_another(pause) >= 0.9 > seconds_of_another(Pause())
     pause.stop.set()
     assert pause.is_over(60.0)  # at once
+
+    late = Pause()
+    threading.Timer(0.1, late.hold, [0.6]).start()
+    start = time.monotonic()
+    assert not late.is_over(0.3) and time.monotonic() - start >= 0.65  # told to wait longer while it waited
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_proxy_hears_what_is_for_this_machine(run, monkeypatch, host):
+    monkeypatch.setenv("REFUSAL_MI_SERVER_KEY", KEY)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Fake(answer) as proxy, Fake(answer) as fake:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        complete(RunFolder(run), quick(fake, url=fake.url.replace("127.0.0.1", host)))
+        assert not proxy.seen and len(fake.seen) == 2 * N
+
+
+def test_a_request_that_takes_too_long_is_ended():
+    is_cut = threading.Event()
+
+    def drips(fake, handler, number, body):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100000")
+        handler.end_headers()
+        try:
+            for _ in range(200):
+                handler.wfile.write(b" ")
+                time.sleep(0.02)
+        except OSError:
+            is_cut.set()
+
+    with Fake(drips) as fake:
+        endpoint = Endpoint(fake.url, (), n_tries=1, timeout_seconds=0.2)
+        with pytest.raises(Failed, match="took too long"):
+            endpoint.ask("/x", {}, lambda held: held, Pause())
+        assert is_cut.wait(2.0)
 
 
 def test_requests_under_way_are_bounded(run):
@@ -359,6 +423,159 @@ def test_answers_of_two_models_are_not_mixed(run):
         assert complete(RunFolder(run, fresh=True), quick(fake)).answered_by == ("second",)
 
 
+def labels_of(run):
+    return [[effect.label for effect in side.effects] for side in RunRecord.load(run).sides]
+
+
+def test_two_models_never_stand_under_one_label(run):
+    name, is_dead = ["first"], [False]
+
+    def behave(fake, handler, number, body):
+        if is_dead[0] and asked_about(body).startswith("harmless"):
+            return send(handler, "oh", 500)
+        reply(handler, f"of {name[0]}", model=name[0])
+
+    with Fake(behave) as fake:
+        fake.models = {"data": [{"id": "first"}]}
+        complete(RunFolder(run), quick(fake, n_tries=1))
+        assert all("served" in labels for labels in labels_of(run))
+        name[0], is_dead[0], fake.models = "second", True, {"data": [{"id": "second"}]}
+        with pytest.raises(UserError, match=r"does not answer; .* 6 answers are kept"):
+            complete(RunFolder(run), quick(fake, n_tries=1))
+        assert not any("served" in labels for labels in labels_of(run))
+        there = [path.read_text() for path in run.rglob("*served*") if path.is_file()]
+        assert there and not any("of first" in text for text in there)
+        is_dead[0] = False
+        assert complete(RunFolder(run), quick(fake)).answered_by == ("second",)
+    assert set(texts_of(run).values()) == {"of second"} and all("served" in labels for labels in labels_of(run))
+
+
+def test_what_fresh_began_goes_on_without_it(run):
+    name, n_left = ["old"], [10**9]
+
+    def behave(fake, handler, number, body):
+        n_left[0] -= 1
+        send(handler, "oh", 500) if n_left[0] < 0 else reply(handler, f"of {name[0]}")
+
+    with Fake(behave) as fake:
+        complete(RunFolder(run), quick(fake))
+        name[0], n_left[0] = "new", 3
+        with pytest.raises(UserError, match="3 answers are kept, the same command without --fresh goes on"):
+            complete(RunFolder(run, fresh=True), quick(fake, n_tries=1, n_workers=1))
+        n_left[0], n_before = 10**9, len(fake.seen)
+        complete(RunFolder(run), quick(fake, n_workers=1))
+        assert 2 * N - 3 <= len(fake.seen) - n_before <= 2 * N - 2  # one may have been under way
+    assert set(texts_of(run).values()) == {"of new"}
+
+
+def test_a_list_of_models_that_fails_throws_no_answer_away(run):
+    n_left = [4]
+
+    def behave(fake, handler, number, body):
+        n_left[0] -= 1
+        send(handler, "oh", 503) if n_left[0] < 0 else answer(fake, handler, number, body)
+
+    with Fake(behave) as fake:
+        listed, one = {"data": [{"id": "m", "root": "/a"}]}, {"n_tries": 1, "n_workers": 1, "model": "m"}
+        for fake.models, n_left[0] in ((listed, 4), (503, 1), (listed, 1)):
+            with pytest.raises(UserError, match="answers are kept"):
+                complete(RunFolder(run), quick(fake, **one))
+        fake.models, n_left[0], n_before = 503, 10**9, len(fake.seen)
+        complete(RunFolder(run), quick(fake, **one))
+        assert len(fake.seen) - n_before <= 2 * N - 5
+        for fake.models in (503, listed):
+            n_before = len(fake.seen)
+            complete(RunFolder(run), quick(fake, **one))
+            assert len(fake.seen) == n_before
+        fake.models = {"data": [{"id": "m", "root": "/b"}]}  # the control: this is another model
+        complete(RunFolder(run), quick(fake, **one))
+        assert len(fake.seen) == n_before + 2 * N
+
+
+@pytest.mark.parametrize("n_workers", [1, 8])
+def test_poison_prompts_are_no_dead_server(tmp_path, n_workers):
+    run = served_run(tmp_path / "run", n_test=20)
+    poison = {f"harmful request number {n}" for n in (1, 4, 7, 10, 13, 16)}
+
+    def behave(fake, handler, number, body):
+        time.sleep(0.002)
+        send(handler, "oh", 500) if asked_about(body) in poison else answer(fake, handler, number, body)
+
+    with Fake(behave) as fake:
+        how = {"n_workers": n_workers, "n_tries": 3, "first_wait_seconds": 0.03}
+        assert set(complete(RunFolder(run), quick(fake, **how)).unanswered) == poison
+        assert set(complete(RunFolder(run), quick(fake, **how)).unanswered) == poison  # nor the second time
+        assert len(texts_of(run)) == 40 - 6 and "served" not in labels_of(run)[0] and "served" in labels_of(run)[1]
+
+
+def test_prompts_that_failed_come_last(tmp_path):
+    run = served_run(tmp_path / "run", n_test=12)
+
+    def behave(fake, handler, number, body):
+        is_bad = asked_about(body) in {f"harmful request number {n}" for n in range(6)}
+        send(handler, "oh", 500) if is_bad else answer(fake, handler, number, body)
+
+    with Fake(behave) as fake:
+        with pytest.raises(UserError, match="does not answer"):
+            complete(RunFolder(run), quick(fake, n_tries=1, n_workers=1))
+        assert len(complete(RunFolder(run), quick(fake, n_tries=1, n_workers=1)).unanswered) == 6
+
+
+def test_an_answer_that_a_filter_ended_is_none_of_the_model(run):
+    def behave(fake, handler, number, body):
+        is_bad = asked_about(body) == "harmful request number 3"
+        reply(handler, "I cannot", reason="content_filter") if is_bad else answer(fake, handler, number, body)
+
+    with Fake(behave) as fake:
+        found = complete(RunFolder(run), quick(fake))
+        assert len(fake.seen) == 2 * N
+    assert found.unanswered == {"harmful request number 3": "finish reason content_filter"}
+
+
+def test_one_prompt_that_is_forbidden_is_about_that_prompt(run):
+    def behave(fake, handler, number, body):
+        is_bad = asked_about(body) == "harmful request number 3"
+        send(handler, "flagged", 403) if is_bad else answer(fake, handler, number, body)
+
+    with Fake(behave) as fake:
+        assert set(complete(RunFolder(run), quick(fake, n_workers=1)).unanswered) == {"harmful request number 3"}
+
+
+@pytest.mark.parametrize("change", ["tokens", "system"])
+def test_answers_asked_for_in_another_way_stand_not_beside_the_runs(run, change):
+    with Fake(answer) as fake:
+        complete(RunFolder(run), quick(fake), max_new_tokens=3 if change == "tokens" else None)
+    if change == "system":
+        assert all("served" in labels for labels in labels_of(run))
+        record = read_json(run / "run.json")
+        record["options"]["system"] = "Refuse everything."
+        (run / "run.json").write_text(json.dumps(record))
+    assert not any("served" in labels for labels in labels_of(run))
+    (run / "summary.json").unlink()
+    assert not any("served" in labels for labels in labels_of(run))
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe", b"[" * 100_000, b'{"key": 1}\n', b"null\n"], ids=["bytes", "deep", "key", "null"]
+)
+def test_kept_answers_that_cannot_be_read_are_asked_for_again(run, damage):
+    (run / "served").mkdir()
+    (run / "served/served-harmful.part").write_bytes(damage)
+    with Fake(answer) as fake:
+        complete(RunFolder(run), quick(fake))
+    assert texts_of(run) == EXPECTED
+
+
+def test_a_run_without_held_out_prompts(run):
+    record = read_json(run / "prompts.json")
+    for side in ("harmful", "harmless"):
+        record[side]["test"] = []
+    (run / "prompts.json").write_text(json.dumps(record))
+    with Fake(answer) as fake, pytest.raises(UserError, match="has no held-out prompts"):
+        complete(RunFolder(run), quick(fake))
+    assert not (run / "served").exists()
+
+
 def status(code: int, text: str = "no"):
     return lambda fake, handler, number, body: send(handler, text, code)
 
@@ -371,9 +588,13 @@ def status(code: int, text: str = "no"):
         (status(401), None, [], "refuses the key (HTTP status 401: no); put a valid one into REFUSAL_MI_SERVER_KEY"),
         (status(404), None, ["--model-name=x"], "has no model 'x' (HTTP status 404: no); it lists m: see --endpoint"),
         (status(404), 404, ["--model-name=x"], "/v1/chat/completions is not there, or has no model 'x' (HTTP status"),
+        (status(402), None, [], "wants to be paid (HTTP status 402: no)"),
+        (lambda fake, handler, *_: reply(handler, "", reason="tool_calls"), None, [], "with finish reason tool_calls"),
+        (answer, None, ["--label", "a" * 65], "--label takes up to 64 characters"),
         (status(307), None, [], "is not there, or has no model 'm' (HTTP status 307"),
         (status(400, "pinned to y"), None, [], "refuses the prompts for the model 'm' (HTTP status 400: pinned to y)"),
         (answer, 404, [], "/v1/models does not list models as OpenAI-compatible servers do: correct --endpoint"),
+        (answer, 503, ["--n-tries=1"], "does not list its models; the last of 1 tries ended with HTTP status 503: try"),
         (answer, {"models": []}, [], "/v1/models does not list models as OpenAI-compatible servers do"),
         (answer, {"data": []}, [], "lists no model: say which with --model-name"),
         (answer, {"data": [{"id": "a"}, {"id": "b"}]}, [], "has a, b: say which with --model-name"),
@@ -429,6 +650,17 @@ def test_rendered_prompts_are_read_as_the_tokens_of_the_run(run, family, tiny_di
     ids = [tokenizer(text)["input_ids"] for text in sent]  # as a server reads them
     assert sorted(ids) == sorted(chat.encode_all(list(EXPECTED)))
     assert not any(text in EXPECTED for text in sent)
+
+
+def test_rendered_prompts_of_a_model_that_moved_are_made_from_where_it_is(run, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(ORGANISM, moved)
+    record = read_json(run / "run.json")
+    record["model"] |= {"source": str(tmp_path / "gone"), "revision": None, "fingerprint": fingerprint(moved)}
+    (run / "run.json").write_text(json.dumps(record))
+    with Fake(answer) as fake:
+        words = ["complete", str(moved), "--run", str(run), "--completions", "--endpoint", fake.url]
+        assert exit_status(words) == 0 and len(fake.seen) == 2 * N
 
 
 def test_a_prompt_that_no_text_stands_for_is_refused_before_anything_is_sent(tmp_path):
