@@ -145,7 +145,6 @@ class RayEngine:
             raise ItemsFailed(f"{len(failed)} of {len(items)} items failed, tried {self.n_tries} times each: {named}")
 
     def _forget(self) -> None:
-        self._model: HookedModel | None = None
         self._job: Job | None = None
         self._same: SameModel | None = None
         self._job_reference: Any = None
@@ -155,14 +154,13 @@ class RayEngine:
 
     def _serve(self, job: Job, model: HookedModel) -> None:
         """Have all workers get ready for this job, with copies of this model."""
-        same = self._same if self._model is model and self._job is job else SameModel.of(model)
+        same = SameModel.of(model)  # every time: an edit in place leaves model and job the same objects
         if same != self._same:
             for worker in [*self._idle, *self._starting.values()]:
                 self._ray.kill(worker)
             self._forget()
             self._same = same
             self._n = self._number(str(model.cfg.device).partition(":")[0] == "cuda")
-        self._model = model
         if self._job is not job:
             self._job_reference, self._job = self._put(job), job
             workers, self._idle, self._starting = [*self._idle, *self._starting.values()], [], {}

@@ -21,6 +21,7 @@ from .offload import held, is_offloaded, left_alone
 from .points import Hook, HookedModel, bridge, model_device, output_hook, resid_hook, split_hook
 from .running import (
     SAME_VALUE,
+    alone_on,
     blocks_of,
     cache_at,
     forward_replaced,
@@ -83,21 +84,31 @@ class Blocks:
         layers = range(min((each.layer for each in passes), default=top), top)
         for layer in track(layers, description) if description else layers:
             parts = [self.blocks[layer]] if layer else [self.embedding, self.blocks[0]]
-            with torch.no_grad(), held(module for part in parts for module in part.modules()):
+            inside = (module for part in parts for module in part.modules())
+            with alone_on(self.model), torch.no_grad(), held(inside):
                 for index, each in enumerate(passes):
                     if each.layer == layer:
                         each.stream = self._through(index, each, keep)
                         each.layer = layer + 1
 
     def logits(self, streams: Sequence[Float[Tensor, "row d_model"]]) -> Iterator[Float[Tensor, "row d_vocab"]]:
-        """Next-token logits of streams that left the last block; the unembedding is read once."""
-        n_layers, device = self.model.cfg.n_layers, model_device(self.model)
-        with held(self.head.modules()):
+        """Next-token logits of streams that left the last block; the unembedding is read once for all that fit.
+
+        Between two of them nothing is held, neither weights nor other threads.
+        """
+        n_bytes = self.model.cfg.d_vocab * self.model.cfg.dtype.itemsize
+        at_once = max(1, STATE_BYTES // (n_bytes * max(map(len, streams), default=1)))
+        for start in range(0, len(streams), at_once):
+            yield from self._read_out(streams[start : start + at_once])
+
+    def _read_out(self, streams: Sequence[Tensor]) -> list[Tensor]:
+        n_layers, device, found = self.model.cfg.n_layers, model_device(self.model), list[Tensor]()
+        with alone_on(self.model), torch.no_grad(), held(self.head.modules()):
             for stream in streams:
                 token = torch.zeros(len(stream), 1, dtype=torch.long, device=device)
-                with torch.no_grad(), self._from(n_layers, [(output_hook(n_layers), _Enter(stream[:, None]))]):
-                    logits = last_logits(self.model, TokenBatch(token, torch.ones_like(token)))
-                yield logits
+                with self._from(n_layers, [(output_hook(n_layers), _Enter(stream[:, None]))]):
+                    found.append(last_logits(self.model, TokenBatch(token, torch.ones_like(token))))
+        return found
 
     def _through(self, index: int, one: Pending, keep: Keep | None) -> Tensor:
         """What leaves the block that a pass has come to."""
@@ -172,11 +183,14 @@ def offloaded_blocks(model: HookedModel) -> Blocks | None:
     all that goes from block to block: a pass by blocks must give the logits of a plain one.
     """
     whole = bridge(model)
-    if not is_offloaded(whole.original_model) or not is_untouched(whole, but_for_accelerate=True):
+    if not is_offloaded(whole.original_model):
         return None
-    if model not in _TRIED:
-        _TRIED[model] = _tried(model)
-    found = _TRIED[model]
+    with alone_on(model):  # what other threads put on it for a pass is not the caller's
+        if not is_untouched(whole, but_for_accelerate=True):
+            return None
+        if model not in _TRIED:
+            _TRIED[model] = _tried(model)
+        found = _TRIED[model]
     return None if found is None else Blocks(model, *found)
 
 

@@ -74,6 +74,13 @@ def running(
                 outer.take_out()
 
 
+@contextmanager
+def alone_on(model: HookedModel) -> Iterator[None]:
+    """Other threads wait until the end, as they do for `running`; may be entered again in it, and it in this."""
+    with _path(model).lock:
+        yield
+
+
 @dataclass
 class _Path:
     """What this package does with a model at this moment."""

@@ -208,6 +208,18 @@ def test_workers_with_other_versions_are_refused_in_one_line(searched, cluster, 
         list(engine.run(Squares(tmp_path / "log"), searched[0], [1]))
 
 
+def test_weights_edited_between_two_runs_of_one_job_are_refused(cluster, tiny_dir, tmp_path):
+    model, job = quiet_load(str(tiny_dir("gpt2")), device="cpu"), Squares(tmp_path / "log")
+    weight = next(model.original_model.parameters()).data  # edits of .data count no version
+    with RayEngine(n_workers=1) as engine:
+        assert dict(engine.run(job, model, [2, 3])) == {0: 4, 1: 9}
+        weight.mul_(2)
+        with pytest.raises(UserError, match="they were edited after they were loaded"):
+            list(engine.run(job, model, [2, 3]))
+        weight.div_(2)
+        assert dict(engine.run(job, model, [2, 3])) == {0: 4, 1: 9}
+
+
 def test_a_full_object_store_and_too_many_workers_are_one_line(searched, cluster, monkeypatch, tmp_path):
     def full(_: object) -> None:
         raise ray.exceptions.ObjectStoreFullError("Failed to put object\nmore about it")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -28,7 +29,7 @@ from refusal_mi.text.chat import ChatFormat
 from tests.helpers.directions import random_direction
 from tests.helpers.models import N_LAYERS, tiny_tokenizer
 from tests.helpers.naive import ASKS, CHATS
-from tests.helpers.passes import batch_of
+from tests.helpers.passes import batch_of, logits
 from tests.helpers.tiers import first_is_fast
 
 LLAMA = ("model.layers", "model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
@@ -182,6 +183,34 @@ def test_no_weights_stay_where_a_run_by_blocks_is_interrupted(n_calls, split, mo
             mean_activations(model, chat, ASKS, batch_size=2)
     assert n_loaded(model.original_model, where) == 0
     assert torch.equal(mean_activations(model, chat, ASKS).means, expected)
+
+
+def test_two_threads_on_one_model_wait_for_each_other(split):
+    model = split("llama")
+    chat = ChatFormat(model.tokenizer)
+    grid = difference_in_means(*(mean_activations(model, chat, texts, batch_size=2) for texts in (ASKS, CHATS)))
+    expected = scores_of(model, chat, grid)
+
+    def work(_):
+        scores = scores_of(model, chat, grid)
+        return mean_activations(model, chat, ASKS, batch_size=2).means, scores
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(work, range(4)))
+    for means, scores in results:
+        assert torch.equal(means, results[0][0]) and torch.equal(scores, expected)
+    assert n_loaded(model.original_model, split_of("llama")) == 0
+
+
+def test_nothing_is_held_between_two_logits_of_a_search(split):
+    model, where = split("llama"), split_of("llama")
+    rows = [ChatFormat(model.tokenizer).encode(text) for text in ASKS[:2]]
+    each = BlockPasses(offloaded_blocks(model), rows, 0).each_ablated([random_direction(0), random_direction(1)], [0, 1])
+    one = next(each)
+    assert n_loaded(model.original_model, where) == 0
+    with ThreadPoolExecutor(1) as pool:  # another thread's pass, in the middle
+        pool.submit(logits, model, batch_of(model)).result(timeout=60)
+    assert next(each).shape == one.shape
 
 
 def scores_of(model, chat, grid, **how):
