@@ -111,18 +111,36 @@ def read_options(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, or no such file.
     """
+    return options_of(path, read_text(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        UserError: it is missing, or no text.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+
+
+def options_of(path: Path, text: str) -> dict[str, Any]:
+    """What the text of a .toml or .yaml file says, by key.
+
+    Raises:
+        UserError: it is no such text, or has a key twice, of which YAML would pass over the first.
+    """
     try:
         if path.suffix == ".toml":
             held: Any = tomllib.loads(text)
         elif path.suffix in (".yaml", ".yml"):
             import yaml
 
+            _check_keys(path, yaml.compose(text, yaml.SafeLoader))
             held = yaml.safe_load(text) or {}
         else:
             raise UserError(f"--config takes a file ending in .toml, .yaml or .yml, not {path}")
@@ -133,6 +151,25 @@ def read_options(path: Path) -> dict[str, Any]:
     if not isinstance(held, dict) or not all(isinstance(key, str) for key in held):
         raise UserError(f"{path} must hold names of options and their values")
     return held
+
+
+def _check_keys(path: Path, root: Any) -> None:
+    import yaml
+
+    seen, waiting = set[int](), [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise UserError(f"{path} has the key {twice} twice: leave one out")
+            waiting += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
 
 
 def _of(file: str, held: Mapping[str, Any], name: str, root: Any, options: Collection[str]) -> dict[str, Any]:

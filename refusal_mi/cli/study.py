@@ -1,6 +1,6 @@
 """`refusal-mi study`: models, prompts, seeds and methods of one file, in one folder and one table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, cause
 from ..options import MEANINGS, number_or_auto
 from ..values import check_named
-from .config import option_words, options_by_name, read_options
+from .config import option_words, options_by_name, options_of, read_text
 from .options import SCIENCE_FAILED, AsJson, Engine, Fresh, ModelOptions, OutputDir, Workers, at_least, bundled
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ BUNDLED = "bundled"
 COMMANDS = ("run", "compare-methods")
 ELSEWHERE = {
     "seed": "under seeds",
+    "seeds": "under seeds",
     "methods": "under methods",
     "model": "under models",
     "model_path": "under models",
@@ -38,6 +39,8 @@ ELSEWHERE = {
     "json": "on the command line (--json)",
     "directions": "by no study, which removes what its methods name",
     "multi": "by no study, which removes what its methods name",
+    "over_refusal": "by no study: refusal-mi compare-methods --run FOLDER of a cell takes it",
+    "capability": "by no study: refusal-mi compare-methods --run FOLDER of a cell takes it",
 }
 """Options of the commands that a file's options cannot set, and where they are set."""
 
@@ -58,24 +61,31 @@ def study(
     in one table, study.parquet. What was killed goes on; what changed is done again; a model that fails ends no other.
     """
     from ..figures.save import check_images
-    from ..files import write_text
     from ..report.page import write_report
     from ..studies.page import write_page
     from ..studies.study import run_study, states
     from ..studies.table import read_table
+    from ..terminal import say
     from .tables import print_json
 
-    asked = read_study(file)
+    if status and (engine != "local" or workers is not None or images or fresh):
+        raise UserError(
+            "--status starts nothing and draws nothing: leave --engine, --workers, --images and --fresh out"
+        )
+    text = read_text(file)
+    asked = read_study(file, text)
     path = output_dir or Path("runs") / asked.name
     if not status:
         if images:
             check_images()
-        for ended in run_study(asked, path, fresh=fresh, engine=engine, n_workers=workers):
+        for ended in run_study(asked, path, fresh=fresh, engine=engine, n_workers=workers, apart=True, text=text):
             if ended.found is not None and not (path / ended.cell.folder / "report.html").exists():
-                write_report(path / ended.cell.folder)
+                try:
+                    write_report(path / ended.cell.folder)
+                except Exception as error:  # the numbers are there, and the other cells go on
+                    say(f"{ended.cell.name}: no report: {cause(error)}")
     found = states(asked, path)
     if not status:
-        write_text(path / "study.yaml", file.read_text(encoding="utf-8"))
         write_page(path, asked.name, found, read_table(path), images=images)
     print_json(_as_json(found, path)) if as_json else _print(found, path)
     return SCIENCE_FAILED if any(each.state == "failed" for each in found) else 0
@@ -102,8 +112,11 @@ def _as_json(found: "list[CellState]", path: Path) -> dict[str, Any]:
     return {"folder": str(path), "cells": cells}
 
 
-def read_study(path: Path) -> "Study":
+def read_study(path: Path, text: str | None = None) -> "Study":
     """A study's file.
+
+    Args:
+        text: what it says, if it was read already.
 
     Raises:
         UserError: it is no such file, or a key, option or method in it does not exist; the message names a near one.
@@ -113,7 +126,7 @@ def read_study(path: Path) -> "Study":
 
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"a study is a .yaml file, not {path}")
-    held = read_options(path)
+    held = options_of(path, read_text(path) if text is None else text)
     for key in held:
         check_named(f"key of {path}", key, KEYS)
     models = [_model(path, each) for each in _listed(path, held, "models", [EMBEDDED])]
@@ -174,23 +187,46 @@ def _options(path: Path, held: Any) -> dict[str, dict[str, Any]]:
     """Command -> its options: those of both, and those of a table that is named after it."""
     if not isinstance(held, dict):
         raise UserError(f"{path}: options are a table of names and values, not {held!r}")
-    known = {name: options_by_name(_command(name)) for name in COMMANDS}
+    known = {name: _settable(name) for name in COMMANDS}
     found: dict[str, dict[str, Any]] = {name: {} for name in COMMANDS}
     general = {key: value for key, value in held.items() if not (key in COMMANDS and isinstance(value, dict))}
+    _check_twice(path, general)
     for key, value in general.items():
         name = _free(path, key, {each for names in known.values() for each in names})
         for command in COMMANDS:
             found[command] |= {name: value} if name in known[command] else {}
     for command in COMMANDS:
         own = held.get(command)
+        _check_twice(path, own if isinstance(own, dict) else ())
         for key, value in own.items() if isinstance(own, dict) else ():
             found[command][_free(path, key, known[command])] = value
     return found
 
 
+def _settable(command: str) -> set[str]:
+    """The options of a command that a study hands on."""
+    from ..studies.spec import MethodsOptions
+
+    known = set(options_by_name(_command(command)))
+    return known & {"k", *(each.name for each in fields(MethodsOptions))} if command == "compare-methods" else known
+
+
+def _check_twice(path: Path, keys: Iterable[Any]) -> None:
+    """No option is there under two spellings, of which one would be passed over."""
+    names: dict[str, Any] = {}
+    for key in keys:
+        other = names.setdefault(_option_name(key), key)
+        if other is not key:
+            raise UserError(f"{path} sets one option twice, as {other} and as {key}: leave one out")
+
+
+def _option_name(key: Any) -> str:
+    return str(key).removeprefix("--").replace("-", "_")
+
+
 def _free(path: Path, key: Any, known: Any) -> str:
     """An option's name, if a study's file may set it."""
-    name = str(key).removeprefix("--").replace("-", "_")
+    name = _option_name(key)
     if name in ELSEWHERE:
         raise UserError(f"{path}: the option {name} is set {ELSEWHERE[name]}")
     check_named(f"option in {path}", name, sorted(set(known) - set(ELSEWHERE)))

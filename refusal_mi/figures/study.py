@@ -30,6 +30,8 @@ class Row(Protocol):
     @property
     def k(self) -> int | None: ...
     @property
+    def set(self) -> str | None: ...
+    @property
     def metric(self) -> str | None: ...
     @property
     def value(self) -> float | None: ...
@@ -61,8 +63,8 @@ _TICKS = (0.01, 0.1, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 100)
 def plot_study(rows: Sequence[Row], *, name: str = "", **look: Unpack[draw.Look]) -> go.Figure:
     """A row of panels for each model, a column for each cost, a line for each method; points with 95% intervals.
 
-    Seeds and sets of prompts are told apart by color and symbol. Of a model that does not refuse there is the plain
-    rate alone; models that failed are named below the title.
+    Seeds and sets of prompts are told apart by color and symbol. Of a model that does not refuse, and of a run in
+    which no methods were compared, there is the plain rate alone; models that failed are named below the title.
 
     Args:
         rows: of `study.parquet`, as `studies.table.read_table` gives them.
@@ -71,7 +73,7 @@ def plot_study(rows: Sequence[Row], *, name: str = "", **look: Unpack[draw.Look]
     Raises:
         UserError: no model has numbers.
     """
-    drawn = [each for each in rows if each.value is not None and _belongs(each)]
+    drawn = _drawn(rows)
     models = list(dict.fromkeys(each.model for each in drawn))
     if not models:
         raise UserError("this study has no numbers to draw yet")
@@ -85,7 +87,7 @@ def plot_study(rows: Sequence[Row], *, name: str = "", **look: Unpack[draw.Look]
         subplot_titles=titles,
         shared_yaxes=True,
         horizontal_spacing=0.03,
-        vertical_spacing=0.02,
+        vertical_spacing=min(0.02, 0.5 / max(1, len(models) - 1)),
     )
     figure.update_annotations(font_size=13)
     styles = dict(zip(series, draw.series_styles(len(series)), strict=True))
@@ -113,11 +115,27 @@ def plot_study(rows: Sequence[Row], *, name: str = "", **look: Unpack[draw.Look]
     return draw.finish(figure, title="Models and methods", about=about, height=height, look=look)
 
 
-def _belongs(row: Row) -> bool:
-    """Whether a number is of the methods' comparison, or says how often a model without one refuses."""
-    if row.stage == _STAGE:
-        return not (row.method or "").startswith("control")
-    return row.status != "done" and row.method == _PLAIN and row.metric == "refused"
+def _drawn(rows: Sequence[Row]) -> list[Row]:
+    """The numbers of the methods' comparisons; of a cell without one, how often the plain model refuses."""
+    compared = {_cell(each) for each in rows if each.stage == _STAGE}
+    found, plain_of = list[Row](), set[tuple[object, ...]]()
+    for each in rows:
+        if each.value is None:
+            continue
+        if each.stage == _STAGE:
+            found += [] if (each.method or "").startswith("control") else [each]
+        elif _is_plain_rate(each) and _cell(each) not in {*compared, *plain_of}:
+            plain_of.add(_cell(each))  # the first: a run has others, of other prompts
+            found.append(each)
+    return found
+
+
+def _cell(row: Row) -> tuple[object, ...]:
+    return row.model, row.data, row.seed
+
+
+def _is_plain_rate(row: Row) -> bool:
+    return row.method == _PLAIN and row.metric == "refused" and (row.set or "").startswith("harmful")
 
 
 def _label(row: Row) -> str:

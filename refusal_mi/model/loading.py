@@ -304,6 +304,25 @@ def unique_alias(source: str | Path | None) -> str:
     return f"{model_alias(name)}-{sha256_json(name)[:6]}" if is_local else model_alias(name)
 
 
+def auto_here(device: str = "auto", dtype: str = "auto", device_map: Any = None) -> dict[str, str]:
+    """Where and in which dtype `load_model` puts a model on this machine, without loading it.
+
+    Returns:
+        The device, "" of a device map; and the dtype, "stored" where it is the checkpoint's.
+    """
+    place = device if device != "auto" or device_map is not None else _pick_device("auto").type
+    if dtype == "auto":
+        on = None if device_map is not None else torch.device(place)
+        dtype = "stored" if _keeps_dtype(on) else "float32"
+    return {"device": "" if device_map is not None else place, "dtype": dtype}
+
+
+def _keeps_dtype(device: torch.device | None) -> bool:
+    """Whether the dtype of a checkpoint is kept; None is a device map."""
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return has_gpu if device is None else device.type != "cpu"
+
+
 def _pick_device(device: DeviceName) -> torch.device:
     if device == "auto":
         mps = torch.backends.mps.is_available()
@@ -318,9 +337,8 @@ def _pick_device(device: DeviceName) -> torch.device:
 def _pick_dtype(dtype: DtypeName, device: torch.device | None, config: Any) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
-    stored, has_gpu = getattr(config, "dtype", None), torch.cuda.is_available() or torch.backends.mps.is_available()
-    is_on_cpu = not has_gpu if device is None else device.type == "cpu"
-    return torch.float32 if is_on_cpu or stored is None else stored
+    stored = getattr(config, "dtype", None)
+    return stored if stored is not None and _keeps_dtype(device) else torch.float32
 
 
 class _WholeCheckpoint:

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import at_home
-from ..model.loading import hub_commit, resolve_source
+from ..judges.named import identify, judge_named
+from ..model.loading import auto_here, hub_commit, resolve_source
 from ..model.provenance import fingerprint, versions
 from ..recipes.localize import KL_TOKENS, NEW_TOKENS
 from ..recipes.methods import N_PLACES, N_RANDOM
@@ -17,6 +18,7 @@ from ..values import Value
 
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 _PROMPTS = ("harmful", "harmless", "eval_set", "harmless_eval_set", "text_set", "instruction_set")
+_PLACES = ("device", "dtype", "device_map")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -105,13 +107,24 @@ class Cell(Value):
                 "source": self.model.source,
                 "contents": contents,
                 "how": {k: str(v) for k, v in self.model.how.items()},
+                "here": auto_here(**{k: v for k, v in self.model.how.items() if k in _PLACES}),
             },
+            "judge": self.judge,
             "versions": versions(),
             "prompts": files,
             "options": self.options,
             "methods": self.methods,
             "compared": self.compared,
         }
+
+    @property
+    def judge(self) -> dict[str, str] | None:
+        """What the verdicts depend on; None where there is no such judge, which the run says."""
+        options = self.options
+        try:
+            return identify(judge_named(options.judge, model=options.judge_model, labels=options.judge_labels))
+        except UserError:
+            return None
 
     @property
     def is_repeatable(self) -> bool:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from ..engine.named import LOCAL, engine_named
 from ..errors import UserError
-from ..files import is_alive, read_record, write_record
+from ..files import is_alive, read_record, write_record, write_text
 from ..run.record import RUN
 from ..run.stages import RunFolder
 from ..terminal import say
@@ -18,7 +18,8 @@ from .spec import Cell, Study
 from .table import TABLE, CellRows, TableRow, table_rows, write_table
 from .work import ROWS, Apart, Failure, Here, Work, failure
 
-FAILED, RUNNING = "failed.json", "running.json"
+FAILED, RUNNING, FILE = "failed.json", "running.json", "study.yaml"
+Record = TypeVar("Record")
 State = Literal["done", "running", "failed", "changed", "left"]
 """changed: what it depends on is not what it was computed from."""
 
@@ -62,7 +63,8 @@ def run_study(
     fresh: bool = False,
     engine: str = LOCAL,
     n_workers: int | None = None,
-    apart: bool = True,
+    apart: bool = False,
+    text: str | None = None,
 ) -> Iterator[CellState]:
     """Do what is left of a study; yields every cell as it ends, and keeps `study.parquet` up to date.
 
@@ -74,7 +76,9 @@ def run_study(
         path: the study's folder.
         fresh: whether to compute every stage again.
         engine: of the runs, as `engine.named.engine_named` takes it.
-        apart: whether each model has a process of its own, so that one that runs out of memory ends no other.
+        apart: whether each model has a process of its own, so that one that runs out of memory ends no other. A script
+            that asks for it needs `if __name__ == "__main__":`, as each process imports the script anew.
+        text: of the study's file, which is kept beside the table as `study.yaml`.
 
     Raises:
         UserError: another process works on it, its folder is another thing's, or there is no such engine.
@@ -87,6 +91,8 @@ def run_study(
         with engine_named(engine, n_workers):  # what is wrong with it shows now
             pass
     with folder.locked():
+        if text is not None:
+            write_text(path / FILE, text)
         known = {each.cell.folder: each for each in states(study, path)}
         try:
             for cells in study.by_model.values():
@@ -158,15 +164,29 @@ def _state(cell: Cell, path: Path, running: str | None, contents: str | None) ->
         return CellState(cell, "running")
     rows = path / cell.folder / ROWS
     if contents is not None and RunFolder(path).is_done(_stage(cell), cell.inputs(contents), _outputs(cell)):
-        return CellState(cell, "done", read_record(rows, CellRows))
+        found = _if_there(rows, CellRows)
+        if found is not None:
+            return CellState(cell, "done", found)
     for mark in (path / cell.model.name / FAILED, path / cell.folder / FAILED):
-        if mark.is_file():
-            return CellState(cell, "failed", failed=read_record(mark, Failure))
+        failed = _if_there(mark, Failure)
+        if failed is not None:
+            return CellState(cell, "failed", failed=failed)
     return CellState(cell, "changed" if rows.is_file() else "left")
 
 
+def _if_there(path: Path, kind: type[Record]) -> Record | None:
+    """What a file says; None where there is none, also if the process at work takes it away meanwhile."""
+    try:
+        return read_record(path, kind)
+    except UserError:
+        if path.is_file():
+            raise
+        return None
+
+
 def _stage(cell: Cell) -> str:
-    return cell.folder.replace("/", "--")
+    """No name has a +, so that no two cells share a stage."""
+    return cell.folder.replace("/", "+")
 
 
 def _outputs(cell: Cell) -> list[str]:
@@ -175,9 +195,9 @@ def _outputs(cell: Cell) -> list[str]:
 
 def _running(path: Path) -> str | None:
     """The folder of the cell at work; of a process of another machine it cannot be told whether it still is."""
-    if not (path / RUNNING).is_file():
+    found = _if_there(path / RUNNING, _Running)
+    if found is None:
         return None
-    found = read_record(path / RUNNING, _Running)
     return found.folder if found.machine != platform.node() or is_alive(found.process) else None
 
 

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from contextlib import ExitStack, suppress
@@ -26,7 +25,7 @@ from ..recipes.arditi import run
 from ..recipes.methods import compare_methods
 from ..run.folder import RunInputs
 from ..run.record import RUN, RunInfo
-from ..run.stages import RunFolder
+from ..run.stages import Origin, RunFolder
 from ..terminal import say
 from .spec import Cell, StudyModel
 from .table import CellRows, numbers
@@ -126,9 +125,15 @@ class Apart:
             return None
         spawning = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawning.Pipe()
-        self._process = spawning.Process(target=_serve, args=(theirs, self.work), daemon=True)
-        self._process.start()
-        theirs.close()
+        process = spawning.Process(target=_serve, args=(theirs, self.work), daemon=True)
+        try:
+            process.start()
+        except Exception as error:  # such as no memory for it
+            self._pipe.close()
+            return failure(error, of_model=True)
+        finally:
+            theirs.close()
+        self._process = process
         return self._answer(of_model=True)
 
     def _answer(self, *, of_model: bool) -> Failure | None:
@@ -225,9 +230,13 @@ def _make_room(study: Path, cell: Cell, model: ModelRecord) -> None:
     if not there.is_file():
         return
     before = read_record(there, RunInfo).model
-    if (before.source, before.revision) != (model.source, model.revision):
-        target = study / REPLACED / cell.folder
-        shutil.rmtree(target, ignore_errors=True)
+    is_at = Origin(before.source, before.revision, before.fingerprint).is_at(model.source)
+    if not is_at or before.revision != model.revision:
+        first = target = study / REPLACED / cell.folder
+        number = 1
+        while target.exists():  # an earlier run that was replaced
+            number += 1
+            target = first.with_name(f"{first.name}-{number}")
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
         say(f"{cell.name}: the run of {before.name} that was here is now in {target}")

@@ -248,11 +248,14 @@ def test_what_changed_is_done_again_alone(whole, inside, capsys):
 def test_a_model_of_another_place_gets_the_folder_and_the_old_run_is_kept(whole, inside):
     study, path, _ = whole
     shutil.copytree(path / "second", inside / "moved/first")
+    earlier = inside / "moved/replaced/first/own/seed-0/earlier.json"
+    write_record(earlier, {})
     cell = study.cells[0]
     only = replace(cell, methods=(), options=replace(cell.options, steps=("directions",)))
     (ended,) = run_study(replace(study, cells=(only,)), inside / "moved", apart=False)
     assert ended.says == "directions only" and ended.found.model.source == str(inside / "first")
-    old = read_json(inside / "moved/replaced/first/own/seed-0/run.json")
+    assert earlier.is_file(), "one that was replaced before"
+    old = read_json(inside / "moved/replaced/first/own/seed-0-2/run.json")
     assert old["model"]["source"] == str(inside / "second")
 
 
