@@ -262,9 +262,14 @@ def test_hooks_of_the_caller_see_whole_passes(split):
     passes = passes_for(model, rows, chat.pad_id)
     assert isinstance(passes, BlockPasses) and passes.n_common > 0, "the template's beginning is shared"
     with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda x, hook: seen.append(x.shape[0]))]):
-        assert offloaded_blocks(model) is None
-        mean_activations(model, chat, ASKS[:4], batch_size=2)
+        with pytest.warns(UserWarning, match="hooks on this model: every pass reads all weights from disk"):
+            assert offloaded_blocks(model) is None
+        with pytest.warns(UserWarning, match="hooks on this model"):
+            mean_activations(model, chat, ASKS[:4], batch_size=2)
     assert seen == [2, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert offloaded_blocks(model) is not None
 
 
 def test_a_model_that_hands_on_more_than_its_stream_runs_pass_by_pass(tiny_dir, tiny_model, monkeypatch):
