@@ -8,12 +8,13 @@ are read are counted where accelerate looks them up.
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ DISK: dict[str, str | int] = {
 }
 WAYS = {"by blocks": DISK, "pass by pass": DISK, "in memory": None}
 N_EXITS = 40
+MOST_DIFFERENCE, MOST_KEPT_MB = 1e-3, 20
 
 
 def main() -> int:
@@ -78,9 +80,39 @@ def main() -> int:
     tell(f"{ours['check_seconds']:.1f} s and {ours['check_gb']:.1f} GB for the trial, once")
     least, most = ours["exits_mb"]
     tell(f"resident memory after each of {N_EXITS} passes that a hook ended: {least:.0f} to {most:.0f} MB")
-    largest = max((found[way] - found["in memory"]).nan_to_num().abs().max().item() for way in WAYS)
+    largest = max(difference(found[way], found["in memory"]) for way in WAYS)
     tell(f"largest difference of a score: {largest:.1e}")
-    return 0 if largest < 1e-3 else 1
+    wrong = broken_claims(rows, size, largest)
+    for each in wrong:
+        tell(f"NOT AS CLAIMED: {each}")
+    return 1 if wrong else 0
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest of two tables of scores; infinite where shapes differ, or where NaN (not measured) is elsewhere or all."""
+    if one.shape != other.shape or not torch.equal(one.isnan(), other.isnan()) or one.isnan().all():
+        return math.inf
+    largest = (one - other)[~one.isnan()].abs().max().item()
+    return math.inf if math.isnan(largest) else largest
+
+
+def broken_claims(rows: Mapping[str, Mapping[str, Any]], n_bytes: int, largest: float) -> list[str]:
+    """What docs/scaling.md says of this benchmark, and was found not to be so.
+
+    Args:
+        n_bytes: of the weights.
+        largest: difference of a score.
+    """
+    ours, whole_passes, (least, most) = rows["by blocks"], rows["pass by pass"], rows["by blocks"]["exits_mb"]
+    claims = {
+        f"scores differ by at most {MOST_DIFFERENCE}": largest <= MOST_DIFFERENCE,
+        "each side's means read the weights at most once": ours["means_gb"] <= 2.02 * n_bytes / GB,
+        "the sweep reads the weights at most five times": ours["sweep_gb"] <= 5.05 * n_bytes / GB,
+        "the trial reads the weights at most three times, and one block": ours["check_gb"] <= 3.2 * n_bytes / GB,
+        "pass by pass reads more": whole_passes["sweep_gb"] > 2 * ours["sweep_gb"],
+        f"passes that a hook ended keep at most {MOST_KEPT_MB} MB": most - least <= MOST_KEPT_MB,
+    }
+    return [claim for claim, holds in claims.items() if not holds]
 
 
 def write(directory: Path) -> None:

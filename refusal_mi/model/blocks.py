@@ -179,14 +179,16 @@ class _Leave:
 def offloaded_blocks(model: HookedModel) -> Blocks | None:
     """The blocks of a model that has weights elsewhere; None for all others, where passes run as everywhere.
 
-    None also where the caller has hooks on it, which must see whole passes, and with a warning where the stream is not
-    all that goes from block to block: a pass by blocks must give the logits of a plain one.
+    None also, with a warning, where there are hooks on it, which must see whole passes (the caller's, or those that
+    TransformerLens itself leaves on an OPT), and where the stream is not all that goes from block to block: a pass by
+    blocks must give the logits of a plain one.
     """
     whole = bridge(model)
     if not is_offloaded(whole.original_model):
         return None
     with alone_on(model):  # what other threads put on it for a pass is not the caller's
         if not is_untouched(whole, but_for_accelerate=True):
+            warnings.warn("there are hooks on this model: every pass reads all weights from disk", stacklevel=3)
             return None
         if model not in _TRIED:
             _TRIED[model] = _tried(model)

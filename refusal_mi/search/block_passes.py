@@ -27,6 +27,7 @@ from .passes import (
     left_padded,
     n_shared,
     probe_of,
+    warn_not_shared,
 )
 
 OfPrompts = Float[Tensor, "prompt d_vocab"]
@@ -67,7 +68,9 @@ class BlockPasses:
         self._logits: dict[int, Tensor] = {}
         self._streams: dict[int, Tensor] = {}
         self.n_common = min(n_shared(rows), min(map(len, rows)) - 1) if blocks.has_keys else 0
-        if self.n_common and not self._shares_exactly():
+        most = SAME_PROBABILITY.get(self.model.cfg.dtype, 0.05)
+        if self.n_common and not (difference := self._difference_of_sharing()) <= most:
+            warn_not_shared(difference, stacklevel=4)
             self.n_common = 0
 
     def plain(self, prompts: Sequence[int]) -> OfPrompts:
@@ -198,8 +201,8 @@ class BlockPasses:
         """Some of `n` directions after the other, all of whose passes fit into memory."""
         return _slices(range(n), max(1, self.most_rows // max(1, len(prompts))))
 
-    def _shares_exactly(self) -> bool:
-        """Whether it makes no difference that the common columns run by themselves, on the longest and shortest prompt.
+    def _difference_of_sharing(self) -> float:
+        """Of a probability, where the common columns run by themselves, on the longest and the shortest prompt.
 
         As in `choose_passes`, architectures can depend on column distances.
         """
@@ -210,7 +213,7 @@ class BlockPasses:
             self.n_common = n
             jobs += self._jobs([number], prompts, lambda some: AblateEach(unit.expand(len(some), -1)))
         one, other = (logits.double().softmax(-1) for logits in self._run(jobs, [0, 1], prompts))
-        return (one - other).abs().max().item() <= SAME_PROBABILITY.get(self.model.cfg.dtype, 0.05)
+        return (one - other).abs().max().item()
 
 
 def _slices(group: Sequence[int], n: int) -> list[list[int]]:

@@ -195,8 +195,14 @@ def choose_passes(model: HookedModel, rows: Rows, pad_id: int, batch_size: int |
     difference = (expected - obtained).abs().max().item()
     if difference <= SAME_PROBABILITY.get(shared.plain(ends).dtype, 0.05):
         return shared
-    warnings.warn(f"sharing work changes a probability by {difference:.1e} on this model: not shared", stacklevel=2)
+    warn_not_shared(difference, stacklevel=3)
     return plain
+
+
+def warn_not_shared(difference: float, *, stacklevel: int) -> None:
+    """In one line; that is how far a probability moves."""
+    text = f"sharing work changes a probability by {difference:.1e} on this model: not shared"
+    warnings.warn(text, stacklevel=stacklevel)
 
 
 class SharedPasses:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.engine_model import Workers, simulate
+from benchmarks.engine_model import SLOW_SHARE, Workers, n_draws, simulate
 
 DRAW = random.Random(0)
 ITEMS = [DRAW.uniform(0.5, 1.5) for _ in range(400)]
@@ -41,6 +41,16 @@ def test_stragglers_cost_time():
     assert simulate(ITEMS, all_slow).seconds == pytest.approx(3 * simulate(ITEMS, Workers(4)).seconds)
     some = simulate(ITEMS, replace(all_slow, slow_share=0.3, seed=1)).seconds
     assert simulate(ITEMS, Workers(4)).seconds < some < 3 * simulate(ITEMS, Workers(4)).seconds
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_mean_time_with_stragglers_is_what_their_share_says(n):
+    one = Workers(n, slow_share=SLOW_SHARE)
+    times = [simulate([1.0] * n, replace(one, seed=seed)).seconds for seed in range(n_draws(n))]
+    some_slow = 1 - (1 - SLOW_SHARE) ** n
+    error = 2 * (some_slow * (1 - some_slow) / len(times)) ** 0.5
+    assert sum(times) / len(times) == pytest.approx(1 + 2 * some_slow, abs=4 * error)
+    assert 4 * error < some_slow, "too few draws would not tell"
 
 
 def test_lost_workers_cost_time_and_items_are_given_up_after_two_tries():

@@ -218,18 +218,28 @@ def scores_of(model, chat, grid, **how):
     return torch.tensor([[row.bypass, row.induce, row.kl_nats] for row in scores.rows if row.is_finite])
 
 
+def test_not_sharing_the_beginning_is_said_as_it_is_in_memory(split, tiny_model):
+    for model in (split("gemma2"), tiny_model("gemma2")):
+        chat = ChatFormat(model.tokenizer)
+        rows = [chat.encode(text) for text in (ASKS[0], "word " * 12)]  # longer than the sliding window
+        with pytest.warns(UserWarning, match="sharing work changes a probability by .* on this model: not shared"):
+            passes_for(model, rows, chat.pad_id)
+
+
 @pytest.mark.parametrize("family", first_is_fast(NAMES))
 def test_a_sweep_by_blocks_gives_the_folders_scores(family, split, tiny_model, reads, monkeypatch):
     model, whole = split(family), tiny_model(family)
     chat, n_before = ChatFormat(model.tokenizer), n_loaded(model.original_model, split_of(family))
     grid = difference_in_means(*(mean_activations(whole, chat, texts) for texts in (ASKS, CHATS)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where a model in memory does not share work, this one does not either
+    with warnings.catch_warnings(record=True) as said_in_memory:
+        warnings.simplefilter("always")
         expected = scores_of(whole, chat, grid)
     reads.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         found = scores_of(model, chat, grid)
+    for each in (said, said_in_memory):
+        assert ["not shared" in str(one.message) for one in each] == [True] * (family == "gemma2"), "a sliding window"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert len(found) > 15 and len({round(row[1].item(), 5) for row in found}) > 10
     inside = {name: n for name, n in reads.items() if NAMES[family][0] in name}
@@ -262,9 +272,14 @@ def test_hooks_of_the_caller_see_whole_passes(split):
     passes = passes_for(model, rows, chat.pad_id)
     assert isinstance(passes, BlockPasses) and passes.n_common > 0, "the template's beginning is shared"
     with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda x, hook: seen.append(x.shape[0]))]):
-        assert offloaded_blocks(model) is None
-        mean_activations(model, chat, ASKS[:4], batch_size=2)
+        with pytest.warns(UserWarning, match="hooks on this model: every pass reads all weights from disk"):
+            assert offloaded_blocks(model) is None
+        with pytest.warns(UserWarning, match="hooks on this model"):
+            mean_activations(model, chat, ASKS[:4], batch_size=2)
     assert seen == [2, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert offloaded_blocks(model) is not None
 
 
 def test_a_model_that_hands_on_more_than_its_stream_runs_pass_by_pass(tiny_dir, tiny_model, monkeypatch):
