@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest of two tables of scores; infinite where shapes differ, or where NaN (not measured) is elsewhere or all."""
+    """The largest of two tables of scores; infinite where shapes differ, or NaN (not measured) is elsewhere or all."""
     if one.shape != other.shape or not torch.equal(one.isnan(), other.isnan()) or one.isnan().all():
         return math.inf
     largest = (one - other)[~one.isnan()].abs().max().item()
