@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from benchmarks.sweep import last_positions
 from refusal_mi import reading
 from refusal_mi.directions import difference_in_means
-from refusal_mi.model.blocks import offloaded_blocks
+from refusal_mi.model.blockwise import offloaded_blocks
 from refusal_mi.model.loading import ORGANISM, load_model
 from refusal_mi.model.points import HookedModel
 from refusal_mi.reading import mean_activations

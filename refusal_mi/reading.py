@@ -12,7 +12,7 @@ from .directions import ActivationMeans
 from .errors import UserError
 from .estimators.samples import ActivationSamples
 from .interventions import Interventions, PromptWidth, all_hooks
-from .model.blocks import Blocks, Pending, offloaded_blocks
+from .model.blockwise import Blocks, Pending, offloaded_blocks
 from .model.points import Hook, HookedModel, check_point, missing_points, model_device
 from .model.running import LastPositions, batches, last_logits, residuals, running
 from .precision import as_double, finite, with_float64

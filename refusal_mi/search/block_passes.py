@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..interventions import Intervention
-from ..model.blocks import Blocks, Keep, Pending, offloaded_blocks
+from ..model.blockwise import Blocks, Keep, Pending, offloaded_blocks
 from ..model.points import HookedModel, model_device
 from ..text.batches import TokenBatch, batches_by_length, left_pad
 from .passes import (
@@ -60,7 +60,7 @@ class BlockPasses:
 
     def __init__(self, blocks: Blocks, rows: Rows, pad_id: int, batch_size: int | None = None) -> None:
         """`batch_size` is the most rows in a pass (prompts × directions); None: by tokens."""
-        self.blocks, self.model, self.rows, self.pad_id = blocks, blocks.model, rows, pad_id
+        self.runner, self.model, self.rows, self.pad_id = blocks, blocks.model, rows, pad_id
         self.batch_size, self.device = batch_size, model_device(blocks.model)
         self.pass_tokens = PASS_TOKENS.get(self.device.type, PASS_TOKENS["cpu"])
         self.most_rows = blocks.fitting(max(map(len, rows)))
@@ -187,7 +187,7 @@ class BlockPasses:
         self, jobs: list[Job], group: Sequence[int], prompts: Sequence[int], keep: Keep | None = None
     ) -> Iterator[OfPrompts]:
         """Logits of each direction of a group, in order."""
-        self.blocks.run([job.run for job in jobs], self.model.cfg.n_layers, keep=keep)
+        self.runner.run([job.run for job in jobs], self.model.cfg.n_layers, keep=keep)
         lines = {direction: line for line, direction in enumerate(group)}
         last = torch.empty(len(group), len(prompts), self.model.cfg.d_model, dtype=self.model.cfg.dtype)
         for job in jobs:
@@ -195,7 +195,7 @@ class BlockPasses:
                 at = torch.tensor([lines[direction] for direction in job.directions])[:, None]
                 last[at, torch.tensor(job.places)] = job.run.stream[:, -1].unflatten(0, (len(job.directions), -1))
         jobs.clear()
-        return self.blocks.logits(list(last))
+        return self.runner.logits(list(last))
 
     def _fitting(self, n: int, prompts: Sequence[int]) -> list[list[int]]:
         """Some of `n` directions after the other, all of whose passes fit into memory."""

@@ -15,7 +15,7 @@ from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate, AblateInTurn, Add, Affine
 from refusal_mi.model import blocks
-from refusal_mi.model.blocks import offloaded_blocks
+from refusal_mi.model.blockwise import offloaded_blocks
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.running import all_logits, running
 from refusal_mi.reading import mean_activations, template_residuals

@@ -42,6 +42,7 @@ WITHOUT = {
     "discover_refusal_tokens": "needs a model that refuses: docs/python.md",
     "plot_cost": "draws what compare-methods takes minutes for: docs/one-or-several.md",
     "plot_ratios": "as plot_cost",
+    "plot_beside": "as plot_cost",
     "orthogonalize_": "changes the model that it is given: docs/export.md",
 }
 """Public names of these rooms without an example, and why."""

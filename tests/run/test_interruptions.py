@@ -7,10 +7,9 @@ import pytest
 
 from refusal_mi.cli import exit_status
 from refusal_mi.files import read_json
+from refusal_mi.recipes import arms, effects
 from refusal_mi.recipes import caa_eval as caa_ab
 from refusal_mi.recipes import caa_open as caa_answers
-from refusal_mi.recipes import combinations as combos
-from refusal_mi.recipes import effects
 from refusal_mi.recipes import responses as alpaca
 from refusal_mi.recipes import responses_eval as alpaca_measures
 
@@ -82,7 +81,7 @@ def test_run_and_combos(interrupt, place, tiny_dir):
     assert read_json(Path("run/summary.json"))["status"] == "done"
     options = ["--ranks", "0..2", "--kl-max", "inf", "--n-random", "0", "--n-ce", "2", "--val-new-tokens", "2"]
     arguments = ["combos", model, *options, "--output-dir", "run"]
-    _, second, kept = interrupt(arguments, combos, "generate", 3)
+    _, second, kept = interrupt(arguments, arms, "generate", 3)
     assert "combos_0: done before, kept" in second and "combos_1: done before, kept" not in second
     assert Path("run/combos/0.json") in kept and Path("run/combos/1.json") not in kept
     assert read_json(Path("run/combos.json"))["status"] == "done"

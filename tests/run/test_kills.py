@@ -24,7 +24,7 @@ COMMANDS = {
     "variants": "variants MODEL --run searched --variants variants.json --n-prompts 3 --max-new-tokens 4 "
     "--output-dir out",
 }
-MEASURED = ("seconds", "peak_mib", "created")
+MEASURED = ("seconds", "peak_mib", "created", "opened.json")
 """What differs between two runs that do the same."""
 
 
