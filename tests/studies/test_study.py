@@ -193,7 +193,10 @@ def test_one_that_was_killed_comes_to_the_same_numbers(whole, inside):
     for seed in (0, 1):
         for name in ("methods/methods.json", "select_direction/direction_evaluations.json", "prompts.json"):
             file = f"first/own/seed-{seed}/{name}"
-            assert read_json(path / file) == read_json(expected / file)
+            there, here = (read_json(folder / file) for folder in (expected, path))
+            for each in (there, here):
+                each.pop("opened", None)  # when held-out prompts were first used
+            assert here == there
     assert not list(path.rglob(".*.tmp")) and not list(path.rglob("failed.json"))
 
 
