@@ -1,6 +1,6 @@
 """How a comparison of methods looks in a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,12 +71,21 @@ def opened_lines(found: "MethodsResult") -> list[str]:
 
 
 def draws_text(row: "DrawsRow") -> str:
-    """A ratio over draws of the training prompts, or why there is none."""
-    n, there = len(row.ratios), [each for each in row.ratios if each is not None]
-    begin = f"{row.label} / {row.over} over {n} draws of the training prompts: "
-    if row.ratio[0] is None:
-        return f"{begin}none, in {n - len(there)} there is nothing to compare"
-    return f"{begin}{ratio_text(row.ratio)}, single ones {min(there):.2f} to {max(there):.2f}"
+    """The ratio of one fit, every single one over draws of the training prompts, and what its interval is made of."""
+    n = len(row.ratios)
+    text = f"{row.label} / {row.over}, one fit, over held-out and training prompts: {ratio_text(row.one_fit) or 'none'}"
+    text += f"; {n} draws of the training prompts: {singles(row.ratios)}"
+    if n < 3:
+        text += "; no interval of fewer than 3"
+    if row.sd_draws is None:
+        return text
+    error = "" if row.se_prompts is None else f", SE over held-out prompts {row.se_prompts:.2f}"
+    return f"{text}; of the log: SD over draws {row.sd_draws:.2f}{error}"
+
+
+def singles(ratios: Sequence[float | None]) -> str:
+    """Every ratio, that of all training prompts first."""
+    return ", ".join("none" if each is None else f"{each:.2f}" for each in ratios)
 
 
 def ratio_text(found: Limits) -> str:

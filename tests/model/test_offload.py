@@ -205,7 +205,9 @@ def test_two_threads_on_one_model_wait_for_each_other(split):
 def test_nothing_is_held_between_two_logits_of_a_search(split):
     model, where = split("llama"), split_of("llama")
     rows = [ChatFormat(model.tokenizer).encode(text) for text in ASKS[:2]]
-    each = BlockPasses(offloaded_blocks(model), rows, 0).each_ablated([random_direction(0), random_direction(1)], [0, 1])
+    each = BlockPasses(offloaded_blocks(model), rows, 0).each_ablated(
+        [random_direction(0), random_direction(1)], [0, 1]
+    )
     one = next(each)
     assert n_loaded(model.original_model, where) == 0
     with ThreadPoolExecutor(1) as pool:  # another thread's pass, in the middle
