@@ -32,7 +32,7 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
         there.add_row(row.label, f"{refused:.2f}", *cost, signed(row.ce_change, 3))
     for table in (whole, there):
         Console().print(table)
-    _print_beside(found.beside)
+    _print_beside(found.beside, {row.label for row in found.rows if row.matched.strength is not None})
     for row in found.rows:
         if row.over_single[0] is not None:
             print_lines(f"{row.label} / one direction of it: {ratio_text(row.over_single)}")
@@ -50,6 +50,8 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
             f"dependence: mean change of the stream's cosines with {found.rows[0].label} where the other is removed, "
             f"or the other way round, the larger; of a random direction {random:.3f}"
         )
+    tokens = "1 token" if found.kl_tokens == 1 else f"{found.kl_tokens} tokens"
+    print_lines(f"KL: over {tokens} of the plain model's answers to harmless prompts")
     where = f"costs are matched where {found.target:.3f} of {found.n_held_out} held-out prompts are refused, or at more"
     print_lines(
         f"plain: refused {found.plain_refused_by_text}; {where if found.target else 'there is nothing to match'}",
@@ -91,7 +93,7 @@ def singles(ratios: Sequence[float | None]) -> str:
 def ratio_text(found: Limits) -> str:
     """With its interval; nothing where there is none."""
     value, low, high = found
-    limits = "[unbounded]" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
+    limits = "[no interval]" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
     return "" if value is None else f"{value:.2f} {limits}"
 
 
@@ -110,17 +112,18 @@ def limits(change: Mapping[str, float | int]) -> Limits:
     return change["difference"], change["low"], change["high"]
 
 
-def _print_beside(rows: "tuple[BesideRow, ...]") -> None:
+def _print_beside(rows: "tuple[BesideRow, ...]", matched: set[str]) -> None:
     if not rows:
         return
-    table = Table("method", "set or task", "there", "change [95%]", title="over-refusal and tasks, where matched")
+    table = Table("method", "strength", "set or task", "there", "change [95%]", title="over-refusal and tasks")
     for index, row in enumerate(rows):
+        at = f"{row.strength:.2f}" if row.label in matched else "whole" if index else ""
         for of_set in row.over_refusal:
             change = change_text(limits(of_set.change)) if index else ""
-            table.add_row(row.label, of_set.set_name, str(of_set.refused), change)
+            table.add_row(row.label, at, of_set.set_name, str(of_set.refused), change)
         for task in row.capability:
             change = change_text(task.change) if index else ""
-            table.add_row(row.label, task.task, f"{task.after[0]:.3f}", change)
+            table.add_row(row.label, at, task.task, f"{task.after[0]:.3f}", change)
     Console().print(table)
     plain = rows[0]
     floors = [f"{each.set_name}: the plain model refuses none" for each in plain.over_refusal if not each.refused.count]

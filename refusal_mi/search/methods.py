@@ -68,7 +68,10 @@ class Matched:
     """The least; None where no strength is enough, or the plain model refuses no more already."""
     kl_nats: float | None
     ratio: tuple[float | None, float | None, float | None]
-    """KL over that of the reference, with its 95% interval (BCa over prompts); no limits where they are unbounded."""
+    """KL over that of the reference, with its 95% interval (BCa over prompts).
+
+    None where either KL is 0; no limits where
+    drawn prompts leave the ratio without bounds, such as a divisor of 0, or BCa cannot be computed."""
     refused: float | None = None
     """The share of refusals at which both are compared."""
 
@@ -99,8 +102,10 @@ def match(method: Curve, other: Curve, reference: Curve | None = None, *, n_resa
     strength, kl = _crossing(curves[0], target)
     if not strength.isfinite() or target > (1 - TOLERATED) * curves[0].share(0.0):
         return Matched(None, None, (None, None, None))
+    ratio_alone = (kl / _crossing(curves[1], target)[1]).item()
+    if not math.isfinite(ratio_alone) or ratio_alone <= 0:
+        return Matched(strength.item(), kl.item(), (None, None, None), target.item())
     if not n_resamples:
-        ratio_alone = (kl / _crossing(curves[1], target)[1]).item()
         return Matched(strength.item(), kl.item(), (ratio_alone, None, None), target.item())
     tables = [table for each in curves for table in (each.refused, each.kl)]
     ends = [0, *accumulate(map(len, tables))]

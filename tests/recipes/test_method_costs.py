@@ -202,6 +202,8 @@ def test_a_file_of_before_is_read(found, tmp_path):
         ("--seeds=0", "--seeds"),
         ("--over-refusal=xtest", "did you mean 'xstest'"),
         ("--over-refusal=harmless,harmless", "each once"),
+        ("--over-refusal=xstest,harmful", "harmful is one of harmful ones"),
+        ("--over-refusal=organism_harmful_test", "takes sets of harmless prompts"),
         ("--capability=everyday,everyday", "each once"),
     ],
 )

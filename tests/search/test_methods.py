@@ -135,6 +135,15 @@ def test_over_draws_there_is_every_ratio_and_the_interval_of_the_first():
     assert missing.ratios == (*found.ratios[:2], None) and missing.one_fit == (value, None, None)
 
 
+def test_a_cost_of_nothing_has_no_ratio():
+    some = planted(0.5, 0.01)
+    free = Curve(AT, some.refused, 0 * some.kl)
+    for method, other in ((free, some), (some, free), (free, free)):
+        assert match(method, other).ratio == (None, None, None) == match(method, other, n_resamples=0).ratio
+        assert match_draws([(method, other, other)] * 3).ratios == (None, None, None)
+    assert match(some, some).ratio[0] == 1, "the control"
+
+
 def test_an_interval_of_one_fit_does_not_narrow_with_draws_that_differ():
     torch.manual_seed(0)
     alike, unlike = ([varied(cost, 7) for cost in costs] for costs in ((1.0,) * 5, (1.0, 0.4, 0.7, 1.4, 2.5)))
