@@ -70,8 +70,9 @@ class Matched:
     ratio: tuple[float | None, float | None, float | None]
     """KL over that of the reference, with its 95% interval (BCa over prompts).
 
-    None where either KL is 0; no limits where
-    drawn prompts leave the ratio without bounds, such as a divisor of 0, or BCa cannot be computed."""
+    None where either KL is 0; no limits where drawn prompts leave the ratio without bounds, such as a divisor of 0, or
+    BCa cannot be computed.
+    """
     refused: float | None = None
     """The share of refusals at which both are compared."""
 
