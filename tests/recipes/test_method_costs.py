@@ -166,6 +166,7 @@ def test_held_out_prompts_are_used_once_and_the_file_says_when(found, place, cap
         assert part in shown
     assert all(len(each) <= 80 for each in shown.splitlines() if each.startswith(("│", "┃", "┏", "└", "┡", "├")))
     assert "held-out: the plain model refuses none" in shown
+    assert "KL: over 1 token" in shown and "whole" in shown
     assert "Plotly.newPlot" in (path / "beside.html").read_text(encoding="utf-8")
 
 
