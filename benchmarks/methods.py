@@ -6,11 +6,11 @@ The second table is of `RUN/draws`, if methods were compared there too, over dra
 import sys
 from pathlib import Path
 
-from refusal_mi.cli.methods_tables import change_text, limits, ratio_text
+from refusal_mi.cli.methods_tables import change_text, limits, ratio_text, singles
 from refusal_mi.figures.methods import plot_ratios
 from refusal_mi.figures.save import save_figure
 from refusal_mi.files import write_text
-from refusal_mi.run.methods import MethodRow, MethodsResult
+from refusal_mi.run.methods import DrawsRow, MethodRow, MethodsResult
 from refusal_mi.stats import signed
 
 PAGE = Path(__file__).parent.parent / "docs" / "one-or-several.md"
@@ -71,15 +71,21 @@ def beside_table(found: MethodsResult) -> list[str]:
     to_single = {row.label: row for row in found.draws if row.over != found.rows[0].label}
     to_first = {row.label: row for row in found.draws if row.over == found.rows[0].label}
     n_draws = len(found.draws[0].ratios) if found.draws else 1
-    over = [f"ratio over {n_draws} draws", "single draws", "to k = 1 over draws"] if found.draws else []
+    over = [
+        "ratio, one fit",
+        f"{n_draws} draws",
+        "SD; SE of log",
+        "to k = 1, one fit",
+        f"{n_draws} draws",
+        "SD; SE of log",
+    ]
+    over = over if found.draws else []
     headers = ["method", *over, "dependence", *(cell for name in names for cell in (f"`{name}`", "change"))]
     lines = ["| " + " | ".join(headers) + " |", "|---" * len(headers) + "|"]
     for index, row in enumerate(found.beside):
         cells = [f"`{row.label}`" if index else "plain"]
         if over:
-            first, single = to_first.get(row.label), to_single.get(row.label)
-            cells += ["" if first is None else ratio_text(first.ratio), "" if first is None else spread(first.ratios)]
-            cells.append("" if single is None else ratio_text(single.ratio))
+            cells += [*of_draws(to_first.get(row.label)), *of_draws(to_single.get(row.label))]
         dependent = found.dependent(row.label)
         cells.append("" if dependent is None else f"{dependent:.3f}")
         for each in row.over_refusal:
@@ -90,13 +96,12 @@ def beside_table(found: MethodsResult) -> list[str]:
     return lines
 
 
-def spread(ratios: tuple[float | None, ...]) -> str:
-    """The least and the largest; how many there are not."""
-    there = [each for each in ratios if each is not None]
-    if not there:
-        return "none"
-    missing = len(ratios) - len(there)
-    return f"{min(there):.2f} to {max(there):.2f}" + (f", none in {missing}" if missing else "")
+def of_draws(row: DrawsRow | None) -> list[str]:
+    """The ratio of one fit, every single one, and on the log scale what its interval is made of."""
+    if row is None:
+        return [""] * 3
+    parts = ["–" if each is None else f"{each:.2f}" for each in (row.sd_draws, row.se_prompts)]
+    return [ratio_text(row.one_fit), singles(row.ratios), "; ".join(parts)]
 
 
 def cells(row: MethodRow) -> list[str]:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from ..run.methods import MethodsResult
     from ..text.prompts import PromptSet
 
+HARMFUL_SETS = (
+    *("harmful", "advbench", "harmbench", "jailbreakbench", "strongreject", "maliciousinstruct"),
+    *("xstest-unsafe", "or-bench-toxic"),
+)
 FOLDER, METHODS = "methods", "mean,projected,median,pca,lda,ranks,peel,kmeans"
 
 
@@ -121,7 +125,11 @@ def harmless_sets(text: str | None) -> "list[PromptSet]":
     """The sets that --over-refusal names."""
     from ..text.prompts import load_prompts
 
-    return [load_prompts(each) for each in _parts("--over-refusal", text, "such as xstest,or-bench")]
+    parts = _parts("--over-refusal", text, "such as xstest,or-bench")
+    for each in parts:
+        if each.lower() in HARMFUL_SETS or each.startswith("organism_harmful"):
+            raise UserError(f"--over-refusal takes sets of harmless prompts, and {each} is one of harmful ones")
+    return [load_prompts(each) for each in parts]
 
 
 def task_names(text: str | None) -> list[str]:

@@ -1,6 +1,6 @@
 """How a comparison of methods looks in a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
         there.add_row(row.label, f"{refused:.2f}", *cost, signed(row.ce_change, 3))
     for table in (whole, there):
         Console().print(table)
-    _print_beside(found.beside)
+    _print_beside(found.beside, {row.label for row in found.rows if row.matched.strength is not None})
     for row in found.rows:
         if row.over_single[0] is not None:
             print_lines(f"{row.label} / one direction of it: {ratio_text(row.over_single)}")
@@ -50,6 +50,8 @@ def print_methods(found: "MethodsResult", folder: Path) -> None:
             f"dependence: mean change of the stream's cosines with {found.rows[0].label} where the other is removed, "
             f"or the other way round, the larger; of a random direction {random:.3f}"
         )
+    tokens = "1 token" if found.kl_tokens == 1 else f"{found.kl_tokens} tokens"
+    print_lines(f"KL: over {tokens} of the plain model's answers to harmless prompts")
     where = f"costs are matched where {found.target:.3f} of {found.n_held_out} held-out prompts are refused, or at more"
     print_lines(
         f"plain: refused {found.plain_refused_by_text}; {where if found.target else 'there is nothing to match'}",
@@ -71,18 +73,27 @@ def opened_lines(found: "MethodsResult") -> list[str]:
 
 
 def draws_text(row: "DrawsRow") -> str:
-    """A ratio over draws of the training prompts, or why there is none."""
-    n, there = len(row.ratios), [each for each in row.ratios if each is not None]
-    begin = f"{row.label} / {row.over} over {n} draws of the training prompts: "
-    if row.ratio[0] is None:
-        return f"{begin}none, in {n - len(there)} there is nothing to compare"
-    return f"{begin}{ratio_text(row.ratio)}, single ones {min(there):.2f} to {max(there):.2f}"
+    """The ratio of one fit, every single one over draws of the training prompts, and what its interval is made of."""
+    n = len(row.ratios)
+    text = f"{row.label} / {row.over}, one fit, over held-out and training prompts: {ratio_text(row.one_fit) or 'none'}"
+    text += f"; {n} draws of the training prompts: {singles(row.ratios)}"
+    if n < 3:
+        text += "; no interval of fewer than 3"
+    if row.sd_draws is None:
+        return text
+    error = "" if row.se_prompts is None else f", SE over held-out prompts {row.se_prompts:.2f}"
+    return f"{text}; of the log: SD over draws {row.sd_draws:.2f}{error}"
+
+
+def singles(ratios: Sequence[float | None]) -> str:
+    """Every ratio, that of all training prompts first."""
+    return ", ".join("none" if each is None else f"{each:.2f}" for each in ratios)
 
 
 def ratio_text(found: Limits) -> str:
     """With its interval; nothing where there is none."""
     value, low, high = found
-    limits = "[unbounded]" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
+    limits = "[no interval]" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
     return "" if value is None else f"{value:.2f} {limits}"
 
 
@@ -101,17 +112,18 @@ def limits(change: Mapping[str, float | int]) -> Limits:
     return change["difference"], change["low"], change["high"]
 
 
-def _print_beside(rows: "tuple[BesideRow, ...]") -> None:
+def _print_beside(rows: "tuple[BesideRow, ...]", matched: set[str]) -> None:
     if not rows:
         return
-    table = Table("method", "set or task", "there", "change [95%]", title="over-refusal and tasks, where matched")
+    table = Table("method", "strength", "set or task", "there", "change [95%]", title="over-refusal and tasks")
     for index, row in enumerate(rows):
+        at = f"{row.strength:.2f}" if row.label in matched else "whole" if index else ""
         for of_set in row.over_refusal:
             change = change_text(limits(of_set.change)) if index else ""
-            table.add_row(row.label, of_set.set_name, str(of_set.refused), change)
+            table.add_row(row.label, at, of_set.set_name, str(of_set.refused), change)
         for task in row.capability:
             change = change_text(task.change) if index else ""
-            table.add_row(row.label, task.task, f"{task.after[0]:.3f}", change)
+            table.add_row(row.label, at, task.task, f"{task.after[0]:.3f}", change)
     Console().print(table)
     plain = rows[0]
     floors = [f"{each.set_name}: the plain model refuses none" for each in plain.over_refusal if not each.refused.count]

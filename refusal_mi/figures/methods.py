@@ -124,6 +124,8 @@ class Compared(Protocol):
     @property
     def n_held_out(self) -> int: ...
     @property
+    def kl_tokens(self) -> int: ...
+    @property
     def draws(self) -> Sequence[OverDraws]: ...
 
 
@@ -166,7 +168,9 @@ def plot_cost(found: Compared, *, model: str = "", **look: Unpack[draw.Look]) ->
             )
         )
     draw.zero_line(figure, found.target)
-    figure.update_xaxes(title="KL of harmless prompts (nats)", type="log", dtick=1, exponentformat="e")
+    figure.update_xaxes(
+        title=f"KL of harmless prompts over {_tokens(found)} (nats)", type="log", dtick=1, exponentformat="e"
+    )
     figure.update_yaxes(title="harmful prompts refused, share", range=[-0.04, 1.04])
     about = draw.subtitle(model, f"{found.n_held_out} held-out prompts a side", "the line across: refusals to match")
     return draw.finish(figure, title="Refusals and cost of methods", about=about, height=400, look=look)
@@ -239,7 +243,7 @@ def plot_ratios(found: Compared, *, model: str = "", **look: Unpack[draw.Look]) 
     names += dict.fromkeys(f"random:{each.k}" for each, _ in whole)
     figure.add_vline(1, line={"color": draw.MUTED, "dash": "dash"})
     ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]
-    figure.update_xaxes(title="KL / KL of one difference of means, at equal refusal", type="log")
+    figure.update_xaxes(title=f"KL / KL of one difference of means, over {_tokens(found)}", type="log")
     figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1])
     notes = [f"{found.n_held_out} held-out prompts a side, 95% intervals"]
@@ -272,7 +276,7 @@ def plot_beside(found: Beside, *, model: str = "", **look: Unpack[draw.Look]) ->
     figure = draw.panels([title for title, _ in changes], gap=0.03)
     is_control = [row.label.startswith("random:") for row in rows]
     for column, (_, values) in enumerate(changes, start=1):
-        for flag, name in ((False, "method, where matched"), (True, "random subspace (control), whole")):
+        for flag, name in ((False, "method, where matched, or whole"), (True, "random subspace (control), whole")):
             some = [
                 (each, value) for each, value, control in zip(names, values, is_control, strict=True) if control is flag
             ]
@@ -284,6 +288,10 @@ def plot_beside(found: Beside, *, model: str = "", **look: Unpack[draw.Look]) ->
     about = draw.subtitle(model, "paired, 95% intervals", "the line: no change")
     height = 90 + 24 * len(names)
     return draw.finish(figure, title="Over-refusal and tasks", about=about, height=height, look=look)
+
+
+def _tokens(found: Compared) -> str:
+    return "1 token" if found.kl_tokens == 1 else f"{found.kl_tokens} tokens"
 
 
 def _limits(change: Mapping[str, float | int]) -> tuple[float, float | None, float | None]:

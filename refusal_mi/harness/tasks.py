@@ -109,7 +109,9 @@ def task_inputs(task: str, include_path: Path | None) -> dict[str, Any]:
 
 def choices_inputs() -> dict[str, Any]:
     """The same of `answer_choices`, which needs no harness."""
-    return {"task": CHOICES, "task_files": {BUNDLED[CHOICES].name: sha256_file(BUNDLED[CHOICES])}, "reading": READING}
+    files = {BUNDLED[CHOICES].name: sha256_file(BUNDLED[CHOICES])}
+    asked = {"version": VERSION, "question": QUESTION}
+    return {"task": CHOICES, "task_files": files, "reading": READING, **asked}
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> None:

@@ -211,7 +211,8 @@ def _over_draws(found: Sequence[_Found]) -> tuple[DrawsRow, ...]:
             (each[label], each[other], each[REFERENCE]) if {label, other} <= each.keys() else None for each in curves
         ]
         layers = tuple(each.chosen[label].layer if label in each.chosen else None for each in found)
-        rows.append(DrawsRow(label, other, layers, *match_draws(triples)))
+        over = match_draws(triples)
+        rows.append(DrawsRow(label, other, layers, over.ratios, over.one_fit, over.sd_draws, over.se_prompts))
     return tuple(rows)
 
 

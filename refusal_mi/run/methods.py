@@ -109,8 +109,13 @@ class DrawsRow(Value):
     ratios: tuple[float | None, ...]
     """KL over that of the other at equal refusal, for each draw, the run's own training prompts first; None: never as
     few refusals, or no directions."""
-    ratio: tuple[float | None, float | None, float | None]
-    """Their geometric mean with its 95% interval over prompts and draws; None where a draw has none."""
+    one_fit: tuple[float | None, float | None, float | None] = (None, None, None)
+    """That of all training prompts with its 95% interval over held-out and training prompts (`match_draws`); None in
+    files of before, which had a mean over draws."""
+    sd_draws: float | None = None
+    """Distance of the drawn ratios from the first, on the log scale."""
+    se_prompts: float | None = None
+    """Standard error of the first over held-out prompts, on the log scale."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,11 @@ class Matched:
     """The least; None where no strength is enough, or the plain model refuses no more already."""
     kl_nats: float | None
     ratio: tuple[float | None, float | None, float | None]
-    """KL over that of the reference, with its 95% interval (BCa over prompts); no limits where they are unbounded."""
+    """KL over that of the reference, with its 95% interval (BCa over prompts).
+
+    None where either KL is 0; no limits where drawn prompts leave the ratio without bounds, such as a divisor of 0, or
+    BCa cannot be computed.
+    """
     refused: float | None = None
     """The share of refusals at which both are compared."""
 
@@ -99,8 +103,10 @@ def match(method: Curve, other: Curve, reference: Curve | None = None, *, n_resa
     strength, kl = _crossing(curves[0], target)
     if not strength.isfinite() or target > (1 - TOLERATED) * curves[0].share(0.0):
         return Matched(None, None, (None, None, None))
+    ratio_alone = (kl / _crossing(curves[1], target)[1]).item()
+    if not math.isfinite(ratio_alone) or ratio_alone <= 0:
+        return Matched(strength.item(), kl.item(), (None, None, None), target.item())
     if not n_resamples:
-        ratio_alone = (kl / _crossing(curves[1], target)[1]).item()
         return Matched(strength.item(), kl.item(), (ratio_alone, None, None), target.item())
     tables = [table for each in curves for table in (each.refused, each.kl)]
     ends = [0, *accumulate(map(len, tables))]
@@ -123,37 +129,52 @@ Triple = tuple[Curve, Curve, Curve]
 """A method, the one that its cost is compared with, and the reference."""
 
 
-def match_draws(
-    draws: Sequence[Triple | None], *, n_resamples: int = 1999, seed: int = 0
-) -> tuple[tuple[float | None, ...], tuple[float | None, float | None, float | None]]:
-    """The ratio of costs, as `match` has it, of every draw of training prompts, and over all of them.
+@dataclass(frozen=True)
+class OverDraws:
+    """A ratio of costs, of a method that was found again from drawn training prompts."""
 
-    Over all: the geometric mean. Its 95% interval is that of percentiles, where prompts and draws are both drawn again:
-    the prompts for all draws and methods the same (Owen 2007, the pigeonhole bootstrap, which is rather too wide than
-    too narrow). With few draws the percentiles know little of them.
+    ratios: tuple[float | None, ...]
+    """Of every draw, all training prompts first; None where there is nothing to compare."""
+    one_fit: tuple[float | None, float | None, float | None]
+    """The first of them with its 95% interval over held-out and training prompts; no limits with fewer than 3 draws,
+    or where a draw has no ratio or drawn prompts leave it unbounded."""
+    sd_draws: float | None = None
+    """Of the natural log: root mean square distance of the drawn ones from the first."""
+    se_prompts: float | None = None
+    """Of the natural log: standard error of the first over held-out prompts, by the bootstrap."""
+
+
+def match_draws(draws: Sequence[Triple | None], *, n_resamples: int = 1999, seed: int = 0) -> OverDraws:
+    """The ratio of costs, as `match` has it, of every draw of training prompts, and how far one fit can be trusted.
+
+    The first draw is that of all training prompts; the others are bootstrap samples of these, whose distances from it
+    are those of it from what it estimates. The interval is a confidence interval for the method's ratio, from one fit
+    and one set of held-out prompts: log ratio ± t(N − 1)·√(se² + sd²), which is rather too wide
+    where prompts matter more than draws. It is not one of the mean over draws, which would narrow with their number.
 
     Args:
         draws: None where a method gave no directions.
-
-    Returns:
-        The ratio of every draw; their mean and its interval: None where a draw has none, no limits where unbounded.
     """
     ratios = tuple(None if each is None else match(*each, n_resamples=0).ratio[0] for each in draws)
-    values = [each for each in ratios if each is not None]
-    triples = [each for each in draws if each is not None]
-    if not values or len(values) < len(draws):
-        return ratios, (None, None, None)
-    n = min(table.shape[-1] for each in triples for curve in each for table in (curve.refused, curve.kl))
-    generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(n, (n_resamples, n), generator=generator)
-    drawn = torch.randint(len(triples), (n_resamples, len(triples)), generator=generator)
-    logs = torch.stack([_drawn_ratio(each, prompts).log() for each in triples])
-    over = logs.gather(0, drawn.T).mean(0).exp()
-    value = math.exp(math.fsum(map(math.log, values)) / len(values))
-    if not over.isfinite().all():
-        return ratios, (value, None, None)
-    low, high = over.quantile(torch.tensor([0.025, 0.975], dtype=over.dtype)).tolist()
-    return ratios, (value, low, high)
+    values, triples = [each for each in ratios if each], [each for each in draws if each is not None]
+    if len(values) < max(2, len(draws)):
+        return OverDraws(ratios, (ratios[0] if ratios else None, None, None))
+    n = min(table.shape[-1] for curve in triples[0] for table in (curve.refused, curve.kl))
+    prompts = torch.randint(n, (n_resamples, n), generator=torch.Generator().manual_seed(seed))
+    logs = _drawn_ratio(triples[0], prompts).log()
+    first, *others = map(math.log, values)
+    sd = math.sqrt(math.fsum((each - first) ** 2 for each in others) / len(others))
+    if not logs.isfinite().all():
+        return OverDraws(ratios, (values[0], None, None), sd)
+    se = logs.std().item()
+    if len(draws) < 3:
+        return OverDraws(ratios, (values[0], None, None), sd, se)
+    if not se + sd:
+        return OverDraws(ratios, (values[0], values[0], values[0]), sd, se)
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(len(others), 0.975)) * math.hypot(se, sd)
+    return OverDraws(ratios, (values[0], math.exp(first - half), math.exp(first + half)), sd, se)
 
 
 def _drawn_ratio(curves: Triple, prompts: Int[Tensor, "draw prompt"]) -> Float[Tensor, " draw"]:

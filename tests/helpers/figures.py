@@ -156,7 +156,7 @@ def _compared() -> Any:
         BesideIt(label, sets, [OfTask("everyday", "acc_norm", (-0.02, -0.07, 0.03))])
         for label in ("plain", *(row.label for row in rows), "random:1", "random:2")
     ]
-    return Compared(rows, controls, 0.05, 40, draws, beside)
+    return Compared(rows, controls, 0.05, 40, 1, draws, beside)
 
 
 def worded() -> VariantsResult:
@@ -218,7 +218,9 @@ OfTask = make_dataclass("OfTask", ("task", "metric", "change"), frozen=True)
 BesideIt = make_dataclass("BesideIt", ("label", "over_refusal", "capability"), frozen=True)
 Method = make_dataclass("Method", ("label", "curve", "matched"), frozen=True)
 Control = make_dataclass("Control", ("label", "k", "refused_by_score", "kl_nats"), frozen=True)
-Compared = make_dataclass("Compared", ("rows", "controls", "target", "n_held_out", "draws", "beside"), frozen=True)
+Compared = make_dataclass(
+    "Compared", ("rows", "controls", "target", "n_held_out", "kl_tokens", "draws", "beside"), frozen=True
+)
 
 
 @dataclass(frozen=True)

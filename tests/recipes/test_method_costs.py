@@ -136,8 +136,7 @@ def test_ratios_over_draws_begin_with_the_run_itself(found):
     ):
         row = by_pair[pair]
         assert row.ratios[0] == pytest.approx(single[0]) and len(set(row.ratios)) == 2
-        value, low, high = row.ratio
-        assert min(row.ratios) < value < max(row.ratios) and (low is None or low < value < high)
+        assert row.one_fit == (row.ratios[0], None, None), "two draws have no interval"
 
 
 def test_dependence_is_that_of_the_directions_and_more_than_of_a_random_one(found, run):
@@ -163,10 +162,11 @@ def test_held_out_prompts_are_used_once_and_the_file_says_when(found, place, cap
     assert exit_status(line(place[0], "--methods=peel:2,peel:1", "--seeds=2")) == 0
     assert read_json(path / "methods.json") == before, "the same choice is no second use"
     shown = capsys.readouterr().out
-    for part in ("over-refusal and tasks", "everyday", "nothing can be lost", "random:2", "over 2 draws", "dependence"):
+    for part in ("over-refusal and tasks", "everyday", "nothing can be lost", "random:2", "2 draws of", "dependence"):
         assert part in shown
     assert all(len(each) <= 80 for each in shown.splitlines() if each.startswith(("│", "┃", "┏", "└", "┡", "├")))
     assert "held-out: the plain model refuses none" in shown
+    assert "KL: over 1 token" in shown and "whole" in shown
     assert "Plotly.newPlot" in (path / "beside.html").read_text(encoding="utf-8")
 
 
@@ -203,6 +203,8 @@ def test_a_file_of_before_is_read(found, tmp_path):
         ("--seeds=0", "--seeds"),
         ("--over-refusal=xtest", "did you mean 'xstest'"),
         ("--over-refusal=harmless,harmless", "each once"),
+        ("--over-refusal=xstest,harmful", "harmful is one of harmful ones"),
+        ("--over-refusal=organism_harmful_test", "takes sets of harmless prompts"),
         ("--capability=everyday,everyday", "each once"),
     ],
 )
