@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from refusal_mi.directions import difference_in_means
 from refusal_mi.errors import UserError
 from refusal_mi.interventions import Ablate, AblateInTurn, Add, Affine
-from refusal_mi.model import blocks
+from refusal_mi.model import blockwise
 from refusal_mi.model.blockwise import offloaded_blocks
 from refusal_mi.model.loading import load_model
 from refusal_mi.model.running import all_logits, running
@@ -163,11 +163,11 @@ def test_prompts_that_do_not_fit_together_give_the_same(split, monkeypatch):
     model, prompts = split("llama"), [*ASKS, *CHATS]
     chat = ChatFormat(model.tokenizer)
     expected, seen = mean_activations(model, chat, prompts, batch_size=2).means, []
-    run = blocks.Blocks.run
+    run = blockwise.Blocks.run
     monkeypatch.setattr(
-        blocks.Blocks, "run", lambda self, passes, *a, **k: (seen.append(len(passes)), run(self, passes, *a, **k))
+        blockwise.Blocks, "run", lambda self, passes, *a, **k: (seen.append(len(passes)), run(self, passes, *a, **k))
     )
-    monkeypatch.setattr(blocks, "STATE_BYTES", 5 * 60 * 32 * 4)
+    monkeypatch.setattr(blockwise, "STATE_BYTES", 5 * 60 * 32 * 4)
     assert torch.equal(mean_activations(model, chat, prompts, batch_size=2).means, expected)
     assert len(seen) > 2
 
@@ -246,7 +246,7 @@ def test_a_sweep_by_blocks_gives_the_folders_scores(family, split, tiny_model, r
     assert len(found) > 15 and len({round(row[1].item(), 5) for row in found}) > 10
     inside = {name: n for name, n in reads.items() if NAMES[family][0] in name}
     assert max(inside.values()) <= 8, "the trial, the plain prompts, additions and ablations"
-    monkeypatch.setattr(blocks, "STATE_BYTES", 30 * 60 * 32 * 4)
+    monkeypatch.setattr(blockwise, "STATE_BYTES", 30 * 60 * 32 * 4)
     reads.clear()
     torch.testing.assert_close(scores_of(model, chat, grid), expected, rtol=1e-5, atol=1e-5)
     assert max(reads[name] for name in inside) > max(inside.values()), "less memory, more reading"

@@ -469,27 +469,29 @@ def test_what_fresh_began_goes_on_without_it(run):
 
 
 def test_a_list_of_models_that_fails_throws_no_answer_away(run):
-    n_left = [4]
+    answered = set()
 
     def behave(fake, handler, number, body):
-        n_left[0] -= 1
-        send(handler, "oh", 503) if n_left[0] < 0 else answer(fake, handler, number, body)
+        is_open = body["messages"][-1]["content"] in answered
+        answer(fake, handler, number, body) if is_open else send(handler, "oh", 503)
 
     with Fake(behave) as fake:
         listed, one = {"data": [{"id": "m", "root": "/a"}]}, {"n_tries": 1, "n_workers": 1, "model": "m"}
-        for fake.models, n_left[0] in ((listed, 4), (503, 1), (listed, 1)):
+        for fake.models, n in ((listed, 3), (503, 4), (listed, 5)):
+            answered |= {f"harmful request number {index}" for index in range(n)}
             with pytest.raises(UserError, match="answers are kept"):
                 complete(RunFolder(run), quick(fake, **one))
-        fake.models, n_left[0], n_before = 503, 10**9, len(fake.seen)
+        answered |= {f"{side} request number {index}" for side in ("harmful", "harmless") for index in range(N)}
+        fake.models, n_before = 503, len(fake.seen)
         complete(RunFolder(run), quick(fake, **one))
-        assert len(fake.seen) - n_before <= 2 * N - 5
+        assert len(fake.seen) - n_before <= 2 * N - 4  # five are kept, and one request may have been under way
         for fake.models in (503, listed):
             n_before = len(fake.seen)
             complete(RunFolder(run), quick(fake, **one))
             assert len(fake.seen) == n_before
         fake.models = {"data": [{"id": "m", "root": "/b"}]}  # the control: this is another model
         complete(RunFolder(run), quick(fake, **one))
-        assert len(fake.seen) == n_before + N  # of the other set nothing was listed when it was asked
+        assert len(fake.seen) >= n_before + N  # at least the set that was listed when it was asked
 
 
 @pytest.mark.parametrize("n_workers", [1, 8])
